@@ -1,0 +1,3872 @@
+#!/usr/bin/env python3
+r"""TeckoChecker: watch OpenAI batches and start a Keboola job when they are done, once.
+
+The promise: a trigger is on disk before it is on the wire. Whatever is killed whenever, no
+trigger is lost, and none is doubled as long as Keboola's search shows a job within the settle
+window. Everything below serves that sentence. The file reads from top to bottom; a section
+uses only what stands above it:
+
+    Constants     every number, with its unit and its reason
+    Redaction     what keeps secrets out of logs and messages
+    Errors        what can go wrong, and what follows from it
+    Model         what a job, a batch, a trigger is; the edge where input is validated
+    Decisions     the tables of states and the pure functions that say what to do next
+    Secrets       master keys, encryption, redaction
+    Config        jobs.yaml, .env and the environment into settings and jobs
+    Store         the one place with SQL
+    Upstreams     the one place that calls OpenAI and Keboola
+    Steps         load, ask, decide, record, act
+    Service       scheduler, reload, health, start, drain, stop
+    Admin         HTTP for people and monitors
+    Command line  the one place that prints and exits
+
+A job                                     A trigger (the outbox row of one round of a job)
+
+  active <--> paused                        pending --claim--> sending --+--> running --> succeeded
+    |  \                                       ^   ^              |   |  |         \----> failed
+    |   +--- a batch failed --> failed         |   +--- surely ---+   |  +--> rejected
+    | all done                   ^   ^         |       not sent       | who knows
+    v                            |   |         |                      v
+  triggering -- refused, held ---+   |         +---- not found --- unknown --> running (found)
+    | Keboola has it                 |                                |  ^
+    v                                |                                v  | job retry
+  triggered -- its job failed -------+                               held
+    |
+    v
+  completed | completed_with_failures
+
+`failed` goes back to `active` with `job retry`, and every state does when the set of batches
+changes: a new round. `removed` (the job has left jobs.yaml) is a mark on a job, not a state
+of its own: no check is made any more, but what was decided is still carried out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import fcntl
+import gc
+import getpass
+import hashlib
+import hmac
+import http.client
+import http.server
+import importlib
+import json
+import logging
+import logging.handlers
+import math
+import os
+import random
+import re
+import secrets as randomness
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from functools import partial, wraps
+from pathlib import Path
+from types import MappingProxyType
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    TypeVar,
+    cast,
+)
+from urllib.parse import quote, urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK nor scheduler
+    import aiosqlite
+    import httpx2
+    import openai
+    from apscheduler.schedulers.asyncio import AsyncIOScheduler
+    from rich.console import RenderableType
+
+P = ParamSpec("P")
+T = TypeVar("T")
+S = TypeVar("S", bound=str)
+log = logging.getLogger("teckochecker")
+
+# ── Constants ─────────────────────────────────────────────────────────────────────────────────
+
+VERSION = "1.0.0"
+
+CALL_TIMEOUT = 15.0  # s for a read: OpenAI answers a retrieve in well under a second
+CONNECT_TIMEOUT = 5.0  # s; a host that does not answer by then is down
+CALL_DEADLINE = 20.0  # s for a whole call: a server that drips bytes never hits CALL_TIMEOUT
+IN_FLIGHT = 64  # calls to OpenAI at once: beyond some dozens each only gets slower
+IN_FLIGHT_PER_KEY = 8  # of those, so that a key whose calls hang leaves room for the others
+KEEPALIVE = 300.0  # s an idle connection is kept: longer than common poll intervals
+
+BACKOFF_FIRST = 1.0  # s before the first retry; doubles
+LONGEST_WAIT = 3600.0  # s, the most that a Retry-After or a refused key makes us wait
+MISSING_CHECKS = 3  # times that OpenAI has to deny a batch, since young ones can be unknown,
+MISSING_SECONDS = 600.0  # and the least time between the first denial and the last
+STALLED_SECONDS = 3 * 3600.0  # s without any progress after which a batch is worth a remark
+SETTLE_SEARCHES = 3  # successful searches at least before a trigger counts as not arrived
+SEARCH_SLACK = 300.0  # s that Keboola's clock may be behind ours
+SEARCH_PAGE = 500  # Keboola jobs asked for in one page of a search
+FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the batches were
+
+START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
+GRID = 0.25  # s; due times on a grid wake the loop once for many jobs
+CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one between ticks
+TICK = 1.0  # s between looks at what other processes changed in the store
+STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
+DRAIN_SECONDS = 8.0  # s that work in flight may take after SIGTERM, of the 10 s promised
+STORE_RETRY = 1.0  # s between attempts to write down what Keboola answered
+BUSY_TIMEOUT = 5000  # ms that SQLite waits for another process's lock
+
+HTTP_CONNECTIONS = 32  # handler threads at most; flat-out clients would starve the loop
+HTTP_IDLE = 5.0  # s without a byte before a connection is closed
+HTTP_DEADLINE = 8.0  # s for one request to arrive in whole, however it drips
+HTTP_ANSWER = 5.0  # s that the loop has to compute an answer
+LOG_BYTES = 10_000_000  # per log file, five are kept
+
+BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+KEY_SHAPES = re.compile(r"sk-[A-Za-z0-9_-]{12,}|\b\d+-\d+-[A-Za-z0-9]{20,}\b")  # OpenAI, Keboola
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+FIRST_JOBS_FILE = """\
+# TeckoChecker's jobs. jobs.yaml.example explains every key.
+# After an edit: teckochecker.py validate, then restart the service or send it SIGHUP.
+
+database: teckochecker.db
+admin: {host: 127.0.0.1, port: 8000}
+
+secrets: {}
+#  openai-prod:  {type: openai,  env: OPENAI_API_KEY}
+#  keboola-prod: {type: keboola, env: KEBOOLA_TOKEN}
+
+jobs: []
+#  - name: nightly-classification
+#    poll_interval: 2m
+#    watch:   {type: openai_batches, secret: openai-prod, batch_ids: [batch_abc123]}
+#    trigger:
+#      type: keboola
+#      secret: keboola-prod
+#      stack_url: https://connection.eu-central-1.keboola.com
+#      component_id: kds-team.app-custom-python
+#      configuration_id: "123456"
+"""
+
+# ── Redaction ─────────────────────────────────────────────────────────────────────────────────
+
+
+class SecretValue:
+    """A secret in memory: prints as ***, and from its making on is cut out of every log line
+    and error message. `reveal()` is for the one call that needs it."""
+
+    __slots__ = ("_value",)
+    known: ClassVar[set[str]] = set()
+    pattern: ClassVar[re.Pattern[str]] = KEY_SHAPES
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+        forms = {value, repr(value)[1:-1], json.dumps(value)[1:-1], quote(value, safe="")}
+        if not forms <= SecretValue.known:
+            SecretValue.known |= forms
+            longest_first = sorted(SecretValue.known, key=len, reverse=True)
+            either = "|".join([*map(re.escape, longest_first), KEY_SHAPES.pattern])
+            SecretValue.pattern = re.compile(either)
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "***"
+
+    __str__ = __repr__
+
+
+def redact(text: str) -> str:
+    """`text` without any secret's value, nor anything that has the shape of a key."""
+    return SecretValue.pattern.sub("***", text)
+
+
+class RedactingFilter(logging.Filter):
+    """Redacts message, traceback and stack; sits on every handler, so that libraries' records
+    pass it too."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage()), None
+        if record.exc_info:
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+        if record.stack_info:
+            record.stack_info = redact(record.stack_info)
+        return True
+
+
+# ── Errors ────────────────────────────────────────────────────────────────────────────────────
+
+
+class TeckoError(Exception):
+    """Something that a person is told in one line; `hint` says what to do, where we know it."""
+
+    code = 1000
+    http_status = 400
+    permanent = True  # trying again without a change elsewhere cannot help
+
+    def __init__(self, message: str, *, hint: str = "", code: int = 0) -> None:
+        super().__init__(redact(message))
+        self.hint = hint
+        self.code = code or type(self).code
+
+
+class Invalid(TeckoError):
+    """Input that the model refuses: every problem found, one a line."""
+
+    code = 1004
+    http_status = 422
+
+    def __init__(self, problems: Sequence[str], *, hint: str = "") -> None:
+        super().__init__("\n".join(problems), hint=hint)
+
+
+class NotFound(TeckoError):
+    """A job (1002) or secret (1001) that is not there."""
+
+    code = 1002
+    http_status = 404
+
+
+class Conflict(TeckoError):
+    """It exists, but its state or another one forbids this."""
+
+    code = 1003
+    http_status = 409
+
+
+class UpstreamError(TeckoError):
+    """A call that did not bring the answer we need.
+
+    `status` is the HTTP status or None when there was no answer; `retry_after` is in seconds;
+    `sent` is False only where the request surely never reached the other side.
+    """
+
+    http_status = 502
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retry_after: float | None = None,
+        sent: bool = True,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
+        self.sent = sent
+        self.permanent = (
+            status is not None and 300 <= status < 500 and status not in (408, 409, 429)
+        )
+
+
+class OpenAIError(UpstreamError):
+    """OpenAI refused, failed, or could not be reached."""
+
+    code = 2001
+
+
+class KeboolaError(UpstreamError):
+    """Keboola refused, failed, or could not be reached."""
+
+    code = 2002
+
+
+class StoreError(TeckoError):
+    """SQLite failed or stayed locked; nothing of the transaction was written."""
+
+    code = 3001
+    http_status = 503
+    permanent = False
+
+
+class SecretError(TeckoError):
+    """A master key or a secret that is missing, unreadable or does not decrypt."""
+
+    code = 3002
+    http_status = 500
+
+
+# ── Model ─────────────────────────────────────────────────────────────────────────────────────
+
+
+JobStatus = Literal[
+    "active", "paused", "triggering", "triggered", "completed", "completed_with_failures", "failed"
+]
+TriggerState = Literal[
+    "pending",  # to be sent
+    "sending",  # on the wire, or it was when the program died
+    "unknown",  # on the wire once; Keboola's search is asked whether it arrived
+    "held",  # not found, and a person is to decide
+    "running",  # Keboola has it
+    "succeeded",
+    "failed",  # Keboola's job ended so
+    "rejected",  # Keboola refused it
+    "withdrawn",  # its target changed before it was sent
+]
+
+
+def parse_interval(value: object) -> object:
+    """Seconds out of 90, "90", "30s", "2m" or "1h"."""
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d{1,6})\s*([smh]?)", value.strip())):
+        return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "": 1}[found[2]]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError("not an interval")
+
+
+def within_bounds(value: int, info: ValidationInfo) -> int:
+    low, high = (info.context or {}).get("bounds", (30, 3600))
+    if not low <= value <= high:
+        raise ValueError(f"allowed: {low} to {high} seconds")
+    return value
+
+
+def a_name(value: str) -> str:
+    if CONTROL.search(value) or value.isdigit():
+        raise ValueError("control characters, or digits only")
+    return value
+
+
+def clean_stack_url(value: str) -> str:
+    """`https://host` without path; plain http only to this machine, where nobody listens in."""
+    url = urlsplit(value)
+    encrypted = url.scheme == "https" or (url.scheme == "http" and url.hostname in LOOPBACK)
+    if not encrypted or not url.hostname or url.username or url.path not in ("", "/") or url.query:
+        raise ValueError("not a stack URL")
+    return f"{url.scheme}://{url.netloc.lower()}"
+
+
+def variable_values(value: object) -> object:
+    """Booleans and numbers as text, as YAML means them; Keboola takes only non-empty strings."""
+    if not isinstance(value, dict):
+        return value
+    if taken := sorted(RESERVED_VARIABLES & value.keys()):
+        raise ValueError(f"{', '.join(taken)} set by TeckoChecker itself")
+    return {k: str(v).lower() if isinstance(v, bool) else v for k, v in value.items()}
+
+
+RESERVED_VARIABLES = frozenset(
+    """
+    batch_ids_completed batch_ids_failed batch_count_total batch_count_completed batch_count_failed
+    output_file_ids error_file_ids request_count_total request_count_completed request_count_failed
+    teckochecker_job teckochecker_trigger_id
+    """.split()
+)
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=255, strip_whitespace=True)]
+Name = Annotated[Text, AfterValidator(a_name)]
+BatchId = Annotated[str, StringConstraints(pattern=f"^{BATCH_ID.pattern}$")]
+Interval = Annotated[int, BeforeValidator(parse_interval), AfterValidator(within_bounds)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused; numbers become text where text is meant (configuration_id: 12)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+
+class OpenAIBatches(Strict):
+    """The batches to watch, and when they count as done. A field's description is what an error
+    message says is allowed."""
+
+    type: Literal["openai_batches"] = Field("openai_batches", description="openai_batches")
+    secret: Name | int = Field(description="the name of a secret of type openai")
+    batch_ids: list[BatchId] = Field(
+        min_length=1,
+        max_length=10,
+        description="1 to 10 different ids, each batch_ with letters, digits, _ or -",
+    )
+    trigger_when: Literal["all_completed", "all_finished"] = Field(
+        "all_completed", description="all_completed or all_finished"
+    )
+
+    @model_validator(mode="after")
+    def _unique(self) -> OpenAIBatches:
+        if len(set(self.batch_ids)) < len(self.batch_ids):
+            raise ValueError("a batch id stands twice in batch_ids")
+        return self
+
+
+class KeboolaTrigger(Strict):
+    """The Keboola job to start."""
+
+    type: Literal["keboola"] = Field("keboola", description="keboola")
+    secret: Name | int = Field(description="the name of a secret of type keboola")
+    stack_url: Annotated[str, AfterValidator(clean_stack_url)] = Field(
+        description="https://connection.keboola.com or another stack, without a path"
+    )
+    component_id: Text = Field(description="a component id like kds-team.app-custom-python")
+    configuration_id: Text = Field(description="a configuration id, in quotes")
+    variables: Annotated[
+        dict[Text, Annotated[str, StringConstraints(min_length=1)]],
+        BeforeValidator(variable_values),
+    ] = Field({}, description="names with non-empty values, none of TeckoChecker's own names")
+    on_ambiguous: Literal["resend", "hold"] = Field("resend", description="resend or hold")
+
+
+FLAT_FIELDS: dict[str, tuple[str, ...]] = {
+    "batch_ids": ("watch", "batch_ids"),
+    "openai_secret": ("watch", "secret"),
+    "openai_secret_id": ("watch", "secret"),
+    "trigger_when": ("watch", "trigger_when"),
+    "keboola_secret": ("trigger", "secret"),
+    "keboola_secret_id": ("trigger", "secret"),
+    "keboola_stack_url": ("trigger", "stack_url"),
+    "keboola_component_id": ("trigger", "component_id"),
+    "keboola_configuration_id": ("trigger", "configuration_id"),
+    "variables": ("trigger", "variables"),
+    "on_ambiguous": ("trigger", "on_ambiguous"),
+    "poll_interval_seconds": ("poll_interval",),
+}
+
+
+def nested(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat form of a job (one level, as the REST API has it) as the nested one of jobs.yaml."""
+    job = dict(data)
+    if "batch_id" in job:
+        job.setdefault("batch_ids", [job.pop("batch_id")])
+    for flat, path in FLAT_FIELDS.items():
+        if flat in job and (len(path) == 1 or isinstance(job.setdefault(path[0], {}), dict)):
+            block = job if len(path) == 1 else job[path[0]]
+            block.setdefault(path[-1], job.pop(flat))
+    return job
+
+
+class JobSpec(Strict):
+    """A job as its author wrote it: in jobs.yaml, on the command line, or flat."""
+
+    name: Name = Field(description="1 to 255 characters, not only digits")
+    poll_interval: Interval = Field(120, description="seconds, or 30s, 2m, 1h")
+    watch: OpenAIBatches = Field(description="a block with type, secret and batch_ids")
+    trigger: KeboolaTrigger = Field(
+        description="a block with type, secret, stack_url, component_id and configuration_id"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any, info: ValidationInfo) -> Any:
+        if not isinstance(data, dict):
+            return data
+        context = info.context or {}
+        return {"poll_interval": context.get("default_interval", 120), **nested(data)}
+
+    def secrets(self) -> dict[str, str | int]:
+        """What this job needs: the type of a secret and its name (or its id, when given so)."""
+        return {"openai": self.watch.secret, "keboola": self.trigger.secret}
+
+
+class SecretRef(Strict):
+    """A secret that lives outside of the store: exactly one of `env` and `file`."""
+
+    type: Literal["openai", "keboola", "api"] = Field(description="openai, keboola or api")
+    env: Text | None = Field(None, description="the name of an environment variable")
+    file: Text | None = Field(None, description="the path of a file with nothing but the value")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SecretRef:
+        if (self.env is None) == (self.file is None):
+            raise ValueError("needs exactly one of env and file")
+        return self
+
+
+class Settings(BaseModel):
+    """What the environment, .env and the head of jobs.yaml set; names as in the environment."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    database: Path
+    api_host: str = Field("127.0.0.1", min_length=1, description="a host name or address")
+    api_port: int = Field(8000, ge=0, le=65535, description="0 to 65535; 0 takes a free one")
+    admin_token: SecretValue | None = None
+    default_poll_interval: int = Field(120, ge=1, le=86400, description="whole seconds")
+    min_poll_interval: int = Field(30, ge=1, le=86400, description="whole seconds, 1 to 86400")
+    max_poll_interval: int = Field(3600, ge=1, le=86400, description="whole seconds, 1 to 86400")
+    max_retries: int = Field(3, ge=0, le=100, description="0 to 100")
+    retry_delay: int = Field(60, ge=1, le=3600, description="whole seconds, 1 to 3600")
+    trigger_settle_seconds: int = Field(
+        120, ge=1, le=86400, description="whole seconds, 1 to 86400"
+    )
+    openai_base_url: str | None = None
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
+        "INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="text or json")
+    log_file: Path | None = None
+    secret_key: SecretValue | None = None
+    secret_key_file: Path | None = None
+    credentials_directory: Path | None = None
+
+    @property
+    def job_context(self) -> dict[str, Any]:
+        """What `JobSpec` needs to know of the settings."""
+        bounds = (self.min_poll_interval, self.max_poll_interval)
+        return {"bounds": bounds, "default_interval": self.default_poll_interval}
+
+
+class AdminBlock(Strict):
+    host: Text = Field("127.0.0.1", description="a host name or address")
+    port: int = Field(8000, ge=0, le=65535, description="0 to 65535")
+
+
+class JobsFile(Strict):
+    """jobs.yaml without its jobs, which are validated one by one."""
+
+    database: Text = Field("teckochecker.db", description="the path of the SQLite file")
+    admin: AdminBlock = Field(
+        AdminBlock(host="127.0.0.1", port=8000), description="a block with host and port"
+    )
+    secrets: dict[Name, SecretRef] = Field({}, description="a block of name: {type, env or file}")
+    jobs: list[Any] = Field([], description="a list of jobs")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSeen:
+    """What one answer of OpenAI says of a batch. Times are unix seconds (Batch object, API
+    reference: https://platform.openai.com/docs/api-reference/batch/object)."""
+
+    batch_id: str
+    status: str
+    created_at: float | None = None
+    expires_at: float | None = None
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    requests_total: int = 0
+    requests_completed: int = 0
+    requests_failed: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(BatchSeen):
+    """A batch as the store remembers it; `status` is "" until it was seen once."""
+
+    changed_at: float = 0.0  # when we last saw anything about it change
+    missing_since: float | None = None  # first of the 404s in a row
+    missing_checks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """A row of the outbox: one Keboola job that has to be started, once."""
+
+    id: str
+    job_id: int
+    round: int
+    state: TriggerState
+    stack_url: str
+    secret: str
+    body: str  # JSON, frozen when the decision fell
+    partial: bool  # some batch did not complete
+    on_ambiguous: str
+    created_at: float
+    attempts: int = 0
+    searches: int = 0
+    sent_at: float | None = None
+    unknown_at: float | None = None
+    keboola_job_id: str | None = None
+    keboola_status: str | None = None
+    message: str | None = None
+    finished_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job as the store has it."""
+
+    id: int
+    name: str
+    origin: str  # file or store
+    spec: JobSpec
+    status: JobStatus
+    removed_at: float | None
+    round: int
+    errors_in_row: int
+    last_error: str | None
+    last_check_at: float | None
+    last_ok_at: float
+    next_check_at: float | None
+    created_at: float
+    completed_at: float | None
+
+    @property
+    def shown_status(self) -> str:
+        return "removed" if self.removed_at is not None else self.status
+
+
+@dataclass(frozen=True, slots=True)
+class KeboolaJob:
+    """What Keboola says of a job; statuses as in its queue's OpenAPI description."""
+
+    id: str
+    status: str
+    is_finished: bool
+    message: str | None
+
+
+# ── Decisions ─────────────────────────────────────────────────────────────────────────────────
+
+
+Event = Literal[
+    # to a job
+    "pause", "resume", "retry", "new_round", "give_up", "fire", "succeed_partly",
+    # to a trigger
+    "claim", "postpone", "lose", "resend",
+    # to a trigger, and with it to its job
+    "accept", "reject", "hold", "resettle", "withdraw", "succeed", "fail",
+]  # fmt: skip
+
+JOB_STEPS: dict[JobStatus, dict[Event, JobStatus]] = {
+    "active": {"pause": "paused", "fire": "triggering", "give_up": "failed", "new_round": "active"},
+    "paused": {"resume": "active", "new_round": "paused"},
+    "triggering": {
+        "accept": "triggered",
+        "reject": "failed",
+        "hold": "failed",
+        "withdraw": "active",
+        "new_round": "active",
+    },
+    "triggered": {
+        "succeed": "completed",
+        "succeed_partly": "completed_with_failures",
+        "fail": "failed",
+        "new_round": "active",
+    },
+    "completed": {"new_round": "active"},
+    "completed_with_failures": {"new_round": "active"},
+    "failed": {"retry": "active", "resettle": "triggering", "new_round": "active"},
+}
+
+TRIGGER_STEPS: dict[TriggerState, dict[Event, TriggerState]] = {
+    "pending": {"claim": "sending", "withdraw": "withdrawn", "reject": "rejected"},
+    "sending": {
+        "accept": "running",
+        "postpone": "pending",
+        "reject": "rejected",
+        "lose": "unknown",
+    },
+    "unknown": {"accept": "running", "resend": "pending", "hold": "held"},
+    "held": {"resettle": "unknown"},
+    "running": {"succeed": "succeeded", "fail": "failed"},
+    "succeeded": {},
+    "failed": {},
+    "rejected": {},
+    "withdrawn": {},
+}
+
+EXPECTED_BATCH = ("validating", "in_progress", "finalizing", "cancelling")
+FINISHED_BATCH = ("completed", "failed", "expired", "cancelled")
+REFUSED = (400, 401, 403, 404, 422)  # Keboola understood and said no: nothing was started
+BAD_KEY = (401, 403)
+
+
+def next_state(table: dict[S, dict[Event, S]], state: S, event: Event) -> S:
+    """Where `event` leads from `state`; an unlisted step is a Conflict and changes nothing."""
+    if event not in table[state]:
+        raise Conflict(f"there is no step {event!r} from {state!r}")
+    return table[state][event]
+
+
+def moved(trigger: Trigger, event: Event, now: float, **facts: Any) -> Trigger:
+    """The trigger after `event`, with the times and counts that belong to it."""
+    after = replace(trigger, state=next_state(TRIGGER_STEPS, trigger.state, event), **facts)
+    if event == "claim":
+        after = replace(after, attempts=after.attempts + 1, sent_at=after.sent_at or now)
+    if event == "postpone" and after.unknown_at is None:
+        after = replace(after, sent_at=None)  # never on the wire, so its target may still change
+    if event in ("lose", "resettle"):
+        after = replace(after, unknown_at=now, searches=0)
+    if not TRIGGER_STEPS[after.state]:
+        after = replace(after, finished_at=now)
+    return after
+
+
+def has_data(batch: BatchSeen) -> bool:
+    """Whether any request succeeded. Where OpenAI gives no counts, an output file tells."""
+    if batch.requests_total:
+        return batch.requests_completed > 0
+    return batch.output_file_id is not None
+
+
+def outcome(batch: BatchSeen) -> Literal["completed", "failed"] | None:
+    """What a batch amounts to; None while it is not finished or its status is unknown to us.
+
+    `completed` promises no success: every line may have failed, and then there is no output.
+    """
+    if batch.status not in FINISHED_BATCH:
+        return None
+    return "completed" if batch.status == "completed" and has_data(batch) else "failed"
+
+
+def describe_end(batch: BatchSeen) -> str:
+    """A finished batch in a few words, for logs and `last_error`."""
+    if batch.status == "completed" and not has_data(batch):
+        return f"{batch.batch_id} completed without data: not one request succeeded"
+    done = f"{batch.requests_completed} of {batch.requests_total} requests succeeded"
+    return f"{batch.batch_id} {batch.status}: {batch.error or done}"
+
+
+def merged(known: Batch, seen: BatchSeen, now: float) -> Batch:
+    """What we know of a batch after an answer about it; `changed_at` moves with any progress."""
+    news = {f.name: getattr(seen, f.name) for f in fields(BatchSeen)}
+    changed = any(getattr(known, name) != value for name, value in news.items())
+    at = now if changed else known.changed_at
+    return replace(known, **news, changed_at=at, missing_since=None, missing_checks=0)
+
+
+def denied(known: Batch, now: float) -> Batch:
+    """What we know of a batch after OpenAI said 404."""
+    since = known.missing_since if known.missing_since is not None else now
+    return replace(known, missing_since=since, missing_checks=known.missing_checks + 1)
+
+
+def is_lost(batch: Batch, now: float) -> bool:
+    """OpenAI denied it often and long enough to believe it."""
+    waited = now - (batch.missing_since if batch.missing_since is not None else now)
+    return batch.missing_checks >= MISSING_CHECKS and waited >= MISSING_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What follows from the batches: go on (None), "fire", or "give_up" for `reason`."""
+
+    event: Event | None
+    reason: str = ""
+    partial: bool = False
+
+
+def decide(watch: OpenAIBatches, batches: Sequence[Batch], now: float) -> Verdict:
+    """Whether a job fires, fails, or goes on waiting."""
+    if lost := [b.batch_id for b in batches if is_lost(b, now)]:
+        who = "a key of another project sees 404 too"
+        return Verdict("give_up", f"OpenAI does not know {', '.join(lost)} ({who})")
+    ends = [outcome(b) for b in batches]
+    failed = [b for b, end in zip(batches, ends, strict=True) if end == "failed"]
+    if failed and watch.trigger_when == "all_completed":
+        return Verdict("give_up", "; ".join(map(describe_end, failed)))
+    if all(ends):
+        return Verdict("fire", partial=bool(failed))
+    return Verdict(None)
+
+
+def remarks(batches: Sequence[Batch], now: float) -> list[str]:
+    """What a person should know of batches that go on being checked."""
+    said = []
+    for b in batches:
+        if outcome(b) is not None:
+            continue
+        if b.status and b.status not in EXPECTED_BATCH:
+            said.append(f"{b.batch_id} has a status we do not know: {b.status!r}")
+        elif b.expires_at is not None and now > b.expires_at:
+            said.append(f"{b.batch_id} is past its expires_at and still {b.status}")
+        elif b.status and now - b.changed_at >= STALLED_SECONDS:
+            said.append(f"{b.batch_id} has made no progress for {span(now - b.changed_at)}")
+    return said
+
+
+def span(seconds: float) -> str:
+    """A duration for people: 45 s, 12 min, 3 h, 2 d."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+def trigger_body(spec: JobSpec, batches: Sequence[Batch], trigger_id: str) -> dict[str, Any]:
+    """The body of Keboola's POST /jobs. Every value is a non-empty string: Keboola refuses an
+    empty one, and ignores variables that a configuration does not define."""
+    ends = {"completed": [b for b in batches if outcome(b) == "completed"]}
+    ends["failed"] = [b for b in batches if b not in ends["completed"]]
+    values = dict(spec.trigger.variables)
+    for end, group in ends.items():
+        values[f"batch_ids_{end}"] = json.dumps([b.batch_id for b in group])
+        values[f"batch_count_{end}"] = str(len(group))
+    values["batch_count_total"] = str(len(batches))
+    for kind in ("output", "error"):
+        ids = [getattr(b, f"{kind}_file_id") for b in batches]
+        values[f"{kind}_file_ids"] = json.dumps([i for i in ids if i])
+    for count in ("total", "completed", "failed"):
+        values[f"request_count_{count}"] = str(
+            sum(getattr(b, f"requests_{count}") for b in batches)
+        )
+    values |= {"teckochecker_job": spec.name, "teckochecker_trigger_id": trigger_id}
+    return {
+        "mode": "run",
+        "component": spec.trigger.component_id,
+        "config": spec.trigger.configuration_id,
+        "variableValuesData": {"values": [{"name": k, "value": v} for k, v in values.items()]},
+    }
+
+
+def after_post(error: KeboolaError) -> Event:
+    """What a POST that brought no job id means for the trigger (INTERFACE, Triggering once)."""
+    if not error.sent or error.status == 429:
+        return "postpone"
+    return "reject" if error.status in REFUSED else "lose"
+
+
+def after_search(trigger: Trigger, now: float, window: float) -> Event | None:
+    """What one more successful search without our trigger means; None: search again later.
+
+    The index lags, so only a search made at the end of the window proves an absence.
+    """
+    waited = now - (trigger.unknown_at or now)
+    if trigger.searches + 1 < SETTLE_SEARCHES or waited < window:
+        return None
+    return "hold" if trigger.on_ambiguous == "hold" else "resend"
+
+
+def after_follow(job: KeboolaJob) -> Event | None:
+    """What Keboola's word on a running job means; None: it goes on."""
+    if not job.is_finished:
+        return None
+    return "succeed" if job.status in ("success", "warning") else "fail"
+
+
+def settle_wait(trigger: Trigger, now: float, window: float) -> float:
+    """Seconds until the next search: four in a window, the last one at its very end."""
+    step, left = window / 4, (trigger.unknown_at or now) + window - now
+    return left if 0 < left < step else step
+
+
+def backoff(attempt: int, longest: float, luck: float) -> float:
+    """Seconds before retry number `attempt` (from 1): 1, 2, 4, ... at most `longest`, of which
+    `luck` (0 to 1) takes away up to half, so that clients that failed together part ways."""
+    return min(BACKOFF_FIRST * 2.0 ** min(attempt - 1, 30), longest) * (1 - luck / 2)
+
+
+def wait_after_error(
+    error: TeckoError, errors_in_row: int, interval: float, settings: Settings, luck: float
+) -> float:
+    """Seconds until the next try, after the `errors_in_row`-th failure in a row."""
+    if isinstance(error, UpstreamError) and error.retry_after is not None:
+        return max(BACKOFF_FIRST, min(error.retry_after, LONGEST_WAIT))
+    if isinstance(error, UpstreamError) and error.status in BAD_KEY:
+        return min(interval * 2.0 ** min(errors_in_row, 10), max(LONGEST_WAIT, interval))
+    if error.permanent or errors_in_row > settings.max_retries:
+        return interval
+    return min(backoff(errors_in_row, settings.retry_delay, luck), interval)
+
+
+def parse_retry_after(value: str | None, now: float) -> float | None:
+    """Seconds out of a Retry-After header: a number or a date (RFC 9110, section 10.2.3)."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        try:
+            return max(0.0, parsedate_to_datetime(value).timestamp() - now)
+        except ValueError:
+            return None
+
+
+# ── Secrets ───────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class SealedSecret:
+    """A row of the table `secrets`."""
+
+    id: int
+    name: str
+    type: str
+    value: bytes
+    key_id: str
+    created_at: float
+
+
+def parse_master_key(text: str) -> bytes:
+    """32 bytes from url-safe base64; a made-up one (the example's, one letter repeated) is
+    refused, since what is encrypted under a published key is not encrypted."""
+    try:
+        key = base64.b64decode(text.strip().encode(), altchars=b"-_", validate=True)
+    except ValueError:
+        key = b""
+    if len(key) != 32 or len(set(key)) < 8:
+        raise SecretError(
+            f"the master key is not 32 random bytes in base64: found {len(text.strip())}"
+            " characters, 44 needed",
+            hint="teckochecker.py init makes one where there is none",
+        )
+    return key
+
+
+def new_master_key() -> str:
+    return base64.urlsafe_b64encode(randomness.token_bytes(32)).decode()
+
+
+def clean_secret(value: str) -> str:
+    """A value without the white space that pasting leaves around it; never echoed in an error."""
+    value = value.strip()
+    if not value or CONTROL.search(value) or not value.isascii():
+        raise SecretError(
+            "a secret's value is printable ASCII, without control characters, not empty"
+        )
+    return value
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write `path` (mode 0600) at once or not at all."""
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise
+
+
+class Vault:
+    """The master keys, and sealing and opening with them.
+
+    Keys are separated by commas or white space; the first seals, all open. A key file holds
+    two only while `secret rotate` is at work, so a crash in its middle leaves all readable.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._keys: dict[str, bytes] = {}  # key id -> key; the first one seals
+
+    @property
+    def file(self) -> Path | None:
+        """The key file in use; None when the key comes from SECRET_KEY itself."""
+        s = self._settings
+        if s.secret_key is not None:
+            return None
+        if s.secret_key_file is not None:
+            return s.secret_key_file
+        if s.credentials_directory is not None:
+            credential = s.credentials_directory / "secret_key"
+            if credential.exists():
+                return credential
+        return s.database.parent / "teckochecker.key"
+
+    def load(self, *, required: bool) -> None:
+        """Read the keys; without any, and none `required`, secrets just cannot be sealed."""
+        s, file = self._settings, self.file
+        if file is None:
+            text = s.secret_key.reveal() if s.secret_key else ""
+        elif file.exists():
+            text = file.read_text()
+        elif required or s.secret_key_file is not None:
+            raise SecretError(
+                f"there is no master key at {file}", hint="teckochecker.py init makes one"
+            )
+        else:
+            return
+        keys = [parse_master_key(part) for part in re.split(r"[\s,]+", text.strip())]
+        self._keys = {hashlib.sha256(key).hexdigest()[:16]: key for key in keys}
+
+    @property
+    def key_id(self) -> str:
+        """Names the key that seals: the first 16 hexadecimal digits of its SHA-256."""
+        if not self._keys:
+            self.load(required=True)
+        return next(iter(self._keys))
+
+    def seal(self, name: str, kind: str, value: SecretValue) -> tuple[bytes, str]:
+        """Nonce, ciphertext and tag (AES-256-GCM, NIST SP 800-38D), and the key's id. Name, type
+        and key id are authenticated: a row moved to another name does not decrypt."""
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        key_id, nonce = self.key_id, randomness.token_bytes(12)
+        bound = json.dumps([name, kind, key_id]).encode()
+        return nonce + AESGCM(self._keys[key_id]).encrypt(
+            nonce, value.reveal().encode(), bound
+        ), key_id
+
+    def open(self, row: SealedSecret) -> SecretValue:
+        from cryptography.exceptions import InvalidTag
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        if row.key_id not in self._keys:
+            self.load(required=True)  # rotated by another process since we read it
+        if row.key_id not in self._keys:
+            where = self.file or "SECRET_KEY"
+            raise SecretError(f"secret {row.name!r} was sealed with a key that is not in {where}")
+        bound = json.dumps([row.name, row.type, row.key_id]).encode()
+        try:
+            plain = AESGCM(self._keys[row.key_id]).decrypt(row.value[:12], row.value[12:], bound)
+        except InvalidTag:
+            raise SecretError(
+                f"secret {row.name!r} does not decrypt: its row was changed"
+            ) from None
+        return SecretValue(plain.decode())
+
+    def begin_rotation(self) -> None:
+        """Put a fresh key in front of the key file's; from here on it seals."""
+        if self.file is None:
+            if len(self._keys) < 2:
+                raise SecretError(
+                    "SECRET_KEY is set in the environment, which this command cannot change",
+                    hint="set SECRET_KEY=NEW,OLD, run this again, then drop OLD",
+                )
+            return
+        old = next(iter(self._keys.values())) if self._keys else None
+        texts = [new_master_key()] + ([base64.urlsafe_b64encode(old).decode()] if old else [])
+        write_private(self.file, "\n".join(texts) + "\n")
+        self.load(required=True)
+
+    def end_rotation(self) -> None:
+        """Forget every key but the first, now that nothing is sealed with them."""
+        if self.file is not None:
+            first = next(iter(self._keys.values()))
+            write_private(self.file, base64.urlsafe_b64encode(first).decode() + "\n")
+            self.load(required=True)
+
+
+def read_reference(name: str, ref: SecretRef, env: Mapping[str, str], base: Path) -> SecretValue:
+    """A secret that jobs.yaml refers to; read at each use, so that a changed file counts."""
+    if ref.env is not None:
+        if ref.env not in env:
+            raise SecretError(f"secret {name!r}: the environment variable {ref.env} is not set")
+        return SecretValue(clean_secret(env[ref.env]))
+    try:
+        return SecretValue(clean_secret((base / str(ref.file)).read_text()))
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "it is not text"
+        raise SecretError(f"secret {name!r}: cannot read {ref.file}: {why}") from None
+
+
+# ── Config ────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings, secret references and jobs. `jobs` is None where there is no jobs.yaml.
+
+    `problems` is what is wrong with the jobs: a command that runs none may go on despite it.
+    """
+
+    path: Path
+    settings: Settings
+    env: Mapping[str, str]
+    secrets: Mapping[str, SecretRef]
+    jobs: list[JobSpec] | None
+    lines: Mapping[str, int]
+    problems: list[str]
+
+
+def jobs_yaml_loader() -> type[Any]:
+    """YAML's JSON-like core: null, true/false and plain decimal integers are typed, all else is
+    text. So `region: no` is not False, `configuration_id: 0123` not 83, and 1.10 stays 1.10."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    for tag, pattern, first in (
+        ("null", r"~|null|", ["~", "n", ""]),
+        ("bool", r"true|false", ["t", "f"]),
+        ("int", r"-?(?:0|[1-9][0-9]*)", list("-0123456789")),
+        ("merge", r"<<", ["<"]),
+    ):
+        Loader.add_implicit_resolver(
+            f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first
+        )
+    return Loader
+
+
+Path_ = tuple[str | int, ...]
+
+
+class YamlReader:
+    """One YAML file as plain data, with the line of every path and every problem found."""
+
+    def __init__(self, path: Path, env: Mapping[str, str]) -> None:
+        self.path, self.env = path, env
+        self.lines: dict[Path_, int] = {(): 1}
+        self.problems: list[tuple[Path_, str]] = []
+
+    def read(self) -> Any:
+        import yaml
+
+        try:
+            loader = jobs_yaml_loader()(self.path.read_text(encoding="utf-8-sig"))
+            node = loader.get_single_node()
+            return {} if node is None else self._plain(loader, node, ())
+        except yaml.MarkedYAMLError as e:
+            line = e.problem_mark.line + 1 if e.problem_mark else 1
+            raise Invalid([f"{self.path}:{line}: not YAML: {e.problem or e.context}"]) from None
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise Invalid([f"{self.path}: not a YAML text: {str(e).splitlines()[0]}"]) from None
+        except RecursionError:
+            raise Invalid([f"{self.path}: an alias that contains itself"]) from None
+        except OSError as e:
+            raise Invalid([f"{self.path}: cannot be read: {e.strerror}"]) from None
+
+    def _plain(self, loader: Any, node: Any, at: Path_) -> Any:
+        self.lines.setdefault(at, node.start_mark.line + 1)
+        if node.id == "mapping":
+            return self._mapping(loader, node, at)
+        if node.id == "sequence":
+            return [self._plain(loader, item, (*at, i)) for i, item in enumerate(node.value)]
+        value = loader.construct_object(node)
+        return self._substitute(value, at) if isinstance(value, str) else value
+
+    def _mapping(self, loader: Any, node: Any, at: Path_) -> dict[str, Any]:
+        own = [k.value for k, _ in node.value if not k.tag.endswith(":merge")]
+        for key in {str(k) for k in own if own.count(k) > 1}:
+            self.problems.append(((*at, key), "stands here twice"))
+        loader.flatten_mapping(node)
+        out = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            self.lines[(*at, key)] = key_node.start_mark.line + 1
+            out[key] = self._plain(loader, value_node, (*at, key))
+        return out
+
+    def _substitute(self, text: str, at: Path_) -> str:
+        def value(found: re.Match[str]) -> str:
+            if found[1] not in self.env:
+                self.problems.append((at, f"${{{found[1]}}} is not set in the environment"))
+            return self.env.get(found[1], "")
+
+        return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", value, text)
+
+    def line(self, at: Path_) -> int:
+        while at not in self.lines:
+            at = at[:-1]
+        return self.lines[at]
+
+
+def field_of(model: type[BaseModel], at: Path_) -> tuple[type[BaseModel], str]:
+    """The innermost model on the path `at`, and what the innermost field allows."""
+    allowed = ""
+    for part in at:
+        info = model.model_fields.get(str(part))
+        if info is not None:
+            allowed = info.description or allowed
+            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+                model = info.annotation
+        elif issubclass(model, JobsFile) and not isinstance(part, int):
+            model = SecretRef  # a name below `secrets`
+    return model, allowed
+
+
+def problem_text(model: type[BaseModel], error: Any) -> str:
+    """One pydantic error as: what was found, and what is allowed."""
+    inner, allowed = field_of(model, error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = sorted(inner.model_fields)
+        if inner is SecretRef and error["loc"][-1] == "value":
+            return "a secret's value does not belong here; allowed: env, file, or `secret add`"
+        return f"unknown key; allowed: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"missing; needed: {allowed}"
+    if error["type"] == "value_error":
+        why = str(error["ctx"]["error"])
+        allowed = (
+            why.removeprefix("allowed: ") if why.startswith("allowed: ") else f"{allowed} ({why})"
+        )
+    found = "" if inner is SecretRef else f"found {redact(repr(error['input']))[:80]}; "
+    return f"{found}allowed: {allowed}"
+
+
+def dotted(at: Path_) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
+
+
+def validated(
+    model: type[BaseModel], data: Any, context: Mapping[str, Any]
+) -> tuple[Any, list[Any]]:
+    """The model, or None and the errors with their paths and texts."""
+    try:
+        return model.model_validate(data, context=dict(context)), []
+    except ValidationError as e:
+        found = e.errors(include_url=False)
+        return None, [(tuple(error["loc"]), problem_text(model, error)) for error in found]
+
+
+def parse_job(data: Mapping[str, Any], settings: Settings) -> JobSpec:
+    """A job that did not come from a file; its errors name the field."""
+    job, errors = validated(JobSpec, data, settings.job_context)
+    if job is None:
+        raise Invalid([f"{dotted(at)}: {text}" if at else text for at, text in errors])
+    return cast(JobSpec, job)
+
+
+ENVIRONMENT = """
+    API_HOST API_PORT ADMIN_TOKEN DEFAULT_POLL_INTERVAL MIN_POLL_INTERVAL MAX_POLL_INTERVAL
+    MAX_RETRIES RETRY_DELAY TRIGGER_SETTLE_SECONDS OPENAI_BASE_URL LOG_LEVEL LOG_FORMAT LOG_FILE
+    SECRET_KEY SECRET_KEY_FILE CREDENTIALS_DIRECTORY
+    """.split()
+
+
+def database_path(url: str, base: Path) -> Path:
+    """The file that DATABASE_URL means: sqlite:///relative, sqlite:////absolute, or a path."""
+    scheme, found, rest = url.partition("://")
+    if found and scheme != "sqlite":
+        raise Invalid([f"DATABASE_URL: found {scheme}://; allowed: sqlite:///path or a path"])
+    path = rest.removeprefix("/") if found else url
+    if not path or path == ":memory:":
+        raise Invalid(["DATABASE_URL: found no file; allowed: sqlite:///path or a path"])
+    return (base / path).absolute()
+
+
+def settings_from(env: Mapping[str, str], file: JobsFile, base: Path) -> Settings:
+    """The environment over jobs.yaml; every wrong value is named with what is allowed."""
+    given: dict[str, Any] = {"api_host": file.admin.host, "api_port": file.admin.port}
+    given |= {name.lower(): env[name].strip() for name in ENVIRONMENT if env.get(name, "").strip()}
+    given["database"] = database_path(env.get("DATABASE_URL") or file.database, base)
+    for name in ("admin_token", "secret_key"):
+        if name in given:
+            given[name] = SecretValue(given[name])
+    for name in ("log_level", "log_format"):
+        if name in given:
+            given[name] = given[name].upper() if name == "log_level" else given[name].lower()
+    for name in ("secret_key_file", "log_file"):
+        if name in given:
+            given[name] = base / given[name]
+    settings, errors = validated(Settings, given, {})
+    if settings is None:
+        raise Invalid([f"environment: {str(at[0]).upper()}: {text}" for at, text in errors])
+    s = cast(Settings, settings)
+    if not s.min_poll_interval <= s.default_poll_interval <= s.max_poll_interval:
+        raise Invalid(
+            ["environment: DEFAULT_POLL_INTERVAL is not between MIN_ and MAX_POLL_INTERVAL"]
+        )
+    if s.api_host not in LOOPBACK and s.admin_token is None:
+        raise Invalid(
+            [f"the admin surface would listen on {s.api_host} without a token"],
+            hint="set ADMIN_TOKEN, or leave API_HOST at 127.0.0.1",
+        )
+    return s
+
+
+def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = False) -> Config:
+    """Read jobs.yaml, the .env beside it and the environment.
+
+    Raises Invalid for what leaves no settings to work with; `problems` has what is wrong with
+    the jobs themselves.
+    """
+    from dotenv import dotenv_values
+
+    base = path.absolute().parent
+    dot_env = dotenv_values(base / ".env", interpolate=False) if (base / ".env").is_file() else {}
+    env = {**{k: v for k, v in dot_env.items() if v is not None}, **environ}
+    exists = path.exists()
+    if must_exist and not exists:
+        raise Invalid(
+            [f"{path}: there is no such file"], hint="teckochecker.py init writes a first one"
+        )
+    reader = YamlReader(path, env)
+    data = reader.read() if exists else {}
+    if not isinstance(data, dict):
+        raise Invalid([f"{path}:1: found {data!r:.40}; allowed: database, admin, secrets, jobs"])
+    jobs_data = data.get("jobs") or []
+    head = {k: v for k, v in data.items() if k != "jobs" and v is not None}
+    file, errors = validated(JobsFile, head | {"jobs": jobs_data}, {})
+    if file is None or (
+        reader.problems and not all(at[:1] == ("jobs",) for at, _ in reader.problems)
+    ):
+        found = [(tuple(at), text) for at, text in [*reader.problems, *errors]]
+        raise Invalid([f"{path}:{reader.line(at)}: {dotted(at)}: {text}" for at, text in found])
+    settings = settings_from(env, file, base)
+    jobs, problems = read_jobs(file.jobs, settings, reader)
+    lines = {job.name: reader.line(("jobs", i)) for i, job in jobs}
+    specs = [job for _, job in jobs] if exists else None
+    return Config(path, settings, env, file.secrets, specs, lines, problems)
+
+
+def read_jobs(
+    items: list[Any], settings: Settings, reader: YamlReader
+) -> tuple[list[tuple[int, JobSpec]], list[str]]:
+    """The good jobs with their places in the file, and what is wrong with the others."""
+    jobs: list[tuple[int, JobSpec]] = []
+    found: list[tuple[Path_, str]] = [(at, text) for at, text in reader.problems]
+    names: dict[str, int] = {}
+    for i, item in enumerate(items):
+        job, errors = validated(JobSpec, item, settings.job_context)
+        found += [(("jobs", i, *at), text) for at, text in errors]
+        if job is None:
+            continue
+        if job.name in names:
+            found.append(
+                (("jobs", i, "name"), f"line {names[job.name]} has a job of this name already")
+            )
+        names.setdefault(job.name, reader.line(("jobs", i)))
+        jobs.append((i, job))
+
+    def text(at: Path_, what: str) -> str:
+        item = items[at[1]] if len(at) > 1 and isinstance(at[1], int) else None
+        name = item.get("name") if isinstance(item, dict) else None
+        job = f"job {name!r}" if name else f"job number {int(at[1]) + 1}"
+        return f"{reader.path}:{reader.line(at)}: {job}: {dotted(at[2:]) or 'job'}: {what}"
+
+    found.sort(key=lambda problem: reader.line(problem[0]))
+    return jobs, [text(at, what) for at, what in found]
+
+
+def secret_problems(job: JobSpec, stored: Mapping[str, str], config: Config) -> list[str]:
+    """Which secrets of a job are not there or of another type; `stored`: name -> type."""
+    said = []
+    for kind, name in job.secrets().items():
+        ref = config.secrets.get(str(name))
+        found = stored.get(str(name)) or (ref.type if ref else None)
+        if found is None:
+            known = ", ".join(sorted({*stored, *config.secrets})) or "none yet"
+            said.append(f"there is no secret {name!r} (there are: {known})")
+        elif found != kind:
+            said.append(f"secret {name!r} is of type {found}; needed: {kind}")
+    return said
+
+
+def all_problems(config: Config, stored: Mapping[str, str]) -> list[str]:
+    """Everything that keeps this configuration from being run."""
+    problems = list(config.problems)
+    for job in config.jobs or []:
+        where = f"{config.path}:{config.lines[job.name]}: job {job.name!r}: secret: "
+        problems += [where + text for text in secret_problems(job, stored, config)]
+        for name in job.secrets().values():
+            if str(name) not in stored and (ref := config.secrets.get(str(name))):
+                try:
+                    read_reference(str(name), ref, config.env, config.path.absolute().parent)
+                except SecretError as e:
+                    problems.append(where + str(e))
+    return problems
+
+
+# ── Store ─────────────────────────────────────────────────────────────────────────────────────
+
+# Times are unix seconds, UTC. For PostgreSQL: AUTOINCREMENT becomes GENERATED ALWAYS AS IDENTITY,
+# BLOB becomes BYTEA, REAL becomes DOUBLE PRECISION; the statements further down stay.
+MIGRATIONS = (
+    """
+    CREATE TABLE secrets (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        name TEXT NOT NULL UNIQUE,
+        type TEXT NOT NULL,                  -- openai, keboola or api
+        value BLOB NOT NULL,                 -- nonce, ciphertext and tag
+        key_id TEXT NOT NULL,                -- the master key that sealed it
+        created_at REAL NOT NULL
+    );
+    CREATE TABLE polling_jobs (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        name TEXT NOT NULL UNIQUE,
+        origin TEXT NOT NULL,                -- file (jobs.yaml) or store (command line, REST)
+        spec TEXT NOT NULL,                  -- the job as its author wrote it, JSON
+        openai_secret TEXT NOT NULL,         -- name of the secret that spec uses
+        keboola_secret TEXT NOT NULL,        -- likewise
+        poll_interval_seconds INTEGER NOT NULL,
+        status TEXT NOT NULL,                -- see JOB_STEPS
+        removed_at REAL,                     -- when it left jobs.yaml; NULL: it is there
+        round INTEGER NOT NULL DEFAULT 1,    -- a round fires at most once: see triggers
+        errors_in_row INTEGER NOT NULL DEFAULT 0,
+        last_error TEXT,                     -- NULL: nothing to say
+        last_check_at REAL,                  -- NULL: never checked
+        last_ok_at REAL NOT NULL,            -- last successful check, or since when one is awaited
+        next_check_at REAL,                  -- NULL: none is planned
+        created_at REAL NOT NULL,
+        completed_at REAL                    -- NULL: it has not ended
+    );
+    CREATE TABLE polling_batches (
+        job_id INTEGER NOT NULL REFERENCES polling_jobs (id) ON DELETE CASCADE,
+        position INTEGER NOT NULL,           -- its place in batch_ids
+        batch_id TEXT NOT NULL,
+        status TEXT NOT NULL DEFAULT '',     -- as OpenAI says; empty: not seen yet
+        created_at REAL,                     -- NULL, here and below: OpenAI did not say
+        expires_at REAL,
+        output_file_id TEXT,
+        error_file_id TEXT,
+        requests_total INTEGER NOT NULL DEFAULT 0,
+        requests_completed INTEGER NOT NULL DEFAULT 0,
+        requests_failed INTEGER NOT NULL DEFAULT 0,
+        error TEXT,                          -- why its input was refused
+        changed_at REAL NOT NULL,            -- when we last saw it make progress
+        missing_since REAL,                  -- first of the 404s in a row; NULL: the last was none
+        missing_checks INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (job_id, position)
+    );
+    CREATE TABLE triggers (
+        id TEXT PRIMARY KEY,                 -- also in the body, for Keboola's search
+        job_id INTEGER NOT NULL REFERENCES polling_jobs (id) ON DELETE CASCADE,
+        round INTEGER NOT NULL,
+        state TEXT NOT NULL,                 -- see TRIGGER_STEPS
+        stack_url TEXT NOT NULL,
+        secret TEXT NOT NULL,                -- name of the Keboola token
+        body TEXT NOT NULL,                  -- of POST /jobs, frozen with the decision
+        partial BOOLEAN NOT NULL,            -- some batch did not complete
+        on_ambiguous TEXT NOT NULL,          -- resend or hold
+        created_at REAL NOT NULL,
+        attempts INTEGER NOT NULL,           -- POSTs begun
+        searches INTEGER NOT NULL,           -- successful ones since unknown_at
+        sent_at REAL,                        -- first POST that may have arrived; NULL: none
+        unknown_at REAL,                     -- when last an answer was lost; NULL: never
+        keboola_job_id TEXT,                 -- NULL until Keboola named it
+        keboola_status TEXT,
+        message TEXT,                        -- Keboola's, on a failure
+        finished_at REAL,                    -- NULL while open or held
+        UNIQUE (job_id, round)               -- once: a second trigger of a round cannot exist
+    );
+    CREATE TABLE polling_logs (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        job_id INTEGER REFERENCES polling_jobs (id) ON DELETE CASCADE,
+        status TEXT NOT NULL,                -- created, checking, triggered, failed, error ...
+        message TEXT NOT NULL,
+        created_at REAL NOT NULL
+    );
+    CREATE INDEX logs_of_a_job ON polling_logs (job_id, id);
+    CREATE INDEX open_triggers ON triggers (job_id) WHERE finished_at IS NULL;
+    """,
+)
+
+
+class Plan(NamedTuple):
+    """What a job's timer depends on; another round is due at once."""
+
+    interval: int  # s
+    round: int
+
+
+ENDED = ("completed", "completed_with_failures", "failed")
+LOG_STATUS: dict[Event, str] = {  # what a log row calls a step of a trigger; others are errors
+    "accept": "triggered",
+    "succeed": "completed",
+    "reject": "failed",
+    "hold": "failed",
+    "fail": "failed",
+}
+BATCH_COLUMNS = tuple(f.name for f in fields(Batch))
+TRIGGER_COLUMNS = tuple(f.name for f in fields(Trigger))
+
+
+def job_of(row: Any) -> Job:
+    """A row of polling_jobs; its spec was validated when it came in, under the bounds of then."""
+    names = {f.name for f in fields(Job)} - {"spec"}
+    spec = JobSpec.model_validate_json(row["spec"], context={"bounds": (0, sys.maxsize)})
+    return Job(spec=spec, **{name: row[name] for name in names})
+
+
+def spec_columns(spec: JobSpec) -> dict[str, Any]:
+    """The columns of polling_jobs that come from a job's definition."""
+    return {
+        "name": spec.name,
+        "spec": spec.model_dump_json(),
+        "openai": spec.watch.secret,
+        "keboola": spec.trigger.secret,
+        "interval": spec.poll_interval,
+    }
+
+
+def changes(old: JobSpec, new: JobSpec) -> str:
+    """Which fields differ, for the log."""
+    before, after = old.model_dump(), new.model_dump()
+    parts = [
+        f"{k} {before[k]} -> {after[k]}" for k in ("name", "poll_interval") if before[k] != after[k]
+    ]
+    for block in ("watch", "trigger"):
+        parts += [f"{block}.{k} changed" for k, v in after[block].items() if v != before[block][k]]
+    return ", ".join(parts)
+
+
+def describe_progress(batch: Batch) -> str:
+    """A batch that has moved on, for the log."""
+    if outcome(batch) is not None:
+        return describe_end(batch)
+    done = batch.requests_completed + batch.requests_failed
+    return f"{batch.batch_id} {batch.status}, {done} of {batch.requests_total} requests done"
+
+
+def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The method is one transaction, and runs to its end even when its caller is cancelled: a
+    task cancelled between BEGIN and COMMIT would leave the database locked."""
+
+    @wraps(method)
+    async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        store = cast(Store, args[0])
+        return await asyncio.shield(
+            asyncio.ensure_future(store.transact(partial(method, *args, **kwargs)))
+        )
+
+    return wrapper
+
+
+class Store:
+    """The SQLite file: one connection, one writer, and the only place with SQL.
+
+    Every change is a compare-and-set or checks the state it starts from, since the command line
+    may write while the service runs. `now` is unix seconds. Raises StoreError when the file
+    cannot be used, Conflict or NotFound when a rule forbids the change.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = asyncio.Lock()
+        self._db: aiosqlite.Connection | None = None
+        self._news: list[tuple[int, str]] = []  # log lines of the transaction under way
+
+    async def __aenter__(self) -> Store:
+        import aiosqlite
+
+        try:
+            if not self.path.exists():
+                self.path.touch(mode=0o600)
+            self._db = await aiosqlite.connect(self.path, isolation_level=None)
+        except (OSError, sqlite3.Error) as e:
+            raise StoreError(f"cannot open the database {self.path}: {e}") from e
+        try:
+            self._db.row_factory = sqlite3.Row
+            await self._sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+            await self._sql("PRAGMA journal_mode = WAL")
+            await self._sql("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits
+            await self._sql("PRAGMA foreign_keys = ON")
+            await self._migrate()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def touch(self) -> None:
+        """Make the file and its tables where they are not."""
+        async with self:
+            pass
+
+    async def close(self) -> None:
+        async with self._lock:  # a transaction under way ends first
+            if self._db is not None:  # an open connection would keep the interpreter from exiting
+                await self._db.close()
+                self._db = None
+
+    async def transact(self, work: Callable[[], Awaitable[T]]) -> T:
+        async with self._lock:
+            await self._sql("BEGIN IMMEDIATE")  # a deferred one that reads first gets BUSY at once
+            try:
+                result = await work()
+                await self._sql("COMMIT")
+                self._tell()
+                return result
+            except BaseException:
+                with contextlib.suppress(StoreError):  # SQLite may have rolled back already
+                    await self._sql("ROLLBACK")
+                self._news.clear()
+                raise
+
+    async def _sql(self, sql: str, values: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+        """Run one statement inside of a transaction or under the lock; all its rows."""
+        if self._db is None:
+            raise StoreError("the database is closed")
+        try:
+            return list(await self._db.execute_fetchall(sql, {**values}))
+        except sqlite3.IntegrityError as e:
+            raise Conflict(f"the database refuses this: {e}") from e
+        except sqlite3.Error as e:
+            raise StoreError(f"database {self.path}: {e}") from e
+
+    async def _read(self, sql: str, values: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+        async with self._lock:
+            return await self._sql(sql, values)
+
+    async def _migrate(self) -> None:
+        [[version]] = await self._read("PRAGMA user_version")
+        if version > len(MIGRATIONS):
+            raise StoreError(
+                f"{self.path} was written by a newer TeckoChecker (schema {version})",
+                hint="run that version, or restore a backup made before it",
+            )
+        if version < len(MIGRATIONS):
+            await self._apply_migrations()
+
+    @transactional
+    async def _apply_migrations(self) -> None:
+        [[version]] = await self._sql("PRAGMA user_version")  # another process may have been first
+        for script in MIGRATIONS[version:]:
+            for statement in script.split(";\n"):
+                if statement.strip():
+                    await self._sql(statement)
+        await self._sql(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+    async def data_version(self) -> int:
+        """Changes whenever another process has committed something."""
+        [[version]] = await self._read("PRAGMA data_version")
+        return int(version)
+
+    # secrets
+
+    @transactional
+    async def add_secret(self, name: str, kind: str, value: bytes, key_id: str, now: float) -> int:
+        if await self._sql("SELECT 1 FROM secrets WHERE name = :name", {"name": name}):
+            raise Conflict(
+                f"there is a secret {name!r} already",
+                hint="delete it first, or choose another name",
+            )
+        [[secret_id]] = await self._sql(
+            "INSERT INTO secrets (name, type, value, key_id, created_at)"
+            " VALUES (:name, :kind, :value, :key_id, :now) RETURNING id",
+            {"name": name, "kind": kind, "value": value, "key_id": key_id, "now": now},
+        )
+        await self._log(None, "created", f"secret {name!r} of type {kind}", now)
+        return int(secret_id)
+
+    @transactional
+    async def replace_secret(
+        self, name: str, kind: str, value: bytes, key_id: str, now: float
+    ) -> int:
+        rows = await self._sql(
+            "UPDATE secrets SET value = :value, key_id = :key_id"
+            " WHERE name = :name AND type = :kind RETURNING id",
+            {"name": name, "kind": kind, "value": value, "key_id": key_id},
+        )
+        if not rows:
+            raise NotFound(f"there is no secret {name!r} of type {kind} to replace", code=1001)
+        await self._log(None, "updated", f"secret {name!r} has a new value", now)
+        return int(rows[0]["id"])
+
+    async def secrets(self) -> list[SealedSecret]:
+        rows = await self._read("SELECT * FROM secrets ORDER BY name")
+        return [SealedSecret(**row) for row in rows]
+
+    async def secret(self, name: str) -> SealedSecret | None:
+        rows = await self._read("SELECT * FROM secrets WHERE name = :name", {"name": name})
+        return SealedSecret(**rows[0]) if rows else None
+
+    @transactional
+    async def delete_secret(self, name: str, now: float) -> None:
+        users = await self._sql(
+            "SELECT name FROM polling_jobs WHERE :name IN (openai_secret, keboola_secret)"
+            " AND status IN ('active', 'paused', 'triggering', 'triggered') AND removed_at IS NULL",
+            {"name": name},
+        )
+        if users:
+            names = ", ".join(repr(row["name"]) for row in users[:5])
+            raise Conflict(f"secret {name!r} is in use by {names}", hint="delete those jobs first")
+        if not await self._sql(
+            "DELETE FROM secrets WHERE name = :name RETURNING id", {"name": name}
+        ):
+            raise NotFound(f"there is no stored secret {name!r}", code=1001)
+        await self._log(None, "deleted", f"secret {name!r}", now)
+
+    @transactional
+    async def reseal_secrets(self, reseal: Callable[[SealedSecret], tuple[bytes, str]]) -> int:
+        """Replace every secret's value and key id by what `reseal` makes of its row; how many."""
+        rows = await self._sql("SELECT * FROM secrets")
+        for row in rows:
+            value, key_id = reseal(SealedSecret(**row))
+            await self._sql(
+                "UPDATE secrets SET value = :value, key_id = :key_id WHERE id = :id",
+                {"value": value, "key_id": key_id, "id": row["id"]},
+            )
+        return len(rows)
+
+    # jobs
+
+    async def jobs(self, status: str | None = None) -> list[Job]:
+        rows = await self._read(
+            "SELECT * FROM polling_jobs WHERE :status IS NULL OR :status ="
+            " CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END ORDER BY id",
+            {"status": status},
+        )
+        return [job_of(row) for row in rows]
+
+    async def job(self, job_id: int) -> Job | None:
+        rows = await self._read("SELECT * FROM polling_jobs WHERE id = :id", {"id": job_id})
+        return job_of(rows[0]) if rows else None
+
+    async def find_job(self, ref: str) -> Job:
+        """The job with this id or name."""
+        column = "id" if ref.isdigit() else "name"
+        rows = await self._read(f"SELECT * FROM polling_jobs WHERE {column} = :ref", {"ref": ref})
+        if not rows:
+            what = f"ID {ref}" if column == "id" else f"name {ref!r}"
+            raise NotFound(f"Job with {what} not found", hint="teckochecker.py job list shows them")
+        return job_of(rows[0])
+
+    async def batches(self, job_id: int) -> list[Batch]:
+        rows = await self._read(
+            f"SELECT {', '.join(BATCH_COLUMNS)} FROM polling_batches"
+            " WHERE job_id = :job_id ORDER BY position",
+            {"job_id": job_id},
+        )
+        return [Batch(**row) for row in rows]
+
+    async def schedule(self) -> dict[int, Plan]:
+        """The jobs that have something left to do."""
+        rows = await self._read(
+            "SELECT id, poll_interval_seconds, round FROM polling_jobs"
+            " WHERE status = 'active' AND removed_at IS NULL"
+            " OR id IN (SELECT job_id FROM triggers WHERE finished_at IS NULL AND state <> 'held')"
+        )
+        return {int(row[0]): Plan(int(row[1]), int(row[2])) for row in rows}
+
+    @transactional
+    async def create_job(self, spec: JobSpec, origin: str, now: float) -> int:
+        return await self._create(spec, origin, now)
+
+    async def _create(self, spec: JobSpec, origin: str, now: float) -> int:
+        if await self._sql("SELECT 1 FROM polling_jobs WHERE name = :name", {"name": spec.name}):
+            raise Conflict(f"there is a job {spec.name!r} already", hint="choose another name")
+        spec = await self._with_secret_names(spec)
+        [[job_id]] = await self._sql(
+            "INSERT INTO polling_jobs (name, origin, spec, openai_secret, keboola_secret,"
+            " poll_interval_seconds, status, last_ok_at, created_at) VALUES (:name, :origin, :spec,"
+            " :openai, :keboola, :interval, 'active', :now, :now) RETURNING id",
+            {**spec_columns(spec), "origin": origin, "now": now},
+        )
+        await self._renew_batches(job_id, spec, now)
+        await self._log(job_id, "created", f"watches {', '.join(spec.watch.batch_ids)}", now)
+        return int(job_id)
+
+    async def _with_secret_names(self, spec: JobSpec) -> JobSpec:
+        """The job with names in place of the ids of secrets that the flat form may carry."""
+        blocks: dict[str, OpenAIBatches | KeboolaTrigger]
+        blocks = {"watch": spec.watch, "trigger": spec.trigger}
+        for key, block in blocks.items():
+            if isinstance(block.secret, int):
+                rows = await self._sql(
+                    "SELECT name FROM secrets WHERE id = :id", {"id": block.secret}
+                )
+                if not rows:
+                    raise NotFound(f"Secret with ID {block.secret} not found", code=1001)
+                blocks[key] = block.model_copy(update={"secret": rows[0]["name"]})
+        return spec.model_copy(update=blocks)
+
+    async def _renew_batches(self, job_id: int, spec: JobSpec, now: float) -> None:
+        await self._sql("DELETE FROM polling_batches WHERE job_id = :id", {"id": job_id})
+        for position, batch_id in enumerate(spec.watch.batch_ids):
+            await self._sql(
+                "INSERT INTO polling_batches (job_id, position, batch_id, changed_at)"
+                " VALUES (:job_id, :position, :batch_id, :now)",
+                {"job_id": job_id, "position": position, "batch_id": batch_id, "now": now},
+            )
+
+    @transactional
+    async def update_job(self, job_id: int, spec: JobSpec, now: float) -> None:
+        job = await self._job(job_id)
+        if job.origin == "file":
+            raise Conflict(
+                f"Cannot update {job.name!r}: it comes from jobs.yaml", hint="edit it there"
+            )
+        await self._update(job, spec, now)
+
+    async def _update(self, job: Job, spec: JobSpec, now: float) -> bool:
+        """Give a job its new definition; True when that changed anything.
+
+        Other batches are a new round. Another target takes back a trigger that was surely not
+        sent yet, and fires anew; one that may have been sent keeps the target it went to.
+        """
+        spec = await self._with_secret_names(spec)
+        if spec == job.spec:
+            return False
+        await self._sql(
+            "UPDATE polling_jobs SET name = :name, spec = :spec, openai_secret = :openai,"
+            " keboola_secret = :keboola, poll_interval_seconds = :interval WHERE id = :id",
+            {**spec_columns(spec), "id": job.id},
+        )
+        await self._log(job.id, "updated", changes(job.spec, spec), now)
+        if set(spec.watch.batch_ids) != set(job.spec.watch.batch_ids):
+            await self._start_round(job, "new_round", spec, now)
+        elif spec.trigger != job.spec.trigger:
+            for trigger in await self._triggers(job.id, "state = 'pending' AND unknown_at IS NULL"):
+                await self._save_trigger(trigger, moved(trigger, "withdraw", now))
+                if trigger.round == job.round:
+                    await self._start_round(job, "withdraw", spec, now)
+        return True
+
+    async def _start_round(self, job: Job, event: Event, spec: JobSpec, now: float) -> None:
+        """From here on the batches are looked at afresh and may fire again."""
+        await self._renew_batches(job.id, spec, now)
+        await self._sql(
+            "UPDATE polling_jobs SET status = :status, round = round + 1, errors_in_row = 0,"
+            " last_error = NULL, last_ok_at = :now, next_check_at = NULL, completed_at = NULL"
+            " WHERE id = :id",
+            {"id": job.id, "status": next_state(JOB_STEPS, job.status, event), "now": now},
+        )
+
+    @transactional
+    async def sync_file_jobs(self, specs: Sequence[JobSpec], now: float) -> Counter[str]:
+        """Make the store's jobs from jobs.yaml what the file says; how many of which change."""
+        rows = await self._sql("SELECT * FROM polling_jobs")
+        known = {row["name"]: job_of(row) for row in rows}
+        done: Counter[str] = Counter()
+        for spec in specs:
+            job = known.get(spec.name)
+            if job is None:
+                await self._create(spec, "file", now)
+                done["created"] += 1
+            elif job.origin != "file":
+                raise Conflict(
+                    f"job {spec.name!r} of jobs.yaml was also made on the command line",
+                    hint="delete that one, or rename one of the two",
+                )
+            else:
+                done["changed"] += await self._update(job, spec, now)
+                done["returned"] += await self._mark_removed(job, None, now)
+        names = {spec.name for spec in specs}
+        for job in known.values():
+            if job.origin == "file" and job.name not in names:
+                done["removed"] += await self._mark_removed(job, now, now)
+        return +done
+
+    async def _mark_removed(self, job: Job, at: float | None, now: float) -> bool:
+        if (job.removed_at is None) == (at is None):
+            return False
+        await self._sql(
+            "UPDATE polling_jobs SET removed_at = :at, last_ok_at = :now WHERE id = :id",
+            {"id": job.id, "at": at, "now": now},
+        )
+        await self._log(
+            job.id, "updated", "is back in jobs.yaml" if at is None else "left jobs.yaml", now
+        )
+        return True
+
+    @transactional
+    async def pause_job(self, job_id: int, now: float) -> None:
+        await self._step(await self._job(job_id), "pause", "Cannot pause job", now)
+
+    @transactional
+    async def resume_job(self, job_id: int, now: float) -> None:
+        await self._step(await self._job(job_id), "resume", "Cannot resume job", now)
+
+    async def _step(self, job: Job, event: Event, complaint: str, now: float) -> None:
+        if job.removed_at is not None or event not in JOB_STEPS[job.status]:
+            raise Conflict(f"{complaint} {job.name!r}: it is {job.shown_status}")
+        status = JOB_STEPS[job.status][event]
+        await self._sql(
+            "UPDATE polling_jobs SET status = :status, last_ok_at = :now, next_check_at = NULL"
+            " WHERE id = :id",
+            {"id": job.id, "status": status, "now": now},
+        )
+        await self._log(job.id, f"{event}d", "", now)
+
+    @transactional
+    async def retry_job(self, job_id: int, now: float) -> str:
+        """Re-arm a failed job; what happens next, in a few words.
+
+        A trigger that is held is settled once more and then sent with the id it had; otherwise
+        the batches are checked afresh, and a new trigger may follow.
+        """
+        job = await self._job(job_id)
+        if job.removed_at is not None or job.status != "failed":
+            raise Conflict(f"Cannot retry job {job.name!r}: it is {job.shown_status}")
+        held = await self._triggers(job.id, "state = 'held'")
+        if held and held[-1].round == job.round:
+            what = "asks Keboola once more for its trigger, then sends it again"
+            after = moved(held[-1], "resettle", now, on_ambiguous="resend")
+            await self._save_trigger(held[-1], after)
+            await self._move_job(job, "resettle", None, now)
+        else:
+            what = "checks its batches afresh"
+            await self._start_round(job, "retry", job.spec, now)
+        await self._log(job.id, "updated", f"retry: {what}", now)
+        return what
+
+    @transactional
+    async def delete_job(self, job_id: int, now: float) -> None:
+        job = await self._job(job_id)
+        if job.origin == "file" and job.removed_at is None:
+            raise Conflict(
+                f"Cannot delete job {job.name!r}: it is in jobs.yaml and would come back",
+                hint="take it out of the file and reload, then delete it",
+            )
+        await self._sql("DELETE FROM polling_jobs WHERE id = :id", {"id": job_id})
+        await self._log(None, "deleted", f"job {job.name!r} (ID {job.id})", now)
+
+    async def _job(self, job_id: int) -> Job:
+        rows = await self._sql("SELECT * FROM polling_jobs WHERE id = :id", {"id": job_id})
+        if not rows:
+            raise NotFound(f"Job with ID {job_id} not found")
+        return job_of(rows[0])
+
+    # checks and triggers
+
+    @transactional
+    async def record_check(
+        self,
+        job: Job,
+        batches: Sequence[Batch],
+        verdict: Verdict,
+        trigger: Trigger | None,
+        error: str | None,
+        ok: bool,
+        next_check_at: float,
+        now: float,
+    ) -> bool:
+        """Write down a check and what was decided on it, all or nothing.
+
+        False, and nothing written, when the job was paused, removed, deleted or changed while
+        it was being checked: what was seen then decides nothing.
+        """
+        status: JobStatus = (
+            next_state(JOB_STEPS, "active", verdict.event) if verdict.event else "active"
+        )
+        rows = await self._sql(
+            "UPDATE polling_jobs SET status = :status, last_check_at = :now, last_error = :error,"
+            " errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END,"
+            " last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END,"
+            " next_check_at = :next_check_at, completed_at = :ended_at WHERE id = :id"
+            " AND round = :round AND status = 'active' AND removed_at IS NULL RETURNING id",
+            {
+                "id": job.id,
+                "round": job.round,
+                "status": status,
+                "error": error,
+                "ok": ok,
+                "now": now,
+                "next_check_at": next_check_at if status == "active" else None,
+                "ended_at": now if status == "failed" else None,
+            },
+        )
+        if not rows:
+            return False
+        for old, new in zip(await self._batches(job.id), batches, strict=True):
+            if old != new:
+                await self._save_batch(job.id, new)
+            if old.status != new.status:
+                await self._log(job.id, "checking", describe_progress(new), now)
+        if trigger is not None:
+            await self._insert("triggers", asdict(trigger))
+            await self._log(job.id, "triggered", f"decided: trigger {trigger.id}", now)
+        elif status == "failed":
+            await self._log(job.id, "failed", verdict.reason, now)
+        elif error and error != job.last_error:
+            await self._log(job.id, "error", error, now)
+        return True
+
+    async def _batches(self, job_id: int) -> list[Batch]:
+        rows = await self._sql(
+            f"SELECT {', '.join(BATCH_COLUMNS)} FROM polling_batches"
+            " WHERE job_id = :job_id ORDER BY position",
+            {"job_id": job_id},
+        )
+        return [Batch(**row) for row in rows]
+
+    async def _save_batch(self, job_id: int, batch: Batch) -> None:
+        values = asdict(batch)
+        columns = ", ".join(f"{name} = :{name}" for name in values if name != "batch_id")
+        await self._sql(
+            f"UPDATE polling_batches SET {columns} WHERE job_id = :job_id AND batch_id = :batch_id",
+            {"job_id": job_id, **values},
+        )
+
+    async def _insert(self, table: str, values: Mapping[str, Any]) -> None:
+        names = ", ".join(values)
+        places = ", ".join(f":{name}" for name in values)
+        await self._sql(f"INSERT INTO {table} ({names}) VALUES ({places})", values)
+
+    async def triggers(self, job_id: int) -> list[Trigger]:
+        async with self._lock:
+            return await self._triggers(job_id, "TRUE")
+
+    async def open_triggers(self, job_id: int) -> list[Trigger]:
+        """Those with something left to do."""
+        async with self._lock:
+            return await self._triggers(job_id, "finished_at IS NULL AND state <> 'held'")
+
+    async def _triggers(self, job_id: int, condition: str) -> list[Trigger]:
+        rows = await self._sql(
+            f"SELECT {', '.join(TRIGGER_COLUMNS)} FROM triggers"
+            f" WHERE job_id = :job_id AND {condition} ORDER BY round",
+            {"job_id": job_id},
+        )
+        return [Trigger(**{**row, "partial": bool(row["partial"])}) for row in rows]
+
+    @transactional
+    async def move_trigger(
+        self, trigger: Trigger, event: Event, said: str, now: float, **facts: Any
+    ) -> Trigger | None:
+        """Move a trigger, and its job with it where `JOB_STEPS` says so and the job is still in
+        the same round. None, and nothing written, when the trigger is not as we thought."""
+        after = moved(trigger, event, now, **facts)
+        if not await self._save_trigger(trigger, after):
+            return None
+        job = await self._job(trigger.job_id)
+        job_event: Event = "succeed_partly" if event == "succeed" and trigger.partial else event
+        if job.round == trigger.round and job_event in JOB_STEPS[job.status]:
+            await self._move_job(job, job_event, said, now)
+        elif job.round == trigger.round:
+            await self._say(job.id, None if event == "claim" else said)
+        if said:
+            await self._log(trigger.job_id, LOG_STATUS.get(event, "error"), said, now)
+        return after
+
+    async def _save_trigger(self, before: Trigger, after: Trigger) -> bool:
+        columns = ", ".join(f"{name} = :{name}" for name in TRIGGER_COLUMNS if name != "id")
+        rows = await self._sql(
+            f"UPDATE triggers SET {columns} WHERE id = :id AND state = :before RETURNING id",
+            {"before": before.state, **asdict(after)},
+        )
+        return bool(rows)
+
+    async def _move_job(self, job: Job, event: Event, said: str | None, now: float) -> None:
+        status = next_state(JOB_STEPS, job.status, event)
+        await self._sql(
+            "UPDATE polling_jobs SET status = :status, last_error = :error, errors_in_row = 0,"
+            " completed_at = :ended_at WHERE id = :id",
+            {
+                "id": job.id,
+                "status": status,
+                "error": said if status == "failed" else None,
+                "ended_at": now if status in ENDED else None,
+            },
+        )
+
+    async def note_trigger(
+        self, trigger: Trigger, now: float, *, error: str | None = None, **facts: Any
+    ) -> None:
+        """Write down news of a trigger that stays in its state (a search made, Keboola's status),
+        or an error; a job in another round by now is not told."""
+        await self._note_trigger(trigger, error, now, facts)
+
+    @transactional
+    async def _note_trigger(
+        self, trigger: Trigger, error: str | None, now: float, facts: Mapping[str, Any]
+    ) -> None:
+        await self._save_trigger(trigger, replace(trigger, **facts))
+        job = await self._job(trigger.job_id)
+        if job.round != trigger.round:
+            return
+        if error and error != job.last_error:
+            await self._log(job.id, "error", error, now)
+        await self._say(job.id, error)
+
+    async def _say(self, job_id: int, error: str | None) -> None:
+        await self._sql(
+            "UPDATE polling_jobs SET last_error = :error, errors_in_row ="
+            " CASE WHEN :error IS NULL THEN 0 ELSE errors_in_row + 1 END WHERE id = :id",
+            {"id": job_id, "error": error},
+        )
+
+    # logs and counts
+
+    async def _log(self, job_id: int | None, status: str, message: str, now: float) -> None:
+        row = {"job_id": job_id, "status": status, "message": redact(message), "created_at": now}
+        await self._insert("polling_logs", row)
+        level = {"error": logging.WARNING, "failed": logging.ERROR}.get(status, logging.INFO)
+        who = f"job {job_id}: " if job_id is not None else ""
+        self._news.append((level, f"{who}{status}: {message}".rstrip(": ")))
+
+    def _tell(self) -> None:
+        """Log what was committed; what was rolled back did not happen."""
+        for level, text in self._news:
+            log.log(level, "%s", text)
+        self._news.clear()
+
+    async def logs(self, job_id: int | None, limit: int, after: int = 0) -> list[dict[str, Any]]:
+        """The last rows of a job, or of all (None); oldest first; only ids beyond `after`."""
+        rows = await self._read(
+            "SELECT * FROM polling_logs WHERE (job_id = :job_id OR :job_id IS NULL) AND id > :after"
+            " ORDER BY id DESC LIMIT :limit",
+            {"job_id": job_id, "limit": limit, "after": after},
+        )
+        return [{**row} for row in reversed(rows)]
+
+    async def counts(self) -> dict[str, Any]:
+        """Jobs by shown status, and how many secrets, triggers and log rows there are."""
+        async with self._lock:
+            rows = await self._sql(
+                "SELECT CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END, count(*)"
+                " FROM polling_jobs GROUP BY 1"
+            )
+            [row] = await self._sql(
+                "SELECT (SELECT count(*) FROM secrets) AS secrets, (SELECT count(*) FROM triggers)"
+                " AS triggers, (SELECT count(*) FROM polling_logs) AS logs"
+            )
+        return {"jobs": {r[0]: r[1] for r in rows}, **row}
+
+    async def overdue(self, now: float, since: float) -> list[str]:
+        """Active jobs without a successful check for three intervals, none counted from before
+        `since` (when the service started); at most 100 names."""
+        rows = await self._read(
+            "SELECT name FROM polling_jobs WHERE status = 'active' AND removed_at IS NULL AND"
+            " CASE WHEN last_ok_at > :since THEN last_ok_at ELSE :since END"
+            " + 3 * poll_interval_seconds < :now ORDER BY id LIMIT 100",
+            {"now": now, "since": since},
+        )
+        return [row["name"] for row in rows]
+
+    async def due_next(self, limit: int) -> list[tuple[str, float]]:
+        """Names and planned times of the checks that come next."""
+        rows = await self._read(
+            "SELECT name, next_check_at FROM polling_jobs WHERE status = 'active' AND removed_at IS"
+            " NULL AND next_check_at IS NOT NULL ORDER BY next_check_at LIMIT :limit",
+            {"limit": limit},
+        )
+        return [(row[0], row[1]) for row in rows]
+
+
+# ── Upstreams ─────────────────────────────────────────────────────────────────────────────────
+
+
+def short(text: object) -> str:
+    """What another server said, in one line that fits a log."""
+    return re.sub(r"\s+", " ", str(text)).strip()[:300]
+
+
+def parse_batch(batch_id: str, data: Any) -> BatchSeen:
+    """OpenAI's Batch object as BatchSeen. An answer without a status, or about another batch, is
+    no answer: the SDK does not validate, so that any JSON with 200 would pass for a batch."""
+    if (
+        not isinstance(data, dict)
+        or data.get("id") != batch_id
+        or not isinstance(data.get("status"), str)
+    ):
+        raise OpenAIError(f"OpenAI's answer is not batch {batch_id}: {short(data)[:80]}")
+
+    def number(source: Any, name: str) -> float | None:
+        value = source.get(name) if isinstance(source, dict) else None
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def text(name: str) -> str | None:
+        return data[name] if isinstance(data.get(name), str) and data[name] else None
+
+    counts = {
+        k: int(number(data.get("request_counts"), k) or 0) for k in ("total", "completed", "failed")
+    }
+    errors = data.get("errors")
+    messages = errors.get("data") if isinstance(errors, dict) else None
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return BatchSeen(
+        batch_id=batch_id,
+        status=data["status"],
+        created_at=number(data, "created_at"),
+        expires_at=number(data, "expires_at"),
+        output_file_id=text("output_file_id"),
+        error_file_id=text("error_file_id"),
+        requests_total=counts["total"],
+        requests_completed=counts["completed"],
+        requests_failed=counts["failed"],
+        error=short(first.get("message")) if isinstance(first, dict) else None,
+    )
+
+
+@dataclass(slots=True)
+class KeyGate:
+    """What one key may do: a bounded number of calls at once, none while it is rate-limited."""
+
+    slots: asyncio.Semaphore
+    held_until: float = 0.0  # monotonic
+
+
+class OpenAI:
+    """OpenAI's batches through the official SDK: one client and one pool for all keys.
+
+    The SDK does transport and authentication; retries are the scheduler's, deadlines ours, and
+    an answer is read raw and believed only as far as `parse_batch` does.
+    """
+
+    def __init__(self, base_url: str | None) -> None:
+        self._base_url = base_url
+        self._client: openai.AsyncOpenAI | None = None
+        self._slots = asyncio.Semaphore(IN_FLIGHT)
+        self._gates: dict[str, KeyGate] = {}
+
+    def _for_key(self, key: SecretValue) -> openai.AsyncOpenAI:
+        import httpx2
+        import openai
+
+        if self._client is None:
+            limits = httpx2.Limits(
+                max_connections=IN_FLIGHT,
+                max_keepalive_connections=IN_FLIGHT,
+                keepalive_expiry=KEEPALIVE,
+            )
+            timeout = httpx2.Timeout(CALL_TIMEOUT, connect=CONNECT_TIMEOUT)
+            self._client = openai.AsyncOpenAI(
+                api_key="set per call",
+                base_url=self._base_url,
+                max_retries=0,
+                timeout=timeout,
+                http_client=openai.DefaultAsyncHttpxClient(
+                    limits=limits, timeout=timeout, follow_redirects=False
+                ),
+            )
+        return self._client.with_options(api_key=key.reveal())
+
+    async def retrieve(self, key: SecretValue, batch_id: str) -> BatchSeen:
+        """One batch as it is now (GET /batches/{batch_id}). Raises OpenAIError."""
+        gate = self._gates.setdefault(key.reveal(), KeyGate(asyncio.Semaphore(IN_FLIGHT_PER_KEY)))
+        async with gate.slots, self._slots:
+            wait = gate.held_until - time.monotonic()
+            if wait > 0:
+                raise OpenAIError("OpenAI rate-limits this key", status=429, retry_after=wait)
+            try:
+                return await self._retrieve(key, batch_id)
+            except OpenAIError as e:
+                if e.status == 429:
+                    gate.held_until = time.monotonic() + min(
+                        e.retry_after or BACKOFF_FIRST, LONGEST_WAIT
+                    )
+                raise
+
+    async def _retrieve(self, key: SecretValue, batch_id: str) -> BatchSeen:
+        import openai
+
+        try:
+            async with asyncio.timeout(CALL_DEADLINE):
+                call = self._for_key(key).batches.with_raw_response.retrieve
+                answer = await call(batch_id)
+                return parse_batch(batch_id, json.loads(answer.http_response.content))
+        except openai.APIStatusError as e:
+            raise openai_error(e, batch_id) from e
+        except (openai.APITimeoutError, TimeoutError) as e:
+            raise OpenAIError(f"OpenAI did not answer in time for {batch_id}") from e
+        except openai.APIConnectionError as e:
+            raise OpenAIError(
+                f"OpenAI cannot be reached: {short(e.__cause__ or e)}", sent=False
+            ) from e
+        except (openai.OpenAIError, ValueError) as e:
+            raise OpenAIError(f"OpenAI's answer about {batch_id} cannot be read: {short(e)}") from e
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+
+def openai_error(error: openai.APIStatusError, batch_id: str) -> OpenAIError:
+    """The SDK's error as ours, with the wait that the answer asks for."""
+    status, headers = error.status_code, error.response.headers
+    body = error.body if isinstance(error.body, dict) else {}
+    said = short(body.get("message") or http.client.responses.get(status, ""))
+    if status == 404:
+        said += " (a key of another project sees 404 too)"
+    if 300 <= status < 400:
+        said = (
+            f"a redirect to {headers.get('location', 'nowhere')}; a key is not sent to another host"
+        )
+    return OpenAIError(
+        f"OpenAI said {status} about {batch_id}: {said}",
+        status=status,
+        retry_after=parse_retry_after(headers.get("retry-after"), time.time()),
+    )
+
+
+class Keboola:
+    """Keboola's job queue (its OpenAPI description, version 1.3.8), one connection pool a stack.
+
+    The queue's address comes from the stack's own service index, asked without a token. No
+    redirect is followed: a token goes to the host it was given for and to no other.
+    """
+
+    def __init__(self) -> None:
+        self._clients: dict[str, httpx2.AsyncClient] = {}
+        self._queues: dict[str, str] = {}
+
+    async def queue(self, stack: str) -> str:
+        """The URL of the stack's job queue (GET /v2/storage, services); asked once a stack."""
+        if stack not in self._queues:
+            index = await self._call(stack, "GET", f"{stack}/v2/storage")
+            services = index.get("services") if isinstance(index, dict) else None
+            urls = [
+                s.get("url")
+                for s in services or []
+                if isinstance(s, dict) and s.get("id") == "queue"
+            ]
+            if not urls or not same_trust(stack, str(urls[0])):
+                raise KeboolaError(f"{stack} names no job queue in its service index", sent=False)
+            self._queues[stack] = str(urls[0]).rstrip("/")
+        return self._queues[stack]
+
+    async def create_job(self, stack: str, token: SecretValue, body: str) -> KeboolaJob:
+        """POST /jobs, once. Raises KeboolaError, whose `sent` and `status` say what is known."""
+        queue = await self.queue(stack)
+        data = await self._call(stack, "POST", f"{queue}/jobs", token=token, body=body)
+        return keboola_job(data)
+
+    async def job(self, stack: str, token: SecretValue, job_id: str) -> KeboolaJob:
+        """GET /jobs/{jobId}."""
+        queue = await self.queue(stack)
+        return keboola_job(
+            await self._call(stack, "GET", f"{queue}/jobs/{quote(job_id)}", token=token)
+        )
+
+    async def find(self, trigger: Trigger, token: SecretValue) -> KeboolaJob | None:
+        """The job that carries this trigger's id, from the search index (GET /search/jobs), which
+        lags: that it shows none is no proof. Asked oldest first, so that the first one wins."""
+        queue = await self.queue(trigger.stack_url)
+        body = json.loads(trigger.body)
+        since = (trigger.sent_at or trigger.created_at) - SEARCH_SLACK
+        query = {
+            "componentId": body["component"],
+            "configId": body["config"],
+            "createdTimeFrom": datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds"),
+            "sortBy": "createdTime",
+            "sortOrder": "asc",
+            "limit": str(SEARCH_PAGE),
+        }
+        offset, page = 0, SEARCH_PAGE
+        while page == SEARCH_PAGE:
+            url = f"{queue}/search/jobs"
+            jobs = await self._call(
+                trigger.stack_url, "GET", url, token=token, query=query | {"offset": str(offset)}
+            )
+            if not isinstance(jobs, list):
+                raise KeboolaError("Keboola's search answered with something else than a list")
+            for job in jobs:
+                if trigger_id_of(job) == trigger.id:
+                    return keboola_job(job)
+            page = len(jobs)
+            offset += page
+        return None
+
+    async def _call(
+        self,
+        stack: str,
+        method: str,
+        url: str,
+        *,
+        token: SecretValue | None = None,
+        body: str | None = None,
+        query: Mapping[str, str] | None = None,
+    ) -> Any:
+        import httpx2
+
+        headers = {"X-StorageApi-Token": token.reveal()} if token else {}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        try:
+            async with asyncio.timeout(CALL_DEADLINE):
+                answer = await self._client(stack).request(
+                    method, url, headers=headers, content=body, params=query
+                )
+        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as e:
+            self._queues.pop(stack, None)  # the index may name another host by now
+            raise KeboolaError(
+                f"{url} cannot be reached: {short(e) or type(e).__name__}", sent=False
+            ) from e
+        except (httpx2.TimeoutException, TimeoutError) as e:
+            raise KeboolaError(f"{method} {url}: no answer in time") from e
+        except httpx2.HTTPError as e:
+            raise KeboolaError(f"{method} {url}: {short(e) or type(e).__name__}") from e
+        return keboola_answer(answer, f"{method} {urlsplit(url).path}")
+
+    def _client(self, stack: str) -> httpx2.AsyncClient:
+        import httpx2
+
+        if stack not in self._clients:
+            self._clients[stack] = httpx2.AsyncClient(
+                timeout=httpx2.Timeout(CALL_TIMEOUT, connect=CONNECT_TIMEOUT),
+                limits=httpx2.Limits(max_connections=IN_FLIGHT_PER_KEY, keepalive_expiry=KEEPALIVE),
+                follow_redirects=False,
+                headers={"User-Agent": f"TeckoChecker/{VERSION}"},
+            )
+        return self._clients[stack]
+
+    async def close(self) -> None:
+        for client in self._clients.values():
+            await client.aclose()
+
+
+def same_trust(stack: str, url: str) -> bool:
+    """Whether a token may go to a queue that the stack's index names: not to plain http, unless
+    the stack itself is on this machine."""
+    there, here = urlsplit(url), urlsplit(stack)
+    return bool(there.hostname) and there.scheme in ("https", here.scheme)
+
+
+def keboola_answer(answer: httpx2.Response, what: str) -> Any:
+    """The JSON of a good answer; any other becomes a KeboolaError with Keboola's own words."""
+    try:
+        data = answer.json()
+    except ValueError:
+        data = None
+    status = answer.status_code
+    if 200 <= status < 300:
+        if data is None:
+            raise KeboolaError(
+                f"Keboola's answer to {what} cannot be read: {short(answer.text)[:80]}"
+            )
+        return data
+    said = short(data.get("error", "")) if isinstance(data, dict) else ""
+    if isinstance(data, dict) and data.get("exceptionId"):
+        said += f" (exceptionId {short(data['exceptionId'])})"
+    if 300 <= status < 400:
+        said = (
+            f"a redirect to {answer.headers.get('location')}; a token is not sent to another host"
+        )
+    wait = parse_retry_after(answer.headers.get("retry-after"), time.time())
+    raise KeboolaError(f"Keboola said {status} to {what}: {said}", status=status, retry_after=wait)
+
+
+def keboola_job(data: Any) -> KeboolaJob:
+    """A Job of the queue's description; one without id, status and isFinished is unreadable."""
+    if (
+        not isinstance(data, dict)
+        or not isinstance(data.get("id"), str | int)
+        or not isinstance(data.get("status"), str)
+        or not isinstance(data.get("isFinished"), bool)
+    ):
+        raise KeboolaError(f"Keboola's answer is not a job: {short(data)[:80]}")
+    result = data.get("result")
+    message = result.get("message") if isinstance(result, dict) else None
+    return KeboolaJob(
+        str(data["id"]), data["status"], data["isFinished"], short(message) if message else None
+    )
+
+
+def trigger_id_of(job: Any) -> str | None:
+    """The value of our variable teckochecker_trigger_id in a found job."""
+    data = job.get("variableValuesData") if isinstance(job, dict) else None
+    values = data.get("values") if isinstance(data, dict) else None
+    for item in values or []:
+        if isinstance(item, dict) and item.get("name") == "teckochecker_trigger_id":
+            return str(item.get("value"))
+    return None
+
+
+# ── Steps ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What a step did: the seconds until the next one (None: nothing is left to do), what it saw
+    in a few words, and the error that kept it from more."""
+
+    wait: float | None
+    said: str
+    error: TeckoError | None = None
+
+
+class Steps:
+    """What is done for a job when it is due. The service's timer, `check` and the tests run the
+    same `step`."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        vault: Vault,
+        openai: OpenAI,
+        keboola: Keboola,
+        clock: Callable[[], float] = time.time,
+        luck: Callable[[], float] = random.random,
+    ) -> None:
+        self.config, self.store, self.vault = config, store, vault
+        self.openai, self.keboola = openai, keboola
+        self.clock, self.luck = clock, luck
+
+    async def step(self, job_id: int) -> Stepped:
+        """Advance a job's open triggers, then check its batches if it is active. Raises StoreError
+        when the store cannot be used; then nothing was sent."""
+        steps = [await self._advance(trigger) for trigger in await self.store.open_triggers(job_id)]
+        job = await self.store.job(job_id)
+        if job is not None and job.status == "active" and job.removed_at is None:
+            steps.append(await self._check(job))
+        waits = [s.wait for s in steps if s.wait is not None]
+        return (
+            replace(steps[-1], wait=min(waits, default=None))
+            if steps
+            else Stepped(None, "nothing to do")
+        )
+
+    async def _secret(self, name: str) -> SecretValue:
+        """Looked up at each use, so that a replaced secret counts at once."""
+        row = await self.store.secret(name)
+        if row is not None:
+            return self.vault.open(row)
+        if name not in self.config.secrets:
+            raise SecretError(
+                f"there is no secret {name!r}", hint=f"secret add --name {name}", code=1001
+            )
+        base = self.config.path.absolute().parent
+        return read_reference(name, self.config.secrets[name], self.config.env, base)
+
+    # checking
+
+    async def _check(self, job: Job) -> Stepped:
+        batches, errors = await self._look(job, await self.store.batches(job.id))
+        now, settings = self.clock(), self.config.settings
+        verdict = decide(job.spec.watch, batches, now)
+        trigger = self._intent(job, batches, verdict, now) if verdict.event == "fire" else None
+        interval, row = float(job.spec.poll_interval), job.errors_in_row + 1
+        waits = [wait_after_error(e, row, interval, settings, self.luck()) for e in errors]
+        wait = max(waits, default=interval)
+        said = [verdict.reason] if verdict.event else [*map(str, errors), *remarks(batches, now)]
+        last_error = "; ".join(dict.fromkeys(filter(None, said))) or None
+        if not await self.store.record_check(
+            job, batches, verdict, trigger, last_error, not errors, now + wait, now
+        ):
+            return Stepped(0.0, "changed while it was checked")
+        if trigger is not None:
+            return await self._advance(trigger)
+        done = sum(outcome(b) is not None for b in batches)
+        text = last_error or f"{done} of {len(batches)} batches done"
+        return Stepped(None if verdict.event else wait, text, errors[0] if errors else None)
+
+    async def _look(
+        self, job: Job, known: Sequence[Batch]
+    ) -> tuple[Sequence[Batch], list[TeckoError]]:
+        """The batches as they are now, and the errors met; a finished one is not asked again."""
+        try:
+            key = await self._secret(str(job.spec.watch.secret))
+        except SecretError as e:
+            return known, [e]
+        looked = await asyncio.gather(*(self._look_at(key, batch) for batch in known))
+        return [batch for batch, _ in looked], [error for _, error in looked if error is not None]
+
+    async def _look_at(self, key: SecretValue, batch: Batch) -> tuple[Batch, TeckoError | None]:
+        if outcome(batch) is not None:
+            return batch, None
+        try:
+            return merged(
+                batch, await self.openai.retrieve(key, batch.batch_id), self.clock()
+            ), None
+        except OpenAIError as e:
+            if e.status == 404:  # `decide` says when to believe it
+                return denied(batch, self.clock()), e
+            return batch, e
+
+    def _intent(self, job: Job, batches: Sequence[Batch], verdict: Verdict, now: float) -> Trigger:
+        """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
+        trigger_id = uuid.uuid4().hex
+        target = job.spec.trigger
+        return Trigger(
+            id=trigger_id,
+            job_id=job.id,
+            round=job.round,
+            state="pending",
+            stack_url=target.stack_url,
+            secret=str(target.secret),
+            body=json.dumps(trigger_body(job.spec, batches, trigger_id)),
+            partial=verdict.partial,
+            on_ambiguous=target.on_ambiguous,
+            created_at=now,
+        )
+
+    # triggering
+
+    async def _advance(self, trigger: Trigger) -> Stepped:
+        """One step for a trigger, and the next at once where it follows without waiting."""
+        try:
+            if trigger.state == "sending":  # only a crash leaves one: steps of a job never overlap
+                said = (
+                    "the program died while it sent the trigger; asking Keboola whether it arrived"
+                )
+                lost = await self._record(trigger, "lose", said)
+                return Stepped(0.0, said) if lost is None else await self._settle(lost)
+            if trigger.state == "pending":
+                return await self._send(trigger)
+            return await (self._settle if trigger.state == "unknown" else self._follow)(trigger)
+        except (UpstreamError, SecretError) as e:
+            await self.store.note_trigger(trigger, self.clock(), error=str(e))
+            return Stepped(await self._wait(trigger, e), str(e), e)
+
+    async def _wait(self, trigger: Trigger, error: TeckoError) -> float:
+        job = await self.store.job(trigger.job_id)
+        interval, row = (job.spec.poll_interval, job.errors_in_row) if job else (BACKOFF_FIRST, 1)
+        return wait_after_error(error, max(row, 1), interval, self.config.settings, self.luck())
+
+    async def _record(
+        self, trigger: Trigger, event: Event, said: str, **facts: Any
+    ) -> Trigger | None:
+        """Write down what is known to have happened, however long the store stays locked: a
+        Keboola job that is not written down would be searched for, or started again."""
+        while True:
+            try:
+                return await self.store.move_trigger(trigger, event, said, self.clock(), **facts)
+            except StoreError as e:
+                log.error("trigger %s: cannot write down %r, trying on: %s", trigger.id, event, e)
+                await asyncio.sleep(STORE_RETRY)
+
+    async def _send(self, trigger: Trigger) -> Stepped:
+        token = await self._secret(trigger.secret)
+        try:
+            await self.keboola.queue(trigger.stack_url)
+        except KeboolaError as e:
+            if e.status in REFUSED:
+                await self._record(trigger, "reject", str(e), message=str(e))
+                return Stepped(None, str(e), e)
+            raise
+        claimed = await self.store.move_trigger(trigger, "claim", "", self.clock())
+        if claimed is None:
+            return Stepped(0.0, "changed while it was triggered")
+        try:
+            job = await self.keboola.create_job(trigger.stack_url, token, trigger.body)
+        except KeboolaError as e:
+            return await self._not_accepted(claimed, e)
+        return await self._accepted(claimed, job, f"Keboola job {job.id} started")
+
+    async def _not_accepted(self, trigger: Trigger, error: KeboolaError) -> Stepped:
+        event = after_post(error)
+        said = str(error)
+        if event == "lose":
+            said = f"whether Keboola took the trigger is unknown, asking its search: {said}"
+        if event == "reject":
+            said = f"{said}; mend it, then: job retry"
+        after = await self._record(trigger, event, said, message=str(error))
+        if event == "postpone" and after is not None:
+            return Stepped(await self._wait(after, error), said, error)
+        return Stepped(None if event == "reject" else 0.0, said, error)
+
+    async def _accepted(self, trigger: Trigger, job: KeboolaJob, said: str) -> Stepped:
+        facts = {"keboola_job_id": job.id, "keboola_status": job.status, "message": None}
+        running = await self._record(trigger, "accept", said, **facts)
+        if running is not None and job.is_finished:
+            return await self._finish(running, job)
+        return Stepped(await self._follow_wait(trigger), said)
+
+    async def _settle(self, trigger: Trigger) -> Stepped:
+        """Ask Keboola's search whether a trigger arrived; one that fails counts for nothing."""
+        token = await self._secret(trigger.secret)
+        job = await self.keboola.find(trigger, token)
+        if job is not None:
+            return await self._accepted(trigger, job, f"found Keboola job {job.id} of this trigger")
+        window = float(self.config.settings.trigger_settle_seconds)
+        now, searches = self.clock(), trigger.searches + 1
+        event = after_search(trigger, now, window)
+        if event is None:
+            said = f"Keboola's search does not show the trigger (search {searches})"
+            await self.store.note_trigger(trigger, now, error=said, searches=searches)
+            return Stepped(settle_wait(trigger, now, window), said)
+        said = f"Keboola's search did not show the trigger in {searches} searches; "
+        said += "left for you: job retry sends it again" if event == "hold" else "sending it again"
+        after = await self._record(trigger, event, said, searches=searches)
+        if event == "hold" or after is None:
+            return Stepped(None, said)
+        return await self._send(after)
+
+    async def _follow(self, trigger: Trigger) -> Stepped:
+        token = await self._secret(trigger.secret)
+        job = await self.keboola.job(trigger.stack_url, token, str(trigger.keboola_job_id))
+        if after_follow(job) is not None:
+            return await self._finish(trigger, job)
+        await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)
+        return Stepped(await self._follow_wait(trigger), f"Keboola job {job.id} is {job.status}")
+
+    async def _finish(self, trigger: Trigger, job: KeboolaJob) -> Stepped:
+        event = after_follow(job)
+        assert event is not None
+        said = f"Keboola job {job.id} ended with {job.status}" + (
+            f": {job.message}" if job.message else ""
+        )
+        await self._record(trigger, event, said, keboola_status=job.status, message=job.message)
+        return Stepped(None, said)
+
+    async def _follow_wait(self, trigger: Trigger) -> float:
+        job = await self.store.job(trigger.job_id)
+        return FOLLOW_FACTOR * float(job.spec.poll_interval if job else 0)
+
+
+# ── Service ───────────────────────────────────────────────────────────────────────────────────
+
+
+def notify(*states: str) -> None:
+    """Tell systemd (sd_notify(3)): a datagram to $NOTIFY_SOCKET; nothing without one."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        try:
+            channel.connect("\0" + address[1:] if address.startswith("@") else address)
+            channel.sendall("\n".join(states).encode())
+        except OSError as e:
+            log.debug("cannot notify the service manager: %s", e)
+
+
+class RunLock:
+    """One working process per database: an flock on its pid file, which the kernel lifts when the
+    process dies, however it dies. The file's lines: pid, start time, address of the surface."""
+
+    def __init__(self, database: Path) -> None:
+        self.path = database.with_name(database.name + ".pid")
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> RunLock:
+        try:
+            self._file = open(self.path, "a+")  # held until __exit__
+        except OSError as e:
+            raise StoreError(f"cannot write {self.path}: {e.strerror}") from e
+        for _ in range(20):  # a `status` may hold it for an instant
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.write("", 0.0)
+                return self
+            time.sleep(0.02)
+        self._file.close()
+        found = running(self.path)
+        raise Conflict(
+            f"another TeckoChecker (pid {found[0] if found else 'unknown'}) works on this database",
+            hint="teckochecker.py status shows it, teckochecker.py stop ends it",
+        )
+
+    def write(self, address: str, started_at: float) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(f"{os.getpid()}\n{started_at}\n{address}\n")
+        self._file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        assert self._file is not None
+        self._file.truncate(0)
+        self._file.close()
+
+
+def running(pid_file: Path) -> tuple[int, float, str] | None:
+    """Pid, start time and address of the process that holds the lock; None when none does."""
+    try:
+        with open(pid_file) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except BlockingIOError:
+                pid, started_at, address = [*file.read().split("\n"), "", "", ""][:3]
+                return int(pid or 0), float(started_at or 0), address
+    except FileNotFoundError:
+        return None
+
+
+def make_scheduler() -> AsyncIOScheduler:
+    """APScheduler with the settings that drop nothing, and a guard against a clock that is set.
+
+    Its due times are wall clock, its timer is monotonic: a clock set back by ten minutes would
+    stop all checks for ten minutes. The guard moves all due times along with the clock.
+    """
+    from apscheduler.schedulers.asyncio import AsyncIOScheduler
+
+    class ClockGuarded(AsyncIOScheduler):  # type: ignore[misc]
+        offset = time.time() - time.monotonic()
+
+        def _process_jobs(self) -> Any:
+            offset = time.time() - time.monotonic()
+            step, self.offset = offset - self.offset, offset
+            if abs(step) > CLOCK_JUMP:
+                log.warning("the clock was set by %+.0f s; all due times move with it", step)
+                jobs = self._jobstores["default"]
+                for job in jobs.get_all_jobs():
+                    job._modify(next_run_time=job.next_run_time + timedelta(seconds=step))
+                    jobs.update_job(job)
+            return super()._process_jobs()
+
+    # A missed time is caught up once, however late; a job never runs beside itself.
+    defaults = {"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
+    return ClockGuarded(timezone=UTC, job_defaults=defaults)
+
+
+def on_grid(at: float) -> datetime:
+    """The next point of the grid: common due times wake the loop once for many jobs."""
+    return datetime.fromtimestamp(math.ceil(at / GRID) * GRID, UTC)
+
+
+def phase(job_id: int, interval: float, jobs: int) -> float:
+    """Seconds until a job's first check: at once when there are few, else spread evenly (golden
+    ratio, so that any run of ids spreads) at START_RATE a second over at most the interval."""
+    return job_id * 0.6180339887 % 1 * min(interval, jobs / START_RATE)
+
+
+class Service:
+    """The running program: timers, reload, figures, drain.
+
+    Everything here happens on the loop's thread; signals and HTTP threads only leave word.
+    """
+
+    def __init__(self, steps: Steps, load: Callable[[], Config]) -> None:
+        self.steps, self.store = steps, steps.store
+        self._load = load
+        self.started_at = time.time()
+        self.stop = asyncio.Event()
+        self.reload = asyncio.Event()
+        self.counters: Counter[str] = Counter()
+        self._scheduler = make_scheduler()
+        self._plans: dict[int, Plan] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._seen_version = -1
+        self._stale = True  # the plans may differ from the store
+        self._ticked = time.monotonic()
+
+    @property
+    def settings(self) -> Settings:
+        return self.steps.config.settings
+
+    async def start(self, *, timers: bool = True) -> None:
+        """Bring the store up to jobs.yaml and start the timers."""
+        await self._adopt(self.steps.config)
+        if not timers:
+            return
+        await self._sync()
+        self._scheduler.add_job(
+            self._tick, "interval", seconds=TICK, next_run_time=datetime.now(UTC)
+        )
+        self._scheduler.start()
+        gc.collect()
+        gc.freeze()  # what lives from here on need not be looked at by each full collection
+
+    async def run(self) -> None:
+        """Until `stop` is set; `reload` makes it read its configuration again."""
+        while not self.stop.is_set():
+            waits = [asyncio.create_task(event.wait()) for event in (self.stop, self.reload)]
+            _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in pending:
+                wait.cancel()
+            if self.reload.is_set():
+                self.reload.clear()
+                await self._reload()
+
+    async def drain(self) -> None:
+        """Take no more work, let what is in flight finish or be recorded, end the timers."""
+        if not self._scheduler.running:
+            return
+        self._scheduler.pause()
+        if self._tasks:
+            _, late = await asyncio.wait(set(self._tasks), timeout=DRAIN_SECONDS)
+            for task in late:  # a POST cut off here is found as `sending` at the next start
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        self._scheduler.shutdown(wait=False)
+        await asyncio.sleep(0)
+
+    async def _adopt(self, config: Config) -> None:
+        stored = {row.name: row.type for row in await self.store.secrets()}
+        if problems := all_problems(config, stored):
+            raise Invalid(problems, hint="teckochecker.py validate checks the file again")
+        if config.jobs is None and any(j.origin == "file" for j in await self.store.jobs("active")):
+            raise Invalid(
+                [f"{config.path} is gone, but the store has active jobs that come from it"]
+            )
+        done = (
+            await self.store.sync_file_jobs(config.jobs, time.time())
+            if config.jobs is not None
+            else {}
+        )
+        self.steps.config = config
+        self._stale = True
+        words = ", ".join(f"{count} {what}" for what, count in done.items()) or "no change"
+        log.info("%s: %s", config.path, words)
+
+    async def _reload(self) -> None:
+        """A bad file keeps the old configuration and says so. What was bound at the start (store,
+        address, token, log) stays until a restart."""
+        notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        old = self.settings
+        try:
+            config = self._load()
+            bound = ("database", "api_host", "api_port", "admin_token", "log_level", "log_format")
+            kept = {name: getattr(old, name) for name in bound}
+            await self._adopt(replace(config, settings=config.settings.model_copy(update=kept)))
+            self.steps.vault.load(required=False)
+        except TeckoError as e:
+            log.error("reload failed, the old configuration stays: %s", e)
+        notify("READY=1")
+
+    # timers
+
+    async def _tick(self) -> None:
+        """Once a second: take up what other processes changed, and feed the watchdog."""
+        try:
+            version = await self.store.data_version()
+            if self._stale or version != self._seen_version:
+                await self._sync()
+                self._seen_version = version
+            self._ticked = time.monotonic()
+            notify("WATCHDOG=1")
+        except StoreError as e:
+            log.error("%s", e)
+
+    async def _sync(self) -> None:
+        """Make the timers what the store says."""
+        self._stale = False
+        wanted = await self.store.schedule()
+        for job_id in self._plans.keys() - wanted.keys():
+            self._scheduler.remove_job(str(job_id))
+            del self._plans[job_id]
+        for job_id, plan in wanted.items():
+            if self._plans.get(job_id) != plan:
+                self._plans[job_id] = plan
+                self._scheduler.add_job(
+                    self._run,
+                    "interval",
+                    (job_id,),
+                    seconds=plan.interval,
+                    id=str(job_id),
+                    replace_existing=True,
+                    next_run_time=on_grid(time.time() + phase(job_id, plan.interval, len(wanted))),
+                )
+
+    async def _run(self, job_id: int) -> None:
+        """What a job's timer calls: the timer swallows what is raised, so nothing is."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        plan = self._plans.get(job_id)
+        try:
+            stepped = await self._step(job_id)
+        finally:
+            self._tasks.discard(task)
+        if plan is None or stepped.wait is None:
+            self._stale = True
+        elif self._plans.get(job_id) is not plan:  # changed while we looked at the old one
+            self._due(job_id, 0.0)
+        elif abs(stepped.wait - plan.interval) > GRID:
+            self._due(job_id, stepped.wait)
+
+    async def _step(self, job_id: int) -> Stepped:
+        try:
+            stepped = await self.steps.step(job_id)
+        except StoreError as e:
+            stepped = Stepped(STORE_RETRY, str(e), e)
+            log.error("job %s: %s", job_id, e)
+        except Exception as e:
+            stepped = Stepped(LONGEST_WAIT, "a defect", TeckoError(str(e)))
+            log.exception("job %s: a defect of TeckoChecker; trying again in an hour", job_id)
+        self.counters["steps"] += 1
+        self.counters["errors"] += stepped.error is not None
+        log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
+        return stepped
+
+    def _due(self, job_id: int, wait: float) -> None:
+        if job_id in self._plans and self._scheduler.running:
+            self._scheduler.modify_job(str(job_id), next_run_time=on_grid(time.time() + wait))
+
+    # figures
+
+    async def health(self) -> dict[str, Any]:
+        """`healthy`, `degraded` or `unhealthy`, out of work that was really done."""
+        now = time.time()
+        try:
+            overdue = await asyncio.wait_for(
+                self.store.overdue(now, self.started_at), HTTP_ANSWER / 2
+            )
+            connected = True
+        except (StoreError, TimeoutError):
+            overdue, connected = [], False
+        stalled = time.monotonic() - self._ticked > STALLED_TICKS
+        bad = not connected or stalled or not self._scheduler.running
+        return {
+            "status": "unhealthy" if bad else "degraded" if overdue else "healthy",
+            "timestamp": iso(now),
+            "version": VERSION,
+            "uptime_seconds": round(now - self.started_at, 1),
+            "database": "connected" if connected else "disconnected",
+            "db_connected": connected,
+            "scheduler": "stalled"
+            if stalled
+            else "running"
+            if self._scheduler.running
+            else "stopped",
+            "overdue_jobs": overdue,
+        }
+
+    async def stats(self) -> dict[str, Any]:
+        """How much there is, and what was done since the start."""
+        counts = await self.store.counts()
+        jobs: Mapping[str, int] = counts["jobs"]
+        return {
+            "total_jobs": sum(jobs.values()),
+            "active_jobs": jobs.get("active", 0),
+            "paused_jobs": jobs.get("paused", 0),
+            "completed_jobs": jobs.get("completed", 0) + jobs.get("completed_with_failures", 0),
+            "failed_jobs": jobs.get("failed", 0),
+            "jobs_by_status": jobs,
+            "total_secrets": counts["secrets"],
+            "total_logs": counts["logs"],
+            "uptime_seconds": round(time.time() - self.started_at, 1),
+            "checks": self.counters["steps"],
+            "triggers": counts["triggers"],
+            "errors": self.counters["errors"],
+        }
+
+
+@contextlib.asynccontextmanager
+async def make_service(
+    config: Config, load: Callable[[], Config], *, timers: bool = True
+) -> AsyncIterator[Service]:
+    """The service with its store and upstreams, started; drained and closed at the end."""
+    vault = Vault(config.settings)
+    vault.load(required=False)
+    async with Store(config.settings.database) as store:
+        upstreams = OpenAI(config.settings.openai_base_url), Keboola()
+        service = Service(Steps(config, store, vault, *upstreams), load)
+        try:
+            await service.start(timers=timers)
+            yield service
+        finally:
+            await service.drain()
+            for upstream in upstreams:
+                await upstream.close()
+
+
+def iso(at: float | None) -> str | None:
+    """A unix time as ISO 8601 in UTC, to the second."""
+    return None if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+async def describe_job(store: Store, job: Job, *, logs: int | None = None) -> dict[str, Any]:
+    """A job as the REST API and --json show it: the flat fields, its batches and counts; with the
+    last `logs` log rows and its triggers where asked for."""
+    batches = await store.batches(job.id)
+    ids = {row.name: row.id for row in await store.secrets()}
+    ends = Counter(outcome(batch) for batch in batches)
+    spec, target = job.spec, job.spec.trigger
+    shown: dict[str, Any] = {
+        "id": job.id,
+        "name": job.name,
+        "status": job.shown_status,
+        "last_error": job.last_error,
+        "origin": job.origin,
+        "batch_id": spec.watch.batch_ids[0],
+        "batch_ids": spec.watch.batch_ids,
+        "trigger_when": spec.watch.trigger_when,
+        "openai_secret": spec.watch.secret,
+        "openai_secret_id": ids.get(str(spec.watch.secret)),
+        "keboola_secret": target.secret,
+        "keboola_secret_id": ids.get(str(target.secret)),
+        "keboola_stack_url": target.stack_url,
+        "keboola_component_id": target.component_id,
+        "keboola_configuration_id": target.configuration_id,
+        "variables": target.variables,
+        "on_ambiguous": target.on_ambiguous,
+        "poll_interval_seconds": spec.poll_interval,
+        "batch_count": len(batches),
+        "completed_count": ends["completed"],
+        "failed_count": ends["failed"],
+        "batches": [with_iso_times(asdict(batch)) for batch in batches],
+    }
+    times = ("last_check_at", "next_check_at", "created_at", "completed_at")
+    shown |= {name: iso(getattr(job, name)) for name in times}
+    if logs is not None:
+        shown["logs"] = [with_iso_times(row) for row in await store.logs(job.id, logs)]
+        rows = [asdict(trigger) for trigger in await store.triggers(job.id)]
+        shown["triggers"] = [
+            with_iso_times(row | {"body": json.loads(row["body"])}) for row in rows
+        ]
+    return shown
+
+
+def with_iso_times(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with its unix times, whose names end in _at or _since, as text."""
+    return {k: iso(v) if k.endswith(("_at", "_since")) else v for k, v in row.items()}
+
+
+# ── Admin ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A path of the HTTP surface and the coroutine that answers it, run on the loop."""
+
+    paths: tuple[str, ...]
+    answer: Callable[[Service], Awaitable[dict[str, Any]]]
+    open_to_all: bool = False  # no token asked
+
+
+async def about(_: Service) -> dict[str, Any]:
+    what = "watches OpenAI batches and starts a Keboola job when they are done"
+    return {"name": "TeckoChecker", "version": VERSION, "description": what, "health": "/health"}
+
+
+ROUTES = (
+    Route(("/",), about),
+    Route(("/health", "/api/health"), Service.health, open_to_all=True),
+    Route(("/stats", "/api/stats"), Service.stats),
+)
+
+
+class AdminServer(http.server.ThreadingHTTPServer):
+    """Standard-library HTTP in threads of its own: bounded in connections, and every request in
+    time and size, so that no client holds up another, let alone the loop."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, service: Service, loop: asyncio.AbstractEventLoop) -> None:
+        self.service, self.loop = service, loop
+        self._slots = threading.BoundedSemaphore(HTTP_CONNECTIONS)
+        self._deadlines: dict[socket.socket, float] = {}
+        host = service.settings.api_host
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__((host, service.settings.api_port), AdminHandler)
+        except OSError as e:
+            raise Conflict(
+                f"cannot listen on {host}:{service.settings.api_port}: {e.strerror}",
+                hint="API_PORT or admin.port chooses another one",
+            ) from e
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self.server_address[1]}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._slots.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                request.sendall(b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
+            self.shutdown_request(request)
+            return
+        self.expect(request)
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._deadlines.pop(request, None)
+            self._slots.release()
+
+    def expect(self, request: socket.socket) -> None:
+        """From now on the next request has HTTP_DEADLINE seconds to arrive and be answered."""
+        self._deadlines[request] = time.monotonic() + HTTP_DEADLINE
+
+    def service_actions(self) -> None:
+        """Cut off who drips: `timeout` counts from byte to byte, this from start to end."""
+        now = time.monotonic()
+        for request, deadline in list(self._deadlines.items()):
+            if now > deadline:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a connection of the admin surface broke", exc_info=True)
+
+    def ask(self, question: Callable[[Service], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+        """Answer on the loop, in bounded time. Raises TimeoutError."""
+
+        async def answer() -> dict[str, Any]:
+            return await question(self.service)
+
+        future = asyncio.run_coroutine_threadsafe(answer(), self.loop)
+        try:
+            return future.result(HTTP_ANSWER)
+        except TimeoutError:
+            future.cancel()
+            raise
+
+
+class AdminHandler(http.server.BaseHTTPRequestHandler):
+    """One connection: check who asks, find the route, answer JSON."""
+
+    server: AdminServer
+    protocol_version = "HTTP/1.1"
+    server_version = f"TeckoChecker/{VERSION}"
+    sys_version = ""
+    timeout = HTTP_IDLE
+    wbufsize = 16384  # head and body in one segment: else Nagle and delayed ACK cost 40 ms
+    disable_nagle_algorithm = True
+
+    def handle_one_request(self) -> None:
+        self.request_id = uuid.uuid4().hex
+        super().handle_one_request()
+        self.server.expect(self.connection)
+
+    def do_GET(self) -> None:
+        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # an unread body would pass for the next request
+        path = urlsplit(self.path).path
+        route = next((route for route in ROUTES if path in route.paths), None)
+        if refused := self._refusal(route):
+            self._error(*refused)
+        elif route is None:
+            self._error(404, "not_found", f"there is no {path[:100]!r} here")
+        else:
+            self._run(route)
+
+    do_HEAD = do_GET
+
+    def _refusal(self, route: Route | None) -> tuple[int, str, str] | None:
+        """Why this request is not served: DNS rebinding, a page of another origin, a stranger."""
+        settings = self.server.service.settings
+        port = self.server.server_address[1]
+        hosts = {
+            f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]", settings.api_host)
+        }
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        if settings.api_host in LOOPBACK and host.lower() not in hosts:
+            return 421, "wrong_host", "this is not the host you named"
+        if origin is not None and origin != f"http://{host}":
+            return 403, "foreign_origin", "pages of another origin are not served"
+        token = settings.admin_token
+        if token is None or (route is not None and route.open_to_all):
+            return None
+        given = self.headers.get("Authorization", "").encode()
+        if not hmac.compare_digest(given, f"Bearer {token.reveal()}".encode()):
+            return 401, "unauthorized", "this needs Authorization: Bearer ADMIN_TOKEN"
+        return None
+
+    def _run(self, route: Route) -> None:
+        try:
+            body = self.server.ask(route.answer)
+        except TimeoutError:
+            body = {"status": "unhealthy", "scheduler": "stalled"}
+        except TeckoError as e:
+            self._error(e.http_status, type(e).__name__, str(e), e.code)
+            return
+        self._send(503 if body.get("status") == "unhealthy" else 200, body)
+
+    def _error(self, status: int, error: str, detail: str, code: int = 1000) -> None:
+        body = {"error": error, "detail": detail, "code": code, "request_id": self.request_id}
+        self._send(status, body, {"X-Error-Code": str(code)})
+
+    def _send(self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] = {}) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("X-Request-ID", self.request_id)
+        if status == 401:
+            self.send_header("WWW-Authenticate", "Bearer")
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class refuses (a bad request line, an unknown method), in our shape."""
+        self.close_connection = True
+        error = "method_not_allowed" if code == 501 else "bad_request"
+        self._error(405 if code == 501 else code, error, message or "bad request")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("http %s %s", self.request_id, format % args)
+
+
+@contextlib.contextmanager
+def serving(service: Service) -> Iterator[AdminServer]:
+    """The admin surface, in a thread, for as long as the context lasts."""
+    server = AdminServer(service, asyncio.get_running_loop())
+    thread = threading.Thread(target=server.serve_forever, name="admin", daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+# ── Command line ──────────────────────────────────────────────────────────────────────────────
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line, for what collects logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(
+                timespec="milliseconds"
+            ),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_text:
+            line["traceback"] = record.exc_text
+        return json.dumps(line)
+
+
+def set_up_logging(settings: Settings, level: str) -> None:
+    """To stderr, and to LOG_FILE where one is set; every handler redacts."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if settings.log_file is not None:
+        try:
+            handlers.append(
+                logging.handlers.RotatingFileHandler(
+                    settings.log_file, maxBytes=LOG_BYTES, backupCount=5, encoding="utf-8"
+                )
+            )
+        except OSError as e:
+            raise StoreError(f"cannot write the log file {settings.log_file}: {e.strerror}") from e
+    text = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s")
+    for handler in handlers:
+        handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
+        handler.addFilter(RedactingFilter())
+    logging.basicConfig(
+        handlers=handlers, level="WARNING", force=True
+    )  # libraries: a line a request
+    log.setLevel(level)
+
+
+def say(text: str = "") -> None:
+    print(redact(text))
+
+
+def complain(error: TeckoError) -> None:
+    print(redact(f"teckochecker: {error}"), file=sys.stderr)
+    if error.hint:
+        print(redact(f"hint: {error.hint}"), file=sys.stderr)
+
+
+def report(args: argparse.Namespace, document: Any, *shown: RenderableType) -> int:
+    """One JSON document with --json, else what a person reads; both to stdout."""
+    if args.json:
+        say(json.dumps(document, indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False, emoji=False, markup=False)
+        for item in shown:
+            console.print(item, soft_wrap=isinstance(item, str))
+    return 0
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> RenderableType:
+    """Rows under a header, folded to fit the terminal."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for row in rows:
+        made.add_row(*(redact("-" if cell is None else str(cell)) for cell in row))
+    return made
+
+
+def ago(at: float | None, now: float) -> str:
+    if at is None:
+        return "-"
+    return f"in {span(at - now)}" if at > now else f"{span(now - at)} ago"
+
+
+def confirmed(args: argparse.Namespace, question: str) -> bool:
+    """Ask before deleting; without a terminal only --force goes on."""
+    if args.force:
+        return True
+    if not sys.stdin.isatty():
+        raise Conflict("without a terminal to ask on, nothing is deleted", hint="add --force")
+    return input(f"{question} [y/N]: ").strip().lower() in ("y", "yes")
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    path = args.config or Path("jobs.yaml")
+    return load_config(
+        path, os.environ, must_exist=args.config is not None and args.command != "init"
+    )
+
+
+async def stored_types(store: Store) -> dict[str, str]:
+    return {row.name: row.type for row in await store.secrets()}
+
+
+def cmd_init(args: argparse.Namespace, config: Config) -> int:
+    settings, vault, done = config.settings, Vault(config.settings), []
+    key_file = vault.file
+    if key_file is not None and not key_file.exists():
+        write_private(key_file, new_master_key() + "\n")
+        done.append(f"made the master key {key_file} (back it up: without it no secret opens)")
+    vault.load(required=True)
+    if not settings.database.exists():
+        done.append(f"made the database {settings.database}")
+    asyncio.run(Store(settings.database).touch())
+    if not config.path.exists():
+        config.path.write_text(FIRST_JOBS_FILE)
+        done.append(f"wrote {config.path}")
+    name = Path(sys.argv[0]).name
+    steps = [
+        f"{name} secret add --name openai-prod --type openai",
+        f"{name} secret add --name keboola-prod --type keboola",
+        f"edit {config.path} (jobs.yaml.example explains every key), then: {name} validate",
+        f"{name} start",
+    ]
+    text = [*(done or ["everything is there already; nothing was changed"]), "", "Next:"]
+    return report(args, {"done": done, "next": steps}, "\n".join(text + [f"  {s}" for s in steps]))
+
+
+async def cmd_validate(args: argparse.Namespace, config: Config) -> int:
+    """Everything `start` would refuse, and that every stored secret decrypts."""
+    vault = Vault(config.settings)
+    vault.load(required=False)
+    async with Store(config.settings.database) as store:
+        rows = await store.secrets()
+        problems = all_problems(config, {row.name: row.type for row in rows})
+        for row in rows:
+            try:
+                vault.open(row)
+            except SecretError as e:
+                problems.append(str(e))
+    if problems:
+        raise Invalid(problems)
+    jobs, names = config.jobs or [], sorted({*(r.name for r in rows), *config.secrets})
+    text = f"{config.path} is good: {len(jobs)} jobs, {len(names)} secrets"
+    return report(args, {"valid": True, "jobs": [j.name for j in jobs], "secrets": names}, text)
+
+
+def cmd_start(args: argparse.Namespace, config: Config) -> int:
+    if args.daemon:
+        return start_daemon(args, config)
+    with RunLock(config.settings.database) as lock:
+        asyncio.run(serve(config, lambda: config_of(args), lock))
+    return 0
+
+
+async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> None:
+    """Run the service until SIGTERM or SIGINT."""
+    async with make_service(config, load) as service:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, service.stop.set)
+        loop.add_signal_handler(signal.SIGHUP, service.reload.set)
+        with serving(service) as admin:
+            lock.write(admin.url, service.started_at)
+            log.info(
+                "TeckoChecker %s, pid %s, admin surface at %s", VERSION, os.getpid(), admin.url
+            )
+            notify("READY=1", f"STATUS=admin surface at {admin.url}")
+            await service.run()
+            notify("STOPPING=1")
+            log.info("stopping")
+
+
+def start_daemon(args: argparse.Namespace, config: Config) -> int:
+    """Start this program again in a session of its own, and wait until it says that it is ready:
+    with the service manager's own protocol, so that the child needs no other."""
+    log_file = config.settings.log_file or config.settings.database.with_suffix(".log")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear,
+    ):
+        ear.bind(f"{folder}/ready")
+        ear.settimeout(0.2)
+        command = [
+            sys.executable,
+            os.path.abspath(__file__),
+            *(["-v"] * args.verbose + ["-q"] * args.quiet),
+        ]
+        command += (["-c", str(args.config)] if args.config else []) + ["start"]
+        child = subprocess.Popen(
+            command,
+            env={**os.environ, "NOTIFY_SOCKET": f"{folder}/ready", "LOG_FILE": str(log_file)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        said = ""
+        while child.poll() is None and "READY=1" not in said:
+            with contextlib.suppress(TimeoutError):
+                said = ear.recv(65536).decode()
+    if child.poll() is not None:
+        why = said.partition("STATUS=")[2] or f"it ended with {child.returncode}"
+        raise TeckoError(f"the service did not start: {why}", hint=f"the log is {log_file}")
+    document = {"running": True, "pid": child.pid, "log": str(log_file)}
+    return report(args, document, f"started, pid {child.pid}; the log is {log_file}")
+
+
+def pid_file(config: Config) -> Path:
+    return RunLock(config.settings.database).path
+
+
+def cmd_stop(args: argparse.Namespace, config: Config) -> int:
+    found = running(pid_file(config))
+    if found is None:
+        raise Conflict("no TeckoChecker runs on this database")
+    os.kill(found[0], signal.SIGTERM)
+    until = time.monotonic() + DRAIN_SECONDS + 7  # the service's own 10 s, and some for the machine
+    while running(pid_file(config)) is not None:
+        if time.monotonic() > until:
+            raise Conflict(f"pid {found[0]} has not ended yet", hint="look at its log")
+        time.sleep(0.05)
+    return report(args, {"stopped": found[0]}, f"stopped, pid {found[0]}")
+
+
+async def cmd_status(args: argparse.Namespace, config: Config) -> int:
+    found, now = running(pid_file(config)), time.time()
+    async with Store(config.settings.database) as store:
+        counts, due = await store.counts(), await store.due_next(5)
+    pid, started_at, address = found or (None, None, None)
+    document = {
+        "running": found is not None,
+        "pid": pid,
+        "uptime_seconds": round(now - started_at, 1) if started_at else None,
+        "admin": address,
+        "database": str(config.settings.database),
+        "jobs": counts["jobs"],
+        "due_next": [{"job": name, "next_check_at": iso(at)} for name, at in due],
+    }
+    jobs = ", ".join(f"{count} {status}" for status, count in sorted(counts["jobs"].items()))
+    rows = [
+        (
+            "Service",
+            f"running, pid {pid}, for {span(now - (started_at or now))}"
+            if found
+            else "not running",
+        ),
+        ("Admin surface", address),
+        ("Database", config.settings.database),
+        ("Jobs", jobs or "none"),
+        ("Due next", ", ".join(f"{name} {ago(at, now)}" for name, at in due) or None),
+    ]
+    return report(args, document, table(("", ""), rows))
+
+
+async def cmd_check(args: argparse.Namespace, config: Config) -> int:
+    """One round in the foreground, with the retries that one round allows."""
+    with RunLock(config.settings.database):
+        async with make_service(config, lambda: config, timers=False) as service:
+            store = service.store
+            ids = [(await store.find_job(ref)).id for ref in args.jobs] or list(
+                await store.schedule()
+            )
+            results = await asyncio.gather(*(check_once(service, job_id) for job_id in ids))
+            jobs = {job.id: job for job in await store.jobs()}
+    rows = [
+        (jobs[i].id, jobs[i].name, jobs[i].shown_status, s.said)
+        for i, s in zip(ids, results, strict=True)
+    ]
+    document = [dict(zip(("id", "name", "status", "said"), row, strict=True)) for row in rows]
+    report(args, document, table(("ID", "Job", "Status", "What was seen"), rows))
+    return int(any(s.error is not None for s in results))
+
+
+async def check_once(service: Service, job_id: int) -> Stepped:
+    while True:
+        stepped = await service.steps.step(job_id)
+        job = await service.store.job(job_id)
+        soon = (
+            job is not None and stepped.wait is not None and stepped.wait < job.spec.poll_interval
+        )
+        if stepped.error is None or stepped.wait is None or not soon:
+            return stepped
+        await asyncio.sleep(stepped.wait)
+
+
+def secret_input(args: argparse.Namespace) -> SecretValue:
+    if args.value is not None:
+        print("warning: --value shows the secret to everyone who lists processes", file=sys.stderr)
+        return SecretValue(clean_secret(args.value))
+    typed = getpass.getpass("Secret value: ") if sys.stdin.isatty() else sys.stdin.read()
+    return SecretValue(clean_secret(typed))
+
+
+async def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
+    vault = Vault(config.settings)
+    vault.load(required=True)
+    a_name(args.name)
+    sealed, key_id = vault.seal(args.name, args.type, secret_input(args))
+    async with Store(config.settings.database) as store:
+        add = store.replace_secret if args.replace else store.add_secret
+        secret_id = await add(args.name, args.type, sealed, key_id, time.time())
+    done = "replaced" if args.replace else "stored"
+    return report(
+        args,
+        {"id": secret_id, "name": args.name, "type": args.type},
+        f"{done} secret {args.name!r}",
+    )
+
+
+async def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
+    async with Store(config.settings.database) as store:
+        rows = await store.secrets()
+    stored: list[tuple[object, ...]]
+    stored = [(row.id, row.name, row.type, iso(row.created_at)) for row in rows]
+    files = [
+        (None, name, ref.type, f"{config.path}: {ref.env or ref.file}")
+        for name, ref in config.secrets.items()
+    ]
+    keys = ("id", "name", "type", "created_at")
+    document = {
+        "secrets": [dict(zip(keys, row, strict=True)) for row in stored],
+        "total": len(stored),
+    }
+    return report(
+        args, document, table(("ID", "Name", "Type", "Created, or where it is"), [*stored, *files])
+    )
+
+
+async def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
+    if not confirmed(args, f"Delete secret {args.name!r}?"):
+        return 1
+    async with Store(config.settings.database) as store:
+        await store.delete_secret(args.name, time.time())
+    return report(args, {"success": True}, f"secret {args.name!r} deleted")
+
+
+async def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
+    """New key in front of the old one, everything sealed anew in one transaction, old key gone:
+    a crash between any two of these leaves a key file that opens every secret."""
+    vault = Vault(config.settings)
+    vault.load(required=True)
+    vault.begin_rotation()
+    async with Store(config.settings.database) as store:
+        count = await store.reseal_secrets(
+            lambda row: vault.seal(row.name, row.type, vault.open(row))
+        )
+    vault.end_rotation()
+    return report(args, {"resealed": count}, f"new master key; {count} secrets encrypted anew")
+
+
+def flat_job(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `job create` and `job update` as the flat form of a job."""
+    given = {
+        "name": args.name,
+        "batch_ids": args.batch_id,
+        "openai_secret": args.openai_secret,
+        "keboola_secret": args.keboola_secret,
+        "keboola_stack_url": args.keboola_stack,
+        "keboola_component_id": args.component_id,
+        "keboola_configuration_id": args.config_id,
+        "poll_interval_seconds": args.poll_interval,
+        "trigger_when": args.trigger_when,
+        "on_ambiguous": args.on_ambiguous,
+        "variables": dict(args.variable) if args.variable else None,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+async def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
+    spec = parse_job(flat_job(args), config.settings)
+    async with Store(config.settings.database) as store:
+        if problems := secret_problems(spec, await stored_types(store), config):
+            raise Invalid(problems, hint="secret add stores one")
+        job_id = await store.create_job(spec, "store", time.time())
+        document = await describe_job(store, await store.find_job(str(job_id)))
+    return report(args, document, f"created job {spec.name!r} (ID {job_id})")
+
+
+async def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
+    async with Store(config.settings.database) as store:
+        job = await store.find_job(args.job)
+        data = job.spec.model_dump()
+        for name, value in flat_job(args).items():
+            path = FLAT_FIELDS.get(name, (name,))
+            (data if len(path) == 1 else data[path[0]])[path[-1]] = value
+        spec = parse_job(data, config.settings)
+        if problems := secret_problems(spec, await stored_types(store), config):
+            raise Invalid(problems, hint="secret add stores one")
+        await store.update_job(job.id, spec, time.time())
+        document = await describe_job(store, await store.find_job(str(job.id)))
+    return report(args, document, f"updated job {spec.name!r}")
+
+
+async def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
+    now = time.time()
+    async with Store(config.settings.database) as store:
+        jobs = [await describe_job(store, job) for job in await store.jobs(args.status)]
+        times = {
+            job.id: (job.last_check_at, job.next_check_at) for job in await store.jobs(args.status)
+        }
+    rows = [
+        (
+            *(j["id"], j["name"], j["status"]),
+            f"{j['completed_count'] + j['failed_count']}/{j['batch_count']}",
+            f"{j['poll_interval_seconds']} s",
+            *(ago(at, now) for at in times[j["id"]]),
+        )
+        for j in jobs
+    ]
+    columns = ("ID", "Name", "Status", "Done", "Every", "Checked", "Next")
+    return report(args, {"jobs": jobs, "total": len(jobs)}, table(columns, rows))
+
+
+async def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
+    async with Store(config.settings.database) as store:
+        job = await store.find_job(args.job)
+        document = await describe_job(store, job, logs=args.logs)
+    skipped = ("batches", "logs", "triggers", "batch_id", "batch_ids")
+    head = [
+        (k.replace("_", " "), v) for k, v in document.items() if k not in skipped and v is not None
+    ]
+    batches = [
+        (
+            b["batch_id"],
+            b["status"] or "not seen yet",
+            f"{b['requests_completed']}/{b['requests_total']}",
+        )
+        for b in document["batches"]
+    ]
+    triggers = [
+        (t["id"], t["state"], t["keboola_job_id"], t["keboola_status"])
+        for t in document["triggers"]
+    ]
+    logs = [(entry["created_at"], entry["status"], entry["message"]) for entry in document["logs"]]
+    return report(
+        args,
+        document,
+        table(("Job", job.name), head),
+        table(("Batch", "Status", "Requests"), batches),
+        table(("Trigger", "State", "Keboola job", "Its status"), triggers) if triggers else "",
+        table(("Time", "What", ""), logs),
+    )
+
+
+async def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
+    """pause, resume, retry: one change of state each."""
+    async with Store(config.settings.database) as store:
+        job = await store.find_job(args.job)
+        change = {"pause": store.pause_job, "resume": store.resume_job, "retry": store.retry_job}
+        said = await change[args.action](job.id, time.time())
+        document = await describe_job(store, await store.find_job(str(job.id)))
+    done = {"pause": "paused", "resume": "resumed", "retry": f"re-armed: it {said}"}[args.action]
+    return report(args, document, f"job {job.name!r} {done}")
+
+
+async def cmd_job_delete(args: argparse.Namespace, config: Config) -> int:
+    async with Store(config.settings.database) as store:
+        job = await store.find_job(args.job)
+        if not confirmed(args, f"Delete job {job.name!r} (ID {job.id}) with its history?"):
+            return 1
+        await store.delete_job(job.id, time.time())
+    return report(args, {"success": True}, f"job {job.name!r} deleted")
+
+
+def cmd_demo(args: argparse.Namespace) -> int:
+    folder = Path(__file__).resolve().parent / "tests"
+    if not (folder / "demo.py").exists():
+        raise TeckoError(
+            f"the demo's stand-ins are not in {folder}", hint="run it from a whole checkout"
+        )
+    sys.path.insert(0, str(folder))
+    sys.modules["teckochecker"] = sys.modules[__name__]
+    return int(importlib.import_module("demo").main(keep=args.keep))
+
+
+def variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def add_job_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument("--name", required=required)
+    parser.add_argument("--batch-id", action="append", required=required, help="repeat for more")
+    parser.add_argument("--openai-secret", required=required, metavar="NAME")
+    parser.add_argument("--keboola-secret", required=required, metavar="NAME")
+    parser.add_argument("--keboola-stack", required=required, metavar="URL")
+    parser.add_argument("--component-id", required=required, metavar="ID")
+    parser.add_argument("--config-id", required=required, metavar="ID")
+    parser.add_argument("--poll-interval", metavar="S", help="seconds, or 30s, 2m, 1h")
+    parser.add_argument("--trigger-when", choices=("all_completed", "all_finished"))
+    parser.add_argument("--on-ambiguous", choices=("resend", "hold"))
+    parser.add_argument("--variable", action="append", type=variable, metavar="NAME=VALUE")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    everywhere = argparse.ArgumentParser(add_help=False)
+    late = argparse.ArgumentParser(add_help=False)
+    for parser, default in ((everywhere, None), (late, argparse.SUPPRESS)):
+        off = default if default is not None else False
+        parser.add_argument(
+            "-c", "--config", type=Path, default=default, metavar="FILE", help="jobs.yaml"
+        )
+        parser.add_argument("--json", action="store_true", default=off, help="one JSON document")
+        parser.add_argument("-v", "--verbose", action="store_true", default=off, help="log more")
+        parser.add_argument(
+            "-q", "--quiet", action="store_true", default=off, help="log errors only"
+        )
+    top = argparse.ArgumentParser(
+        prog="teckochecker.py",
+        description="Watch OpenAI batches and start a Keboola job when they are done, once.",
+        parents=[everywhere],
+    )
+    top.add_argument("--version", action="version", version=f"TeckoChecker {VERSION}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(group: Any, name: str, run: Callable[..., Any], help: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = group.add_parser(
+            name, help=help, description=help, parents=[late]
+        )
+        parser.set_defaults(run=run)
+        return parser
+
+    add(commands, "init", cmd_init, "make the key, the database and a first jobs.yaml")
+    add(commands, "validate", cmd_validate, "check jobs.yaml and every secret")
+    start = add(commands, "start", cmd_start, "run the service")
+    start.add_argument("--daemon", action="store_true", help="in the background")
+    add(commands, "stop", cmd_stop, "stop the service gracefully")
+    add(commands, "status", cmd_status, "whether it runs, and what is due")
+    check = add(commands, "check", cmd_check, "one round now, then exit")
+    check.add_argument("jobs", nargs="*", metavar="JOB", help="id or name; all when none is given")
+    demo = add(commands, "demo", cmd_demo, "the whole thing on this machine, without an account")
+    demo.add_argument("--keep", action="store_true", help="go on until Ctrl-C")
+
+    secret = commands.add_parser("secret", help="API keys and tokens").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    add_secret = add(secret, "add", cmd_secret_add, "store one, typed without echo or piped in")
+    add_secret.add_argument("--name", required=True)
+    add_secret.add_argument("--type", required=True, choices=("openai", "keboola", "api"))
+    add_secret.add_argument("--value", help="better left out: others can see it")
+    add_secret.add_argument("--replace", action="store_true", help="give a stored one a new value")
+    add(secret, "list", cmd_secret_list, "names and types, never values")
+    delete = add(secret, "delete", cmd_secret_delete, "delete one that no running job uses")
+    delete.add_argument("name", metavar="NAME")
+    delete.add_argument("--force", action="store_true", help="do not ask")
+    add(secret, "rotate", cmd_secret_rotate, "new master key, every secret encrypted anew")
+
+    job = commands.add_parser("job", help="jobs").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    add_job_options(add(job, "create", cmd_job_create, "watch batches"), required=True)
+    listed = add(job, "list", cmd_job_list, "all jobs")
+    listed.add_argument("--status", choices=(*JOB_STEPS, "removed"))
+    one = {"show": cmd_job_show, "update": cmd_job_update, "delete": cmd_job_delete}
+    one |= dict.fromkeys(("pause", "resume", "retry"), cmd_job_step)
+    help_of = {"retry": "re-arm a failed job", "show": "batches, triggers and the last log lines"}
+    for name, run in one.items():
+        parser = add(job, name, run, help_of.get(name, f"{name} a job"))
+        parser.add_argument("job", metavar="JOB", help="id or name")
+        if name == "update":
+            add_job_options(parser, required=False)
+        if name == "delete":
+            parser.add_argument("--force", action="store_true", help="do not ask")
+        if name == "show":
+            parser.add_argument("--logs", type=int, default=20, metavar="N", help="log lines, 20")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: done; 1: it could not be done; 2: wrong usage."""
+    args = make_parser().parse_args(argv)
+    try:
+        if args.command == "demo":
+            return cmd_demo(args)
+        config = config_of(args)
+        settings = config.settings
+        level = settings.log_level if args.command == "start" else "WARNING"
+        set_up_logging(settings, "DEBUG" if args.verbose else "ERROR" if args.quiet else level)
+        done = args.run(args, config)
+        return int(asyncio.run(done) if asyncio.iscoroutine(done) else done)
+    except TeckoError as e:
+        notify(f"STATUS={e}")
+        complain(e)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

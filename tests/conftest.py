@@ -1,0 +1,259 @@
+"""Fixtures: stand-ins for the two APIs, a real store with a clock to turn, the real program."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+import standins
+
+import teckochecker as tecko
+
+PROGRAM = Path(tecko.__file__).resolve()
+MASTER_KEY = "b25seS1mb3ItdGVzdHMtMDEyMzQ1Njc4OWFiY2RlZmc="  # 32 bytes, for tests alone
+
+
+@pytest.fixture
+def openai() -> Iterator[standins.OpenAI]:
+    with standins.OpenAI() as server:
+        yield server
+
+
+@pytest.fixture
+def keboola() -> Iterator[standins.Keboola]:
+    with standins.Keboola() as server:
+        yield server
+
+
+@dataclass
+class Clock:
+    """The time, as an argument: stands still until it is turned."""
+
+    now: float = field(default_factory=time.time)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def turn(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@dataclass
+class World:
+    """A real store, the real steps with a clock to turn, and the stand-ins they talk to."""
+
+    config: tecko.Config
+    store: tecko.Store
+    vault: tecko.Vault
+    steps: tecko.Steps
+    clock: Clock
+    openai: standins.OpenAI
+    keboola: standins.Keboola
+
+    async def secret(self, name: str, kind: str, value: str, *, replace: bool = False) -> None:
+        sealed, key_id = self.vault.seal(name, kind, tecko.SecretValue(value))
+        save = self.store.replace_secret if replace else self.store.add_secret
+        await save(name, kind, sealed, key_id, self.clock())
+
+    async def job(self, name: str = "job", **flat: Any) -> int:
+        """Create a job in the store; by default for batch_1 and the Keboola stand-in."""
+        given = {
+            "name": name,
+            "batch_ids": ["batch_1"],
+            "openai_secret": "openai",
+            "keboola_secret": "keboola",
+            "keboola_stack_url": self.keboola.url,
+            "keboola_component_id": "comp",
+            "keboola_configuration_id": "cfg",
+        } | flat
+        spec = tecko.parse_job(given, self.config.settings)
+        return await self.store.create_job(spec, "store", self.clock())
+
+    async def get(self, job_id: int) -> tecko.Job:
+        job = await self.store.job(job_id)
+        assert job is not None
+        return job
+
+    async def step_until_waiting(self, job_id: int, limit: int = 20) -> tecko.Stepped:
+        """Step, turning the clock by what each step asks for, until nothing is left to do."""
+        for _ in range(limit):
+            stepped = await self.steps.step(job_id)
+            if stepped.wait is None:
+                return stepped
+            self.clock.turn(stepped.wait)
+        raise AssertionError(f"still not done after {limit} steps: {stepped}")
+
+
+ENVIRONMENT = {"MIN_POLL_INTERVAL": "1", "SECRET_KEY": MASTER_KEY, "TRIGGER_SETTLE_SECONDS": "120"}
+
+
+async def make_world(
+    folder: Path, openai: standins.OpenAI, keboola: standins.Keboola, env: Mapping[str, str]
+) -> tuple[World, Any]:
+    """A world in `folder` and the closing coroutine function; opens what is there already."""
+    environ = ENVIRONMENT | {"OPENAI_BASE_URL": openai.base_url} | dict(env)
+    config = tecko.load_config(folder / "jobs.yaml", environ)
+    store, clock = tecko.Store(config.settings.database), Clock()
+    await store.__aenter__()
+    vault = tecko.Vault(config.settings)
+    vault.load(required=True)
+    upstreams = tecko.OpenAI(config.settings.openai_base_url), tecko.Keboola()
+    steps = tecko.Steps(config, store, vault, *upstreams, clock=clock, luck=lambda: 0.0)
+
+    async def close() -> None:
+        for upstream in upstreams:
+            await upstream.close()
+        await store.close()
+
+    return World(config, store, vault, steps, clock, openai, keboola), close
+
+
+@pytest.fixture
+async def world(
+    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
+) -> AsyncIterator[World]:
+    """A fresh world with the secrets `openai` and `keboola`, whose values the stand-ins take."""
+    made, close = await make_world(tmp_path, openai, keboola, {})
+    openai.key(standins.OPENAI_KEY)
+    await made.secret("openai", "openai", standins.OPENAI_KEY)
+    await made.secret("keboola", "keboola", standins.KEBOOLA_TOKEN)
+    yield made
+    await close()
+
+
+def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment without what configures TeckoChecker, and `extra`."""
+    dropped = {*tecko.ENVIRONMENT, "DATABASE_URL", "NOTIFY_SOCKET", "OPENAI_API_KEY", "COLUMNS"}
+    kept = {k: v for k, v in os.environ.items() if k not in dropped}
+    return kept | {"NO_COLOR": "1", "PYTHONUNBUFFERED": "1"} | dict(extra)
+
+
+def run_program(
+    *args: str,
+    cwd: Path,
+    env: Mapping[str, str] = {},
+    input: str | None = None,
+    timeout: float = 60,
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end, in `cwd`, without a terminal."""
+    return subprocess.run(
+        [sys.executable, str(PROGRAM), *args],
+        cwd=cwd,
+        env=clean_environment(env),
+        input=input if input is not None else "",
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+class RunningProgram:
+    """`teckochecker.py start` as a process of its own, from the moment it says that it is ready.
+
+    stdout and stderr go to `output`; leaving the context kills what still runs.
+    """
+
+    def __init__(
+        self, cwd: Path, env: Mapping[str, str] = {}, *args: str, wait: bool = True
+    ) -> None:
+        self.cwd, self.env, self.args, self.wait = cwd, env, args, wait
+        self.output = cwd / f"output-{time.monotonic_ns()}.log"
+        self.notified: list[str] = []
+
+    def __enter__(self) -> RunningProgram:
+        address = f"\0teckochecker-{os.getpid()}-{time.monotonic_ns()}"
+        self.ear = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.ear.bind(address)
+        environment = clean_environment(self.env) | {"NOTIFY_SOCKET": "@" + address[1:]}
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, str(PROGRAM), *self.args, "start"],
+                cwd=self.cwd,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+            )
+        if self.wait:
+            self.heard("READY=1")
+        return self
+
+    def heard(self, word: str, timeout: float = 30) -> str:
+        """Wait for a notification that contains `word`."""
+        until = time.monotonic() + timeout
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                raise AssertionError(f"ended with {self.process.returncode}:\n{self.text()}")
+            self.ear.settimeout(0.1)
+            try:
+                self.notified.append(self.ear.recv(65536).decode())
+            except TimeoutError:
+                continue
+            if word in self.notified[-1]:
+                return self.notified[-1]
+        raise AssertionError(f"never said {word}:\n{self.text()}")
+
+    @property
+    def url(self) -> str:
+        """Where the admin surface is."""
+        ready = next(text for text in self.notified if "admin surface at " in text)
+        return ready.partition("admin surface at ")[2].splitlines()[0]
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def terminate(self, timeout: float = 15) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        self.ear.close()
+
+
+JOB_YAML = """\
+database: teckochecker.db
+admin: {{host: 127.0.0.1, port: 0}}
+secrets:
+  openai:  {{type: openai,  env: TEST_OPENAI_KEY}}
+  keboola: {{type: keboola, env: TEST_KEBOOLA_TOKEN}}
+jobs:
+  - name: job
+    poll_interval: 1s
+    watch: {{secret: openai, batch_ids: [batch_1]}}
+    trigger:
+      {{secret: keboola, stack_url: "{stack}", component_id: comp, configuration_id: cfg}}
+"""
+
+
+def program_environment(openai: standins.OpenAI, **extra: str) -> dict[str, str]:
+    """What the program needs to work against the stand-ins with JOB_YAML."""
+    return {
+        "TEST_OPENAI_KEY": standins.OPENAI_KEY,
+        "TEST_KEBOOLA_TOKEN": standins.KEBOOLA_TOKEN,
+        "OPENAI_BASE_URL": openai.base_url,
+        "MIN_POLL_INTERVAL": "1",
+    } | extra
