@@ -11,7 +11,7 @@ uses only what stands above it:
     Errors        what can go wrong, and what follows from it
     Model         what a job, a batch, a trigger is; the edge where input is validated
     Decisions     the tables of states and the pure functions that say what to do next
-    Secrets       master keys, encryption, redaction
+    Secrets       master keys and encryption
     Config        jobs.yaml, .env and the environment into settings and jobs
     Store         the one place with SQL
     Upstreams     the one place that calls OpenAI and Keboola
@@ -623,6 +623,7 @@ class Job:
     spec: JobSpec
     status: JobStatus
     removed_at: float | None
+    revision: int
     round: int
     errors_in_row: int
     last_error: str | None
@@ -1398,6 +1399,7 @@ MIGRATIONS = (
         poll_interval_seconds INTEGER NOT NULL,
         status TEXT NOT NULL,                -- see JOB_STEPS
         removed_at REAL,                     -- when it left jobs.yaml; NULL: it is there
+        revision INTEGER NOT NULL DEFAULT 1, -- grows with each change of spec
         round INTEGER NOT NULL DEFAULT 1,    -- a round fires at most once: see triggers
         errors_in_row INTEGER NOT NULL DEFAULT 0,
         last_error TEXT,                     -- NULL: nothing to say
@@ -1460,9 +1462,10 @@ MIGRATIONS = (
 
 
 class Plan(NamedTuple):
-    """What a job's timer depends on; another round is due at once."""
+    """What a job's timer depends on; a changed job is due at once."""
 
     interval: int  # s
+    revision: int
     round: int
 
 
@@ -1490,9 +1493,9 @@ def spec_columns(spec: JobSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "spec": spec.model_dump_json(),
-        "openai": spec.watch.secret,
-        "keboola": spec.trigger.secret,
-        "interval": spec.poll_interval,
+        "openai_secret": spec.watch.secret,
+        "keboola_secret": spec.trigger.secret,
+        "poll_interval_seconds": spec.poll_interval,
     }
 
 
@@ -1640,13 +1643,10 @@ class Store:
                 f"there is a secret {name!r} already",
                 hint="delete it first, or choose another name",
             )
-        [[secret_id]] = await self._sql(
-            "INSERT INTO secrets (name, type, value, key_id, created_at)"
-            " VALUES (:name, :kind, :value, :key_id, :now) RETURNING id",
-            {"name": name, "kind": kind, "value": value, "key_id": key_id, "now": now},
-        )
+        row = {"name": name, "type": kind, "value": value, "key_id": key_id, "created_at": now}
+        secret_id: int = await self._insert("secrets", row)
         await self._log(None, "created", f"secret {name!r} of type {kind}", now)
-        return int(secret_id)
+        return secret_id
 
     @transactional
     async def replace_secret(
@@ -1674,7 +1674,8 @@ class Store:
     async def delete_secret(self, name: str, now: float) -> None:
         users = await self._sql(
             "SELECT name FROM polling_jobs WHERE :name IN (openai_secret, keboola_secret)"
-            " AND status IN ('active', 'paused', 'triggering', 'triggered') AND removed_at IS NULL",
+            " AND status IN ('active', 'paused', 'triggering', 'triggered') AND removed_at IS NULL"
+            " OR id IN (SELECT job_id FROM triggers WHERE secret = :name AND finished_at IS NULL)",
             {"name": name},
         )
         if users:
@@ -1722,21 +1723,17 @@ class Store:
         return job_of(rows[0])
 
     async def batches(self, job_id: int) -> list[Batch]:
-        rows = await self._read(
-            f"SELECT {', '.join(BATCH_COLUMNS)} FROM polling_batches"
-            " WHERE job_id = :job_id ORDER BY position",
-            {"job_id": job_id},
-        )
-        return [Batch(**row) for row in rows]
+        async with self._lock:
+            return await self._batches(job_id)
 
     async def schedule(self) -> dict[int, Plan]:
         """The jobs that have something left to do."""
         rows = await self._read(
-            "SELECT id, poll_interval_seconds, round FROM polling_jobs"
+            "SELECT id, poll_interval_seconds, revision, round FROM polling_jobs"
             " WHERE status = 'active' AND removed_at IS NULL"
             " OR id IN (SELECT job_id FROM triggers WHERE finished_at IS NULL AND state <> 'held')"
         )
-        return {int(row[0]): Plan(int(row[1]), int(row[2])) for row in rows}
+        return {job_id: Plan(*rest) for job_id, *rest in rows}
 
     @transactional
     async def create_job(self, spec: JobSpec, origin: str, now: float) -> int:
@@ -1746,15 +1743,12 @@ class Store:
         if await self._sql("SELECT 1 FROM polling_jobs WHERE name = :name", {"name": spec.name}):
             raise Conflict(f"there is a job {spec.name!r} already", hint="choose another name")
         spec = await self._with_secret_names(spec)
-        [[job_id]] = await self._sql(
-            "INSERT INTO polling_jobs (name, origin, spec, openai_secret, keboola_secret,"
-            " poll_interval_seconds, status, last_ok_at, created_at) VALUES (:name, :origin, :spec,"
-            " :openai, :keboola, :interval, 'active', :now, :now) RETURNING id",
-            {**spec_columns(spec), "origin": origin, "now": now},
-        )
+        times = {"last_ok_at": now, "created_at": now}
+        row = {"origin": origin, "status": "active", **spec_columns(spec), **times}
+        job_id: int = await self._insert("polling_jobs", row)
         await self._renew_batches(job_id, spec, now)
         await self._log(job_id, "created", f"watches {', '.join(spec.watch.batch_ids)}", now)
-        return int(job_id)
+        return job_id
 
     async def _with_secret_names(self, spec: JobSpec) -> JobSpec:
         """The job with names in place of the ids of secrets that the flat form may carry."""
@@ -1773,11 +1767,8 @@ class Store:
     async def _renew_batches(self, job_id: int, spec: JobSpec, now: float) -> None:
         await self._sql("DELETE FROM polling_batches WHERE job_id = :id", {"id": job_id})
         for position, batch_id in enumerate(spec.watch.batch_ids):
-            await self._sql(
-                "INSERT INTO polling_batches (job_id, position, batch_id, changed_at)"
-                " VALUES (:job_id, :position, :batch_id, :now)",
-                {"job_id": job_id, "position": position, "batch_id": batch_id, "now": now},
-            )
+            row = {"job_id": job_id, "position": position, "batch_id": batch_id, "changed_at": now}
+            await self._insert("polling_batches", row)
 
     @transactional
     async def update_job(self, job_id: int, spec: JobSpec, now: float) -> None:
@@ -1797,11 +1788,7 @@ class Store:
         spec = await self._with_secret_names(spec)
         if spec == job.spec:
             return False
-        await self._sql(
-            "UPDATE polling_jobs SET name = :name, spec = :spec, openai_secret = :openai,"
-            " keboola_secret = :keboola, poll_interval_seconds = :interval WHERE id = :id",
-            {**spec_columns(spec), "id": job.id},
-        )
+        await self._set_job(job, revision=job.revision + 1, **spec_columns(spec))
         await self._log(job.id, "updated", changes(job.spec, spec), now)
         if set(spec.watch.batch_ids) != set(job.spec.watch.batch_ids):
             await self._start_round(job, "new_round", spec, now)
@@ -1815,12 +1802,14 @@ class Store:
     async def _start_round(self, job: Job, event: Event, spec: JobSpec, now: float) -> None:
         """From here on the batches are looked at afresh and may fire again."""
         await self._renew_batches(job.id, spec, now)
-        await self._sql(
-            "UPDATE polling_jobs SET status = :status, round = round + 1, errors_in_row = 0,"
-            " last_error = NULL, last_ok_at = :now, next_check_at = NULL, completed_at = NULL"
-            " WHERE id = :id",
-            {"id": job.id, "status": next_state(JOB_STEPS, job.status, event), "now": now},
-        )
+        status = next_state(JOB_STEPS, job.status, event)
+        clean = {
+            "errors_in_row": 0,
+            "last_error": None,
+            "next_check_at": None,
+            "completed_at": None,
+        }
+        await self._set_job(job, status=status, round=job.round + 1, last_ok_at=now, **clean)
 
     @transactional
     async def sync_file_jobs(self, specs: Sequence[JobSpec], now: float) -> Counter[str]:
@@ -1850,32 +1839,24 @@ class Store:
     async def _mark_removed(self, job: Job, at: float | None, now: float) -> bool:
         if (job.removed_at is None) == (at is None):
             return False
-        await self._sql(
-            "UPDATE polling_jobs SET removed_at = :at, last_ok_at = :now WHERE id = :id",
-            {"id": job.id, "at": at, "now": now},
-        )
-        await self._log(
-            job.id, "updated", "is back in jobs.yaml" if at is None else "left jobs.yaml", now
-        )
+        await self._set_job(job, removed_at=at, last_ok_at=now)
+        said = "is back in jobs.yaml" if at is None else "left jobs.yaml"
+        await self._log(job.id, "updated", said, now)
         return True
 
-    @transactional
     async def pause_job(self, job_id: int, now: float) -> None:
-        await self._step(await self._job(job_id), "pause", "Cannot pause job", now)
+        await self._step(job_id, "pause", now)
+
+    async def resume_job(self, job_id: int, now: float) -> None:
+        await self._step(job_id, "resume", now)
 
     @transactional
-    async def resume_job(self, job_id: int, now: float) -> None:
-        await self._step(await self._job(job_id), "resume", "Cannot resume job", now)
-
-    async def _step(self, job: Job, event: Event, complaint: str, now: float) -> None:
+    async def _step(self, job_id: int, event: Literal["pause", "resume"], now: float) -> None:
+        job = await self._job(job_id)
         if job.removed_at is not None or event not in JOB_STEPS[job.status]:
-            raise Conflict(f"{complaint} {job.name!r}: it is {job.shown_status}")
+            raise Conflict(f"Cannot {event} job {job.name!r}: it is {job.shown_status}")
         status = JOB_STEPS[job.status][event]
-        await self._sql(
-            "UPDATE polling_jobs SET status = :status, last_ok_at = :now, next_check_at = NULL"
-            " WHERE id = :id",
-            {"id": job.id, "status": status, "now": now},
-        )
+        await self._set_job(job, status=status, last_ok_at=now, next_check_at=None)
         await self._log(job.id, f"{event}d", "", now)
 
     @transactional
@@ -1944,9 +1925,11 @@ class Store:
             " errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END,"
             " last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END,"
             " next_check_at = :next_check_at, completed_at = :ended_at WHERE id = :id"
-            " AND round = :round AND status = 'active' AND removed_at IS NULL RETURNING id",
+            " AND revision = :revision AND round = :round AND status = 'active'"
+            " AND removed_at IS NULL RETURNING id",
             {
                 "id": job.id,
+                "revision": job.revision,
                 "round": job.round,
                 "status": status,
                 "error": error,
@@ -1988,10 +1971,11 @@ class Store:
             {"job_id": job_id, **values},
         )
 
-    async def _insert(self, table: str, values: Mapping[str, Any]) -> None:
-        names = ", ".join(values)
-        places = ", ".join(f":{name}" for name in values)
-        await self._sql(f"INSERT INTO {table} ({names}) VALUES ({places})", values)
+    async def _insert(self, table: str, row: Mapping[str, Any]) -> Any:
+        names, places = ", ".join(row), ", ".join(f":{name}" for name in row)
+        sql = f"INSERT INTO {table} ({names}) VALUES ({places}) RETURNING *"
+        [[key, *_]] = await self._sql(sql, row)
+        return key
 
     async def triggers(self, job_id: int) -> list[Trigger]:
         async with self._lock:
@@ -2023,8 +2007,8 @@ class Store:
         job_event: Event = "succeed_partly" if event == "succeed" and trigger.partial else event
         if job.round == trigger.round and job_event in JOB_STEPS[job.status]:
             await self._move_job(job, job_event, said, now)
-        elif job.round == trigger.round:
-            await self._say(job.id, None if event == "claim" else said)
+        elif job.round == trigger.round and said:
+            await self._say(job, said)
         if said:
             await self._log(trigger.job_id, LOG_STATUS.get(event, "error"), said, now)
         return after
@@ -2039,42 +2023,35 @@ class Store:
 
     async def _move_job(self, job: Job, event: Event, said: str | None, now: float) -> None:
         status = next_state(JOB_STEPS, job.status, event)
-        await self._sql(
-            "UPDATE polling_jobs SET status = :status, last_error = :error, errors_in_row = 0,"
-            " completed_at = :ended_at WHERE id = :id",
-            {
-                "id": job.id,
-                "status": status,
-                "error": said if status == "failed" else None,
-                "ended_at": now if status in ENDED else None,
-            },
+        error = said if status == "failed" else None
+        ended_at = now if status in ENDED else None
+        await self._set_job(
+            job, status=status, last_error=error, errors_in_row=0, completed_at=ended_at
         )
 
+    async def _set_job(self, job: Job, **columns: Any) -> None:
+        names = ", ".join(f"{name} = :{name}" for name in columns)
+        await self._sql(
+            f"UPDATE polling_jobs SET {names} WHERE id = :id", {"id": job.id, **columns}
+        )
+
+    @transactional
     async def note_trigger(
         self, trigger: Trigger, now: float, *, error: str | None = None, **facts: Any
     ) -> None:
         """Write down news of a trigger that stays in its state (a search made, Keboola's status),
         or an error; a job in another round by now is not told."""
-        await self._note_trigger(trigger, error, now, facts)
-
-    @transactional
-    async def _note_trigger(
-        self, trigger: Trigger, error: str | None, now: float, facts: Mapping[str, Any]
-    ) -> None:
-        await self._save_trigger(trigger, replace(trigger, **facts))
-        job = await self._job(trigger.job_id)
-        if job.round != trigger.round:
+        if not await self._save_trigger(trigger, replace(trigger, **facts)):
             return
-        if error and error != job.last_error:
-            await self._log(job.id, "error", error, now)
-        await self._say(job.id, error)
+        job = await self._job(trigger.job_id)
+        if job.round == trigger.round:
+            if error and error != job.last_error:
+                await self._log(job.id, "error", error, now)
+            await self._say(job, error)
 
-    async def _say(self, job_id: int, error: str | None) -> None:
-        await self._sql(
-            "UPDATE polling_jobs SET last_error = :error, errors_in_row ="
-            " CASE WHEN :error IS NULL THEN 0 ELSE errors_in_row + 1 END WHERE id = :id",
-            {"id": job_id, "error": error},
-        )
+    async def _say(self, job: Job, error: str | None) -> None:
+        row = 0 if error is None else job.errors_in_row + 1
+        await self._set_job(job, last_error=error, errors_in_row=row)
 
     # logs and counts
 
@@ -3230,11 +3207,23 @@ class AdminHandler(http.server.BaseHTTPRequestHandler):
             return
         self._send(503 if body.get("status") == "unhealthy" else 200, body)
 
-    def _error(self, status: int, error: str, detail: str, code: int = 1000) -> None:
+    def _error(
+        self,
+        status: int,
+        error: str,
+        detail: str,
+        code: int = 1000,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         body = {"error": error, "detail": detail, "code": code, "request_id": self.request_id}
-        self._send(status, body, {"X-Error-Code": str(code)})
+        self._send(status, body, {"X-Error-Code": str(code), **headers})
 
-    def _send(self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] = {}) -> None:
+    def _send(
+        self,
+        status: int,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -3255,8 +3244,12 @@ class AdminHandler(http.server.BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class refuses (a bad request line, an unknown method), in our shape."""
         self.close_connection = True
-        error = "method_not_allowed" if code == 501 else "bad_request"
-        self._error(405 if code == 501 else code, error, message or "bad request")
+        if code == 501:
+            self._error(
+                405, "method_not_allowed", "allowed: GET, HEAD", headers={"Allow": "GET, HEAD"}
+            )
+        else:
+            self._error(code, "bad_request", message or "bad request")
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("http %s %s", self.request_id, format % args)

@@ -1,0 +1,329 @@
+"""What it costs to watch: TeckoChecker next to a plain asyncio loop over the same SDK calls.
+
+    .venv/bin/python tests/benchmarks/checks.py
+
+The stand-in for OpenAI, with batches that stay in progress, runs in a process of its own; so does
+each way of checking them, one after the other, on this machine alone. A row's figures are those
+of its own process, threads included: CPU is user and system time out of /proc, taken over a
+window of steady work after every batch was checked twice; start-up is what it used until its
+first request arrived; memory is its peak so far.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "teckochecker.py"
+KEY = "sk-standin-openai"
+
+IN_FLIGHT = 10  # calls at once in the plain loop: more only makes each of them dearer
+WINDOW = 20.0  # s of steady work that are measured: whole intervals, so that all phases count once
+PATIENCE = 30.0  # s for a process to do what the next figure waits for
+LIMIT = 150  # s for the whole; it takes about 75
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Load(NamedTuple):
+    """What is watched: so many batches, one a job, each every `interval` seconds."""
+
+    batches: int
+    interval: int
+
+    @property
+    def ids(self) -> list[str]:
+        return [f"batch_{n}" for n in range(self.batches)]
+
+
+LOADS = (Load(batches=100, interval=1),)
+
+
+class Row(NamedTuple):
+    """What one way of checking did, and what it used for that."""
+
+    way: str
+    checks: int
+    requests: int
+    seconds: float
+    cpu: float
+    start_up_cpu: float
+    peak_mb: float
+
+    @property
+    def cpu_per_1000(self) -> float:
+        return 1000 * self.cpu / self.checks
+
+
+# --- The plain way, and the stand-in: this file again, as processes of their own -----------------
+
+
+async def check_plainly(base_url: str, load: Load, rate: float) -> None:
+    """Retrieve the batches in turn, `rate` times a second (inf: flat out), and nothing else."""
+    import openai
+
+    slots, began = asyncio.Semaphore(IN_FLIGHT), time.monotonic()
+    client = openai.AsyncOpenAI(api_key=KEY, base_url=base_url)
+
+    async def check(batch_id: str) -> None:
+        try:
+            await client.batches.retrieve(batch_id)
+        finally:
+            slots.release()
+
+    async with asyncio.timeout(LIMIT), client, asyncio.TaskGroup() as group:
+        for number, batch_id in enumerate(itertools.cycle(load.ids)):
+            await slots.acquire()
+            if (wait := began + number / rate - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            group.create_task(check(batch_id))
+
+
+def stand_in(load: Load) -> None:
+    """Serve the batches until stdin ends; every line on it is answered by the requests so far."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import standins
+
+    with standins.OpenAI(record=False) as server:
+        server.many(KEY, load.ids)
+        print(server.base_url, flush=True)
+        for _ in sys.stdin:
+            print(server.request_count, flush=True)
+
+
+# --- Processes and what they use ------------------------------------------------------------------
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of user and system time of a process with all its threads (proc(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def peak_mb_of(pid: int) -> float:
+    """The most resident memory that a process has had, in MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    [kib] = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(kib) * 1024 / 1e6
+
+
+def clean_environment(extra: Mapping[str, str] = {}) -> dict[str, str]:
+    """Nothing of this process's environment that could configure what is measured."""
+    kept = ("PATH", "PYTHONPATH", "TMPDIR", "LANG")
+    return {name: os.environ[name] for name in kept if name in os.environ} | dict(extra)
+
+
+class Process:
+    """A process from its start to the end of the context; its messages go to a file."""
+
+    def __init__(
+        self, command: Sequence[object], folder: Path, env: Mapping[str, str] = {}
+    ) -> None:
+        self.command = [sys.executable, *map(str, command)]
+        self.folder, self.env = folder, clean_environment(env)
+        self.messages = folder / f"messages-{time.monotonic_ns()}.log"
+
+    def __enter__(self) -> Process:
+        with self.messages.open("w") as file:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.folder,
+                env=self.env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+            )
+        return self
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def ask(self, question: str = "") -> str:
+        """A line on its stdin, if any, and the next line of its stdout."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(question)
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip() or self.fail("says nothing")
+
+    def wait_until(self, done: Callable[[], bool], every: float = 0.01) -> None:
+        until = time.monotonic() + PATIENCE
+        while not done():
+            if self.process.poll() is not None or time.monotonic() > until:
+                self.fail("ended early, or does not get on")
+            time.sleep(every)
+
+    def fail(self, why: str) -> str:
+        raise SystemExit(f"{' '.join(self.command)} {why}:\n{self.messages.read_text()[-2000:]}")
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired), self.process as process:
+            process.terminate()
+            process.wait(15)
+            return
+        self.process.kill()
+        self.process.wait()
+
+
+def measure(
+    way: str,
+    process: Process,
+    load: Load,
+    requests: Callable[[], int],
+    checks: Callable[[], int] | None = None,
+) -> Row:
+    """Wait until the process works steadily, let it, and say what that took. `requests` and
+    `checks` count since before its start; without `checks`, each request is one."""
+    checks = checks or requests
+    process.wait_until(lambda: requests() > 0)
+    start_up = cpu_of(process.pid)
+    process.wait_until(lambda: checks() >= 2 * load.batches, every=0.2)
+    began, checks_before, requests_before = time.monotonic(), checks(), requests()
+    cpu_before = cpu_of(process.pid)
+    time.sleep(WINDOW)
+    cpu, seconds = cpu_of(process.pid) - cpu_before, time.monotonic() - began
+    return Row(
+        way=way,
+        checks=checks() - checks_before,
+        requests=requests() - requests_before,
+        seconds=seconds,
+        cpu=cpu,
+        start_up_cpu=start_up,
+        peak_mb=peak_mb_of(process.pid),
+    )
+
+
+# --- The ways that are compared -------------------------------------------------------------------
+
+
+JOBS = """\
+database: teckochecker.db
+admin: {host: 127.0.0.1, port: 0}
+secrets:
+  openai:  {type: openai,  env: BENCHMARK_OPENAI_KEY}
+  keboola: {type: keboola, env: BENCHMARK_KEBOOLA_TOKEN}
+jobs:
+"""
+JOB = """\
+  - name: watch-%s
+    poll_interval: %s
+    watch: {secret: openai, batch_ids: [%s]}
+    trigger: {secret: keboola, stack_url: "http://127.0.0.1:9", component_id: c, configuration_id: i}
+"""  # nothing listens there: no batch ever ends
+
+
+def measure_program(load: Load, base_url: str, count: Callable[[], int], folder: Path) -> Row:
+    """`teckochecker.py start`, with a job for each batch."""
+    jobs = (JOB % (batch_id, load.interval, batch_id) for batch_id in load.ids)
+    (folder / "jobs.yaml").write_text(JOBS + "".join(jobs))
+    env = {
+        "OPENAI_BASE_URL": base_url,
+        "BENCHMARK_OPENAI_KEY": KEY,
+        "BENCHMARK_KEBOOLA_TOKEN": "no-token",
+        "MIN_POLL_INTERVAL": str(load.interval),
+    }
+    before = count()
+    with Process([PROGRAM, "start"], folder, env) as program:
+        address = ""
+
+        def figure(name: str) -> int:
+            nonlocal address
+            if not address:
+                with Process([PROGRAM, "status", "--json"], folder, env) as status:
+                    document, _ = status.process.communicate(timeout=PATIENCE)
+                    address = json.loads(document)["admin"]
+            with urllib.request.urlopen(f"{address}/stats", timeout=PATIENCE) as answer:
+                return int(json.load(answer)[name])
+
+        way = f"TeckoChecker, {load.batches} jobs every {load.interval} s"
+        row = measure(way, program, load, lambda: count() - before, lambda: figure("checks"))
+        if figure("errors"):
+            program.fail("had checks that failed")
+        return row
+
+
+def measure_plain(
+    load: Load, base_url: str, count: Callable[[], int], folder: Path, rate: float
+) -> Row:
+    """The plain loop, at `rate` checks a second."""
+    command = [Path(__file__).resolve(), "plain", base_url, *load, rate]
+    before = count()
+    with Process(command, folder) as loop:
+        way = f"plain loop, {rate:.0f} a second" if rate < math.inf else "plain loop, flat out"
+        return measure(way, loop, load, lambda: count() - before)
+
+
+def rows_of(load: Load) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory(prefix="teckochecker-benchmark-") as name:
+        folder = Path(name)
+        with Process([Path(__file__).resolve(), "stand-in", *load], folder) as server:
+            base_url = server.ask()
+
+            def count() -> int:
+                return int(server.ask("\n"))
+
+            yield measure_program(load, base_url, count, folder)
+            for rate in (load.batches / load.interval, math.inf):
+                yield measure_plain(load, base_url, count, folder, rate)
+
+
+def table(rows: Sequence[Row], reference: Row) -> str:
+    """The rows, with their CPU as a multiple of the reference's."""
+    head = ("checks", "a second", "requests", "CPU s", "CPU", "peak", "start-up")
+    under = ("", "", "per check", "per 1,000", "ratio", "MB", "CPU s")
+    lines = [f"{'':33}" + "".join(f"{word:>10}" for word in words) for words in (head, under)]
+    for row in rows:
+        figures = (
+            f"{row.checks:,}",
+            f"{row.checks / row.seconds:.0f}",
+            f"{row.requests / row.checks:.2f}",
+            f"{row.cpu_per_1000:.2f}",
+            f"{row.cpu_per_1000 / reference.cpu_per_1000:.2f}",
+            f"{row.peak_mb:.0f}",
+            f"{row.start_up_cpu:.2f}",
+        )
+        lines.append(f"{row.way:33}" + "".join(f"{figure:>10}" for figure in figures))
+    return "\n".join(lines)
+
+
+def give_up(number: int, _: object) -> None:
+    raise SystemExit(f"ended by {signal.Signals(number).name}")  # each context ends its process
+
+
+def main(argv: Sequence[str]) -> None:
+    match argv:
+        case ["stand-in", batches, interval]:
+            stand_in(Load(int(batches), int(interval)))
+        case ["plain", base_url, batches, interval, rate]:
+            asyncio.run(check_plainly(base_url, Load(int(batches), int(interval)), float(rate)))
+        case []:
+            for number in (signal.SIGTERM, signal.SIGALRM):
+                signal.signal(number, give_up)
+            signal.alarm(LIMIT * len(LOADS))
+            version = importlib.metadata.version("openai")
+            print(f"Python {platform.python_version()}, openai {version}, {os.cpu_count()} cores\n")
+            for load in LOADS:
+                rows = list(rows_of(load))
+                print(table(rows, reference=rows[1]))
+        case _:
+            raise SystemExit("takes no arguments")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,447 @@
+"""Secrets: what seals them, where its key comes from, rotation, and references to the outside."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import MASTER_KEY, run_program
+from hypothesis import given
+from hypothesis import strategies as st
+
+import teckochecker as tecko
+
+OTHER_KEY = base64.urlsafe_b64encode(bytes(range(100, 132))).decode()
+THIRD_KEY = base64.urlsafe_b64encode(bytes(range(200, 232))).decode()
+PRINTABLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1)
+
+
+@contextlib.contextmanager
+def forgotten() -> Iterator[None]:
+    """What becomes a secret in here is none afterwards: one of a letter would redact all texts."""
+    known, pattern = set(tecko.SecretValue.known), tecko.SecretValue.pattern
+    yield
+    tecko.SecretValue.known, tecko.SecretValue.pattern = known, pattern
+
+
+def vault_in(folder: Path, **env: str) -> tecko.Vault:
+    """A vault that has read no key yet, for a database in `folder`."""
+    return tecko.Vault(tecko.load_config(folder / "jobs.yaml", env).settings)
+
+
+def loaded(folder: Path, **env: str) -> tecko.Vault:
+    vault = vault_in(folder, **env)
+    vault.load(required=True)
+    return vault
+
+
+def sealed(vault: tecko.Vault, value: str = "sk-value", name: str = "n") -> tecko.SealedSecret:
+    box, key_id = vault.seal(name, "openai", tecko.SecretValue(value))
+    return tecko.SealedSecret(1, name, "openai", box, key_id, 0.0)
+
+
+def key_file(folder: Path, *keys: str, name: str = "teckochecker.key") -> Path:
+    tecko.write_private(folder / name, "\n".join(keys) + "\n")
+    return folder / name
+
+
+# ── Sealing ───────────────────────────────────────────────────────────────────────────────────
+
+
+@given(name=st.text(), kind=st.text(), value=PRINTABLE)
+def test_what_is_sealed_opens_again(name: str, kind: str, value: str) -> None:
+    """Any printable value under any name and type comes back, and is nowhere in the box."""
+    with forgotten():
+        vault = loaded(Path(), SECRET_KEY=MASTER_KEY)
+        box, key_id = vault.seal(name, kind, tecko.SecretValue(value))
+        assert vault.open(tecko.SealedSecret(1, name, kind, box, key_id, 0.0)).reveal() == value
+    assert len(box) == 12 + len(value) + 16  # nonce, as many bytes as the value, a whole tag
+
+
+def test_a_nonce_is_never_used_twice(tmp_path: Path) -> None:
+    """The same value sealed 500 times has 500 nonces and 500 ciphertexts."""
+    vault = loaded(tmp_path, SECRET_KEY=MASTER_KEY)
+    boxes = [sealed(vault).value for _ in range(500)]
+    assert len({box[:12] for box in boxes}) == len({box[12:] for box in boxes}) == 500
+
+
+@pytest.mark.parametrize("moved", [{"name": "m"}, {"type": "keboola"}, {"key_id": "the other one"}])
+def test_a_row_moved_elsewhere_does_not_decrypt(tmp_path: Path, moved: dict[str, str]) -> None:
+    """Name, type and key id belong to the value: a row with another one of them stays shut."""
+    vault = loaded(tmp_path, SECRET_KEY=f"{MASTER_KEY},{OTHER_KEY}")
+    row = sealed(vault)
+    if "key_id" in moved:
+        moved = {"key_id": loaded(tmp_path, SECRET_KEY=OTHER_KEY).key_id}
+    with pytest.raises(tecko.SecretError, match="does not decrypt"):
+        vault.open(replace(row, **moved))  # type: ignore[arg-type]
+    assert vault.open(row).reveal() == "sk-value"
+
+
+def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """One bit changed anywhere in nonce, ciphertext or tag, and the row does not decrypt."""
+    vault = loaded(tmp_path, SECRET_KEY=MASTER_KEY)
+    row = sealed(vault, "v1")
+    for bit in range(len(row.value) * 8):
+        flipped = (int.from_bytes(row.value, "big") ^ (1 << bit)).to_bytes(len(row.value), "big")
+        with pytest.raises(tecko.SecretError, match="does not decrypt"):
+            vault.open(replace(row, value=flipped))
+
+
+def test_a_row_cut_short_is_noticed(tmp_path: Path) -> None:
+    """However much of a value is missing, it is a SecretError that names the secret."""
+    vault = loaded(tmp_path, SECRET_KEY=MASTER_KEY)
+    row = sealed(vault, "v1")
+    for length in range(len(row.value)):
+        with pytest.raises(tecko.SecretError, match="secret 'n' does not decrypt"):
+            vault.open(replace(row, value=row.value[:length]))
+
+
+def test_a_key_that_is_not_there_is_named_by_its_place(tmp_path: Path) -> None:
+    """A row of a key that the key file does not hold says which secret and which file."""
+    file = key_file(tmp_path, OTHER_KEY)
+    row = sealed(loaded(tmp_path, SECRET_KEY=MASTER_KEY))
+    with pytest.raises(tecko.SecretError, match="'n' was sealed with a key that is not in") as e:
+        loaded(tmp_path).open(row)
+    assert str(file) in str(e.value)
+
+
+# ── The key ───────────────────────────────────────────────────────────────────────────────────
+
+STANDARD_ALPHABET = base64.b64encode(bytes([251, 255, *range(30)])).decode()
+WRONG_KEYS = {
+    "16 bytes": base64.urlsafe_b64encode(bytes(range(16))).decode(),
+    "24 bytes": base64.urlsafe_b64encode(bytes(range(24))).decode(),
+    "31 bytes": base64.urlsafe_b64encode(bytes(range(31))).decode(),
+    "33 bytes": base64.urlsafe_b64encode(bytes(range(33))).decode(),
+    "43 characters": MASTER_KEY[:-1],
+    "45 characters": MASTER_KEY + "=",
+    "hexadecimal": bytes(range(32)).hex(),
+    "the example's": "your-secret-key-for-encryption",
+    "another example's": "your-generated-fernet-key-here",
+    "one letter": "A" * 43 + "=",
+    "another letter": "x" * 43 + "=",
+    "zero bytes and one": base64.urlsafe_b64encode(bytes(31) + b"1").decode(),
+    "standard alphabet": STANDARD_ALPHABET,
+    "not ASCII": "é" * 44,
+    "a word": "secret",
+}
+
+
+@pytest.mark.parametrize("key", WRONG_KEYS.values(), ids=list(WRONG_KEYS))
+def test_a_wrong_key_is_refused(tmp_path: Path, key: str) -> None:
+    """A key of wrong length or alphabet, or a made-up one, is refused without being shown."""
+    with pytest.raises(tecko.SecretError, match="not 32 random bytes") as e:
+        loaded(tmp_path, SECRET_KEY=key)
+    assert e.value.code == 3002 and e.value.hint and key not in f"{e.value} {e.value.hint}"
+
+
+@given(st.binary(min_size=32, max_size=32).filter(lambda key: len(set(key)) >= 16))
+def test_every_random_key_is_taken(key: bytes) -> None:
+    """32 bytes as url-safe base64, with white space around them."""
+    text = base64.urlsafe_b64encode(key).decode()
+    assert tecko.parse_master_key(f" {text}\n") == key
+
+
+def test_new_keys_are_good_and_differ() -> None:
+    """What `init` writes is what is asked for: 32 bytes in 44 characters, never the same."""
+    keys = {tecko.new_master_key() for _ in range(50)}
+    assert len(keys) == 50 and {len(key) for key in keys} == {44}
+    assert {len(tecko.parse_master_key(key)) for key in keys} == {32}
+
+
+def test_where_the_key_comes_from(tmp_path: Path) -> None:
+    """SECRET_KEY wins over SECRET_KEY_FILE, over the credentials directory, over the file beside
+    the database."""
+    places = {
+        "SECRET_KEY": MASTER_KEY,
+        "SECRET_KEY_FILE": str(key_file(tmp_path, OTHER_KEY, name="named")),
+        "CREDENTIALS_DIRECTORY": str(tmp_path / "credentials"),
+    }
+    (tmp_path / "credentials").mkdir()
+    credential = key_file(tmp_path / "credentials", THIRD_KEY, name="secret_key")
+    beside = key_file(tmp_path, tecko.new_master_key())
+    files: list[Path | None] = []
+    ids = []
+    for _ in range(4):
+        vault = loaded(tmp_path, **places)
+        files.append(vault.file)
+        ids.append(vault.key_id)
+        places = dict(list(places.items())[1:])
+    assert files == [None, tmp_path / "named", credential, beside]
+    assert ids[:3] == [
+        loaded(tmp_path, SECRET_KEY=k).key_id for k in (MASTER_KEY, OTHER_KEY, THIRD_KEY)
+    ]
+    assert len(set(ids)) == 4
+
+
+def test_the_default_key_is_beside_the_database(tmp_path: Path) -> None:
+    """Not beside jobs.yaml, and also when the credentials directory has no key."""
+    (tmp_path / "data").mkdir()
+    env = {"DATABASE_URL": "sqlite:///data/t.db", "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert vault_in(tmp_path, **env).file == tmp_path / "data" / "teckochecker.key"
+
+
+@pytest.mark.parametrize("env", [{}, {"SECRET_KEY_FILE": "gone.key"}, {"SECRET_KEY": "  "}])
+def test_a_missing_key_is_a_clear_error(tmp_path: Path, env: dict[str, str]) -> None:
+    """Without a key nothing is sealed or opened, and it says where one was looked for."""
+    vault = vault_in(tmp_path, **env)
+    row = sealed(loaded(tmp_path, SECRET_KEY=MASTER_KEY))
+    for attempt in (lambda: sealed(vault), lambda: vault.open(row)):
+        with pytest.raises(tecko.SecretError, match="no master key at") as e:
+            attempt()
+        assert env.get("SECRET_KEY_FILE", "teckochecker.key") in str(e.value)
+        assert "init" in e.value.hint and e.value.code == 3002
+
+
+def test_a_key_may_be_missing_until_it_is_needed(tmp_path: Path) -> None:
+    """A service without stored secrets starts without a key; SECRET_KEY_FILE is meant, though."""
+    vault_in(tmp_path).load(required=False)
+    with pytest.raises(tecko.SecretError, match=r"no master key at .*gone\.key"):
+        vault_in(tmp_path, SECRET_KEY_FILE="gone.key").load(required=False)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", bytes(range(128, 160)), None], ids=["empty", "blank", "raw", "folder"]
+)
+def test_an_unusable_key_file_is_a_clear_error(tmp_path: Path, content: bytes | None) -> None:
+    """An empty key file, raw bytes in place of base64, or a directory: no traceback."""
+    file = tmp_path / "teckochecker.key"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(tecko.SecretError, match="key"):
+        loaded(tmp_path)
+
+
+def test_a_key_file_is_for_its_owner_alone(tmp_path: Path) -> None:
+    """0600 from the first byte on, whatever it was before; a failure leaves no draft behind."""
+    file = tmp_path / "k"
+    file.write_text("old")
+    file.chmod(0o644)
+    tecko.write_private(file, "new")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and file.read_text() == "new"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises((OSError, tecko.SecretError)):
+        tecko.write_private(tmp_path / "folder", "text")
+    assert {path.name for path in tmp_path.iterdir()} == {"k", "folder"}
+
+
+# ── Rotation ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def stored(store: tecko.Store, vault: tecko.Vault, count: int = 3) -> None:
+    for n in range(count):
+        row = sealed(vault, f"value-{n}", f"name-{n}")
+        await store.add_secret(row.name, row.type, row.value, row.key_id, 0.0)
+
+
+async def opened(store: tecko.Store, vault: tecko.Vault) -> list[str]:
+    return [vault.open(row).reveal() for row in await store.secrets()]
+
+
+async def reseal(store: tecko.Store, vault: tecko.Vault) -> int:
+    return await store.reseal_secrets(lambda r: vault.seal(r.name, r.type, vault.open(r)))
+
+
+async def rotate(store: tecko.Store, vault: tecko.Vault) -> None:
+    vault.begin_rotation()
+    await reseal(store, vault)
+    vault.end_rotation()
+
+
+VALUES = ["value-0", "value-1", "value-2"]
+
+
+async def test_rotation_encrypts_everything_anew(tmp_path: Path) -> None:
+    """A new key, every secret under it, and the old key alone opens nothing any more."""
+    file = key_file(tmp_path, MASTER_KEY)
+    async with tecko.Store(tmp_path / "s.db") as store:
+        await stored(store, loaded(tmp_path))
+        await rotate(store, loaded(tmp_path))
+        assert await opened(store, loaded(tmp_path)) == VALUES
+        old = loaded(tmp_path, SECRET_KEY=MASTER_KEY)
+        for row in await store.secrets():
+            with pytest.raises(tecko.SecretError):
+                old.open(row)
+    assert MASTER_KEY not in file.read_text() and len(file.read_text().split()) == 1
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("phases", [0, 1, 2, 3])
+@pytest.mark.parametrize("then", ["read", "rotate again"])
+async def test_a_crash_in_a_rotation_loses_nothing(tmp_path: Path, phases: int, then: str) -> None:
+    """Stopped after any of its three phases, all is readable, and the next rotation completes."""
+    file = key_file(tmp_path, MASTER_KEY)
+    async with tecko.Store(tmp_path / "s.db") as store:
+        await stored(store, loaded(tmp_path))
+        vault = loaded(tmp_path)
+        if phases > 0:
+            vault.begin_rotation()
+        if phases > 1:
+            await reseal(store, vault)
+        if phases > 2:
+            vault.end_rotation()
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        if then == "rotate again":
+            await rotate(store, loaded(tmp_path))
+            assert len(file.read_text().split()) == 1
+        assert await opened(store, loaded(tmp_path)) == VALUES
+
+
+async def test_resealing_is_all_or_nothing(tmp_path: Path) -> None:
+    """One secret that does not open stops the transaction, and every row is as it was."""
+    key_file(tmp_path, MASTER_KEY)
+    async with tecko.Store(tmp_path / "s.db") as store:
+        await stored(store, loaded(tmp_path))
+        await store.add_secret("zz", "openai", bytes(40), loaded(tmp_path).key_id, 0.0)
+        before = await store.secrets()
+        vault = loaded(tmp_path)
+        vault.begin_rotation()
+        with pytest.raises(tecko.SecretError, match="'zz' does not decrypt"):
+            await reseal(store, vault)
+        assert await store.secrets() == before
+
+
+async def test_a_running_vault_follows_a_rotation(tmp_path: Path) -> None:
+    """A service that read its key before another process rotated opens and seals on."""
+    key_file(tmp_path, MASTER_KEY)
+    running = loaded(tmp_path)
+    async with tecko.Store(tmp_path / "s.db") as store:
+        await stored(store, running)
+        await rotate(store, loaded(tmp_path))
+        assert await opened(store, running) == VALUES
+
+
+async def test_nothing_is_sealed_with_a_key_that_is_gone(tmp_path: Path) -> None:
+    """Who read the key, then waited (at a prompt) while another rotated, seals with the new one."""
+    key_file(tmp_path, MASTER_KEY)
+    waiting = loaded(tmp_path)
+    async with tecko.Store(tmp_path / "s.db") as store:
+        await rotate(store, loaded(tmp_path))
+    assert loaded(tmp_path).open(sealed(waiting)).reveal() == "sk-value"
+
+
+async def test_a_rotation_starts_from_the_key_file_of_now(tmp_path: Path) -> None:
+    """A second rotation that read the key before the first one ended does not lose its key."""
+    key_file(tmp_path, MASTER_KEY)
+    async with tecko.Store(tmp_path / "s.db") as store:
+        await stored(store, loaded(tmp_path))
+        slow = loaded(tmp_path)
+        await rotate(store, loaded(tmp_path))
+        await rotate(store, slow)
+        assert await opened(store, loaded(tmp_path)) == VALUES
+
+
+def test_a_key_in_the_environment_is_not_rotated(tmp_path: Path) -> None:
+    """The program cannot change its caller's environment; it says what to do instead."""
+    vault = loaded(tmp_path, SECRET_KEY=MASTER_KEY)
+    with pytest.raises(tecko.SecretError, match="SECRET_KEY is set in the environment") as e:
+        vault.begin_rotation()
+    assert "SECRET_KEY=NEW,OLD" in e.value.hint
+
+
+@pytest.mark.parametrize("between", [",", ", ", " ", "\n"])
+async def test_the_way_out_with_two_keys_in_the_environment(tmp_path: Path, between: str) -> None:
+    """SECRET_KEY=NEW,OLD: all is sealed with NEW, which then does alone; no file is touched."""
+    async with tecko.Store(tmp_path / "s.db") as store:
+        await stored(store, loaded(tmp_path, SECRET_KEY=MASTER_KEY))
+        await rotate(store, loaded(tmp_path, SECRET_KEY=f"{OTHER_KEY}{between}{MASTER_KEY}"))
+        assert await opened(store, loaded(tmp_path, SECRET_KEY=OTHER_KEY)) == VALUES
+    assert not [path for path in os.listdir(tmp_path) if path.endswith(".key")]
+
+
+@pytest.mark.parametrize("phase", ["begin_rotation", "end_rotation"])
+async def test_a_key_file_that_cannot_be_written(tmp_path: Path, phase: str) -> None:
+    """A read-only credentials directory gives a SecretError that names the file."""
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    file = key_file(folder, MASTER_KEY)
+    vault = loaded(tmp_path, SECRET_KEY_FILE=str(file))
+    if phase == "end_rotation":
+        vault.begin_rotation()
+    shutil.rmtree(folder)  # as root no mode keeps from writing, but this does
+    with pytest.raises(tecko.SecretError, match=r"teckochecker\.key"):
+        getattr(vault, phase)()
+
+
+def test_init_with_a_key_file_that_cannot_be_written(tmp_path: Path) -> None:
+    """One line on stderr, exit code 1, and nothing half made."""
+    ran = run_program("init", cwd=tmp_path, env={"SECRET_KEY_FILE": "nowhere/secret.key"})
+    assert ran.returncode == 1 and ran.stdout == ""
+    assert ran.stderr.startswith("teckochecker: ") and "nowhere/secret.key" in ran.stderr
+    assert "Traceback" not in ran.stderr and not list(tmp_path.iterdir())
+
+
+# ── References and values ─────────────────────────────────────────────────────────────────────
+
+
+def read(folder: Path, environ: Mapping[str, str] = {}, **where: str) -> str:
+    ref = tecko.SecretRef(type="openai", **where)  # type: ignore[arg-type]
+    return tecko.read_reference("prod", ref, environ, folder).reveal()
+
+
+@pytest.mark.parametrize("around", ["{}", "{}\n", "{}\r\n", "  {}\t\n\n"])
+def test_a_reference_by_env_and_by_file(tmp_path: Path, around: str) -> None:
+    """The value stands alone in a variable or file; white space around it does not count."""
+    (tmp_path / "token").write_bytes(around.format("sk-1 2").encode())
+    assert read(tmp_path, file="token") == read(tmp_path, file=str(tmp_path / "token")) == "sk-1 2"
+    assert read(tmp_path, {"KEY": around.format("sk-1 2")}, env="KEY") == "sk-1 2"
+
+
+def test_a_changed_file_counts_at_once(tmp_path: Path) -> None:
+    """A mounted secret that is replaced is used at the next look, also through a symlink."""
+    (tmp_path / "a").write_text("first")
+    (tmp_path / "b").write_text("third")
+    (tmp_path / "token").symlink_to("a")
+    assert read(tmp_path, file="token") == "first"
+    (tmp_path / "a").write_text("second")
+    assert read(tmp_path, file="token") == "second"
+    (tmp_path / "new").symlink_to("b")
+    (tmp_path / "new").replace(tmp_path / "token")
+    assert read(tmp_path, file="token") == "third"
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ({"env": "NOT_SET"}, "'prod'.*NOT_SET is not set"),
+        ({"env": "EMPTY"}, "'prod'.*not empty"),
+        ({"env": "CONTROL"}, "'prod'.*control"),
+        ({"file": "missing"}, "'prod': cannot read missing: No such file"),
+        ({"file": "folder"}, "'prod': cannot read folder: Is a directory"),
+        ({"file": "folder/x/y"}, "'prod': cannot read folder/x/y: No such file"),
+        ({"file": "binary"}, "'prod': cannot read binary: it is not text"),
+        ({"file": "empty"}, "'prod'.*not empty"),
+    ],
+)
+def test_a_reference_that_cannot_be_read(tmp_path: Path, where: dict[str, str], told: str) -> None:
+    """Which secret, which place and why, and never what stands there."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00hidden")
+    (tmp_path / "empty").write_text(" \n")
+    with pytest.raises(tecko.SecretError, match=told) as e:
+        read(tmp_path, {"EMPTY": "", "CONTROL": "hid\x07den"}, **where)
+    assert "den" not in str(e.value) and e.value.code == 3002
+
+
+@given(
+    before=st.text(st.sampled_from("ab"), min_size=1),
+    bad=st.characters(max_codepoint=31) | st.characters(min_codepoint=127, max_codepoint=0x2FF),
+    after=st.text(st.sampled_from("ab"), min_size=1),
+)
+def test_control_characters_are_refused(before: str, bad: str, after: str) -> None:
+    """A value with anything but printable ASCII inside would break a header; it is not echoed."""
+    with pytest.raises(tecko.SecretError) as e:
+        tecko.clean_secret(before + bad + after)
+    assert before + bad not in str(e.value)
+
+
+@given(PRINTABLE, st.text(st.sampled_from(" \t\r\n")), st.text(st.sampled_from(" \t\r\n")))
+def test_values_are_stripped(value: str, before: str, after: str) -> None:
+    """What pasting leaves around a value does not count."""
+    assert tecko.clean_secret(before + value + after) == value
