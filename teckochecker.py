@@ -1063,19 +1063,6 @@ class Vault:
             self.load(required=True)
 
 
-def read_reference(name: str, ref: SecretRef, env: Mapping[str, str], base: Path) -> SecretValue:
-    """A secret that jobs.yaml refers to; read at each use, so that a changed file counts."""
-    if ref.env is not None:
-        if ref.env not in env:
-            raise SecretError(f"secret {name!r}: the environment variable {ref.env} is not set")
-        return SecretValue(clean_secret(env[ref.env]))
-    try:
-        return SecretValue(clean_secret((base / str(ref.file)).read_text()))
-    except (OSError, UnicodeDecodeError) as e:
-        why = e.strerror if isinstance(e, OSError) else "it is not text"
-        raise SecretError(f"secret {name!r}: cannot read {ref.file}: {why}") from None
-
-
 # ── Config ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1093,6 +1080,11 @@ class Config:
     jobs: list[JobSpec] | None
     lines: Mapping[str, int]
     problems: list[str]
+
+    @property
+    def base(self) -> Path:
+        """What relative paths are relative to."""
+        return self.path.absolute().parent
 
 
 def jobs_yaml_loader() -> type[Any]:
@@ -1346,32 +1338,47 @@ def read_jobs(
     return jobs, [text(at, what) for at, what in found]
 
 
-def secret_problems(job: JobSpec, stored: Mapping[str, str], config: Config) -> list[str]:
-    """Which secrets of a job are not there or of another type; `stored`: name -> type."""
+def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
+    """A secret that jobs.yaml refers to; read at each use, so that a changed file counts."""
+    if ref.env is not None:
+        if ref.env not in config.env:
+            raise SecretError(f"secret {name!r}: the environment variable {ref.env} is not set")
+        return SecretValue(clean_secret(config.env[ref.env]))
+    try:
+        return SecretValue(clean_secret((config.base / str(ref.file)).read_text()))
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "it is not text"
+        raise SecretError(f"secret {name!r}: cannot read {ref.file}: {why}") from None
+
+
+def secret_problems(job: JobSpec, stored: Mapping[str | int, str], config: Config) -> list[str]:
+    """Which secrets of a job are not there, of another type, or cannot be read from where
+    jobs.yaml refers to. `stored`: the types of those in the store, by name and by id."""
     said = []
     for kind, name in job.secrets().items():
-        ref = config.secrets.get(str(name))
-        found = stored.get(str(name)) or (ref.type if ref else None)
+        ref = config.secrets.get(str(name)) if name not in stored else None
+        found = ref.type if ref else stored.get(name)
         if found is None:
-            known = ", ".join(sorted({*stored, *config.secrets})) or "none yet"
-            said.append(f"there is no secret {name!r} (there are: {known})")
+            names = {known for known in stored if isinstance(known, str)} | {*config.secrets}
+            said.append(
+                f"there is no secret {name!r} (there are: {', '.join(sorted(names)) or 'none yet'})"
+            )
         elif found != kind:
             said.append(f"secret {name!r} is of type {found}; needed: {kind}")
+        elif ref:
+            try:
+                read_reference(str(name), ref, config)
+            except SecretError as e:
+                said.append(str(e))
     return said
 
 
-def all_problems(config: Config, stored: Mapping[str, str]) -> list[str]:
+def all_problems(config: Config, stored: Mapping[str | int, str]) -> list[str]:
     """Everything that keeps this configuration from being run."""
     problems = list(config.problems)
     for job in config.jobs or []:
-        where = f"{config.path}:{config.lines[job.name]}: job {job.name!r}: secret: "
+        where = f"{config.path}:{config.lines[job.name]}: job {job.name!r}: "
         problems += [where + text for text in secret_problems(job, stored, config)]
-        for name in job.secrets().values():
-            if str(name) not in stored and (ref := config.secrets.get(str(name))):
-                try:
-                    read_reference(str(name), ref, config.env, config.path.absolute().parent)
-                except SecretError as e:
-                    problems.append(where + str(e))
     return problems
 
 
@@ -1661,6 +1668,11 @@ class Store:
             raise NotFound(f"there is no secret {name!r} of type {kind} to replace", code=1001)
         await self._log(None, "updated", f"secret {name!r} has a new value", now)
         return int(rows[0]["id"])
+
+    async def secret_types(self) -> dict[str | int, str]:
+        """The type of each secret, by its name and by its id."""
+        rows = await self.secrets()
+        return {row.name: row.type for row in rows} | {row.id: row.type for row in rows}
 
     async def secrets(self) -> list[SealedSecret]:
         rows = await self._read("SELECT * FROM secrets ORDER BY name")
@@ -2484,8 +2496,7 @@ class Steps:
             raise SecretError(
                 f"there is no secret {name!r}", hint=f"secret add --name {name}", code=1001
             )
-        base = self.config.path.absolute().parent
-        return read_reference(name, self.config.secrets[name], self.config.env, base)
+        return read_reference(name, self.config.secrets[name], self.config)
 
     # checking
 
@@ -2832,8 +2843,7 @@ class Service:
         await asyncio.sleep(0)
 
     async def _adopt(self, config: Config) -> None:
-        stored = {row.name: row.type for row in await self.store.secrets()}
-        if problems := all_problems(config, stored):
+        if problems := all_problems(config, await self.store.secret_types()):
             raise Invalid(problems, hint="teckochecker.py validate checks the file again")
         if config.jobs is None and any(j.origin == "file" for j in await self.store.jobs("active")):
             raise Invalid(
@@ -3367,10 +3377,6 @@ def config_of(args: argparse.Namespace) -> Config:
     )
 
 
-async def stored_types(store: Store) -> dict[str, str]:
-    return {row.name: row.type for row in await store.secrets()}
-
-
 def cmd_init(args: argparse.Namespace, config: Config) -> int:
     settings, vault, done = config.settings, Vault(config.settings), []
     key_file = vault.file
@@ -3401,7 +3407,7 @@ async def cmd_validate(args: argparse.Namespace, config: Config) -> int:
     vault.load(required=False)
     async with Store(config.settings.database) as store:
         rows = await store.secrets()
-        problems = all_problems(config, {row.name: row.type for row in rows})
+        problems = all_problems(config, await store.secret_types())
         for row in rows:
             try:
                 vault.open(row)
@@ -3639,7 +3645,7 @@ def flat_job(args: argparse.Namespace) -> dict[str, Any]:
 async def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
     spec = parse_job(flat_job(args), config.settings)
     async with Store(config.settings.database) as store:
-        if problems := secret_problems(spec, await stored_types(store), config):
+        if problems := secret_problems(spec, await store.secret_types(), config):
             raise Invalid(problems, hint="secret add stores one")
         job_id = await store.create_job(spec, "store", time.time())
         document = await describe_job(store, await store.find_job(str(job_id)))
@@ -3654,7 +3660,7 @@ async def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
             path = FLAT_FIELDS.get(name, (name,))
             (data if len(path) == 1 else data[path[0]])[path[-1]] = value
         spec = parse_job(data, config.settings)
-        if problems := secret_problems(spec, await stored_types(store), config):
+        if problems := secret_problems(spec, await store.secret_types(), config):
             raise Invalid(problems, hint="secret add stores one")
         await store.update_job(job.id, spec, time.time())
         document = await describe_job(store, await store.find_job(str(job.id)))

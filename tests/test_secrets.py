@@ -31,6 +31,12 @@ def forgotten() -> Iterator[None]:
     tecko.SecretValue.known, tecko.SecretValue.pattern = known, pattern
 
 
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    with forgotten():
+        yield
+
+
 def vault_in(folder: Path, **env: str) -> tecko.Vault:
     """A vault that has read no key yet, for a database in `folder`."""
     return tecko.Vault(tecko.load_config(folder / "jobs.yaml", env).settings)
@@ -130,7 +136,7 @@ WRONG_KEYS = {
     "zero bytes and one": base64.urlsafe_b64encode(bytes(31) + b"1").decode(),
     "standard alphabet": STANDARD_ALPHABET,
     "not ASCII": "é" * 44,
-    "a word": "secret",
+    "a sentence": "open sesame, says Ali Baba",
 }
 
 
@@ -381,7 +387,7 @@ def test_init_with_a_key_file_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def read(folder: Path, environ: Mapping[str, str] = {}, **where: str) -> str:
-    ref = tecko.SecretRef(type="openai", **where)  # type: ignore[arg-type]
+    ref = tecko.SecretRef(type="openai", **where)
     return tecko.read_reference("prod", ref, environ, folder).reveal()
 
 

@@ -34,9 +34,10 @@ PROGRAM = ROOT / "teckochecker.py"
 KEY = "sk-standin-openai"
 
 IN_FLIGHT = 10  # calls at once in the plain loop: more only makes each of them dearer
-WINDOW = 20.0  # s of steady work that are measured: whole intervals, so that all phases count once
+WINDOW = 20.0  # s of steady work that are measured: whole intervals, so that no phase counts more
+FLAT_OUT_WINDOW = 5.0  # s; a loop that never waits does as many checks in that
 PATIENCE = 30.0  # s for a process to do what the next figure waits for
-LIMIT = 150  # s for the whole; it takes about 75
+LIMIT = 150  # s for all ways of one load; they take about 75
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -49,6 +50,17 @@ class Load(NamedTuple):
     @property
     def ids(self) -> list[str]:
         return [f"batch_{n}" for n in range(self.batches)]
+
+
+class Pace(NamedTuple):
+    """How a plain loop makes its checks: `rate` a second, so many of them due `together`."""
+
+    rate: float
+    together: int = 1
+
+    def due(self, number: int) -> float:
+        """Seconds from the start to check `number` (from 0)."""
+        return number // self.together * self.together / self.rate
 
 
 LOADS = (Load(batches=100, interval=1),)
@@ -73,8 +85,8 @@ class Row(NamedTuple):
 # --- The plain way, and the stand-in: this file again, as processes of their own -----------------
 
 
-async def check_plainly(base_url: str, load: Load, rate: float) -> None:
-    """Retrieve the batches in turn, `rate` times a second (inf: flat out), and nothing else."""
+async def check_plainly(base_url: str, load: Load, pace: Pace) -> None:
+    """Retrieve the batches in turn, at this pace, and nothing else."""
     import openai
 
     slots, began = asyncio.Semaphore(IN_FLIGHT), time.monotonic()
@@ -89,7 +101,7 @@ async def check_plainly(base_url: str, load: Load, rate: float) -> None:
     async with asyncio.timeout(LIMIT), client, asyncio.TaskGroup() as group:
         for number, batch_id in enumerate(itertools.cycle(load.ids)):
             await slots.acquire()
-            if (wait := began + number / rate - time.monotonic()) > 0:
+            if (wait := began + pace.due(number) - time.monotonic()) > 0:
                 await asyncio.sleep(wait)
             group.create_task(check(batch_id))
 
@@ -187,6 +199,7 @@ def measure(
     load: Load,
     requests: Callable[[], int],
     checks: Callable[[], int] | None = None,
+    window: float = WINDOW,
 ) -> Row:
     """Wait until the process works steadily, let it, and say what that took. `requests` and
     `checks` count since before its start; without `checks`, each request is one."""
@@ -196,7 +209,7 @@ def measure(
     process.wait_until(lambda: checks() >= 2 * load.batches, every=0.2)
     began, checks_before, requests_before = time.monotonic(), checks(), requests()
     cpu_before = cpu_of(process.pid)
-    time.sleep(WINDOW)
+    time.sleep(window)
     cpu, seconds = cpu_of(process.pid) - cpu_before, time.monotonic() - began
     return Row(
         way=way,
@@ -224,7 +237,8 @@ JOB = """\
   - name: watch-%s
     poll_interval: %s
     watch: {secret: openai, batch_ids: [%s]}
-    trigger: {secret: keboola, stack_url: "http://127.0.0.1:9", component_id: c, configuration_id: i}
+    trigger:
+      {secret: keboola, stack_url: "http://127.0.0.1:9", component_id: c, configuration_id: c}
 """  # nothing listens there: no batch ever ends
 
 
@@ -259,14 +273,18 @@ def measure_program(load: Load, base_url: str, count: Callable[[], int], folder:
 
 
 def measure_plain(
-    load: Load, base_url: str, count: Callable[[], int], folder: Path, rate: float
+    load: Load, base_url: str, count: Callable[[], int], folder: Path, pace: Pace
 ) -> Row:
-    """The plain loop, at `rate` checks a second."""
-    command = [Path(__file__).resolve(), "plain", base_url, *load, rate]
+    """The plain loop, at this pace."""
+    command = [Path(__file__).resolve(), "plain", base_url, *load, *pace]
     before = count()
+    way, window = f"plain loop, {pace.rate:.0f} a second, spread", WINDOW
+    if pace.together > 1:
+        way = f"plain loop, {pace.together} together"
+    if pace.rate == math.inf:
+        way, window = "plain loop, flat out", FLAT_OUT_WINDOW
     with Process(command, folder) as loop:
-        way = f"plain loop, {rate:.0f} a second" if rate < math.inf else "plain loop, flat out"
-        return measure(way, loop, load, lambda: count() - before)
+        return measure(way, loop, load, lambda: count() - before, window=window)
 
 
 def rows_of(load: Load) -> Iterator[Row]:
@@ -279,8 +297,9 @@ def rows_of(load: Load) -> Iterator[Row]:
                 return int(server.ask("\n"))
 
             yield measure_program(load, base_url, count, folder)
-            for rate in (load.batches / load.interval, math.inf):
-                yield measure_plain(load, base_url, count, folder, rate)
+            rate = load.batches / load.interval
+            for pace in (Pace(rate), Pace(rate, together=load.batches), Pace(math.inf)):
+                yield measure_plain(load, base_url, count, folder, pace)
 
 
 def table(rows: Sequence[Row], reference: Row) -> str:
@@ -310,8 +329,9 @@ def main(argv: Sequence[str]) -> None:
     match argv:
         case ["stand-in", batches, interval]:
             stand_in(Load(int(batches), int(interval)))
-        case ["plain", base_url, batches, interval, rate]:
-            asyncio.run(check_plainly(base_url, Load(int(batches), int(interval)), float(rate)))
+        case ["plain", base_url, batches, interval, rate, together]:
+            load, pace = Load(int(batches), int(interval)), Pace(float(rate), int(together))
+            asyncio.run(check_plainly(base_url, load, pace))
         case []:
             for number in (signal.SIGTERM, signal.SIGALRM):
                 signal.signal(number, give_up)
