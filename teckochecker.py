@@ -2481,11 +2481,8 @@ class Steps:
         if job is not None and job.status == "active" and job.removed_at is None:
             steps.append(await self._check(job))
         waits = [s.wait for s in steps if s.wait is not None]
-        return (
-            replace(steps[-1], wait=min(waits, default=None))
-            if steps
-            else Stepped(None, "nothing to do")
-        )
+        last = steps[-1] if steps else Stepped(None, "nothing to do")
+        return replace(last, wait=min(waits, default=None))
 
     async def _secret(self, name: str) -> SecretValue:
         """Looked up at each use, so that a replaced secret counts at once."""
@@ -2535,9 +2532,8 @@ class Steps:
         if outcome(batch) is not None:
             return batch, None
         try:
-            return merged(
-                batch, await self.openai.retrieve(key, batch.batch_id), self.clock()
-            ), None
+            seen = await self.openai.retrieve(key, batch.batch_id)
+            return merged(batch, seen, self.clock()), None
         except OpenAIError as e:
             if e.status == 404:  # `decide` says when to believe it
                 return denied(batch, self.clock()), e
@@ -2563,17 +2559,17 @@ class Steps:
     # triggering
 
     async def _advance(self, trigger: Trigger) -> Stepped:
-        """One step for a trigger, and the next at once where it follows without waiting."""
+        """One step for a trigger; a wait of 0 where the next follows at once."""
         try:
-            if trigger.state == "sending":  # only a crash leaves one: steps of a job never overlap
-                said = (
-                    "the program died while it sent the trigger; asking Keboola whether it arrived"
-                )
-                lost = await self._record(trigger, "lose", said)
-                return Stepped(0.0, said) if lost is None else await self._settle(lost)
             if trigger.state == "pending":
                 return await self._send(trigger)
-            return await (self._settle if trigger.state == "unknown" else self._follow)(trigger)
+            if trigger.state == "unknown":
+                return await self._settle(trigger)
+            if trigger.state == "running":
+                return await self._follow(trigger)
+            said = "the program died while it sent the trigger; asking Keboola whether it arrived"
+            await self._record(trigger, "lose", said)  # steps of a job never overlap
+            return Stepped(0.0, said)
         except (UpstreamError, SecretError) as e:
             await self.store.note_trigger(trigger, self.clock(), error=str(e))
             return Stepped(await self._wait(trigger, e), str(e), e)
@@ -2647,10 +2643,8 @@ class Steps:
             return Stepped(settle_wait(trigger, now, window), said)
         said = f"Keboola's search did not show the trigger in {searches} searches; "
         said += "left for you: job retry sends it again" if event == "hold" else "sending it again"
-        after = await self._record(trigger, event, said, searches=searches)
-        if event == "hold" or after is None:
-            return Stepped(None, said)
-        return await self._send(after)
+        await self._record(trigger, event, said, searches=searches)
+        return Stepped(None if event == "hold" else 0.0, said)
 
     async def _follow(self, trigger: Trigger) -> Stepped:
         token = await self._secret(trigger.secret)
@@ -2663,9 +2657,7 @@ class Steps:
     async def _finish(self, trigger: Trigger, job: KeboolaJob) -> Stepped:
         event = after_follow(job)
         assert event is not None
-        said = f"Keboola job {job.id} ended with {job.status}" + (
-            f": {job.message}" if job.message else ""
-        )
+        said = f"Keboola job {job.id} ended with {job.status}: {job.message or 'no message'}"
         await self._record(trigger, event, said, keboola_status=job.status, message=job.message)
         return Stepped(None, said)
 
@@ -3551,10 +3543,9 @@ async def check_once(service: Service, job_id: int) -> Stepped:
     while True:
         stepped = await service.steps.step(job_id)
         job = await service.store.job(job_id)
-        soon = (
-            job is not None and stepped.wait is not None and stepped.wait < job.spec.poll_interval
-        )
-        if stepped.error is None or stepped.wait is None or not soon:
+        if job is None or stepped.wait is None or stepped.wait >= job.spec.poll_interval:
+            return stepped
+        if stepped.error is None and stepped.wait > 0:  # a search, or a look at a running job
             return stepped
         await asyncio.sleep(stepped.wait)
 

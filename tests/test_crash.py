@@ -23,7 +23,7 @@ from standins import Fault
 
 SETTLE = 4  # s: a program that settles a trigger searches once a second, five times in all
 PATIENCE = 40  # s for any one thing to happen; most take less than three
-AT_ONCE = 6  # cases: most of the time they wait
+AT_ONCE = 9  # cases: most of the time they wait
 
 T = TypeVar("T")
 
