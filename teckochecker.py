@@ -85,7 +85,7 @@ from collections.abc import (
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 from types import MappingProxyType
 from typing import (
@@ -108,6 +108,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     StringConstraints,
     ValidationError,
     ValidationInfo,
@@ -164,7 +165,9 @@ LOG_BYTES = 10_000_000  # per log file, five are kept
 
 BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-KEY_SHAPES = re.compile(r"sk-[A-Za-z0-9_-]{12,}|\b\d+-\d+-[A-Za-z0-9]{20,}\b")  # OpenAI, Keboola
+KEY_SHAPES = re.compile(  # OpenAI's, Keboola's, a password in a URL
+    r"sk-[A-Za-z0-9_-]{12,}|\b\d+-\d+-[A-Za-z0-9]{20,}\b|(?<=://)[^/\s@]+(?=@)"
+)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 FIRST_JOBS_FILE = """\
@@ -371,22 +374,48 @@ def a_name(value: str) -> str:
     return value
 
 
+def secret_name(value: object) -> str | int:
+    """The name of a secret, or the id of a stored one."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or not 1 <= len(value.strip()) <= 255:
+        raise ValueError
+    return a_name(value.strip())
+
+
+def not_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def without_twins(value: list[str]) -> list[str]:
+    if len(set(value)) < len(value):
+        raise ValueError("a batch id stands twice in batch_ids")
+    return value
+
+
 def clean_stack_url(value: str) -> str:
     """`https://host` without path; plain http only to this machine, where nobody listens in."""
-    url = urlsplit(value)
-    encrypted = url.scheme == "https" or (url.scheme == "http" and url.hostname in LOOPBACK)
-    if not encrypted or not url.hostname or url.username or url.path not in ("", "/") or url.query:
+    found = re.fullmatch(r"(https?)://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?/?", value.lower())
+    if not found or int(found[3] or 443) > 65535:
         raise ValueError("not a stack URL")
-    return f"{url.scheme}://{url.netloc.lower()}"
+    if found[1] == "http" and found[2].strip("[]") not in LOOPBACK:
+        raise ValueError("not a stack URL")
+    return value.rstrip("/").lower()
 
 
-def variable_values(value: object) -> object:
-    """Booleans and numbers as text, as YAML means them; Keboola takes only non-empty strings."""
+def texts(value: object) -> object:
+    """Booleans as YAML writes them, since Keboola takes only strings."""
     if not isinstance(value, dict):
         return value
+    return {k: str(v).lower() if isinstance(v, bool) else v for k, v in value.items()}
+
+
+def not_reserved(value: dict[str, str]) -> dict[str, str]:
     if taken := sorted(RESERVED_VARIABLES & value.keys()):
         raise ValueError(f"{', '.join(taken)} set by TeckoChecker itself")
-    return {k: str(v).lower() if isinstance(v, bool) else v for k, v in value.items()}
+    return value
 
 
 RESERVED_VARIABLES = frozenset(
@@ -401,6 +430,13 @@ Text = Annotated[str, StringConstraints(min_length=1, max_length=255, strip_whit
 Name = Annotated[Text, AfterValidator(a_name)]
 BatchId = Annotated[str, StringConstraints(pattern=f"^{BATCH_ID.pattern}$")]
 Interval = Annotated[int, BeforeValidator(parse_interval), AfterValidator(within_bounds)]
+SecretName = Annotated[str | int, PlainValidator(secret_name)]
+Port = Annotated[int, BeforeValidator(not_bool), Field(ge=0, le=65535)]
+Variables = Annotated[
+    dict[Text, Annotated[str, StringConstraints(min_length=1)]],
+    BeforeValidator(texts),
+    AfterValidator(not_reserved),
+]
 
 
 class Strict(BaseModel):
@@ -414,8 +450,8 @@ class OpenAIBatches(Strict):
     message says is allowed."""
 
     type: Literal["openai_batches"] = Field("openai_batches", description="openai_batches")
-    secret: Name | int = Field(description="the name of a secret of type openai")
-    batch_ids: list[BatchId] = Field(
+    secret: SecretName = Field(description="the name of a secret of type openai")
+    batch_ids: Annotated[list[BatchId], AfterValidator(without_twins)] = Field(
         min_length=1,
         max_length=10,
         description="1 to 10 different ids, each batch_ with letters, digits, _ or -",
@@ -424,27 +460,20 @@ class OpenAIBatches(Strict):
         "all_completed", description="all_completed or all_finished"
     )
 
-    @model_validator(mode="after")
-    def _unique(self) -> OpenAIBatches:
-        if len(set(self.batch_ids)) < len(self.batch_ids):
-            raise ValueError("a batch id stands twice in batch_ids")
-        return self
-
 
 class KeboolaTrigger(Strict):
     """The Keboola job to start."""
 
     type: Literal["keboola"] = Field("keboola", description="keboola")
-    secret: Name | int = Field(description="the name of a secret of type keboola")
+    secret: SecretName = Field(description="the name of a secret of type keboola")
     stack_url: Annotated[str, AfterValidator(clean_stack_url)] = Field(
         description="https://connection.keboola.com or another stack, without a path"
     )
     component_id: Text = Field(description="a component id like kds-team.app-custom-python")
     configuration_id: Text = Field(description="a configuration id, in quotes")
-    variables: Annotated[
-        dict[Text, Annotated[str, StringConstraints(min_length=1)]],
-        BeforeValidator(variable_values),
-    ] = Field({}, description="names with non-empty values, none of TeckoChecker's own names")
+    variables: Variables = Field(
+        {}, description="names with non-empty values, none of TeckoChecker's own names"
+    )
     on_ambiguous: Literal["resend", "hold"] = Field("resend", description="resend or hold")
 
 
@@ -467,13 +496,20 @@ FLAT_FIELDS: dict[str, tuple[str, ...]] = {
 def nested(data: Mapping[str, Any]) -> dict[str, Any]:
     """The flat form of a job (one level, as the REST API has it) as the nested one of jobs.yaml."""
     job = dict(data)
-    if "batch_id" in job:
-        job.setdefault("batch_ids", [job.pop("batch_id")])
-    for flat, path in FLAT_FIELDS.items():
-        if flat in job and (len(path) == 1 or isinstance(job.setdefault(path[0], {}), dict)):
-            block = job if len(path) == 1 else job[path[0]]
-            block.setdefault(path[-1], job.pop(flat))
+    if "batch_id" in job and "batch_ids" not in job:
+        job["batch_ids"] = [job.pop("batch_id")]
+    for flat, (*blocks, name) in FLAT_FIELDS.items():
+        inner = {**(job.get(blocks[0]) or {})} if blocks and is_block(job.get(blocks[0])) else None
+        target = inner if blocks else job
+        if flat in job and target is not None and name not in target:
+            target[name] = job.pop(flat)
+            if inner is not None:
+                job[blocks[0]] = inner
     return job
+
+
+def is_block(value: object) -> bool:
+    return value is None or isinstance(value, dict)
 
 
 class JobSpec(Strict):
@@ -494,9 +530,15 @@ class JobSpec(Strict):
         context = info.context or {}
         return {"poll_interval": context.get("default_interval", 120), **nested(data)}
 
-    def secrets(self) -> dict[str, str | int]:
-        """What this job needs: the type of a secret and its name (or its id, when given so)."""
-        return {"openai": self.watch.secret, "keboola": self.trigger.secret}
+
+def secrets_of(job: Mapping[str, Any]) -> list[tuple[str, str, str | int]]:
+    """What a nested job, valid or not, needs: in which block, a secret of which type, and its
+    name or id."""
+    needed = (("watch", "openai"), ("trigger", "keboola"))
+    blocks = [(name, kind, job.get(name)) for name, kind in needed]
+    uses = [(name, kind, b.get("secret")) for name, kind, b in blocks if isinstance(b, dict)]
+    named = (str, int)
+    return [(n, k, cast(str | int, s)) for n, k, s in uses if type(s) in named and str(s).strip()]
 
 
 class SecretRef(Strict):
@@ -520,9 +562,9 @@ class Settings(BaseModel):
 
     database: Path
     api_host: str = Field("127.0.0.1", min_length=1, description="a host name or address")
-    api_port: int = Field(8000, ge=0, le=65535, description="0 to 65535; 0 takes a free one")
+    api_port: Port = Field(8000, description="0 to 65535; 0 takes a free one")
     admin_token: SecretValue | None = None
-    default_poll_interval: int = Field(120, ge=1, le=86400, description="whole seconds")
+    default_poll_interval: int = Field(120, ge=1, le=86400, description="whole seconds, 1 to 86400")
     min_poll_interval: int = Field(30, ge=1, le=86400, description="whole seconds, 1 to 86400")
     max_poll_interval: int = Field(3600, ge=1, le=86400, description="whole seconds, 1 to 86400")
     max_retries: int = Field(3, ge=0, le=100, description="0 to 100")
@@ -549,7 +591,7 @@ class Settings(BaseModel):
 
 class AdminBlock(Strict):
     host: Text = Field("127.0.0.1", description="a host name or address")
-    port: int = Field(8000, ge=0, le=65535, description="0 to 65535")
+    port: Port = Field(8000, description="0 to 65535")
 
 
 class JobsFile(Strict):
@@ -1065,6 +1107,210 @@ class Vault:
 
 # ── Config ────────────────────────────────────────────────────────────────────────────────────
 
+Place = tuple[str | int, ...]  # ("jobs", 0, "watch", "batch_ids")
+Problem = tuple[Place, str]
+PLAIN_INT = r"-?(?:0|[1-9][0-9]{0,17})"
+
+
+class JobsYaml:
+    """jobs.yaml as plain data, with the line of every place in it and every problem met.
+
+    Only YAML's JSON-like core is typed: null, true, false and plain decimal integers; all else
+    is text. So `region: no` is not False, `configuration_id: 0123` not 83, 1.10 stays 1.10.
+    """
+
+    def __init__(self, path: Path, env: Mapping[str, str]) -> None:
+        self.path, self.env = path, env
+        self.problems: list[Problem] = []
+        self._marks: dict[Place, tuple[int, int]] = {(): (1, 0)}  # line and column
+        self._made: dict[int, Any] = {}  # by node: an alias is its anchor's value once more
+        data = self._read() if path.exists() else None
+        if data is not None and not isinstance(data, dict):
+            said = f"found {cut(data)}; allowed: {', '.join(JobsFile.model_fields)}"
+            self.problems.append(((), said))
+        self.data: dict[str, Any] = data if isinstance(data, dict) else {}
+
+    def _read(self) -> Any:
+        import yaml
+
+        try:
+            loader = self._loader()(self.path.read_text(encoding="utf-8-sig"))
+            node = loader.get_single_node()
+            return None if node is None else self._plain(loader, node, ())
+        except yaml.MarkedYAMLError as e:
+            line = e.problem_mark.line + 1 if e.problem_mark else 1
+            what = f"{line}: not YAML: {e.problem or e.context}"
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            what = f" not a YAML text: {str(e).splitlines()[0]}"
+        except RecursionError:
+            what = " an alias that contains itself"
+        except OSError as e:
+            what = f" cannot be read: {e.strerror}"
+        raise Invalid([f"{self.path}:{what}"])
+
+    @staticmethod
+    def _loader() -> type[Any]:
+        import yaml
+
+        class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+            yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+        for tag, pattern, first in (
+            ("null", r"~|null|", ["~", "n", ""]),
+            ("bool", r"true|false", ["t", "f"]),
+            ("int", PLAIN_INT, list("-0123456789")),
+            ("merge", r"<<", ["<"]),
+        ):
+            whole = re.compile(f"^(?:{pattern})$")
+            Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", whole, first)
+        return Loader
+
+    def _plain(self, loader: Any, node: Any, at: Place) -> Any:
+        self._marks.setdefault(at, mark_of(node))
+        if id(node) in self._made:
+            if self._made[id(node)] is self:
+                raise RecursionError
+            return self._made[id(node)]
+        self._made[id(node)] = self  # under way
+        if node.id == "mapping":
+            value = self._mapping(loader, node, at)
+        elif node.id == "sequence":
+            value = [self._plain(loader, item, (*at, i)) for i, item in enumerate(node.value)]
+        else:
+            value = self._scalar(node, at)
+        self._made[id(node)] = value
+        return value
+
+    def _mapping(self, loader: Any, node: Any, at: Place) -> Any:
+        own = [str(k.value) for k, _ in node.value if not k.tag.endswith(":merge")]
+        loader.flatten_mapping(node)
+        out = {}
+        for key_node, value_node in node.value:
+            if key_node.id != "scalar":
+                self._marks[(*at, "?")] = mark_of(key_node)
+                self.problems.append(((*at, "?"), "found a list or block as a key; allowed: text"))
+                continue
+            key = str(key_node.value)
+            self._marks[(*at, key)] = mark_of(key_node)
+            if own.count(key) > 1 and key in out:
+                self.problems.append(((*at, key), "stands here twice"))
+            out[key] = self._plain(loader, value_node, (*at, key))
+        return out
+
+    def _scalar(self, node: Any, at: Place) -> Any:
+        kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
+        if kind == "null":
+            return None
+        if kind == "bool" and text in ("true", "false"):
+            return text == "true"
+        if kind == "int" and re.fullmatch(PLAIN_INT, text):
+            return int(text)
+        if kind != "str":
+            self.problems.append((at, f"found the tag {kind}; allowed: plain text and numbers"))
+        return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", lambda m: self._variable(m[1], at), text)
+
+    def _variable(self, name: str, at: Place) -> str:
+        if name not in self.env:
+            self.problems.append((at, f"${{{name}}} is not set in the environment"))
+        return self.env.get(name, "")
+
+    def mark(self, at: Place) -> tuple[int, int]:
+        """Line and column of a place, or of the innermost block around it that is there."""
+        while at not in self._marks:
+            at = at[:-1]
+        return self._marks[at]
+
+    def line(self, at: Place) -> int:
+        return self.mark(at)[0]
+
+    def told(self, problems: Iterable[Problem]) -> list[str]:
+        """The problems, each in one line that names file, line, job and field, in file order."""
+        ordered = sorted(dict.fromkeys(problems), key=lambda problem: self.mark(problem[0]))
+        lines = [
+            ": ".join(filter(None, (f"{self.path}:{self.line(at)}", self._who(at), text)))
+            for at, text in ordered
+        ]
+        return [CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", line) for line in lines]
+
+    def _who(self, at: Place) -> str:
+        if at[:1] != ("jobs",) or len(at) < 2:
+            return dotted(at)
+        item = self.data["jobs"][at[1]]
+        name = item.get("name") if isinstance(item, dict) else None
+        job = f"job {name!r}" if name else f"job number {int(at[1]) + 1}"
+        return f"{job}: {dotted(at[2:]) or 'job'}"
+
+
+def mark_of(node: Any) -> tuple[int, int]:
+    return node.start_mark.line + 1, node.start_mark.column
+
+
+def cut(value: object) -> str:
+    """What was found, short enough for a message, and without what looks like a key."""
+    return redact(repr(value))[:80]
+
+
+def dotted(at: Place) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
+
+
+def field_of(model: type[BaseModel], at: Place) -> tuple[type[BaseModel], str]:
+    """The innermost model on the path `at`, and what the innermost field allows."""
+    needed = [name for name, info in model.model_fields.items() if info.is_required()]
+    above = ""
+    allowed = f"a block with {', '.join(needed[:-1])} and {needed[-1]}" if needed else ""
+    for part in at:
+        info = model.model_fields.get(str(part))
+        if model is JobsFile and above == "secrets":
+            model = SecretRef
+        elif info is not None:
+            allowed = info.description or allowed
+            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+                model = info.annotation
+        above = str(part)
+    return model, allowed
+
+
+def problem_text(model: type[BaseModel], error: Any) -> str:
+    """One pydantic error as: what was found, and what is allowed. What stands where a secret
+    could stand is not shown."""
+    inner, allowed = field_of(model, error["loc"])
+    if error["type"] == "extra_forbidden":
+        if inner is SecretRef and error["loc"][-1] == "value":
+            return "a secret's value does not belong here; allowed: env, file, or `secret add`"
+        return f"unknown key; allowed: {', '.join(sorted(inner.model_fields))}"
+    if error["type"] == "missing":
+        return f"missing; needed: {allowed}"
+    why = str(error["ctx"]["error"]) if error["type"] == "value_error" else ""
+    if why.startswith("allowed: "):
+        allowed = why.removeprefix("allowed: ")
+    elif why:
+        allowed += f" ({why})"
+    hidden = inner is SecretRef or (model is JobsFile and error["loc"][:1] == ("secrets",))
+    return ("" if hidden else f"found {cut(error['input'])}; ") + f"allowed: {allowed}"
+
+
+def validated(
+    model: type[BaseModel], data: Any, context: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Any, list[Problem]]:
+    """The model, or None and the errors with their paths and texts."""
+    try:
+        return model.model_validate(data, context={**context}), []
+    except ValidationError as e:
+        errors = e.errors(include_url=False)
+        return None, [
+            (tuple(p for p in error["loc"] if p != "[key]"), problem_text(model, error))
+            for error in errors
+        ]
+
+
+def parse_job(data: Mapping[str, Any], settings: Settings) -> JobSpec:
+    """A job that did not come from a file; its errors name the field."""
+    job, errors = validated(JobSpec, data, settings.job_context)
+    if job is None:
+        raise Invalid([f"{dotted(at)}: {text}" if at else text for at, text in errors])
+    return cast(JobSpec, job)
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -1078,152 +1324,13 @@ class Config:
     env: Mapping[str, str]
     secrets: Mapping[str, SecretRef]
     jobs: list[JobSpec] | None
-    lines: Mapping[str, int]
-    problems: list[str]
+    text: JobsYaml
+    problems: list[Problem]
 
     @property
     def base(self) -> Path:
         """What relative paths are relative to."""
         return self.path.absolute().parent
-
-
-def jobs_yaml_loader() -> type[Any]:
-    """YAML's JSON-like core: null, true/false and plain decimal integers are typed, all else is
-    text. So `region: no` is not False, `configuration_id: 0123` not 83, and 1.10 stays 1.10."""
-    import yaml
-
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
-    for tag, pattern, first in (
-        ("null", r"~|null|", ["~", "n", ""]),
-        ("bool", r"true|false", ["t", "f"]),
-        ("int", r"-?(?:0|[1-9][0-9]*)", list("-0123456789")),
-        ("merge", r"<<", ["<"]),
-    ):
-        Loader.add_implicit_resolver(
-            f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first
-        )
-    return Loader
-
-
-Path_ = tuple[str | int, ...]
-
-
-class YamlReader:
-    """One YAML file as plain data, with the line of every path and every problem found."""
-
-    def __init__(self, path: Path, env: Mapping[str, str]) -> None:
-        self.path, self.env = path, env
-        self.lines: dict[Path_, int] = {(): 1}
-        self.problems: list[tuple[Path_, str]] = []
-
-    def read(self) -> Any:
-        import yaml
-
-        try:
-            loader = jobs_yaml_loader()(self.path.read_text(encoding="utf-8-sig"))
-            node = loader.get_single_node()
-            return {} if node is None else self._plain(loader, node, ())
-        except yaml.MarkedYAMLError as e:
-            line = e.problem_mark.line + 1 if e.problem_mark else 1
-            raise Invalid([f"{self.path}:{line}: not YAML: {e.problem or e.context}"]) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise Invalid([f"{self.path}: not a YAML text: {str(e).splitlines()[0]}"]) from None
-        except RecursionError:
-            raise Invalid([f"{self.path}: an alias that contains itself"]) from None
-        except OSError as e:
-            raise Invalid([f"{self.path}: cannot be read: {e.strerror}"]) from None
-
-    def _plain(self, loader: Any, node: Any, at: Path_) -> Any:
-        self.lines.setdefault(at, node.start_mark.line + 1)
-        if node.id == "mapping":
-            return self._mapping(loader, node, at)
-        if node.id == "sequence":
-            return [self._plain(loader, item, (*at, i)) for i, item in enumerate(node.value)]
-        value = loader.construct_object(node)
-        return self._substitute(value, at) if isinstance(value, str) else value
-
-    def _mapping(self, loader: Any, node: Any, at: Path_) -> dict[str, Any]:
-        own = [k.value for k, _ in node.value if not k.tag.endswith(":merge")]
-        for key in {str(k) for k in own if own.count(k) > 1}:
-            self.problems.append(((*at, key), "stands here twice"))
-        loader.flatten_mapping(node)
-        out = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            self.lines[(*at, key)] = key_node.start_mark.line + 1
-            out[key] = self._plain(loader, value_node, (*at, key))
-        return out
-
-    def _substitute(self, text: str, at: Path_) -> str:
-        def value(found: re.Match[str]) -> str:
-            if found[1] not in self.env:
-                self.problems.append((at, f"${{{found[1]}}} is not set in the environment"))
-            return self.env.get(found[1], "")
-
-        return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", value, text)
-
-    def line(self, at: Path_) -> int:
-        while at not in self.lines:
-            at = at[:-1]
-        return self.lines[at]
-
-
-def field_of(model: type[BaseModel], at: Path_) -> tuple[type[BaseModel], str]:
-    """The innermost model on the path `at`, and what the innermost field allows."""
-    allowed = ""
-    for part in at:
-        info = model.model_fields.get(str(part))
-        if info is not None:
-            allowed = info.description or allowed
-            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-                model = info.annotation
-        elif issubclass(model, JobsFile) and not isinstance(part, int):
-            model = SecretRef  # a name below `secrets`
-    return model, allowed
-
-
-def problem_text(model: type[BaseModel], error: Any) -> str:
-    """One pydantic error as: what was found, and what is allowed."""
-    inner, allowed = field_of(model, error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = sorted(inner.model_fields)
-        if inner is SecretRef and error["loc"][-1] == "value":
-            return "a secret's value does not belong here; allowed: env, file, or `secret add`"
-        return f"unknown key; allowed: {', '.join(known)}"
-    if error["type"] == "missing":
-        return f"missing; needed: {allowed}"
-    if error["type"] == "value_error":
-        why = str(error["ctx"]["error"])
-        allowed = (
-            why.removeprefix("allowed: ") if why.startswith("allowed: ") else f"{allowed} ({why})"
-        )
-    found = "" if inner is SecretRef else f"found {redact(repr(error['input']))[:80]}; "
-    return f"{found}allowed: {allowed}"
-
-
-def dotted(at: Path_) -> str:
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
-
-
-def validated(
-    model: type[BaseModel], data: Any, context: Mapping[str, Any]
-) -> tuple[Any, list[Any]]:
-    """The model, or None and the errors with their paths and texts."""
-    try:
-        return model.model_validate(data, context=dict(context)), []
-    except ValidationError as e:
-        found = e.errors(include_url=False)
-        return None, [(tuple(error["loc"]), problem_text(model, error)) for error in found]
-
-
-def parse_job(data: Mapping[str, Any], settings: Settings) -> JobSpec:
-    """A job that did not come from a file; its errors name the field."""
-    job, errors = validated(JobSpec, data, settings.job_context)
-    if job is None:
-        raise Invalid([f"{dotted(at)}: {text}" if at else text for at, text in errors])
-    return cast(JobSpec, job)
 
 
 ENVIRONMENT = """
@@ -1233,32 +1340,34 @@ ENVIRONMENT = """
     """.split()
 
 
-def database_path(url: str, base: Path) -> Path:
+def database_path(url: str, base: Path, name: str) -> Path:
     """The file that DATABASE_URL means: sqlite:///relative, sqlite:////absolute, or a path."""
     scheme, found, rest = url.partition("://")
     if found and scheme != "sqlite":
-        raise Invalid([f"DATABASE_URL: found {scheme}://; allowed: sqlite:///path or a path"])
+        raise Invalid([f"{name}: found {scheme}://; allowed: sqlite:///path or a path"])
     path = rest.removeprefix("/") if found else url
     if not path or path == ":memory:":
-        raise Invalid(["DATABASE_URL: found no file; allowed: sqlite:///path or a path"])
+        raise Invalid([f"{name}: found no file; allowed: sqlite:///path or a path"])
     return (base / path).absolute()
 
 
-def settings_from(env: Mapping[str, str], file: JobsFile, base: Path) -> Settings:
+def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name: str) -> Settings:
     """The environment over jobs.yaml; every wrong value is named with what is allowed."""
     given: dict[str, Any] = {"api_host": file.admin.host, "api_port": file.admin.port}
     given |= {name.lower(): env[name].strip() for name in ENVIRONMENT if env.get(name, "").strip()}
-    given["database"] = database_path(env.get("DATABASE_URL") or file.database, base)
-    for name in ("admin_token", "secret_key"):
-        if name in given:
-            given[name] = SecretValue(given[name])
-    for name in ("log_level", "log_format"):
-        if name in given:
-            given[name] = given[name].upper() if name == "log_level" else given[name].lower()
-    for name in ("secret_key_file", "log_file"):
-        if name in given:
-            given[name] = base / given[name]
-    settings, errors = validated(Settings, given, {})
+    url = env.get("DATABASE_URL", "").strip()
+    name = "DATABASE_URL" if url else f"{file_name}: database"
+    given["database"] = database_path(url or file.database, base, name)
+    shapes: dict[str, Callable[[str], Any]] = {
+        "admin_token": SecretValue,
+        "secret_key": SecretValue,
+        "log_level": str.upper,
+        "log_format": str.lower,
+        "secret_key_file": base.joinpath,
+        "log_file": base.joinpath,
+    }
+    given |= {name: shape(given[name]) for name, shape in shapes.items() if name in given}
+    settings, errors = validated(Settings, given)
     if settings is None:
         raise Invalid([f"environment: {str(at[0]).upper()}: {text}" for at, text in errors])
     s = cast(Settings, settings)
@@ -1274,112 +1383,109 @@ def settings_from(env: Mapping[str, str], file: JobsFile, base: Path) -> Setting
     return s
 
 
+def read_dot_env(path: Path) -> dict[str, str]:
+    from dotenv import dotenv_values
+
+    if not path.is_file():
+        return {}
+    try:
+        return {k: v for k, v in dotenv_values(path, interpolate=False).items() if v is not None}
+    except (OSError, UnicodeDecodeError):
+        raise Invalid([f"{path}: cannot be read as UTF-8 text"]) from None
+
+
 def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = False) -> Config:
     """Read jobs.yaml, the .env beside it and the environment.
 
     Raises Invalid for what leaves no settings to work with; `problems` has what is wrong with
     the jobs themselves.
     """
-    from dotenv import dotenv_values
-
     base = path.absolute().parent
-    dot_env = dotenv_values(base / ".env", interpolate=False) if (base / ".env").is_file() else {}
-    env = {**{k: v for k, v in dot_env.items() if v is not None}, **environ}
-    exists = path.exists()
-    if must_exist and not exists:
-        raise Invalid(
-            [f"{path}: there is no such file"], hint="teckochecker.py init writes a first one"
-        )
-    reader = YamlReader(path, env)
-    data = reader.read() if exists else {}
-    if not isinstance(data, dict):
-        raise Invalid([f"{path}:1: found {data!r:.40}; allowed: database, admin, secrets, jobs"])
-    jobs_data = data.get("jobs") or []
-    head = {k: v for k, v in data.items() if k != "jobs" and v is not None}
-    file, errors = validated(JobsFile, head | {"jobs": jobs_data}, {})
-    if file is None or (
-        reader.problems and not all(at[:1] == ("jobs",) for at, _ in reader.problems)
-    ):
-        found = [(tuple(at), text) for at, text in [*reader.problems, *errors]]
-        raise Invalid([f"{path}:{reader.line(at)}: {dotted(at)}: {text}" for at, text in found])
-    settings = settings_from(env, file, base)
-    jobs, problems = read_jobs(file.jobs, settings, reader)
-    lines = {job.name: reader.line(("jobs", i)) for i, job in jobs}
-    specs = [job for _, job in jobs] if exists else None
-    return Config(path, settings, env, file.secrets, specs, lines, problems)
+    if must_exist and not path.exists():
+        hint = "teckochecker.py init writes a first one"
+        raise Invalid([f"{path}: there is no such file"], hint=hint)
+    env = {**read_dot_env(base / ".env"), **environ}
+    text = JobsYaml(path, env)
+    head = {k: v for k, v in text.data.items() if v is not None}
+    file, errors = validated(JobsFile, head)
+    in_head = [*(p for p in text.problems if len(p[0]) < 2 or p[0][0] != "jobs"), *errors]
+    items = head.get("jobs") if isinstance(head.get("jobs"), list) else []
+    file = file or JobsFile.model_validate({})  # to go on looking: all is told at once
+    settings = settings_from(env, file, base, f"{path}:{text.line(('database',))}")
+    jobs, problems = read_jobs(items or [], settings, text)
+    if in_head:
+        raise Invalid(text.told([*in_head, *problems]))
+    specs = jobs if path.exists() else None
+    return Config(path, settings, env, file.secrets, specs, text, problems)
 
 
 def read_jobs(
-    items: list[Any], settings: Settings, reader: YamlReader
-) -> tuple[list[tuple[int, JobSpec]], list[str]]:
-    """The good jobs with their places in the file, and what is wrong with the others."""
-    jobs: list[tuple[int, JobSpec]] = []
-    found: list[tuple[Path_, str]] = [(at, text) for at, text in reader.problems]
-    names: dict[str, int] = {}
+    items: list[Any], settings: Settings, text: JobsYaml
+) -> tuple[list[JobSpec], list[Problem]]:
+    """The jobs, and what is wrong with them; those are the good ones where anything is."""
+    jobs: list[JobSpec] = []
+    problems = [p for p in text.problems if len(p[0]) > 1 and p[0][0] == "jobs"]
+    lines: dict[Any, int] = {}
     for i, item in enumerate(items):
         job, errors = validated(JobSpec, item, settings.job_context)
-        found += [(("jobs", i, *at), text) for at, text in errors]
-        if job is None:
-            continue
-        if job.name in names:
-            found.append(
-                (("jobs", i, "name"), f"line {names[job.name]} has a job of this name already")
-            )
-        names.setdefault(job.name, reader.line(("jobs", i)))
-        jobs.append((i, job))
-
-    def text(at: Path_, what: str) -> str:
-        item = items[at[1]] if len(at) > 1 and isinstance(at[1], int) else None
-        name = item.get("name") if isinstance(item, dict) else None
-        job = f"job {name!r}" if name else f"job number {int(at[1]) + 1}"
-        return f"{reader.path}:{reader.line(at)}: {job}: {dotted(at[2:]) or 'job'}: {what}"
-
-    found.sort(key=lambda problem: reader.line(problem[0]))
-    return jobs, [text(at, what) for at, what in found]
+        problems += [(("jobs", i, *at), said) for at, said in errors]
+        name = str(item["name"]).strip() if isinstance(item, dict) and "name" in item else None
+        if name is not None and name in lines:
+            said = f"line {lines[name]} has a job of this name already"
+            problems.append((("jobs", i, "name"), said))
+        elif name is not None:
+            lines[name] = text.line(("jobs", i))
+        if job is not None:
+            jobs.append(job)
+    return jobs, problems
 
 
 def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
     """A secret that jobs.yaml refers to; read at each use, so that a changed file counts."""
-    if ref.env is not None:
-        if ref.env not in config.env:
-            raise SecretError(f"secret {name!r}: the environment variable {ref.env} is not set")
-        return SecretValue(clean_secret(config.env[ref.env]))
     try:
+        if ref.env is not None:
+            return SecretValue(clean_secret(config.env[ref.env]))
         return SecretValue(clean_secret((config.base / str(ref.file)).read_text()))
+    except KeyError:
+        why = f"the environment variable {ref.env} is not set"
     except (OSError, UnicodeDecodeError) as e:
-        why = e.strerror if isinstance(e, OSError) else "it is not text"
-        raise SecretError(f"secret {name!r}: cannot read {ref.file}: {why}") from None
+        why = f"cannot read {ref.file}: {e.strerror if isinstance(e, OSError) else 'it is no text'}"
+    except SecretError as e:
+        why = str(e)
+    raise SecretError(f"secret {name!r}: {why}")
 
 
-def secret_problems(job: JobSpec, stored: Mapping[str | int, str], config: Config) -> list[str]:
+def secret_problems(
+    job: Mapping[str, Any], stored: Mapping[str | int, str], config: Config
+) -> list[Problem]:
     """Which secrets of a job are not there, of another type, or cannot be read from where
     jobs.yaml refers to. `stored`: the types of those in the store, by name and by id."""
-    said = []
-    for kind, name in job.secrets().items():
+    said: list[Problem] = []
+    for block, kind, name in secrets_of(job):
         ref = config.secrets.get(str(name)) if name not in stored else None
-        found = ref.type if ref else stored.get(name)
+        found, place = ref.type if ref else stored.get(name), (block, "secret")
         if found is None:
             names = {known for known in stored if isinstance(known, str)} | {*config.secrets}
-            said.append(
-                f"there is no secret {name!r} (there are: {', '.join(sorted(names)) or 'none yet'})"
-            )
+            there = ", ".join(sorted(names)) or "none yet"
+            said.append((place, f"there is no secret {name!r} (there are: {there})"))
         elif found != kind:
-            said.append(f"secret {name!r} is of type {found}; needed: {kind}")
+            said.append((place, f"secret {name!r} is of type {found}; needed: {kind}"))
         elif ref:
             try:
                 read_reference(str(name), ref, config)
             except SecretError as e:
-                said.append(str(e))
+                said.append((place, str(e)))
     return said
 
 
 def all_problems(config: Config, stored: Mapping[str | int, str]) -> list[str]:
-    """Everything that keeps this configuration from being run."""
+    """Everything that keeps this configuration from being run, a line each."""
     problems = list(config.problems)
-    for job in config.jobs or []:
-        where = f"{config.path}:{config.lines[job.name]}: job {job.name!r}: "
-        problems += [where + text for text in secret_problems(job, stored, config)]
-    return problems
+    for i, item in enumerate(config.text.data.get("jobs") or []):
+        if isinstance(item, dict):
+            found = secret_problems(nested(item), stored, config)
+            problems += [(("jobs", i, *at), said) for at, said in found]
+    return config.text.told(problems)
 
 
 # ── Store ─────────────────────────────────────────────────────────────────────────────────────
@@ -1484,15 +1590,20 @@ LOG_STATUS: dict[Event, str] = {  # what a log row calls a step of a trigger; ot
     "hold": "failed",
     "fail": "failed",
 }
+JOB_COLUMNS = tuple(f.name for f in fields(Job) if f.name != "spec")
 BATCH_COLUMNS = tuple(f.name for f in fields(Batch))
 TRIGGER_COLUMNS = tuple(f.name for f in fields(Trigger))
 
 
+@lru_cache(maxsize=1024)
+def spec_of(text: str) -> JobSpec:
+    """A job's definition from its row; it was validated when it came in, under the bounds of
+    then, and is the same at each check."""
+    return JobSpec.model_validate_json(text, context={"bounds": (0, sys.maxsize)})
+
+
 def job_of(row: Any) -> Job:
-    """A row of polling_jobs; its spec was validated when it came in, under the bounds of then."""
-    names = {f.name for f in fields(Job)} - {"spec"}
-    spec = JobSpec.model_validate_json(row["spec"], context={"bounds": (0, sys.maxsize)})
-    return Job(spec=spec, **{name: row[name] for name in names})
+    return Job(spec=spec_of(row["spec"]), **{name: row[name] for name in JOB_COLUMNS})
 
 
 def spec_columns(spec: JobSpec) -> dict[str, Any]:
@@ -1537,6 +1648,25 @@ def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[An
         )
 
     return wrapper
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A check of a job's batches, and what follows from it."""
+
+    job: Job
+    known: Sequence[Batch]  # as they were before
+    batches: Sequence[Batch]
+    verdict: Verdict
+    trigger: Trigger | None  # to be fired
+    error: str | None  # what to say of it
+    ok: bool  # every batch was seen
+    wait: float  # s until the next check
+    now: float
+
+    def has_news(self) -> bool:
+        changed = self.known != self.batches or self.error != self.job.last_error
+        return changed or self.verdict.event is not None
 
 
 class Store:
@@ -1725,6 +1855,21 @@ class Store:
         rows = await self._read("SELECT * FROM polling_jobs WHERE id = :id", {"id": job_id})
         return job_of(rows[0]) if rows else None
 
+    async def job_with_batches(self, job_id: int) -> tuple[Job | None, list[Batch], bool]:
+        """A job, its batches, and whether it has an open trigger: all that a check wants to know,
+        in one question."""
+        columns = ", ".join(f"b.{name} AS batch_{name}" for name in BATCH_COLUMNS)
+        rows = await self._read(
+            f"SELECT j.*, {columns}, EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id"
+            " AND finished_at IS NULL AND state <> 'held') AS has_open FROM polling_jobs j"
+            " JOIN polling_batches b ON b.job_id = j.id WHERE j.id = :id ORDER BY b.position",
+            {"id": job_id},
+        )
+        if not rows:
+            return None, [], False
+        batches = [Batch(**{name: r[f"batch_{name}"] for name in BATCH_COLUMNS}) for r in rows]
+        return job_of(rows[0]), batches, bool(rows[0]["has_open"])
+
     async def find_job(self, ref: str) -> Job:
         """The job with this id or name."""
         column = "id" if ref.isdigit() else "name"
@@ -1912,26 +2057,39 @@ class Store:
 
     # checks and triggers
 
-    @transactional
-    async def record_check(
-        self,
-        job: Job,
-        batches: Sequence[Batch],
-        verdict: Verdict,
-        trigger: Trigger | None,
-        error: str | None,
-        ok: bool,
-        next_check_at: float,
-        now: float,
-    ) -> bool:
+    async def record_check(self, check: Checked) -> bool:
         """Write down a check and what was decided on it, all or nothing.
 
         False, and nothing written, when the job was paused, removed, deleted or changed while
         it was being checked: what was seen then decides nothing.
         """
-        status: JobStatus = (
-            next_state(JOB_STEPS, "active", verdict.event) if verdict.event else "active"
-        )
+        if check.has_news():
+            return await self._record_news(check)
+        async with self._lock:  # one statement is a transaction of its own
+            return await self._stamp(check)
+
+    @transactional
+    async def _record_news(self, check: Checked) -> bool:
+        if not await self._stamp(check):
+            return False
+        job, now = check.job, check.now
+        for old, new in zip(check.known, check.batches, strict=True):
+            if old != new:
+                await self._save_batch(job.id, new)
+            if old.status != new.status:
+                await self._log(job.id, "checking", describe_progress(new), now)
+        if check.trigger is not None:
+            await self._insert("triggers", asdict(check.trigger))
+            await self._log(job.id, "triggered", f"decided: trigger {check.trigger.id}", now)
+        elif check.verdict.event is not None:
+            await self._log(job.id, "failed", check.verdict.reason, now)
+        elif check.error and check.error != job.last_error:
+            await self._log(job.id, "error", check.error, now)
+        return True
+
+    async def _stamp(self, check: Checked) -> bool:
+        event, job = check.verdict.event, check.job
+        status: JobStatus = next_state(JOB_STEPS, "active", event) if event else "active"
         rows = await self._sql(
             "UPDATE polling_jobs SET status = :status, last_check_at = :now, last_error = :error,"
             " errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END,"
@@ -1940,32 +2098,13 @@ class Store:
             " AND revision = :revision AND round = :round AND status = 'active'"
             " AND removed_at IS NULL RETURNING id",
             {
-                "id": job.id,
-                "revision": job.revision,
-                "round": job.round,
-                "status": status,
-                "error": error,
-                "ok": ok,
-                "now": now,
-                "next_check_at": next_check_at if status == "active" else None,
-                "ended_at": now if status == "failed" else None,
+                **{"id": job.id, "revision": job.revision, "round": job.round, "status": status},
+                **{"error": check.error, "ok": check.ok, "now": check.now},
+                "next_check_at": check.now + check.wait if status == "active" else None,
+                "ended_at": check.now if status == "failed" else None,
             },
         )
-        if not rows:
-            return False
-        for old, new in zip(await self._batches(job.id), batches, strict=True):
-            if old != new:
-                await self._save_batch(job.id, new)
-            if old.status != new.status:
-                await self._log(job.id, "checking", describe_progress(new), now)
-        if trigger is not None:
-            await self._insert("triggers", asdict(trigger))
-            await self._log(job.id, "triggered", f"decided: trigger {trigger.id}", now)
-        elif status == "failed":
-            await self._log(job.id, "failed", verdict.reason, now)
-        elif error and error != job.last_error:
-            await self._log(job.id, "error", error, now)
-        return True
+        return bool(rows)
 
     async def _batches(self, job_id: int) -> list[Batch]:
         rows = await self._sql(
@@ -2170,8 +2309,9 @@ def parse_batch(batch_id: str, data: Any) -> BatchSeen:
 
 @dataclass(slots=True)
 class KeyGate:
-    """What one key may do: a bounded number of calls at once, none while it is rate-limited."""
+    """One key: its call, and what it may do: a bounded number at once, none while rate-limited."""
 
+    call: Callable[[str], Awaitable[Any]]  # made once: a fresh client costs as much as a request
     slots: asyncio.Semaphore
     held_until: float = 0.0  # monotonic
 
@@ -2213,13 +2353,13 @@ class OpenAI:
 
     async def retrieve(self, key: SecretValue, batch_id: str) -> BatchSeen:
         """One batch as it is now (GET /batches/{batch_id}). Raises OpenAIError."""
-        gate = self._gates.setdefault(key.reveal(), KeyGate(asyncio.Semaphore(IN_FLIGHT_PER_KEY)))
+        gate = self._gate(key)
         async with gate.slots, self._slots:
             wait = gate.held_until - time.monotonic()
             if wait > 0:
                 raise OpenAIError("OpenAI rate-limits this key", status=429, retry_after=wait)
             try:
-                return await self._retrieve(key, batch_id)
+                return await self._retrieve(gate, batch_id)
             except OpenAIError as e:
                 if e.status == 429:
                     gate.held_until = time.monotonic() + min(
@@ -2227,13 +2367,18 @@ class OpenAI:
                     )
                 raise
 
-    async def _retrieve(self, key: SecretValue, batch_id: str) -> BatchSeen:
+    def _gate(self, key: SecretValue) -> KeyGate:
+        if key.reveal() not in self._gates:
+            call = self._for_key(key).batches.with_raw_response.retrieve
+            self._gates[key.reveal()] = KeyGate(call, asyncio.Semaphore(IN_FLIGHT_PER_KEY))
+        return self._gates[key.reveal()]
+
+    async def _retrieve(self, gate: KeyGate, batch_id: str) -> BatchSeen:
         import openai
 
         try:
             async with asyncio.timeout(CALL_DEADLINE):
-                call = self._for_key(key).batches.with_raw_response.retrieve
-                answer = await call(batch_id)
+                answer = await gate.call(batch_id)
                 return parse_batch(batch_id, json.loads(answer.http_response.content))
         except openai.APIStatusError as e:
             raise openai_error(e, batch_id) from e
@@ -2476,10 +2621,14 @@ class Steps:
     async def step(self, job_id: int) -> Stepped:
         """Advance a job's open triggers, then check its batches if it is active. Raises StoreError
         when the store cannot be used; then nothing was sent."""
-        steps = [await self._advance(trigger) for trigger in await self.store.open_triggers(job_id)]
-        job = await self.store.job(job_id)
+        job, batches, has_open = await self.store.job_with_batches(job_id)
+        steps = []
+        if has_open:
+            for trigger in await self.store.open_triggers(job_id):
+                steps.append(await self._advance(trigger))
+            job, batches, _ = await self.store.job_with_batches(job_id)
         if job is not None and job.status == "active" and job.removed_at is None:
-            steps.append(await self._check(job))
+            steps.append(await self._check(job, batches))
         waits = [s.wait for s in steps if s.wait is not None]
         last = steps[-1] if steps else Stepped(None, "nothing to do")
         return replace(last, wait=min(waits, default=None))
@@ -2497,8 +2646,8 @@ class Steps:
 
     # checking
 
-    async def _check(self, job: Job) -> Stepped:
-        batches, errors = await self._look(job, await self.store.batches(job.id))
+    async def _check(self, job: Job, known: Sequence[Batch]) -> Stepped:
+        batches, errors = await self._look(job, known)
         now, settings = self.clock(), self.config.settings
         verdict = decide(job.spec.watch, batches, now)
         trigger = self._intent(job, batches, verdict, now) if verdict.event == "fire" else None
@@ -2507,9 +2656,9 @@ class Steps:
         wait = max(waits, default=interval)
         said = [verdict.reason] if verdict.event else [*map(str, errors), *remarks(batches, now)]
         last_error = "; ".join(dict.fromkeys(filter(None, said))) or None
-        if not await self.store.record_check(
-            job, batches, verdict, trigger, last_error, not errors, now + wait, now
-        ):
+        ok = not errors
+        checked = Checked(job, known, batches, verdict, trigger, last_error, ok, wait, now)
+        if not await self.store.record_check(checked):
             return Stepped(0.0, "changed while it was checked")
         if trigger is not None:
             return await self._advance(trigger)
@@ -2517,14 +2666,12 @@ class Steps:
         text = last_error or f"{done} of {len(batches)} batches done"
         return Stepped(None if verdict.event else wait, text, errors[0] if errors else None)
 
-    async def _look(
-        self, job: Job, known: Sequence[Batch]
-    ) -> tuple[Sequence[Batch], list[TeckoError]]:
+    async def _look(self, job: Job, known: Sequence[Batch]) -> tuple[list[Batch], list[TeckoError]]:
         """The batches as they are now, and the errors met; a finished one is not asked again."""
         try:
             key = await self._secret(str(job.spec.watch.secret))
         except SecretError as e:
-            return known, [e]
+            return [*known], [e]
         looked = await asyncio.gather(*(self._look_at(key, batch) for batch in known))
         return [batch for batch, _ in looked], [error for _, error in looked if error is not None]
 
@@ -2742,6 +2889,8 @@ def make_scheduler() -> AsyncIOScheduler:
     stop all checks for ten minutes. The guard moves all due times along with the clock.
     """
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
+
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped tick is no news: see _run
 
     class ClockGuarded(AsyncIOScheduler):  # type: ignore[misc]
         offset = time.time() - time.monotonic()
@@ -3636,8 +3785,8 @@ def flat_job(args: argparse.Namespace) -> dict[str, Any]:
 async def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
     spec = parse_job(flat_job(args), config.settings)
     async with Store(config.settings.database) as store:
-        if problems := secret_problems(spec, await store.secret_types(), config):
-            raise Invalid(problems, hint="secret add stores one")
+        if problems := secret_problems(spec.model_dump(), await store.secret_types(), config):
+            raise Invalid([said for _, said in problems], hint="secret add stores one")
         job_id = await store.create_job(spec, "store", time.time())
         document = await describe_job(store, await store.find_job(str(job_id)))
     return report(args, document, f"created job {spec.name!r} (ID {job_id})")
@@ -3651,8 +3800,8 @@ async def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
             path = FLAT_FIELDS.get(name, (name,))
             (data if len(path) == 1 else data[path[0]])[path[-1]] = value
         spec = parse_job(data, config.settings)
-        if problems := secret_problems(spec, await store.secret_types(), config):
-            raise Invalid(problems, hint="secret add stores one")
+        if problems := secret_problems(spec.model_dump(), await store.secret_types(), config):
+            raise Invalid([said for _, said in problems], hint="secret add stores one")
         await store.update_job(job.id, spec, time.time())
         document = await describe_job(store, await store.find_job(str(job.id)))
     return report(args, document, f"updated job {spec.name!r}")
