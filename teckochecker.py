@@ -100,7 +100,7 @@ from typing import (
     TypeVar,
     cast,
 )
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, quote_plus, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -125,6 +125,7 @@ if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK 
 P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S", bound=str)
+M = TypeVar("M", bound=BaseModel)
 log = logging.getLogger("teckochecker")
 
 # ── Constants ─────────────────────────────────────────────────────────────────────────────────
@@ -164,6 +165,8 @@ HTTP_ANSWER = 5.0  # s that the loop has to compute an answer
 LOG_BYTES = 10_000_000  # per log file, five are kept
 
 BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
+VALUE_TEXT = "printable ASCII, without control characters, not empty"
+PRINTABLE = r"^\s*[!-~]([ -~]*[!-~])?\s*$"  # of a secret: what an HTTP header can carry
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 KEY_SHAPES = re.compile(  # OpenAI's, Keboola's, a password in a URL
     r"sk-[A-Za-z0-9_-]{12,}|\b\d+-\d+-[A-Za-z0-9]{20,}\b|(?<=://)[^/\s@]+(?=@)"
@@ -206,7 +209,9 @@ class SecretValue:
 
     def __init__(self, value: str) -> None:
         self._value = value
-        forms = {value, repr(value)[1:-1], json.dumps(value)[1:-1], quote(value, safe="")}
+        doubled = value.replace("\\", "\\\\")  # as repr has it, whichever quotes it chooses
+        forms = {value, doubled, doubled.replace("'", "\\'"), json.dumps(value)[1:-1]}
+        forms |= {quote(value, safe=""), quote(value), quote_plus(value)}
         if not forms <= SecretValue.known:
             SecretValue.known |= forms
             longest_first = sorted(SecretValue.known, key=len, reverse=True)
@@ -232,7 +237,11 @@ class RedactingFilter(logging.Filter):
     pass it too."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), None
+        try:
+            said = record.getMessage()
+        except (TypeError, ValueError):  # a library's format string that does not fit
+            said = f"{record.msg!r} {record.args!r}"
+        record.msg, record.args = redact(said), None
         if record.exc_info:
             record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
         if record.stack_info:
@@ -254,6 +263,18 @@ class TeckoError(Exception):
         super().__init__(redact(message))
         self.hint = hint
         self.code = code or type(self).code
+
+
+ERROR_NAMES = {  # what `error` is in an answer, by code
+    1001: "secret_not_found",
+    1002: "job_not_found",
+    1003: "conflict",
+    1004: "validation_error",
+    2001: "openai_error",
+    2002: "keboola_error",
+    3001: "database_error",
+    3002: "encryption_error",
+}
 
 
 class Invalid(TeckoError):
@@ -348,7 +369,6 @@ TriggerState = Literal[
     "succeeded",
     "failed",  # Keboola's job ended so
     "rejected",  # Keboola refused it
-    "withdrawn",  # its target changed before it was sent
 ]
 
 
@@ -442,7 +462,9 @@ Variables = Annotated[
 class Strict(BaseModel):
     """Unknown keys are refused; numbers become text where text is meant (configuration_id: 12)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, hide_input_in_errors=True
+    )
 
 
 class OpenAIBatches(Strict):
@@ -555,10 +577,18 @@ class SecretRef(Strict):
         return self
 
 
+class SecretBody(Strict):
+    """A secret to store."""
+
+    name: Name = Field(description="1 to 255 characters, not only digits")
+    type: Literal["openai", "keboola", "api"] = Field(description="openai, keboola or api")
+    value: str = Field(pattern=PRINTABLE, max_length=10_000, description=VALUE_TEXT)
+
+
 class Settings(BaseModel):
     """What the environment, .env and the head of jobs.yaml set; names as in the environment."""
 
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, hide_input_in_errors=True)
 
     database: Path
     api_host: str = Field("127.0.0.1", min_length=1, description="a host name or address")
@@ -572,7 +602,9 @@ class Settings(BaseModel):
     trigger_settle_seconds: int = Field(
         120, ge=1, le=86400, description="whole seconds, 1 to 86400"
     )
-    openai_base_url: str | None = None
+    openai_base_url: Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+")] | None = Field(
+        None, description="a URL like https://api.openai.com/v1"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
         "INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL"
     )
@@ -699,7 +731,7 @@ Event = Literal[
     # to a trigger
     "claim", "postpone", "lose", "resend",
     # to a trigger, and with it to its job
-    "accept", "reject", "hold", "resettle", "withdraw", "succeed", "fail",
+    "accept", "reject", "hold", "resettle", "succeed", "fail",
 ]  # fmt: skip
 
 JOB_STEPS: dict[JobStatus, dict[Event, JobStatus]] = {
@@ -709,7 +741,6 @@ JOB_STEPS: dict[JobStatus, dict[Event, JobStatus]] = {
         "accept": "triggered",
         "reject": "failed",
         "hold": "failed",
-        "withdraw": "active",
         "new_round": "active",
     },
     "triggered": {
@@ -724,7 +755,7 @@ JOB_STEPS: dict[JobStatus, dict[Event, JobStatus]] = {
 }
 
 TRIGGER_STEPS: dict[TriggerState, dict[Event, TriggerState]] = {
-    "pending": {"claim": "sending", "withdraw": "withdrawn", "reject": "rejected"},
+    "pending": {"claim": "sending", "reject": "rejected"},
     "sending": {
         "accept": "running",
         "postpone": "pending",
@@ -737,7 +768,6 @@ TRIGGER_STEPS: dict[TriggerState, dict[Event, TriggerState]] = {
     "succeeded": {},
     "failed": {},
     "rejected": {},
-    "withdrawn": {},
 }
 
 EXPECTED_BATCH = ("validating", "in_progress", "finalizing", "cancelling")
@@ -858,12 +888,11 @@ def span(seconds: float) -> str:
     return f"{int(seconds)} s"
 
 
-def trigger_body(spec: JobSpec, batches: Sequence[Batch], trigger_id: str) -> dict[str, Any]:
-    """The body of Keboola's POST /jobs. Every value is a non-empty string: Keboola refuses an
-    empty one, and ignores variables that a configuration does not define."""
+def trigger_body(spec: JobSpec, batches: Sequence[Batch], trigger_id: str) -> str:
+    """The body of Keboola's POST /jobs for what became of the batches."""
     ends = {"completed": [b for b in batches if outcome(b) == "completed"]}
     ends["failed"] = [b for b in batches if b not in ends["completed"]]
-    values = dict(spec.trigger.variables)
+    values = {"teckochecker_job": spec.name, "teckochecker_trigger_id": trigger_id}
     for end, group in ends.items():
         values[f"batch_ids_{end}"] = json.dumps([b.batch_id for b in group])
         values[f"batch_count_{end}"] = str(len(group))
@@ -875,13 +904,35 @@ def trigger_body(spec: JobSpec, batches: Sequence[Batch], trigger_id: str) -> di
         values[f"request_count_{count}"] = str(
             sum(getattr(b, f"requests_{count}") for b in batches)
         )
-    values |= {"teckochecker_job": spec.name, "teckochecker_trigger_id": trigger_id}
-    return {
+    return request_body(spec, values)
+
+
+def request_body(spec: JobSpec, outcome_of_batches: Mapping[str, str]) -> str:
+    """The body of Keboola's POST /jobs as JSON. Every value is a non-empty string: Keboola refuses
+    an empty one, and ignores variables that a configuration does not define."""
+    values = {**outcome_of_batches, **spec.trigger.variables}
+    body = {
         "mode": "run",
         "component": spec.trigger.component_id,
         "config": spec.trigger.configuration_id,
         "variableValuesData": {"values": [{"name": k, "value": v} for k, v in values.items()]},
     }
+    return json.dumps(body)
+
+
+def retargeted(trigger: Trigger, spec: JobSpec) -> Trigger:
+    """A trigger that was surely never sent, with the job's target of today; what it says of the
+    batches stays."""
+    body, target = json.loads(trigger.body), spec.trigger
+    values = {v["name"]: v["value"] for v in body["variableValuesData"]["values"]}
+    outcome_of_batches = {k: v for k, v in values.items() if k in RESERVED_VARIABLES}
+    return replace(
+        trigger,
+        stack_url=target.stack_url,
+        secret=str(target.secret),
+        on_ambiguous=target.on_ambiguous,
+        body=request_body(spec, {**outcome_of_batches, "teckochecker_job": spec.name}),
+    )
 
 
 def after_post(error: KeboolaError) -> Event:
@@ -942,8 +993,9 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
         return max(0.0, float(value))
     except ValueError:
         try:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - now)
-        except ValueError:
+            date = parsedate_to_datetime(value)
+            return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now)
+        except (ValueError, OverflowError):
             return None
 
 
@@ -965,10 +1017,8 @@ class SealedSecret:
 def parse_master_key(text: str) -> bytes:
     """32 bytes from url-safe base64; a made-up one (the example's, one letter repeated) is
     refused, since what is encrypted under a published key is not encrypted."""
-    try:
-        key = base64.b64decode(text.strip().encode(), altchars=b"-_", validate=True)
-    except ValueError:
-        key = b""
+    good = re.fullmatch(r"[A-Za-z0-9_-]{43}=", text.strip())
+    key = base64.urlsafe_b64decode(good[0]) if good else b""
     if len(key) != 32 or len(set(key)) < 8:
         raise SecretError(
             f"the master key is not 32 random bytes in base64: found {len(text.strip())}"
@@ -978,23 +1028,28 @@ def parse_master_key(text: str) -> bytes:
     return key
 
 
+def key_text(key: bytes) -> str:
+    return base64.urlsafe_b64encode(key).decode()
+
+
 def new_master_key() -> str:
-    return base64.urlsafe_b64encode(randomness.token_bytes(32)).decode()
+    return key_text(randomness.token_bytes(32))
 
 
 def clean_secret(value: str) -> str:
     """A value without the white space that pasting leaves around it; never echoed in an error."""
     value = value.strip()
     if not value or CONTROL.search(value) or not value.isascii():
-        raise SecretError(
-            "a secret's value is printable ASCII, without control characters, not empty"
-        )
+        raise SecretError(f"a secret's value is {VALUE_TEXT}")
     return value
 
 
 def write_private(path: Path, text: str) -> None:
     """Write `path` (mode 0600) at once or not at all."""
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as e:
+        raise SecretError(f"cannot write {path}: {e.strerror}") from None
     try:
         with os.fdopen(handle, "w") as file:
             file.write(text)
@@ -1037,7 +1092,11 @@ class Vault:
         if file is None:
             text = s.secret_key.reveal() if s.secret_key else ""
         elif file.exists():
-            text = file.read_text()
+            try:
+                text = file.read_text()
+            except (OSError, UnicodeDecodeError) as e:
+                why = e.strerror if isinstance(e, OSError) else "it is no text"
+                raise SecretError(f"cannot read the master key {file}: {why}") from None
         elif required or s.secret_key_file is not None:
             raise SecretError(
                 f"there is no master key at {file}", hint="teckochecker.py init makes one"
@@ -1045,20 +1104,23 @@ class Vault:
         else:
             return
         keys = [parse_master_key(part) for part in re.split(r"[\s,]+", text.strip())]
+        for key in keys:
+            SecretValue(key_text(key))  # so that it is redacted, whatever it is met in
         self._keys = {hashlib.sha256(key).hexdigest()[:16]: key for key in keys}
 
     @property
     def key_id(self) -> str:
-        """Names the key that seals: the first 16 hexadecimal digits of its SHA-256."""
+        """Names the key that seals: 16 hexadecimal digits of its SHA-256."""
         if not self._keys:
             self.load(required=True)
         return next(iter(self._keys))
 
     def seal(self, name: str, kind: str, value: SecretValue) -> tuple[bytes, str]:
-        """Nonce, ciphertext and tag (AES-256-GCM, NIST SP 800-38D), and the key's id. Name, type
-        and key id are authenticated: a row moved to another name does not decrypt."""
+        """Nonce, ciphertext and tag (AES-256-GCM, NIST SP 800-38D), and the id of the key. Name,
+        type and key id are authenticated: a row moved to another name does not decrypt."""
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+        self.load(required=True)  # another process may have rotated while a value was typed
         key_id, nonce = self.key_id, randomness.token_bytes(12)
         bound = json.dumps([name, kind, key_id]).encode()
         return nonce + AESGCM(self._keys[key_id]).encrypt(
@@ -1077,14 +1139,16 @@ class Vault:
         bound = json.dumps([row.name, row.type, row.key_id]).encode()
         try:
             plain = AESGCM(self._keys[row.key_id]).decrypt(row.value[:12], row.value[12:], bound)
-        except InvalidTag:
+        except (InvalidTag, ValueError):
             raise SecretError(
                 f"secret {row.name!r} does not decrypt: its row was changed"
             ) from None
         return SecretValue(plain.decode())
 
     def begin_rotation(self) -> None:
-        """Put a fresh key in front of the key file's; from here on it seals."""
+        """Put a fresh key in front of the key file's; from here on it seals. None is dropped: one
+        of them may be what a rotation that died has left everything sealed with."""
+        self.load(required=True)
         if self.file is None:
             if len(self._keys) < 2:
                 raise SecretError(
@@ -1092,17 +1156,17 @@ class Vault:
                     hint="set SECRET_KEY=NEW,OLD, run this again, then drop OLD",
                 )
             return
-        old = next(iter(self._keys.values())) if self._keys else None
-        texts = [new_master_key()] + ([base64.urlsafe_b64encode(old).decode()] if old else [])
-        write_private(self.file, "\n".join(texts) + "\n")
-        self.load(required=True)
+        self._write([new_master_key(), *map(key_text, self._keys.values())])
 
     def end_rotation(self) -> None:
         """Forget every key but the first, now that nothing is sealed with them."""
         if self.file is not None:
-            first = next(iter(self._keys.values()))
-            write_private(self.file, base64.urlsafe_b64encode(first).decode() + "\n")
-            self.load(required=True)
+            self._write([key_text(next(iter(self._keys.values())))])
+
+    def _write(self, texts: Sequence[str]) -> None:
+        assert self.file is not None
+        write_private(self.file, "\n".join(texts) + "\n")
+        self.load(required=True)
 
 
 # ── Config ────────────────────────────────────────────────────────────────────────────────────
@@ -1126,7 +1190,8 @@ class JobsYaml:
         self._made: dict[int, Any] = {}  # by node: an alias is its anchor's value once more
         data = self._read() if path.exists() else None
         if data is not None and not isinstance(data, dict):
-            said = f"found {cut(data)}; allowed: {', '.join(JobsFile.model_fields)}"
+            found = "a list" if isinstance(data, list) else "text"  # which may be a key file's
+            said = f"found {found}; allowed: {', '.join(JobsFile.model_fields)}"
             self.problems.append(((), said))
         self.data: dict[str, Any] = data if isinstance(data, dict) else {}
 
@@ -1286,7 +1351,9 @@ def problem_text(model: type[BaseModel], error: Any) -> str:
         allowed = why.removeprefix("allowed: ")
     elif why:
         allowed += f" ({why})"
-    hidden = inner is SecretRef or (model is JobsFile and error["loc"][:1] == ("secrets",))
+    hidden = inner in (SecretRef, SecretBody) or (
+        model is JobsFile and error["loc"][:1] == ("secrets",)
+    )
     return ("" if hidden else f"found {cut(error['input'])}; ") + f"allowed: {allowed}"
 
 
@@ -1304,12 +1371,12 @@ def validated(
         ]
 
 
-def parse_job(data: Mapping[str, Any], settings: Settings) -> JobSpec:
-    """A job that did not come from a file; its errors name the field."""
-    job, errors = validated(JobSpec, data, settings.job_context)
-    if job is None:
+def parse(model: type[M], data: Any, context: Mapping[str, Any] = MappingProxyType({})) -> M:
+    """`data` as `model`. Raises Invalid with every field that is wrong."""
+    made, errors = validated(model, data, context)
+    if made is None:
         raise Invalid([f"{dotted(at)}: {text}" if at else text for at, text in errors])
-    return cast(JobSpec, job)
+    return cast(M, made)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1343,11 +1410,13 @@ ENVIRONMENT = """
 def database_path(url: str, base: Path, name: str) -> Path:
     """The file that DATABASE_URL means: sqlite:///relative, sqlite:////absolute, or a path."""
     scheme, found, rest = url.partition("://")
-    if found and scheme != "sqlite":
-        raise Invalid([f"{name}: found {scheme}://; allowed: sqlite:///path or a path"])
     path = rest.removeprefix("/") if found else url
-    if not path or path == ":memory:":
+    local = scheme == "sqlite" and rest.startswith("/") if found else ":" not in url
+    if path in ("", ":memory:"):
         raise Invalid([f"{name}: found no file; allowed: sqlite:///path or a path"])
+    if not local or "?" in path:
+        shown = f"{scheme}://" if found else cut(url)
+        raise Invalid([f"{name}: found {shown}; allowed: sqlite:///path or a path"])
     return (base / path).absolute()
 
 
@@ -1372,9 +1441,9 @@ def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name:
         raise Invalid([f"environment: {str(at[0]).upper()}: {text}" for at, text in errors])
     s = cast(Settings, settings)
     if not s.min_poll_interval <= s.default_poll_interval <= s.max_poll_interval:
-        raise Invalid(
-            ["environment: DEFAULT_POLL_INTERVAL is not between MIN_ and MAX_POLL_INTERVAL"]
-        )
+        found = f"found {s.default_poll_interval}"
+        allowed = f"{s.min_poll_interval} to {s.max_poll_interval}, the bounds of intervals"
+        raise Invalid([f"environment: DEFAULT_POLL_INTERVAL: {found}; allowed: {allowed}"])
     if s.api_host not in LOOPBACK and s.admin_token is None:
         raise Invalid(
             [f"the admin surface would listen on {s.api_host} without a token"],
@@ -1394,6 +1463,14 @@ def read_dot_env(path: Path) -> dict[str, str]:
         raise Invalid([f"{path}: cannot be read as UTF-8 text"]) from None
 
 
+def register_references(secrets: Any, env: Mapping[str, str]) -> None:
+    """Make the values that `secrets:` refers to known, so that no error message shows one."""
+    for ref in secrets.values() if isinstance(secrets, dict) else ():
+        name = ref.get("env") if isinstance(ref, dict) else None
+        if isinstance(name, str) and env.get(name, "").strip():
+            SecretValue(env[name].strip())
+
+
 def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = False) -> Config:
     """Read jobs.yaml, the .env beside it and the environment.
 
@@ -1406,6 +1483,7 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
         raise Invalid([f"{path}: there is no such file"], hint=hint)
     env = {**read_dot_env(base / ".env"), **environ}
     text = JobsYaml(path, env)
+    register_references(text.data.get("secrets"), env)
     head = {k: v for k, v in text.data.items() if v is not None}
     file, errors = validated(JobsFile, head)
     in_head = [*(p for p in text.problems if len(p[0]) < 2 or p[0][0] != "jobs"), *errors]
@@ -1603,7 +1681,11 @@ def spec_of(text: str) -> JobSpec:
 
 
 def job_of(row: Any) -> Job:
-    return Job(spec=spec_of(row["spec"]), **{name: row[name] for name in JOB_COLUMNS})
+    try:
+        spec = spec_of(row["spec"])
+    except ValidationError as e:
+        raise TeckoError(f"the row of job {row['name']!r} (ID {row['id']}) is damaged") from e
+    return Job(spec=spec, **{name: row[name] for name in JOB_COLUMNS})
 
 
 def spec_columns(spec: JobSpec) -> dict[str, Any]:
@@ -1816,7 +1898,8 @@ class Store:
     async def delete_secret(self, name: str, now: float) -> None:
         users = await self._sql(
             "SELECT name FROM polling_jobs WHERE :name IN (openai_secret, keboola_secret)"
-            " AND status IN ('active', 'paused', 'triggering', 'triggered') AND removed_at IS NULL"
+            " AND (status IN ('triggering', 'triggered')"
+            " OR status IN ('active', 'paused') AND removed_at IS NULL)"
             " OR id IN (SELECT job_id FROM triggers WHERE secret = :name AND finished_at IS NULL)",
             {"name": name},
         )
@@ -1897,8 +1980,7 @@ class Store:
         return await self._create(spec, origin, now)
 
     async def _create(self, spec: JobSpec, origin: str, now: float) -> int:
-        if await self._sql("SELECT 1 FROM polling_jobs WHERE name = :name", {"name": spec.name}):
-            raise Conflict(f"there is a job {spec.name!r} already", hint="choose another name")
+        await self._claim_name(spec.name)
         spec = await self._with_secret_names(spec)
         times = {"last_ok_at": now, "created_at": now}
         row = {"origin": origin, "status": "active", **spec_columns(spec), **times}
@@ -1906,6 +1988,10 @@ class Store:
         await self._renew_batches(job_id, spec, now)
         await self._log(job_id, "created", f"watches {', '.join(spec.watch.batch_ids)}", now)
         return job_id
+
+    async def _claim_name(self, name: str) -> None:
+        if await self._sql("SELECT 1 FROM polling_jobs WHERE name = :name", {"name": name}):
+            raise Conflict(f"there is a job {name!r} already", hint="choose another name")
 
     async def _with_secret_names(self, spec: JobSpec) -> JobSpec:
         """The job with names in place of the ids of secrets that the flat form may carry."""
@@ -1939,21 +2025,20 @@ class Store:
     async def _update(self, job: Job, spec: JobSpec, now: float) -> bool:
         """Give a job its new definition; True when that changed anything.
 
-        Other batches are a new round. Another target takes back a trigger that was surely not
-        sent yet, and fires anew; one that may have been sent keeps the target it went to.
+        Other batches are a new round. Another target counts for every trigger that was surely
+        not sent yet; one that may have been sent keeps the target it went to.
         """
         spec = await self._with_secret_names(spec)
         if spec == job.spec:
             return False
+        if spec.name != job.name:
+            await self._claim_name(spec.name)
         await self._set_job(job, revision=job.revision + 1, **spec_columns(spec))
         await self._log(job.id, "updated", changes(job.spec, spec), now)
+        for trigger in await self._triggers(job.id, "state = 'pending' AND unknown_at IS NULL"):
+            await self._save_trigger(trigger, retargeted(trigger, spec))
         if set(spec.watch.batch_ids) != set(job.spec.watch.batch_ids):
             await self._start_round(job, "new_round", spec, now)
-        elif spec.trigger != job.spec.trigger:
-            for trigger in await self._triggers(job.id, "state = 'pending' AND unknown_at IS NULL"):
-                await self._save_trigger(trigger, moved(trigger, "withdraw", now))
-                if trigger.round == job.round:
-                    await self._start_round(job, "withdraw", spec, now)
         return True
 
     async def _start_round(self, job: Job, event: Event, spec: JobSpec, now: float) -> None:
@@ -2155,6 +2240,9 @@ class Store:
         if not await self._save_trigger(trigger, after):
             return None
         job = await self._job(trigger.job_id)
+        if event == "postpone" and after.unknown_at is None:  # the target may have changed since
+            after = retargeted(after, job.spec)
+            await self._save_trigger(replace(trigger, state="pending"), after)
         job_event: Event = "succeed_partly" if event == "succeed" and trigger.partial else event
         if job.round == trigger.round and job_event in JOB_STEPS[job.status]:
             await self._move_job(job, job_event, said, now)
@@ -2167,8 +2255,13 @@ class Store:
     async def _save_trigger(self, before: Trigger, after: Trigger) -> bool:
         columns = ", ".join(f"{name} = :{name}" for name in TRIGGER_COLUMNS if name != "id")
         rows = await self._sql(
-            f"UPDATE triggers SET {columns} WHERE id = :id AND state = :before RETURNING id",
-            {"before": before.state, **asdict(after)},
+            f"UPDATE triggers SET {columns} WHERE id = :id AND state = :before"
+            " AND secret = :secret0 AND stack_url = :stack0 AND body = :body0 RETURNING id",
+            {
+                **asdict(after),
+                **{"before": before.state, "secret0": before.secret},
+                **{"stack0": before.stack_url, "body0": before.body},
+            },
         )
         return bool(rows)
 
@@ -2266,8 +2359,17 @@ class Store:
 
 
 def short(text: object) -> str:
-    """What another server said, in one line that fits a log."""
-    return re.sub(r"\s+", " ", str(text)).strip()[:300]
+    """What another server said, in one line that fits a log and can be encoded; redacted before
+    it is cut, since a part of a secret would not be recognized."""
+    said = redact(str(text)).encode(errors="replace").decode()
+    return re.sub(r"\s+", " ", said).strip()[:300]
+
+
+def not_sent() -> tuple[type[Exception], ...]:
+    """What is raised before a request is written: nothing can have happened on the other side."""
+    import httpx2
+
+    return (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 
 
 def parse_batch(batch_id: str, data: Any) -> BatchSeen:
@@ -2282,10 +2384,12 @@ def parse_batch(batch_id: str, data: Any) -> BatchSeen:
 
     def number(source: Any, name: str) -> float | None:
         value = source.get(name) if isinstance(source, dict) else None
-        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        return value if abs(value) < 1e15 else None  # and not NaN, nor what SQLite cannot keep
 
     def text(name: str) -> str | None:
-        return data[name] if isinstance(data.get(name), str) and data[name] else None
+        return short(data[name]) or None if isinstance(data.get(name), str) else None
 
     counts = {
         k: int(number(data.get("request_counts"), k) or 0) for k in ("total", "completed", "failed")
@@ -2295,7 +2399,7 @@ def parse_batch(batch_id: str, data: Any) -> BatchSeen:
     first = messages[0] if isinstance(messages, list) and messages else None
     return BatchSeen(
         batch_id=batch_id,
-        status=data["status"],
+        status=short(data["status"]),
         created_at=number(data, "created_at"),
         expires_at=number(data, "expires_at"),
         output_file_id=text("output_file_id"),
@@ -2385,10 +2489,10 @@ class OpenAI:
         except (openai.APITimeoutError, TimeoutError) as e:
             raise OpenAIError(f"OpenAI did not answer in time for {batch_id}") from e
         except openai.APIConnectionError as e:
-            raise OpenAIError(
-                f"OpenAI cannot be reached: {short(e.__cause__ or e)}", sent=False
-            ) from e
-        except (openai.OpenAIError, ValueError) as e:
+            cause = e.__cause__ or e
+            said = f"OpenAI cannot be reached: {short(cause) or type(cause).__name__}"
+            raise OpenAIError(said, sent=not isinstance(cause, not_sent())) from e
+        except (openai.OpenAIError, ValueError, RecursionError) as e:
             raise OpenAIError(f"OpenAI's answer about {batch_id} cannot be read: {short(e)}") from e
 
     async def close(self) -> None:
@@ -2430,11 +2534,10 @@ class Keboola:
         if stack not in self._queues:
             index = await self._call(stack, "GET", f"{stack}/v2/storage")
             services = index.get("services") if isinstance(index, dict) else None
-            urls = [
-                s.get("url")
-                for s in services or []
-                if isinstance(s, dict) and s.get("id") == "queue"
-            ]
+            listed = (
+                [s for s in services if isinstance(s, dict)] if isinstance(services, list) else []
+            )
+            urls = [s.get("url") for s in listed if s.get("id") == "queue"]
             if not urls or not same_trust(stack, str(urls[0])):
                 raise KeboolaError(f"{stack} names no job queue in its service index", sent=False)
             self._queues[stack] = str(urls[0]).rstrip("/")
@@ -2450,7 +2553,7 @@ class Keboola:
         """GET /jobs/{jobId}."""
         queue = await self.queue(stack)
         return keboola_job(
-            await self._call(stack, "GET", f"{queue}/jobs/{quote(job_id)}", token=token)
+            await self._call(stack, "GET", f"{queue}/jobs/{quote(job_id, safe='')}", token=token)
         )
 
     async def find(self, trigger: Trigger, token: SecretValue) -> KeboolaJob | None:
@@ -2502,7 +2605,7 @@ class Keboola:
                 answer = await self._client(stack).request(
                     method, url, headers=headers, content=body, params=query
                 )
-        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as e:
+        except not_sent() as e:
             self._queues.pop(stack, None)  # the index may name another host by now
             raise KeboolaError(
                 f"{url} cannot be reached: {short(e) or type(e).__name__}", sent=False
@@ -2533,15 +2636,17 @@ class Keboola:
 def same_trust(stack: str, url: str) -> bool:
     """Whether a token may go to a queue that the stack's index names: not to plain http, unless
     the stack itself is on this machine."""
-    there, here = urlsplit(url), urlsplit(stack)
-    return bool(there.hostname) and there.scheme in ("https", here.scheme)
+    try:
+        return clean_stack_url(url).startswith(("https:", stack.partition("//")[0]))
+    except ValueError:
+        return False
 
 
 def keboola_answer(answer: httpx2.Response, what: str) -> Any:
     """The JSON of a good answer; any other becomes a KeboolaError with Keboola's own words."""
     try:
         data = answer.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
     status = answer.status_code
     if 200 <= status < 300:
@@ -2563,31 +2668,32 @@ def keboola_answer(answer: httpx2.Response, what: str) -> Any:
 
 def keboola_job(data: Any) -> KeboolaJob:
     """A Job of the queue's description; one without id, status and isFinished is unreadable."""
-    if (
-        not isinstance(data, dict)
-        or not isinstance(data.get("id"), str | int)
-        or not isinstance(data.get("status"), str)
-        or not isinstance(data.get("isFinished"), bool)
-    ):
+    job = data if isinstance(data, dict) else {}
+    given, status, ended = job.get("id"), job.get("status"), job.get("isFinished")
+    known = type(given) is int or (isinstance(given, str) and given.isprintable())
+    job_id = str(given) if known else ""
+    if not job_id or not isinstance(status, str) or not isinstance(ended, bool):
         raise KeboolaError(f"Keboola's answer is not a job: {short(data)[:80]}")
-    result = data.get("result")
+    result = job.get("result")
     message = result.get("message") if isinstance(result, dict) else None
-    return KeboolaJob(
-        str(data["id"]), data["status"], data["isFinished"], short(message) if message else None
-    )
+    return KeboolaJob(job_id, short(status), ended, short(message) if message else None)
 
 
 def trigger_id_of(job: Any) -> str | None:
     """The value of our variable teckochecker_trigger_id in a found job."""
     data = job.get("variableValuesData") if isinstance(job, dict) else None
     values = data.get("values") if isinstance(data, dict) else None
-    for item in values or []:
+    for item in values if isinstance(values, list) else []:
         if isinstance(item, dict) and item.get("name") == "teckochecker_trigger_id":
             return str(item.get("value"))
     return None
 
 
 # ── Steps ─────────────────────────────────────────────────────────────────────────────────────
+
+
+MEND_IT = "mend it, then: job retry"
+HELD = "left for you: job retry asks once more, and sends it only if it is still not there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -2697,7 +2803,7 @@ class Steps:
             state="pending",
             stack_url=target.stack_url,
             secret=str(target.secret),
-            body=json.dumps(trigger_body(job.spec, batches, trigger_id)),
+            body=trigger_body(job.spec, batches, trigger_id),
             partial=verdict.partial,
             on_ambiguous=target.on_ambiguous,
             created_at=now,
@@ -2743,10 +2849,11 @@ class Steps:
         try:
             await self.keboola.queue(trigger.stack_url)
         except KeboolaError as e:
-            if e.status in REFUSED:
-                await self._record(trigger, "reject", str(e), message=str(e))
-                return Stepped(None, str(e), e)
-            raise
+            if e.status not in REFUSED:
+                raise
+            said = f"{e}; {MEND_IT}"
+            await self._record(trigger, "reject", said, message=str(e))
+            return Stepped(None, said, e)
         claimed = await self.store.move_trigger(trigger, "claim", "", self.clock())
         if claimed is None:
             return Stepped(0.0, "changed while it was triggered")
@@ -2762,7 +2869,7 @@ class Steps:
         if event == "lose":
             said = f"whether Keboola took the trigger is unknown, asking its search: {said}"
         if event == "reject":
-            said = f"{said}; mend it, then: job retry"
+            said = f"{said}; {MEND_IT}"
         after = await self._record(trigger, event, said, message=str(error))
         if event == "postpone" and after is not None:
             return Stepped(await self._wait(after, error), said, error)
@@ -2789,7 +2896,7 @@ class Steps:
             await self.store.note_trigger(trigger, now, error=said, searches=searches)
             return Stepped(settle_wait(trigger, now, window), said)
         said = f"Keboola's search did not show the trigger in {searches} searches; "
-        said += "left for you: job retry sends it again" if event == "hold" else "sending it again"
+        said += HELD if event == "hold" else "sending it again"
         await self._record(trigger, event, said, searches=searches)
         return Stepped(None if event == "hold" else 0.0, said)
 
@@ -2804,7 +2911,8 @@ class Steps:
     async def _finish(self, trigger: Trigger, job: KeboolaJob) -> Stepped:
         event = after_follow(job)
         assert event is not None
-        said = f"Keboola job {job.id} ended with {job.status}: {job.message or 'no message'}"
+        said = f"Keboola job {job.id} ended with {job.status}"
+        said += f": {job.message}" if job.message else ""
         await self._record(trigger, event, said, keboola_status=job.status, message=job.message)
         return Stepped(None, said)
 
@@ -2822,6 +2930,7 @@ def notify(*states: str) -> None:
     if not address:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        channel.setblocking(False)  # who does not listen must not stop the loop
         try:
             channel.connect("\0" + address[1:] if address.startswith("@") else address)
             channel.sendall("\n".join(states).encode())
@@ -2941,6 +3050,7 @@ class Service:
         self._seen_version = -1
         self._stale = True  # the plans may differ from the store
         self._ticked = time.monotonic()
+        self._draining = False
 
     @property
     def settings(self) -> Settings:
@@ -2975,6 +3085,7 @@ class Service:
         if not self._scheduler.running:
             return
         self._scheduler.pause()
+        self._draining = True
         if self._tasks:
             _, late = await asyncio.wait(set(self._tasks), timeout=DRAIN_SECONDS)
             for task in late:  # a POST cut off here is found as `sending` at the next start
@@ -2984,8 +3095,8 @@ class Service:
         await asyncio.sleep(0)
 
     async def _adopt(self, config: Config) -> None:
-        if problems := all_problems(config, await self.store.secret_types()):
-            raise Invalid(problems, hint="teckochecker.py validate checks the file again")
+        if problems := await every_problem(config, self.store, self.steps.vault):
+            raise Invalid(problems, hint="teckochecker.py validate checks again")
         if config.jobs is None and any(j.origin == "file" for j in await self.store.jobs("active")):
             raise Invalid(
                 [f"{config.path} is gone, but the store has active jobs that come from it"]
@@ -3010,7 +3121,6 @@ class Service:
             bound = ("database", "api_host", "api_port", "admin_token", "log_level", "log_format")
             kept = {name: getattr(old, name) for name in bound}
             await self._adopt(replace(config, settings=config.settings.model_copy(update=kept)))
-            self.steps.vault.load(required=False)
         except TeckoError as e:
             log.error("reload failed, the old configuration stays: %s", e)
         notify("READY=1")
@@ -3053,10 +3163,15 @@ class Service:
         """What a job's timer calls: the timer swallows what is raised, so nothing is."""
         task = asyncio.current_task()
         assert task is not None
+        if self._draining:
+            return
         self._tasks.add(task)
         plan = self._plans.get(job_id)
         try:
             stepped = await self._step(job_id)
+        except asyncio.CancelledError:
+            log.warning("job %s: its step was cut off by the end of the service", job_id)
+            return
         finally:
             self._tasks.discard(task)
         if plan is None or stepped.wait is None:
@@ -3088,16 +3203,23 @@ class Service:
 
     async def health(self) -> dict[str, Any]:
         """`healthy`, `degraded` or `unhealthy`, out of work that was really done."""
-        now = time.time()
         try:
             overdue = await asyncio.wait_for(
-                self.store.overdue(now, self.started_at), HTTP_ANSWER / 2
+                self.store.overdue(time.time(), self.started_at), HTTP_ANSWER / 2
             )
             connected = True
         except (StoreError, TimeoutError):
             overdue, connected = [], False
         stalled = time.monotonic() - self._ticked > STALLED_TICKS
-        bad = not connected or stalled or not self._scheduler.running
+        scheduler = "stalled" if stalled else "running" if self._scheduler.running else "stopped"
+        return self._health(connected, scheduler, overdue)
+
+    def stalled_health(self) -> dict[str, Any]:
+        """What is said when the loop does not come to answer; nothing is known of the store."""
+        return self._health(False, "stalled", [])
+
+    def _health(self, connected: bool, scheduler: str, overdue: list[str]) -> dict[str, Any]:
+        now, bad = time.time(), not connected or scheduler != "running"
         return {
             "status": "unhealthy" if bad else "degraded" if overdue else "healthy",
             "timestamp": iso(now),
@@ -3105,11 +3227,7 @@ class Service:
             "uptime_seconds": round(now - self.started_at, 1),
             "database": "connected" if connected else "disconnected",
             "db_connected": connected,
-            "scheduler": "stalled"
-            if stalled
-            else "running"
-            if self._scheduler.running
-            else "stopped",
+            "scheduler": scheduler,
             "overdue_jobs": overdue,
         }
 
@@ -3133,13 +3251,27 @@ class Service:
         }
 
 
+async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]:
+    """What keeps this configuration from being run, a stored secret that does not open included."""
+    problems, rows = all_problems(config, await store.secret_types()), await store.secrets()
+    try:
+        vault.load(required=bool(rows))
+    except SecretError as e:
+        return [*problems, str(e)]
+    for row in rows:
+        try:
+            vault.open(row)
+        except SecretError as e:
+            problems.append(str(e))
+    return problems
+
+
 @contextlib.asynccontextmanager
 async def make_service(
     config: Config, load: Callable[[], Config], *, timers: bool = True
 ) -> AsyncIterator[Service]:
     """The service with its store and upstreams, started; drained and closed at the end."""
     vault = Vault(config.settings)
-    vault.load(required=False)
     async with Store(config.settings.database) as store:
         upstreams = OpenAI(config.settings.openai_base_url), Keboola()
         service = Service(Steps(config, store, vault, *upstreams), load)
@@ -3228,6 +3360,19 @@ ROUTES = (
 )
 
 
+def too_many() -> bytes:
+    """The answer to a connection for which there is no thread."""
+    request_id = uuid.uuid4().hex
+    detail = "too many connections at once"
+    body = {"error": "too_many_connections", "detail": detail, "code": 1000}
+    text = json.dumps(body | {"request_id": request_id})
+    head = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
+    head += (
+        f"Content-Type: application/json\r\nX-Error-Code: 1000\r\nX-Request-ID: {request_id}\r\n"
+    )
+    return f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode()
+
+
 class AdminServer(http.server.ThreadingHTTPServer):
     """Standard-library HTTP in threads of its own: bounded in connections, and every request in
     time and size, so that no client holds up another, let alone the loop."""
@@ -3256,7 +3401,7 @@ class AdminServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._slots.acquire(blocking=False):
             with contextlib.suppress(OSError):
-                request.sendall(b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
+                request.sendall(too_many())
             self.shutdown_request(request)
             return
         self.expect(request)
@@ -3315,14 +3460,23 @@ class AdminHandler(http.server.BaseHTTPRequestHandler):
         self.server.expect(self.connection)
 
     def do_GET(self) -> None:
-        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
+        headers = self.headers
+        if headers.get_all("Content-Length", ["0"]) != ["0"] or "Transfer-Encoding" in headers:
             self.close_connection = True  # an unread body would pass for the next request
-        path = urlsplit(self.path).path
+        if headers.defects or headers.get_payload() or len(headers.get_all("Host", [])) > 1:
+            self.close_connection = True
+            self._error(400, "bad_request", "headers that can be read in two ways")
+            return
+        try:
+            path = urlsplit(self.path).path
+        except ValueError:
+            self._error(400, "bad_request", "no path that can be read")
+            return
         route = next((route for route in ROUTES if path in route.paths), None)
         if refused := self._refusal(route):
             self._error(*refused)
         elif route is None:
-            self._error(404, "not_found", f"there is no {path[:100]!r} here")
+            self._error(404, "not_found", f"there is no {redact(path)[:100]!r} here")
         else:
             self._run(route)
 
@@ -3352,9 +3506,16 @@ class AdminHandler(http.server.BaseHTTPRequestHandler):
         try:
             body = self.server.ask(route.answer)
         except TimeoutError:
-            body = {"status": "unhealthy", "scheduler": "stalled"}
+            if route.answer is not Service.health:
+                self._error(503, "busy", "the loop does not answer", headers={"Retry-After": "5"})
+                return
+            body = self.server.service.stalled_health()
         except TeckoError as e:
-            self._error(e.http_status, type(e).__name__, str(e), e.code)
+            self._error(e.http_status, ERROR_NAMES.get(e.code, "refused"), str(e), e.code)
+            return
+        except Exception:
+            log.exception("request %s met a defect of TeckoChecker", self.request_id)
+            self._error(500, "internal_error", "a defect; the log has more under the request's id")
             return
         self._send(503 if body.get("status") == "unhealthy" else 200, body)
 
@@ -3395,6 +3556,7 @@ class AdminHandler(http.server.BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class refuses (a bad request line, an unknown method), in our shape."""
         self.close_connection = True
+        self.request_version = "HTTP/1.1"  # else a bad version would be answered as HTTP/0.9
         if code == 501:
             self._error(
                 405, "method_not_allowed", "allowed: GET, HEAD", headers={"Allow": "GET, HEAD"}
@@ -3490,7 +3652,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Renderabl
     from rich import box
     from rich.table import Table
 
-    made = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        made.add_column(column, overflow="fold")
     for row in rows:
         made.add_row(*(redact("-" if cell is None else str(cell)) for cell in row))
     return made
@@ -3508,7 +3672,8 @@ def confirmed(args: argparse.Namespace, question: str) -> bool:
         return True
     if not sys.stdin.isatty():
         raise Conflict("without a terminal to ask on, nothing is deleted", hint="add --force")
-    return input(f"{question} [y/N]: ").strip().lower() in ("y", "yes")
+    print(f"{question} [y/N]: ", end="", file=sys.stderr, flush=True)  # stdout is for the answer
+    return input().strip().lower() in ("y", "yes")
 
 
 def config_of(args: argparse.Namespace) -> Config:
@@ -3544,16 +3709,9 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
 
 async def cmd_validate(args: argparse.Namespace, config: Config) -> int:
     """Everything `start` would refuse, and that every stored secret decrypts."""
-    vault = Vault(config.settings)
-    vault.load(required=False)
     async with Store(config.settings.database) as store:
+        problems = await every_problem(config, store, Vault(config.settings))
         rows = await store.secrets()
-        problems = all_problems(config, await store.secret_types())
-        for row in rows:
-            try:
-                vault.open(row)
-            except SecretError as e:
-                problems.append(str(e))
     if problems:
         raise Invalid(problems)
     jobs, names = config.jobs or [], sorted({*(r.name for r in rows), *config.secrets})
@@ -3630,6 +3788,10 @@ def cmd_stop(args: argparse.Namespace, config: Config) -> int:
     found = running(pid_file(config))
     if found is None:
         raise Conflict("no TeckoChecker runs on this database")
+    if found[0] == 0:
+        raise Conflict(
+            "TeckoChecker is just starting on this database", hint="try again in a second"
+        )
     os.kill(found[0], signal.SIGTERM)
     until = time.monotonic() + DRAIN_SECONDS + 7  # the service's own 10 s, and some for the machine
     while running(pid_file(config)) is not None:
@@ -3699,28 +3861,25 @@ async def check_once(service: Service, job_id: int) -> Stepped:
         await asyncio.sleep(stepped.wait)
 
 
-def secret_input(args: argparse.Namespace) -> SecretValue:
+def secret_input(args: argparse.Namespace) -> str:
     if args.value is not None:
-        print("warning: --value shows the secret to everyone who lists processes", file=sys.stderr)
-        return SecretValue(clean_secret(args.value))
-    typed = getpass.getpass("Secret value: ") if sys.stdin.isatty() else sys.stdin.read()
-    return SecretValue(clean_secret(typed))
+        print("warning: --value shows the secret to all who list processes", file=sys.stderr)
+        return str(args.value)
+    return getpass.getpass("Secret value: ") if sys.stdin.isatty() else sys.stdin.read()
 
 
 async def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
     vault = Vault(config.settings)
-    vault.load(required=True)
-    a_name(args.name)
-    sealed, key_id = vault.seal(args.name, args.type, secret_input(args))
+    vault.load(required=True)  # before anything is typed in vain
+    given = {"name": args.name, "type": args.type, "value": secret_input(args)}
+    body = parse(SecretBody, given)
+    sealed, key_id = vault.seal(body.name, body.type, SecretValue(clean_secret(body.value)))
     async with Store(config.settings.database) as store:
         add = store.replace_secret if args.replace else store.add_secret
-        secret_id = await add(args.name, args.type, sealed, key_id, time.time())
+        secret_id = await add(body.name, body.type, sealed, key_id, time.time())
     done = "replaced" if args.replace else "stored"
-    return report(
-        args,
-        {"id": secret_id, "name": args.name, "type": args.type},
-        f"{done} secret {args.name!r}",
-    )
+    document = {"id": secret_id, "name": body.name, "type": body.type}
+    return report(args, document, f"{done} secret {body.name!r}")
 
 
 async def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
@@ -3783,7 +3942,7 @@ def flat_job(args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
-    spec = parse_job(flat_job(args), config.settings)
+    spec = parse(JobSpec, flat_job(args), config.settings.job_context)
     async with Store(config.settings.database) as store:
         if problems := secret_problems(spec.model_dump(), await store.secret_types(), config):
             raise Invalid([said for _, said in problems], hint="secret add stores one")
@@ -3795,11 +3954,13 @@ async def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
 async def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
     async with Store(config.settings.database) as store:
         job = await store.find_job(args.job)
-        data = job.spec.model_dump()
-        for name, value in flat_job(args).items():
+        data, given = job.spec.model_dump(), flat_job(args)
+        if not given:
+            raise Invalid(["nothing to change was named"], hint="job update --help lists it")
+        for name, value in given.items():
             path = FLAT_FIELDS.get(name, (name,))
             (data if len(path) == 1 else data[path[0]])[path[-1]] = value
-        spec = parse_job(data, config.settings)
+        spec = parse(JobSpec, data, config.settings.job_context)
         if problems := secret_problems(spec.model_dump(), await store.secret_types(), config):
             raise Invalid([said for _, said in problems], hint="secret add stores one")
         await store.update_job(job.id, spec, time.time())
@@ -3896,6 +4057,12 @@ def variable(text: str) -> tuple[str, str]:
     return name, value
 
 
+def abs_int(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
 def add_job_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--name", required=required)
     parser.add_argument("--batch-id", action="append", required=required, help="repeat for more")
@@ -3980,7 +4147,9 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "delete":
             parser.add_argument("--force", action="store_true", help="do not ask")
         if name == "show":
-            parser.add_argument("--logs", type=int, default=20, metavar="N", help="log lines, 20")
+            parser.add_argument(
+                "--logs", type=abs_int, default=20, metavar="N", help="log lines, 20"
+            )
     return top
 
 
@@ -4002,8 +4171,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except EOFError:  # Ctrl-D at a prompt
+        complain(TeckoError("nothing was typed"))
+        return 1
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, UnicodeDecodeError) as e:
+        complain(TeckoError(f"{type(e).__name__}: {e}"))
+        return 1
+    except Exception:  # a defect; the handler redacts what its traceback shows
+        log.exception("a defect of TeckoChecker")
         return 1
 
 

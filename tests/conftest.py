@@ -76,7 +76,7 @@ class World:
             "keboola_component_id": "comp",
             "keboola_configuration_id": "cfg",
         } | flat
-        spec = tecko.parse_job(given, self.config.settings)
+        spec = tecko.parse(tecko.JobSpec, given, self.config.settings.job_context)
         return await self.store.create_job(spec, "store", self.clock())
 
     async def get(self, job_id: int) -> tecko.Job:

@@ -16,7 +16,7 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 from conftest import PROGRAM, clean_environment
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import teckochecker as tecko
@@ -96,6 +96,7 @@ FORMS: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
+@settings(deadline=None)
 @given(secrets=SECRETS, around=st.tuples(VALUES, VALUES), which=st.integers(0, 3))
 @example(secrets=[CANARY], around=("", ""), which=0)
 @example(secrets=["it's a secret"], around=('"', ""), which=0)
@@ -114,6 +115,7 @@ def test_no_secret_survives(
         assert left != text
 
 
+@settings(deadline=None)
 @given(SECRETS, VALUES)
 def test_redacting_changes_nothing_else(secrets: list[str], text: str) -> None:
     """A text without a secret stays as it is, and redacting twice is redacting once."""
@@ -155,6 +157,7 @@ def test_what_looks_like_a_key_is_cut_out(text: str, left: str | None) -> None:
         assert tecko.redact(text) == (text if left is None else left)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 320))
 def test_a_secret_is_not_cut_in_half(place: int) -> None:
     """What an upstream says is redacted before it is shortened: a half would not be known."""

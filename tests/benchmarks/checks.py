@@ -3,16 +3,17 @@
     .venv/bin/python tests/benchmarks/checks.py
 
 The stand-in for OpenAI, with batches that stay in progress, runs in a process of its own; so does
-each way of checking them, one after the other, on this machine alone. A row's figures are those
-of its own process, threads included: CPU is user and system time out of /proc, taken over a
-window of steady work after every batch was checked twice; start-up is what it used until its
-first request arrived; memory is its peak so far.
+each way of checking them, one after the other, on loopback alone. A row's figures are those of
+its own process, threads included: CPU is user and system time out of /proc, taken over a window
+of steady work after every batch was checked twice; start-up is what it used until its first
+request arrived; memory is its peak until the window's end. Figures move with what else the
+machine does, ratios less. Checks that are due together spare a loop its cold wake-ups, as the
+program's grid of due times does: so the plain loop that does likewise is the reference.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -185,12 +186,13 @@ class Process:
         raise SystemExit(f"{' '.join(self.command)} {why}:\n{self.messages.read_text()[-2000:]}")
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired), self.process as process:
-            process.terminate()
-            process.wait(15)
-            return
-        self.process.kill()
-        self.process.wait()
+        self.process.terminate()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        with self.process:  # closes its pipes and waits
+            pass
 
 
 def measure(
@@ -262,10 +264,10 @@ def measure_program(load: Load, base_url: str, count: Callable[[], int], folder:
                 with Process([PROGRAM, "status", "--json"], folder, env) as status:
                     document, _ = status.process.communicate(timeout=PATIENCE)
                     address = json.loads(document)["admin"]
-            with urllib.request.urlopen(f"{address}/stats", timeout=PATIENCE) as answer:
+            with urllib.request.urlopen(f"{address}/stats", timeout=PATIENCE) as answer:  # noqa: S310 our own
                 return int(json.load(answer)[name])
 
-        way = f"TeckoChecker, {load.batches} jobs every {load.interval} s"
+        way = f"TeckoChecker, {load.batches} jobs, {load.interval} s"
         row = measure(way, program, load, lambda: count() - before, lambda: figure("checks"))
         if figure("errors"):
             program.fail("had checks that failed")
@@ -278,9 +280,9 @@ def measure_plain(
     """The plain loop, at this pace."""
     command = [Path(__file__).resolve(), "plain", base_url, *load, *pace]
     before = count()
-    way, window = f"plain loop, {pace.rate:.0f} a second, spread", WINDOW
-    if pace.together > 1:
-        way = f"plain loop, {pace.together} together"
+    way, window = f"plain loop, {pace.together} together", WINDOW
+    if pace.together == 1:
+        way = "plain loop, evenly spread"
     if pace.rate == math.inf:
         way, window = "plain loop, flat out", FLAT_OUT_WINDOW
     with Process(command, folder) as loop:
@@ -298,17 +300,22 @@ def rows_of(load: Load) -> Iterator[Row]:
 
             yield measure_program(load, base_url, count, folder)
             rate = load.batches / load.interval
-            for pace in (Pace(rate), Pace(rate, together=load.batches), Pace(math.inf)):
+            for pace in (Pace(rate, together=load.batches), Pace(rate), Pace(math.inf)):
                 yield measure_plain(load, base_url, count, folder, pace)
 
 
+HEADS = (
+    ("", "checks", "checks", "requests", "CPU s", "", "peak", "start-up"),
+    ("", "", "a second", "a check", "per 1000", "ratio", "MB", "CPU s"),
+)
+WIDTHS = (-27, 6, 9, 9, 9, 6, 5, 9)  # 80 in all; negative: to the left
+
+
 def table(rows: Sequence[Row], reference: Row) -> str:
-    """The rows, with their CPU as a multiple of the reference's."""
-    head = ("checks", "a second", "requests", "CPU s", "CPU", "peak", "start-up")
-    under = ("", "", "per check", "per 1,000", "ratio", "MB", "CPU s")
-    lines = [f"{'':33}" + "".join(f"{word:>10}" for word in words) for words in (head, under)]
-    for row in rows:
-        figures = (
+    """The rows, with their CPU per check as a multiple of the reference's."""
+    cells = [
+        (
+            row.way,
             f"{row.checks:,}",
             f"{row.checks / row.seconds:.0f}",
             f"{row.requests / row.checks:.2f}",
@@ -317,8 +324,15 @@ def table(rows: Sequence[Row], reference: Row) -> str:
             f"{row.peak_mb:.0f}",
             f"{row.start_up_cpu:.2f}",
         )
-        lines.append(f"{row.way:33}" + "".join(f"{figure:>10}" for figure in figures))
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return "\n".join(
+        "".join(
+            text.ljust(-width) if width < 0 else text.rjust(width)
+            for text, width in zip(line, WIDTHS, strict=True)
+        )
+        for line in (*HEADS, *cells)
+    )
 
 
 def give_up(number: int, _: object) -> None:

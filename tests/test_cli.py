@@ -1,0 +1,965 @@
+"""The command line from outside: what is printed where, exit codes, files, signals, the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fcntl import LOCK_EX, flock
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import standins
+from conftest import (
+    JOB_YAML,
+    MASTER_KEY,
+    PROGRAM,
+    RunningProgram,
+    clean_environment,
+    program_environment,
+    run_program,
+)
+
+import teckochecker as tecko
+
+LONG = "a-name-of-just-one-word-" + "x" * 80
+LONG_STACK = f"https://connection.{'y' * 60}.keboola.com"
+PLACEHOLDER = {"SECRET_KEY": "your-secret-key-for-encryption"}
+TARGET = f"""\
+secret: keboola, stack_url: "{LONG_STACK}", component_id: comp, configuration_id: cfg"""
+HOME_YAML = f"""\
+admin: {{port: 0}}
+secrets:
+  openai-env: {{type: openai, env: TEST_OPENAI_KEY}}
+jobs:
+  - name: from-file
+    watch: {{secret: openai, batch_ids: [batch_1]}}
+    trigger: {{{TARGET}}}
+"""
+CREATE = (
+    "job create --name new --batch-id batch_1 --openai-secret openai --keboola-secret keboola"
+    " --keboola-stack https://connection.keboola.com --component-id comp --config-id cfg"
+)
+
+# ── Many commands in one process ──────────────────────────────────────────────────────────────
+
+DRIVER = """\
+import contextlib, io, json, os, sys, traceback
+import teckochecker
+told, base, done = json.loads(sys.argv[1]), dict(os.environ), []
+for args, env, typed in told:
+    os.environ.clear()
+    os.environ.update(base | env)
+    sys.argv, sys.stdin = ["teckochecker.py", *args], io.StringIO(typed)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = teckochecker.main(args)
+        except SystemExit as e:
+            code = e.code
+        except BaseException:
+            code = "crashed"
+            traceback.print_exc()
+    done.append([code, out.getvalue(), err.getvalue()])
+json.dump([done, sorted(sys.modules)], sys.stdout)
+"""
+
+
+class Told(NamedTuple):
+    """One command line, what it may read on stdin, and its own environment."""
+
+    line: str
+    env: Mapping[str, str] = {}
+    typed: str = ""
+
+
+class Done(NamedTuple):
+    """How a command ended: its exit code (or "crashed") and what it printed."""
+
+    code: int | str
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """The one JSON document on stdout of a command that succeeded, without a word else."""
+        assert (self.code, self.err) == (0, "")
+        return json.loads(self.out)
+
+    def refused(self, *words: str) -> None:
+        """Exit code 1, nothing on stdout, one line that has the words, and at most a hint."""
+        assert (self.code, self.out) == (1, ""), self.err
+        first, *hints = self.err.splitlines()
+        assert len(hints) <= 1 and all(hint.startswith("hint: ") for hint in hints), self.err
+        missing = [word for word in words if word not in self.err]
+        assert first.startswith("teckochecker: ") and not missing, self.err
+
+
+def run_many(
+    folder: Path, lines: Sequence[Told | str], env: Mapping[str, str] = {}
+) -> tuple[list[Done], set[str]]:
+    """Run command lines one after the other in one process; how each ended, and what modules
+    were imported in the end."""
+    told = [(shlex.split(t.line), dict(t.env), t.typed) for t in map(as_told, lines)]
+    given = {"PYTHONPATH": str(PROGRAM.parent), "COLUMNS": "80"} | dict(env)
+    ran = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(told)],
+        cwd=folder,
+        env=clean_environment(given) | given,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    done, modules = json.loads(ran.stdout)
+    return [Done(*each) for each in done], set(modules)
+
+
+def as_told(line: Told | str) -> Told:
+    return Told(line) if isinstance(line, str) else line
+
+
+def until(condition: Callable[[], Any], what: str, timeout: float = 5.0) -> Any:
+    """Poll until the condition holds; what it was, once it is true."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+# ── A stocked folder ──────────────────────────────────────────────────────────────────────────
+
+
+async def stock(folder: Path) -> None:
+    """Two secrets, a job of jobs.yaml, and one job for each state that a command may meet."""
+    config = tecko.load_config(folder / "jobs.yaml", {})
+    vault = tecko.Vault(config.settings)
+    async with tecko.Store(config.settings.database) as store:
+        for kind in ("openai", "keboola"):
+            sealed, key_id = vault.seal(kind, kind, tecko.SecretValue(f"value-of-{kind}-secret"))
+            await store.add_secret(kind, kind, sealed, key_id, 1.0)
+        [from_file] = config.jobs or []
+        for name in ("from-file", "gone"):
+            changed = from_file.model_copy(update={"name": name})
+            await store.sync_file_jobs([changed], 1.0)
+        await store.sync_file_jobs([from_file], 1.0)
+        for name in ("active", "paused", "failed", "completed", LONG):
+            watch = from_file.watch.model_copy(update={"batch_ids": [f"batch_{name}"]})
+            spec = from_file.model_copy(update={"name": name, "watch": watch})
+            await store.create_job(spec, "store", 1.0)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a key, jobs.yaml and a store; no test changes it."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "jobs.yaml").write_text(HOME_YAML)
+    tecko.write_private(folder / "teckochecker.key", tecko.new_master_key() + "\n")
+    asyncio.run(stock(folder))
+    with sqlite3.connect(folder / "teckochecker.db") as db:
+        for status in ("paused", "failed", "completed"):
+            db.execute("UPDATE polling_jobs SET status = ? WHERE name = ?", (status, status))
+    db.close()
+    return folder
+
+
+# ── Refusals ──────────────────────────────────────────────────────────────────────────────────
+
+ROWS: tuple[tuple[Any, ...], ...] = (
+    (Told("job pause paused"), "Cannot pause", "'paused'", "it is paused"),
+    (Told("job pause completed"), "Cannot pause", "it is completed"),
+    (Told("job pause gone"), "Cannot pause", "it is removed"),
+    (Told("job resume active"), "Cannot resume", "it is active"),
+    (Told("job resume failed"), "Cannot resume", "it is failed"),
+    (Told("job retry active"), "Cannot retry", "it is active"),
+    (Told("job retry completed"), "Cannot retry", "it is completed"),
+    (Told("job update from-file --poll-interval 1h"), "jobs.yaml", "hint: "),
+    (Told("job delete from-file --force"), "jobs.yaml", "hint: "),
+    (Told("job delete active"), "without a terminal", "--force"),
+    (Told("secret delete openai"), "without a terminal", "--force"),
+    (Told("secret delete openai --force"), "secret 'openai' is in use by", "'active'"),
+    (Told("secret delete nothing --force"), "no stored secret 'nothing'"),
+    (Told("job show 99"), "Job with ID 99 not found", "hint: "),
+    (Told("job show nothing"), "'nothing'", "not found"),
+    (Told("job pause nothing"), "'nothing'", "not found"),
+    (Told("job update nothing --config-id 2"), "'nothing'", "not found"),
+    (Told("job delete nothing --force"), "'nothing'", "not found"),
+    (Told("check nothing"), "'nothing'", "not found"),
+    (Told(CREATE.replace("new", "active")), "there is a job 'active' already"),
+    (Told("job update paused --name active"), "there is a job 'active' already"),
+    (Told(f"{CREATE} --poll-interval 5"), "poll_interval: found '5'; allowed: 30 to 3600"),
+    (Told("job update active --poll-interval 2h"), "poll_interval: found '2h'"),
+    (Told(f"{CREATE} --batch-id nobatch"), "batch_ids[1]: found 'nobatch'"),
+    (Told(f"{CREATE} --batch-id batch_1"), "twice"),
+    (Told(f"{CREATE} --keboola-stack http://a.com"), "stack_url: found 'http://a.com'"),
+    (Told(f"{CREATE} --name 12"), "name: found '12'"),
+    (Told(f"{CREATE} --name ''"), "name: found ''"),
+    (Told(f"{CREATE} --variable batch_count_total=1"), "variables", "batch_count_total"),
+    (Told(f"{CREATE} --openai-secret nothing"), "no secret 'nothing'", "hint: "),
+    (Told(f"{CREATE} --openai-secret keboola"), "of type keboola", "needed: openai"),
+    (Told("secret add --name openai --type openai", {}, "value-x"), "'openai' already"),
+    (Told("secret add --name x --type openai --replace", {}, "value-x"), "no secret 'x'"),
+    (Told("secret add --name x --type openai", {}, " \n"), "empty"),
+    (Told("secret add --name x --type openai", {}, "one\ntwo"), "control characters"),
+    (Told("secret add --name 12 --type openai", {}, "value-x"), "name"),
+    (Told("secret add --name '' --type openai", {}, "value-x"), "name"),
+    (Told("secret add --name 'a\tb' --type openai", {}, "value-x"), "name"),
+    (Told(f"secret add --name {'n' * 256} --type openai", {}, "value-x"), "name"),
+    (Told("secret add --name x --type openai", PLACEHOLDER, "value-x"), "master key", "44"),
+    (Told("validate", PLACEHOLDER), "master key", "44"),
+    (Told("init", PLACEHOLDER), "master key", "44"),
+    (Told("secret rotate", {"SECRET_KEY": MASTER_KEY}), "hint: set SECRET_KEY=NEW,OLD"),
+    (Told("-c nothing.yaml validate"), "nothing.yaml", "no such file", "hint: "),
+    (Told("-c nowhere/jobs.yaml init"), "nowhere"),
+    (Told("init", {"DATABASE_URL": "sqlite:///nowhere/x.db"}), "nowhere"),
+    (Told("secret add --name x --type api", {"SECRET_KEY_FILE": "."}, "value-x"), "key"),
+    (Told("job list", {"DATABASE_URL": "sqlite:///nowhere/x.db"}), "nowhere/x.db"),
+    (Told("job list", {"DATABASE_URL": "sqlite:///jobs.yaml"}), "jobs.yaml", "database"),
+    (Told("job list", {"DATABASE_URL": "postgres://host/db"}), "DATABASE_URL", "sqlite:///"),
+    (Told("job list", {"LOG_LEVEL": "LOUD"}), "LOG_LEVEL", "DEBUG"),
+    (Told("job list", {"API_PORT": "http"}), "API_PORT", "0 to 65535"),
+    (Told("job list", {"API_HOST": "0.0.0.0"}), "0.0.0.0", "hint: set ADMIN_TOKEN"),  # noqa: S104
+    (Told("-c binary.yaml job list"), "binary.yaml"),
+    (Told("-c dotted/jobs.yaml job list"), ".env"),
+    (Told("stop"), "no TeckoChecker runs"),
+)
+REFUSALS: dict[str, tuple[Told, tuple[str, ...]]] = {
+    " ".join([line.line[:90], *(f"{k}={v}" for k, v in line.env.items())]): (line, tuple(words))
+    for line, *words in ROWS
+}
+
+
+class Refusals(NamedTuple):
+    """How the commands ended, and whether key and store are still what they were."""
+
+    done: dict[str, Done]
+    unchanged: bool
+
+
+@pytest.fixture(scope="module")
+def refusals(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Refusals:
+    """Every command line of REFUSALS as it ended; run once, in a copy of the stocked folder."""
+    folder = tmp_path_factory.mktemp("refusals") / "home"
+    shutil.copytree(home, folder)
+    (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    (folder / "dotted").mkdir()
+    (folder / "dotted/jobs.yaml").touch()
+    (folder / "dotted/.env").write_bytes(b"NAME=caf\xe9\n")
+    before = (folder / "teckochecker.key").read_text(), dump(folder)
+    ended, _ = run_many(folder, [line for line, _ in REFUSALS.values()])
+    after = (folder / "teckochecker.key").read_text(), dump(folder)
+    return Refusals(dict(zip(REFUSALS, ended, strict=True)), before == after)
+
+
+def dump(folder: Path) -> list[str]:
+    """Everything that a store holds."""
+    db = sqlite3.connect(folder / "teckochecker.db")
+    try:
+        return list(db.iterdump())
+    finally:
+        db.close()
+
+
+@pytest.mark.parametrize("line", REFUSALS)
+def test_a_refusal_is_one_line_that_says_why(line: str, refusals: Refusals) -> None:
+    """What cannot be done ends with 1 and one line on stderr; stdout stays empty."""
+    refusals.done[line].refused(*REFUSALS[line][1])
+
+
+def test_refusals_change_nothing(refusals: Refusals) -> None:
+    """After all of them key and store are what they were: nothing was encrypted or half done."""
+    assert refusals.unchanged
+
+
+def test_every_bad_value_of_a_job_is_named_at_once(home: Path) -> None:
+    """Three bad values of one job are three lines, each with its field; --json changes nothing."""
+    bad = "--batch-id no --keboola-stack ftp://a --poll-interval 1"
+    [done], _ = run_many(home, [f"--json {CREATE} {bad}"])
+    assert (done.code, done.out) == (1, "")
+    for field_name in ("poll_interval", "batch_ids", "stack_url"):
+        assert sum(field_name in line for line in done.err.splitlines()) == 1
+
+
+def test_wrong_usage_is_exit_code_2(home: Path) -> None:
+    """Unknown commands, options and choices, and missing options: usage on stderr, code 2."""
+    lines = (
+        "",
+        "fly",
+        "job",
+        "secret",
+        "job list --status bad",
+        "job list --fast",
+        "job create --name x",
+        "job show",
+        "job show 1 --logs many",
+        "secret add --name x --type gold",
+        f"{CREATE} --variable novalue",
+    )
+    for line, done in zip(lines, run_many(home, lines)[0], strict=True):
+        assert (done.code, done.out) == (2, ""), line
+        assert "usage: " in done.err and "error: " in done.err, line
+
+
+@pytest.mark.parametrize(("line", "code"), [("--version", 0), ("job show 99", 1), ("job fly", 2)])
+def test_the_process_ends_with_the_exit_code(home: Path, line: str, code: int) -> None:
+    """`python teckochecker.py` itself passes the code on, and prints where it should."""
+    done = run_program(*line.split(), cwd=home)
+    assert done.returncode == code
+    assert bool(done.stdout) == (code == 0) and bool(done.stderr) == (code != 0)
+
+
+# ── From init to delete ───────────────────────────────────────────────────────────────────────
+
+
+class Moment(NamedTuple):
+    """The text of a key file, and the sealed secrets by name, at some time."""
+
+    key: str
+    rows: dict[str, tecko.SealedSecret]
+
+    def opened(self, name: str, key: str) -> str:
+        """A secret's value, opened with a key file's text."""
+        given = tecko.SecretValue(key.strip())
+        settings = tecko.load_config(Path("none.yaml"), {}).settings
+        vault = tecko.Vault(settings.model_copy(update={"secret_key": given}))
+        vault.load(required=True)
+        return vault.open(self.rows[name]).reveal()
+
+
+def moment(folder: Path) -> Moment:
+    async def rows() -> list[tecko.SealedSecret]:
+        async with tecko.Store(folder / "teckochecker.db") as store:
+            return await store.secrets()
+
+    found = {row.name: row for row in asyncio.run(rows())}
+    return Moment((folder / "teckochecker.key").read_text(), found)
+
+
+class Story(NamedTuple):
+    """What the commands of one folder's life said, and its secrets around the rotation."""
+
+    folder: Path
+    said: dict[str, Done]
+    before: Moment
+    after: Moment
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """One folder's life, with --json before and after the command, jobs by id and by name."""
+    folder = tmp_path_factory.mktemp("story")
+    said: dict[str, Done] = {}
+
+    def tell(**lines: Told | str) -> Moment:
+        said.update(zip(lines, run_many(folder, list(lines.values()))[0], strict=True))
+        return moment(folder)
+
+    before = tell(
+        init="--json init",
+        init_again="init --json",
+        add_openai=Told("--json secret add --name openai --type openai", {}, "  sk-value-1 \n"),
+        add_keboola=Told("secret add --name keboola --type keboola --json", {}, "kbc-value-1\n"),
+        create=f"--json {CREATE} --batch-id batch_2 --variable region=eu --poll-interval 90s"
+        " --trigger-when all_finished --on-ambiguous hold",
+        list="job list --json",
+        update="--json job update 1 --name renamed --poll-interval 1h --batch-id batch_3",
+        pause="job pause renamed --json",
+        list_active="job list --status active --json",
+        resume="--json job resume 1",
+        show="job show renamed --json",
+        replace="secret add --name openai --type openai --replace --value sk-value-2 --json",
+        secrets="--json secret list",
+        validate="validate --json",
+        status="--json status",
+    )
+    with sqlite3.connect(folder / "teckochecker.db") as db:
+        db.execute("UPDATE polling_jobs SET status = 'failed'")
+    db.close()
+    after = tell(retry="job retry renamed --json", rotate="--json secret rotate")
+    tell(
+        delete="job delete 1 --force --json",
+        delete_secret="--json secret delete openai --force",
+        list_empty="--json job list",
+    )
+    return Story(folder, said, before, after)
+
+
+REPORTING = (
+    "init init_again add_openai add_keboola create list update pause list_active resume show"
+    " secrets validate status retry rotate delete delete_secret list_empty"
+).split()
+
+
+@pytest.mark.parametrize("step", REPORTING)
+def test_json_is_one_document_on_stdout(step: str, story: Story) -> None:
+    """Every reporting command prints one JSON document with --json, and nothing on stderr."""
+    assert isinstance(story.said[step].document, dict)
+
+
+def test_init_makes_what_is_missing_and_then_nothing(story: Story) -> None:
+    """The first run makes key (0600), database and jobs.yaml and says so; the second nothing."""
+    made = "\n".join(story.said["init"].document["done"])
+    assert all(name in made for name in ("teckochecker.key", "teckochecker.db", "jobs.yaml"))
+    assert stat.S_IMODE((story.folder / "teckochecker.key").stat().st_mode) == 0o600
+    assert story.said["init_again"].document["done"] == []
+    assert story.said["init"].document["next"], "it says what to do next"
+
+
+def test_init_overwrites_nothing(tmp_path: Path) -> None:
+    """A jobs.yaml and a key that are there stay as they are, whatever else is missing."""
+    key = tecko.new_master_key()
+    (tmp_path / "jobs.yaml").write_text("database: other.db\n")
+    (tmp_path / "teckochecker.key").write_text(key)
+    [first, again], _ = run_many(tmp_path, ["init", "init"])
+    assert "other.db" in first.out and "nothing was changed" in again.out
+    assert (tmp_path / "jobs.yaml").read_text() == "database: other.db\n"
+    assert (tmp_path / "teckochecker.key").read_text() == key
+    assert (tmp_path / "other.db").exists() and not (tmp_path / "teckochecker.db").exists()
+
+
+def test_a_created_job_is_what_was_asked_for(story: Story) -> None:
+    """Every option of `job create` is in the job that it reports."""
+    wanted = {
+        "id": 1,
+        "name": "new",
+        "status": "active",
+        "batch_ids": ["batch_1", "batch_2"],
+        "openai_secret": "openai",
+        "keboola_secret": "keboola",
+        "keboola_stack_url": "https://connection.keboola.com",
+        "keboola_component_id": "comp",
+        "keboola_configuration_id": "cfg",
+        "poll_interval_seconds": 90,
+        "variables": {"region": "eu"},
+        "trigger_when": "all_finished",
+        "on_ambiguous": "hold",
+    }
+    job = story.said["create"].document
+    assert {name: job[name] for name in wanted} == wanted
+    assert [row["id"] for row in story.said["list"].document["jobs"]] == [1]
+
+
+def test_commands_change_a_job_by_id_and_by_name(story: Story) -> None:
+    """update, pause, resume and retry report the job as it is after them; delete ends it."""
+    updated = story.said["update"].document
+    assert (updated["name"], updated["poll_interval_seconds"]) == ("renamed", 3600)
+    assert updated["batch_ids"] == ["batch_3"] and updated["variables"] == {"region": "eu"}
+    statuses = [story.said[step].document["status"] for step in ("pause", "resume", "retry")]
+    assert statuses == ["paused", "active", "active"]
+    assert story.said["list_active"].document == {"jobs": [], "total": 0}
+    assert story.said["list_empty"].document == {"jobs": [], "total": 0}
+
+
+def test_show_has_batches_triggers_and_logs(story: Story) -> None:
+    """`job show` tells the job's whole story, oldest first."""
+    shown = story.said["show"].document
+    assert [batch["batch_id"] for batch in shown["batches"]] == ["batch_3"]
+    assert shown["triggers"] == []
+    told = [entry["status"] for entry in shown["logs"]]
+    assert told == ["created", "updated", "paused", "resumed"]
+
+
+def test_a_value_is_stripped_and_never_listed(story: Story) -> None:
+    """White space around a piped value is not part of it; `secret list` shows names and types."""
+    assert story.before.opened("keboola", story.before.key) == "kbc-value-1"
+    rows = story.said["secrets"].document["secrets"]
+    assert [(row["name"], row["type"]) for row in rows] == [
+        ("keboola", "keboola"),
+        ("openai", "openai"),
+    ]
+    assert "value" not in story.said["secrets"].out
+
+
+def test_value_on_the_command_line_works_but_warns(story: Story) -> None:
+    """--value is taken, and stderr says who can see it; stdout is still one JSON document."""
+    assert story.before.opened("openai", story.before.key) == "sk-value-2"
+    assert (
+        story.said["replace"].code == 0
+        and json.loads(story.said["replace"].out)["name"] == "openai"
+    )
+    assert "warning: " in story.said["replace"].err and "sk-value" not in story.said["replace"].err
+
+
+def test_rotation_replaces_the_key(story: Story) -> None:
+    """After `secret rotate` the new key opens what is stored, and the old one no longer does."""
+    assert story.said["rotate"].document == {"resealed": 2}
+    assert len(story.after.key.split()) == 1
+    assert story.after.opened("keboola", story.after.key) == "kbc-value-1"
+    with pytest.raises(tecko.SecretError):
+        story.after.opened("keboola", story.before.key)
+
+
+def test_the_first_jobs_file_is_good(story: Story) -> None:
+    """What init writes validates as it is."""
+    assert (story.folder / "jobs.yaml").read_text() == tecko.FIRST_JOBS_FILE
+    assert story.said["validate"].document["valid"] is True
+    assert story.said["validate"].document["secrets"] == ["keboola", "openai"]
+
+
+def test_status_of_what_does_not_run(story: Story) -> None:
+    """Without a service `status` says so, with the jobs by state."""
+    status = story.said["status"].document
+    assert status["running"] is False and status["pid"] is None
+    assert status["jobs"] == {"active": 1}
+
+
+def test_commands_without_openai_do_not_import_its_sdk(home: Path, tmp_path: Path) -> None:
+    """The SDK costs 0.7 s and 30 MB: what asks OpenAI nothing does without."""
+    shutil.copytree(home, tmp_path / "home")
+    lines: list[Told | str] = [Told("secret add --name y --type api", {}, "value-y"), CREATE]
+    lines += ["init", "validate", "job list", "job show 1", "secret list", "status", "stop"]
+    done, modules = run_many(tmp_path / "home", lines)
+    assert [ended.code for ended in done] == [0] * 8 + [1]
+    assert not modules & {"openai", "httpx2", "apscheduler"}
+
+
+def test_validate_names_what_does_not_resolve_or_decrypt(home: Path, tmp_path: Path) -> None:
+    """A reference to an unset variable, a stored secret under another key, a bad job: each is a
+    line of its own; what is good validates."""
+    text = HOME_YAML.replace("watch: {secret: openai,", "watch: {secret: openai-env,")
+    shutil.copytree(home, tmp_path / "home")
+    (tmp_path / "home/jobs.yaml").write_text(text)
+    other = {"SECRET_KEY": tecko.new_master_key()}
+    resolved = {"TEST_OPENAI_KEY": "sk-whatever"}
+    [bad, sealed_otherwise, good], _ = run_many(
+        tmp_path / "home",
+        ["validate", Told("validate", other | resolved), Told("validate", resolved)],
+    )
+    bad.refused("jobs.yaml:6", "'from-file'", "TEST_OPENAI_KEY is not set")
+    assert sealed_otherwise.code == 1
+    assert all(f"secret '{name}'" in sealed_otherwise.err for name in ("openai", "keboola"))
+    assert good.code == 0 and "is good" in good.out
+
+
+# ── What is printed ───────────────────────────────────────────────────────────────────────────
+
+
+def test_tables_fit_80_columns_and_hide_nothing(home: Path) -> None:
+    """With the longest names and URLs no line is over 80 wide, nothing is cut off with an
+    ellipsis, and nothing is coloured where nobody sees it."""
+    lines = ["job list", f"job show {LONG}", "secret list", "status", "job list --status failed"]
+    for line, done in zip(lines, run_many(home, lines)[0], strict=True):
+        assert (done.code, done.err) == (0, ""), line
+        assert max(map(len, done.out.splitlines())) <= 80, line
+        assert "…" not in done.out and "\x1b" not in done.out, line
+
+
+def test_a_long_url_can_be_read_off_the_table(home: Path) -> None:
+    """The pieces of a folded stack URL put together are the URL."""
+    [done], _ = run_many(home, [f"job show {LONG}"])
+    cells = "".join(line[20:].strip() for line in done.out.splitlines())
+    assert LONG_STACK in cells
+
+
+@pytest.mark.parametrize("line", ["job list", "--json job list"])
+def test_a_reader_that_leaves_is_no_error(home: Path, line: str) -> None:
+    """`job list | head -1` prints no traceback when head has gone."""
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), *line.split()],
+        cwd=home,
+        env=clean_environment({}) | {"PYTHONUNBUFFERED": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.communicate(timeout=20)[1] == b""
+
+
+@dataclass
+class Terminal:
+    """A command that has a terminal for stdin and stderr; its stdout is a pipe."""
+
+    folder: Path
+    line: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    stdout_too: bool = False
+
+    def run(self, typed: bytes, after: bytes = b"") -> tuple[int, str, str]:
+        """Type once the screen shows `after`; exit code, the screen, stdout."""
+        here, there = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), *shlex.split(self.line)],
+            cwd=self.folder,
+            env=clean_environment({"TERM": "xterm", "COLUMNS": "80"} | dict(self.env)),
+            stdin=there,
+            stdout=there if self.stdout_too else subprocess.PIPE,
+            stderr=there,
+            start_new_session=True,  # else /dev/tty would be the terminal of who runs the tests
+        )
+        os.close(there)
+        screen = b""
+        try:
+            while after not in screen:
+                screen += self.read(here)
+            os.write(here, typed)
+            while more := self.read(here):
+                screen += more
+            out = process.communicate(timeout=20)[0]
+        finally:
+            process.kill()
+            process.wait(10)
+            os.close(here)
+        return process.returncode, screen.decode(), (out or b"").decode()
+
+    @staticmethod
+    def read(here: int) -> bytes:
+        """What appears next; nothing once nobody writes any more."""
+        assert select.select([here], [], [], 20)[0], "nothing on the screen for 20 s"
+        with suppress(OSError):
+            return os.read(here, 4096)
+        return b""
+
+
+@pytest.fixture(scope="module")
+def desk(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the stocked folder for what is typed at a terminal."""
+    return Path(shutil.copytree(home, tmp_path_factory.mktemp("desk") / "home"))
+
+
+def test_a_typed_secret_is_not_echoed(desk: Path) -> None:
+    """On a terminal the value is asked for, and does not appear on the screen."""
+    code, screen, out = Terminal(desk, "secret add --name typed --type openai").run(
+        b"sk-typed-value\n", after=b": "
+    )
+    assert code == 0 and "typed" in out
+    assert "Secret value" in screen and "sk-typed" not in screen + out
+
+
+@pytest.mark.parametrize(
+    ("line", "typed", "code"),
+    [
+        ("job delete active", b"n\n", 1),
+        ("job delete active", b"\x04", 1),
+        ("secret add --name eof --type openai", b"\x04", 1),
+        ("--json job delete completed", b"y\n", 0),
+    ],
+    ids=["no", "end of file", "end of file for a value", "yes"],
+)
+def test_deleting_asks_on_a_terminal(desk: Path, line: str, typed: bytes, code: int) -> None:
+    """Only a yes deletes; the question is no part of stdout, whose JSON stays one document, and
+    an end of file is a no rather than a traceback."""
+    prompt = b"value: " if "secret" in line else b""
+    ended, screen, out = Terminal(desk, line).run(typed, after=prompt)
+    assert ended == code and "Traceback" not in screen
+    assert ("active" in "\n".join(dump(desk))) and "eof" not in "\n".join(dump(desk))
+    assert json.loads(out)["success"] if code == 0 else out == ""
+
+
+def test_no_color_is_honoured_on_a_terminal(home: Path) -> None:
+    """With NO_COLOR not one colour is switched on, even where escape codes could be used."""
+    code, screen, _ = Terminal(home, "job list", {"NO_COLOR": "1"}, stdout_too=True).run(b"")
+    assert code == 0 and "from-file" in screen
+    assert not re.search(r"\x1b\[(?:\d+;)*(?:3|4|9|10)\d", screen)
+
+
+# ── Starting ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("env", [{}, PLACEHOLDER], ids=["no key", "the example's placeholder"])
+def test_start_refuses_without_the_key_that_stored_secrets_need(
+    home: Path, tmp_path: Path, env: Mapping[str, str]
+) -> None:
+    """A first start without a key, or under a published one, ends with one clear line."""
+    folder = Path(shutil.copytree(home, tmp_path / "home"))
+    (folder / "teckochecker.key").unlink()
+    done = run_program("start", cwd=folder, env=env, timeout=8)
+    said = [line for line in done.stderr.splitlines() if line.startswith("teckochecker: ")]
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(said) == 1 and "master key" in said[0]
+
+
+@dataclass
+class Live:
+    """A running service with one stand-in of each kind, its folder and its environment."""
+
+    program: RunningProgram
+    openai: standins.OpenAI
+    keboola: standins.Keboola
+
+    def cli(self, *lines: Told | str) -> list[Done]:
+        """Command lines beside the service, which succeed."""
+        done, _ = run_many(self.program.cwd, lines, self.program.env)
+        assert [each.code for each in done] == [0] * len(lines), done
+        return done
+
+    def create(self, name: str, interval: str) -> str:
+        """The command line that creates a job for a batch of the same name."""
+        line = CREATE.replace("new", name).replace("batch_1", f"batch_{name}")
+        line = line.replace("https://connection.keboola.com", self.keboola.url)
+        return f"{line} --poll-interval {interval}"
+
+    def checks(self, batch: str) -> int:
+        """How often OpenAI was asked about a batch."""
+        return self.openai.count(f"GET /v1/batches/{batch}")
+
+    def ticks(self) -> int:
+        """How many ticks the service has told of since this was last asked."""
+        told = 0
+        self.program.ear.settimeout(0)
+        with suppress(BlockingIOError):
+            while True:
+                self.program.notified.append(self.program.ear.recv(65536).decode())
+                told += "WATCHDOG=1" in self.program.notified[-1]
+        return told
+
+    def triggered(self, job: str) -> list[Any]:
+        """Keboola's jobs for this job."""
+        made = self.keboola.created
+        return [j for j in made if self.keboola.variables(j)["teckochecker_job"] == job]
+
+
+def reload(live: Live, jobs_yaml: str = "") -> list[str]:
+    """Write jobs.yaml and send SIGHUP; what was notified until the service is ready again."""
+    if jobs_yaml:
+        (live.program.cwd / "jobs.yaml").write_text(jobs_yaml)
+    live.ticks()
+    before = len(live.program.notified)
+    live.program.process.send_signal(signal.SIGHUP)
+    live.program.heard("READY=1")
+    told = [text for text in live.program.notified[before:] if "WATCHDOG" not in text]
+    return [text.partition("\n")[0] for text in told]
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A service that works with stored secrets and one job of jobs.yaml, which it checks once a
+    second; the tests below use it one after the other."""
+    folder = tmp_path_factory.mktemp("live")
+    with standins.OpenAI() as openai, standins.Keboola() as keboola:
+        (folder / "jobs.yaml").write_text(JOB_YAML.format(stack=keboola.url))
+        for name in ("1", "slow", "kept"):
+            openai.batch(f"batch_{name}")
+        env = program_environment(openai)
+        live = Live(RunningProgram(folder, env), openai, keboola)
+        values = {"openai": standins.OPENAI_KEY, "keboola": standins.KEBOOLA_TOKEN}
+        lines = [Told(f"secret add --name {k} --type {k}", {}, v) for k, v in values.items()]
+        live.cli("init", *lines, live.create("slow", "1h"), live.create("kept", "1s"))
+        with live.program:
+            yield live
+
+
+class TestLive:
+    """What the command line and signals do to a service while it runs."""
+
+    def test_a_second_process_is_refused(self, live: Live) -> None:
+        """start, start --daemon and check name the process that works on this database."""
+        pid = str(live.program.process.pid)
+        lines = ["start", "start --daemon", "check", "--json status"]
+        *refused, status = run_many(live.program.cwd, lines, live.program.env)[0]
+        for done in refused:
+            done.refused(f"pid {pid}")
+        shown = status.document
+        assert (shown["running"], shown["pid"], shown["admin"]) == (
+            True,
+            int(pid),
+            live.program.url,
+        )
+        assert shown["uptime_seconds"] >= 0
+        assert "slow" in [due["job"] for due in shown["due_next"]]
+
+    def test_a_created_job_is_checked_within_two_ticks(self, live: Live) -> None:
+        """A job added by the command line does not wait for anything but the next ticks."""
+        live.openai.batch("batch_late")
+        live.cli(live.create("late", "1s"))
+        live.ticks()
+        until(lambda: live.checks("batch_late"), "the first check")
+        assert live.ticks() <= 2
+
+    def test_pause_update_and_resume_take_effect(self, live: Live) -> None:
+        """A job that was due in an hour is checked every second after `job update`; meanwhile
+        the finished batch of a paused job triggers nothing, and does once that is resumed."""
+        assert live.checks("batch_slow") == 1
+        live.cli("job pause late", "job update slow --poll-interval 1s")
+        live.openai.batch("batch_late", "completed")
+        until(lambda: live.checks("batch_slow") >= 3, "two further checks")
+        assert live.ticks() <= 5 and not live.triggered("late")
+        live.cli("job resume late")
+        live.ticks()
+        until(lambda: live.triggered("late"), "the trigger")
+        assert live.ticks() <= 2
+
+    def test_the_service_works_on_after_a_rotation(self, live: Live) -> None:
+        """`secret rotate` under a running service: it takes up the new key by itself."""
+        until(lambda: live.checks("batch_kept"), "the first check")
+        live.cli("secret rotate")
+        live.openai.batch("batch_kept", "completed")
+        until(lambda: live.triggered("kept"), "the trigger")
+
+    def test_reload_takes_up_a_new_and_a_changed_job(self, live: Live) -> None:
+        """SIGHUP: another set of batches fires again, a new job appears, its interval follows the
+        file, and what has left the file is listed as removed."""
+        live.openai.batch("batch_1", "completed")
+        until(lambda: len(live.triggered("job")) == 1, "the first trigger")
+        live.openai.batch("batch_2", "completed")
+        live.openai.batch("batch_added")
+        first = JOB_YAML.format(stack=live.keboola.url).replace("batch_1", "batch_2")
+        job = first.partition("jobs:\n")[2]
+        added = job.replace("name: job", "name: added").replace("batch_2", "batch_added")
+        assert reload(live, first + added.replace("1s", "1h")) == ["RELOADING=1", "READY=1"]
+        until(lambda: len(live.triggered("job")) == 2, "the trigger of the second round")
+        until(lambda: live.checks("batch_added") == 1, "the first check of the new job")
+        reload(live, first.replace(job, "") + added)
+        until(lambda: live.checks("batch_added") >= 3, "checks at the new interval")
+        [done] = live.cli("--json job list --status removed")
+        listed = done.document["jobs"]
+        assert [row["name"] for row in listed] == ["job"]
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [("jobs.yaml", b"jobs: [\n"), (".env", b"NAME=caf\xe9\n")],
+        ids=["jobs.yaml", ".env"],
+    )
+    def test_a_bad_file_keeps_the_old_configuration(
+        self, live: Live, name: str, content: bytes
+    ) -> None:
+        """SIGHUP with a file that cannot be read: the log names it, and the work goes on."""
+        path = live.program.cwd / name
+        good = path.read_bytes() if path.exists() else b""
+        path.write_bytes(content)
+        assert reload(live) == ["RELOADING=1", "READY=1"]
+        path.write_bytes(good)
+        said = live.program.text().splitlines()
+        assert any("old configuration stays" in k and f"{name}" in k for k in said)
+        before = live.checks("batch_added")
+        until(lambda: live.checks("batch_added") > before, "a further check")
+
+    def test_a_service_manager_that_does_not_listen_holds_nothing_up(self, live: Live) -> None:
+        """Notifications that nobody takes fill their queue; the loop goes on all the same."""
+        room = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
+        before = live.program.text().count("old configuration stays")
+        good = (live.program.cwd / "jobs.yaml").read_bytes()
+        (live.program.cwd / "jobs.yaml").write_bytes(b"jobs: [\n")
+        try:
+            for number in range(before + 1, before + room // 2 + 5):  # two notifications each
+                live.program.process.send_signal(signal.SIGHUP)
+                until(partial(self.said, live, number), f"reload {number}")
+        finally:
+            (live.program.cwd / "jobs.yaml").write_bytes(good)
+            live.ticks()
+
+    @staticmethod
+    def said(live: Live, times: int) -> bool:
+        """Whether so many reloads have failed by now."""
+        return live.program.text().count("old configuration stays") >= times
+
+    def test_ctrl_c_ends_it_in_good_order(self, live: Live) -> None:
+        """SIGINT: STOPPING=1 for systemd, exit code 0, no traceback, the lock is free again."""
+        live.program.process.send_signal(signal.SIGINT)
+        assert live.program.process.wait(15) == 0
+        live.ticks()
+        assert live.program.notified[-1] == "STOPPING=1"
+        assert "Traceback" not in live.program.text()
+        [status] = live.cli("--json status")
+        assert status.document["running"] is False
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hung(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningProgram]:
+    """A service that was sent SIGTERM while OpenAI had not answered; it drains beside the other
+    tests of this file, since that takes it some seconds."""
+    folder = tmp_path_factory.mktemp("hung")
+    with standins.OpenAI() as openai, standins.Keboola() as keboola:
+        (folder / "jobs.yaml").write_text(JOB_YAML.format(stack=keboola.url))
+        openai.fault("*", standins.Fault.hang(), None)
+        with RunningProgram(folder, program_environment(openai)) as program:
+            until(lambda: openai.request_count, "a call to OpenAI", 15)
+            program.process.send_signal(signal.SIGTERM)
+            yield program
+
+
+def test_sigterm_ends_it_while_openai_hangs(hung: RunningProgram) -> None:
+    """A call that never returns does not keep the service from ending in good order."""
+    assert hung.process.wait(15) == 0
+    hung.ear.settimeout(1)
+    told = [hung.ear.recv(65536).decode()]
+    while "STOPPING=1" not in told:
+        told.append(hung.ear.recv(65536).decode())
+    assert "Traceback" not in hung.text()
+
+
+# ── The daemon, and one round by hand ─────────────────────────────────────────────────────────
+
+
+def test_a_daemon_starts_and_stops(tmp_path: Path) -> None:
+    """start --daemon returns when the service is ready; status and the pid file know it; stop
+    ends it, and then says that there is nothing to stop."""
+    (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
+    [started], _ = run_many(tmp_path, ["--json -v start --daemon"])
+    pid = started.document["pid"]
+    try:
+        lock = (tmp_path / "teckochecker.db.pid").read_text().splitlines()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        lines = ["--json status", "stop --json", "--json status", "stop"]
+        shown, stopped, gone, again = run_many(tmp_path, lines)[0]
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert (shown.document["pid"], shown.document["admin"]) == (pid, lock[2])
+    assert lock[0] == str(pid) and command[-2:] == [b"start", b""]
+    assert stopped.document == {"stopped": pid} and gone.document["running"] is False
+    again.refused("no TeckoChecker runs")
+    assert "admin surface" in Path(started.document["log"]).read_text()
+
+
+def test_a_daemon_that_fails_says_why(tmp_path: Path) -> None:
+    """What the background process would have printed is in the error, with where its log is."""
+    (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
+    [done], _ = run_many(tmp_path, [Told("start --daemon", PLACEHOLDER)])
+    done.refused("the service did not start", "master key", "hint: ", ".log")
+
+
+def test_stop_never_signals_a_process_it_does_not_know(tmp_path: Path) -> None:
+    """A service that holds the lock and has not written its pid yet: stop is refused, and does
+    not send its signal to pid 0, which is everyone in its own process group."""
+    with open(tmp_path / "teckochecker.db.pid", "w") as file:
+        flock(file, LOCK_EX)
+        ended = subprocess.run(
+            [sys.executable, str(PROGRAM), "stop"],
+            cwd=tmp_path,
+            env=clean_environment({}),
+            capture_output=True,
+            timeout=30,
+            check=False,
+            start_new_session=True,
+        )
+    assert ended.returncode == 1 and ended.stderr.startswith(b"teckochecker: ")
+
+
+def test_check_is_one_round_in_the_foreground(
+    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
+) -> None:
+    """`check` fires what is ready and prints it; `check JOB` looks at that one alone, and an
+    error is exit code 1."""
+    first = JOB_YAML.format(stack=keboola.url)
+    job = first.partition("jobs:\n")[2]
+    other = job.replace("name: job", "name: other").replace("batch_1", "batch_2")
+    (tmp_path / "jobs.yaml").write_text(first + other)
+    openai.batch("batch_1", "completed")
+    openai.batch("batch_2")
+    openai.fault("GET /v1/batches/batch_2", standins.Fault.status(401), None)
+    lines = ["--json check job", "check other", "--json check"]
+    (one, failing, both), modules = run_many(tmp_path, lines, program_environment(openai))
+    assert "openai" in modules, "else the test of what does without it could not fail"
+    assert [(row["name"], row["status"]) for row in one.document] == [("job", "triggered")]
+    assert len(keboola.created) == 1
+    assert failing.code == 1 and "401" in failing.out and "other" in failing.out
+    assert both.code == 1 and {row["name"] for row in json.loads(both.out)} == {"job", "other"}

@@ -1,0 +1,107 @@
+"""The demo as its user meets it: two runs at once, one that ends and one that goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROGRAM, clean_environment
+
+LIMIT = 60.0  # s in which the demo promises to end; it takes about eight
+
+
+class Demo:
+    """A `demo` under way in a folder of its own."""
+
+    def __init__(self, folder: Path, *args: str) -> None:
+        self.folder, self.output = folder / "cwd", folder / "output"
+        self.folder.mkdir()
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, str(PROGRAM), "demo", *args],
+                cwd=self.folder,
+                env=clean_environment({}),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def shows(self, words: str) -> str:
+        """What it has printed by the time that it shows these words."""
+        until = time.monotonic() + LIMIT
+        while words not in self.output.read_text():
+            assert self.process.poll() is None and time.monotonic() < until, self.output.read_text()
+            time.sleep(0.05)
+        return self.output.read_text()
+
+    def curl(self, path: str) -> Any:
+        """The answer to the printed curl line for this path, which has nothing but a URL."""
+        [url] = re.findall(rf"^ *curl (http://\S+{path})$", self.output.read_text(), re.MULTILINE)
+        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310
+            return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Demo, Demo]]:
+    """`demo` and `demo --keep`, side by side since both take their time."""
+    running = [
+        Demo(tmp_path_factory.mktemp("ends")),
+        Demo(tmp_path_factory.mktemp("keeps"), "--keep"),
+    ]
+    try:
+        yield running[0], running[1]
+    finally:
+        for demo in running:
+            demo.process.kill()
+            demo.process.wait(10)
+
+
+def test_the_demo_ends_by_itself_and_shows_what_happened(demos: tuple[Demo, Demo]) -> None:
+    """Exit code 0 within its minute; all three jobs are followed to their ends, and both Keboola
+    jobs are named with their variables."""
+    demo, _ = demos
+    assert demo.process.wait(LIMIT) == 0
+    said = demo.output.read_text()
+    assert re.search(r"^ *[\d.]+ s +nightly +completed ", said, re.MULTILINE)
+    assert re.search(r"^ *[\d.]+ s +three-parts +completed ", said, re.MULTILINE)
+    assert re.search(r"^ *[\d.]+ s +bad-input +failed ", said, re.MULTILINE)
+    received = re.findall(r"^ *job \d+: .*teckochecker_job=(\S+),.*$", said, re.MULTILINE)
+    assert sorted(received) == ["nightly", "three-parts"]
+    assert all(f"/{path}\n" in said for path in ("health", "stats")) and "curl " in said
+    assert "Traceback" not in said
+
+
+def test_the_demo_leaves_nothing_behind(demos: tuple[Demo, Demo]) -> None:
+    """Its throw-away store is gone, and nothing was written where it was called."""
+    demo, _ = demos
+    demo.process.wait(LIMIT)
+    found = re.search(r"store in (/\S+)", demo.output.read_text())
+    assert found is not None and not Path(found[1]).exists()
+    assert list(demo.folder.iterdir()) == []
+
+
+def test_the_demo_can_be_kept_and_looked_at(demos: tuple[Demo, Demo]) -> None:
+    """--keep serves on: the curl lines that it printed answer."""
+    _, demo = demos
+    demo.shows("Ctrl-C")
+    assert demo.curl("/health")["status"] == "healthy"
+    stats = demo.curl("/stats")
+    assert (stats["total_jobs"], stats["completed_jobs"], stats["failed_jobs"]) == (3, 2, 1)
+
+
+def test_ctrl_c_ends_a_kept_demo(demos: tuple[Demo, Demo]) -> None:
+    """SIGINT: exit code 0, and no traceback."""
+    _, demo = demos
+    demo.shows("Ctrl-C")
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.process.wait(15) == 0
+    assert "Traceback" not in demo.output.read_text()

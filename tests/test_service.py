@@ -1,0 +1,596 @@
+"""The service: timers that keep their pace, changes from elsewhere, reload, drain, and its word."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import standins
+from conftest import PROGRAM, World, clean_environment
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import teckochecker as tecko
+
+
+async def until(condition: Callable[[], Any], seconds: float = 5) -> None:
+    """Wait until a condition holds; it may be a coroutine function."""
+    end = time.monotonic() + seconds
+    while True:
+        met = condition()
+        if await met if inspect.isawaitable(met) else met:
+            return
+        assert time.monotonic() < end, "it never became true"
+        await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def running(world: World, **how: Any) -> AsyncIterator[tecko.Service]:
+    """The service on the world's store, which stays open as another process's would."""
+
+    def load() -> tecko.Config:
+        return tecko.load_config(world.config.path, dict(world.config.env))
+
+    async with tecko.make_service(world.config, load, **how) as service:
+        yield service
+
+
+def checks(world: World, batch_id: str) -> int:
+    return world.openai.count(f"GET /v1/batches/{batch_id}")
+
+
+async def watch(world: World, batch_id: str, name: str = "", **flat: Any) -> int:
+    """A job that watches one batch, which is in progress."""
+    world.openai.batch(batch_id)
+    return await world.job(name or batch_id, batch_ids=[batch_id], **flat)
+
+
+# ── Timers ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_each_job_keeps_its_own_interval(world: World) -> None:
+    """The first check comes soon after the start, the next ones by interval, not before."""
+    await watch(world, "batch_slow", poll_interval=3600)
+    await watch(world, "batch_quick", poll_interval=1)
+    async with running(world):
+        await until(lambda: checks(world, "batch_slow"))
+        await until(lambda: checks(world, "batch_quick") >= 2)
+    assert checks(world, "batch_slow") == 1
+
+
+async def test_changes_of_another_process_take_effect(world: World) -> None:
+    """Paused, resumed, new, given another interval or other batches, while the service runs."""
+    at = {name: await watch(world, f"batch_{name}", name) for name in ("still", "interval", "set")}
+    at |= {n: await watch(world, f"batch_{n}", n, poll_interval=1) for n in ("paused", "resumed")}
+    await world.store.pause_job(at["resumed"], 0.0)
+    world.openai.batch("batch_other")
+    async with running(world):
+        started = ("paused", "still", "interval", "set")
+        await until(lambda: all(checks(world, f"batch_{name}") for name in started))
+        specs = {name: (await world.get(at[name])).spec for name in ("interval", "set")}
+        quick = specs["interval"].model_copy(update={"poll_interval": 1})
+        watching = specs["set"].watch.model_copy(update={"batch_ids": ["batch_other"]})
+        await world.store.pause_job(at["paused"], 0.0)
+        before = checks(world, "batch_paused")
+        await world.store.resume_job(at["resumed"], 0.0)
+        await world.store.update_job(at["interval"], quick, 0.0)
+        await world.store.update_job(
+            at["set"], specs["set"].model_copy(update={"watch": watching}), 0.0
+        )
+        await watch(world, "batch_new")
+        await until(lambda: checks(world, "batch_new") and checks(world, "batch_other"))
+        await until(lambda: checks(world, "batch_resumed") >= 2)
+        await until(lambda: checks(world, "batch_interval") >= 3)
+    assert checks(world, "batch_paused") <= before + 1  # which was under way
+    assert checks(world, "batch_still") == 1
+
+
+async def test_a_job_is_found_by_a_service_that_sleeps(world: World) -> None:
+    """Nothing of its own to do, and yet what another process adds is soon looked at."""
+    async with running(world) as service:
+        await until(lambda: not service._stale)
+        await watch(world, "batch_new")
+        await until(lambda: checks(world, "batch_new"))
+
+
+async def test_a_job_that_has_ended_needs_no_timer(world: World) -> None:
+    """Its batch failed, so that the job has; of the timers only the service's own is left."""
+    world.openai.batch("batch_1", "failed")
+    job_id = await world.job(poll_interval=1)
+    async with running(world) as service:
+        await until(lambda: checks(world, "batch_1"))
+        await until(lambda: [job.name for job in timers(service)] == ["Service._tick"])
+    assert (await world.get(job_id)).status == "failed" and checks(world, "batch_1") == 1
+
+
+def timers(service: tecko.Service) -> list[Any]:
+    return list(service._scheduler.get_jobs())
+
+
+async def test_a_long_step_is_not_overlapped_and_delays_nobody(world: World) -> None:
+    """A check that hangs over several of its due times is the only one of its job, and others go
+    on meanwhile; afterwards it goes on as well."""
+    await watch(world, "batch_hung", poll_interval=1)
+    await watch(world, "batch_fine", poll_interval=1)
+    gate = world.openai.gate("GET /v1/batches/batch_hung", after_acting=False)
+    async with running(world):
+        await gate.areached()
+        seen = checks(world, "batch_fine")
+        await until(lambda: checks(world, "batch_fine") >= seen + 2)
+        assert checks(world, "batch_hung") == 1
+        gate.release()
+        await until(lambda: checks(world, "batch_hung") >= 2)
+
+
+async def test_a_defect_stops_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """A job's row that cannot be read is logged with its traceback; the other jobs go on, and so
+    does a job that is mended."""
+    broken = await watch(world, "batch_broken", poll_interval=1)
+    await watch(world, "batch_fine", poll_interval=1)
+    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as other:
+        async with running(world) as service:
+            other.execute("UPDATE polling_jobs SET spec = '{}' WHERE id = ?", [broken])
+            await until(lambda: f"job {broken}: a defect" in caplog.text)
+            seen = checks(world, "batch_fine")
+            await until(lambda: checks(world, "batch_fine") > seen)
+            assert service.counters["errors"] >= 1 and "Traceback" in caplog.text
+            assert (await service.health())["status"] == "healthy"
+
+
+# ── The scheduler ─────────────────────────────────────────────────────────────────────────────
+
+
+async def test_no_check_is_dropped_by_the_scheduler(world: World) -> None:
+    """However late, a due time counts, once; there is no jitter, and no job beside itself."""
+    for n in range(3):
+        await watch(world, f"batch_{n}")
+    async with running(world) as service:
+        assert len(timers(service)) == 4
+        for job in timers(service):
+            assert (job.misfire_grace_time, job.coalesce, job.max_instances) == (None, True, 1)
+            assert job.trigger.jitter is None
+
+
+@pytest.mark.parametrize("step", [600.0, -600.0, 28800.0, 3.0, 1.0, -1.0])
+async def test_due_times_move_with_the_clock(step: float) -> None:
+    """A clock that is set moves all due times by as much; one that strays a little moves none."""
+    scheduler, due = tecko.make_scheduler(), datetime.now(UTC) + timedelta(hours=9)
+    jobs = [
+        scheduler.add_job(print, "interval", hours=1, next_run_time=due + timedelta(seconds=n))
+        for n in range(3)
+    ]
+    scheduler.start()
+    scheduler.offset -= step  # what the guard remembers of the clock before it was set
+    scheduler._process_jobs()
+    moved = timedelta(seconds=step if abs(step) > tecko.CLOCK_JUMP else 0)
+    for n, job in enumerate(jobs):
+        off = job.next_run_time - (due + timedelta(seconds=n) + moved)
+        assert abs(off.total_seconds()) < 0.1
+    scheduler.shutdown(wait=False)
+
+
+async def test_a_clock_set_back_does_not_stop_the_checks() -> None:
+    """What was due soon is still due soon, though the clock shows ten minutes less by then."""
+    scheduler, ran = tecko.make_scheduler(), asyncio.Event()
+    later = datetime.now(UTC) + timedelta(seconds=600.2)
+    scheduler.add_job(ran.set, "interval", hours=1, next_run_time=later)
+    scheduler.start()
+    scheduler.offset += 600
+    scheduler.wakeup()
+    await asyncio.wait_for(ran.wait(), 5)
+    scheduler.shutdown(wait=False)
+
+
+@settings(deadline=None)
+@given(job_id=st.integers(1, 10**9), interval=st.integers(1, 86400), jobs=st.integers(1, 10**6))
+def test_a_first_check_is_within_the_interval(job_id: int, interval: int, jobs: int) -> None:
+    """Never negative, never a whole interval late, and at once where there are few jobs."""
+    wait = tecko.phase(job_id, interval, jobs)
+    assert 0 <= wait < interval and wait <= jobs / tecko.START_RATE
+    assert wait == tecko.phase(job_id, interval, jobs)
+
+
+@settings(max_examples=15, deadline=None)
+@given(first=st.integers(1, 10**6), interval=st.sampled_from([30, 120, 3600]))
+def test_first_checks_are_spread_evenly(first: int, interval: int) -> None:
+    """10,000 ids in a row, whatever the first: each of 50 equal spans has about a fiftieth."""
+    span = min(interval, 10_000 / tecko.START_RATE) / 50
+    buckets = Counter(
+        int(tecko.phase(n, interval, 10_000) / span) for n in range(first, first + 10_000)
+    )
+    assert len(buckets) == 50 and max(buckets.values()) <= 204 and min(buckets.values()) >= 196
+
+
+@settings(deadline=None)
+@given(st.floats(1.6e9, 4e9))
+def test_due_times_lie_on_the_grid(at: float) -> None:
+    """The next point, so that nothing is early, and at most one step late."""
+    due = tecko.on_grid(at)
+    assert due.tzinfo is UTC and due.timestamp() % tecko.GRID == 0
+    assert 0 <= due.timestamp() - at < tecko.GRID
+
+
+# ── Reload ────────────────────────────────────────────────────────────────────────────────────
+
+FILE = """\
+admin: {{host: 127.0.0.1, port: {port}}}
+jobs:
+  - name: from-file
+    poll_interval: 3600
+    watch: {{secret: openai, batch_ids: [batch_file]}}
+    trigger:
+      {{secret: {secret}, stack_url: "{stack}", component_id: c, configuration_id: "1"}}
+"""
+
+
+def write_file(world: World, **changed: object) -> None:
+    """A jobs.yaml with one job."""
+    values = {"secret": "keboola", "stack": world.keboola.url, "port": 8000} | changed
+    world.config.path.write_text(FILE.format(**values))
+
+
+@pytest.fixture
+def ear(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """What the service manager hears."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
+        address = f"teckochecker-{os.getpid()}-{time.monotonic_ns()}"
+        heard.bind("\0" + address)
+        heard.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", "@" + address)
+        yield heard
+
+
+async def hear(ear: socket.socket, word: str) -> str:
+    """The next notification that contains `word`."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(5):
+        while word not in (said := (await loop.sock_recv(ear, 4096)).decode()):
+            pass
+    return said
+
+
+@contextlib.asynccontextmanager
+async def serving(world: World) -> AsyncIterator[tecko.Service]:
+    """The service in its main loop, until the context ends; it must not have ended before."""
+    async with running(world) as service:
+        loop = asyncio.create_task(service.run())
+        yield service
+        assert not loop.done(), loop
+        service.stop.set()
+        await asyncio.wait_for(loop, 5)
+
+
+async def test_reload_takes_up_a_new_file(world: World, ear: socket.socket) -> None:
+    """A job added to jobs.yaml is checked, one taken out is not any more, and the service manager
+    hears when it begins and when it is done."""
+    world.openai.batch("batch_file")
+    async with serving(world) as service:
+        write_file(world)
+        service.reload.set()
+        assert "MONOTONIC_USEC=" in await hear(ear, "RELOADING=1")
+        assert await hear(ear, "READY=1")
+        await until(lambda: checks(world, "batch_file"))
+        world.config.path.write_text("jobs: []\n")
+        service.reload.set()
+        await hear(ear, "READY=1")
+        await until(lambda: len(timers(service)) == 1)
+    assert (await world.store.find_job("from-file")).shown_status == "removed"
+
+
+async def test_reload_keeps_what_is_bound(world: World, ear: socket.socket) -> None:
+    """Another address, token, database or log of the new file counts at the next start; bounds and
+    waits count at once."""
+    async with serving(world) as service:
+        before = service.settings
+        write_file(world, port=9)
+        new = "DATABASE_URL=other.db\nADMIN_TOKEN=new-token-1\nLOG_FORMAT=json\nRETRY_DELAY=7\n"
+        (world.config.path.parent / ".env").write_text(new)
+        service.reload.set()
+        await hear(ear, "READY=1")
+        kept = "database api_host api_port admin_token log_level log_format"
+        for name in kept.split():
+            assert getattr(service.settings, name) == getattr(before, name), name
+        assert service.settings.retry_delay == 7 and before.retry_delay == 60
+
+
+def become_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+BAD: dict[str, Callable[[World, Path], object]] = {
+    "not YAML": lambda world, folder: world.config.path.write_text("jobs: ["),
+    "not text": lambda world, folder: world.config.path.write_bytes(b"\xff\xfe\xfd"),
+    "unknown key": lambda world, folder: world.config.path.write_text("jops: []"),
+    "unknown secret": lambda world, folder: write_file(world, secret="nobody"),
+    "gone": lambda world, folder: world.config.path.unlink(),
+    "a folder": lambda world, folder: become_a_folder(world.config.path),
+    ".env is not text": lambda world, folder: (folder / ".env").write_bytes(b"A=\xff\xfe\n"),
+    "bad setting": lambda world, folder: (folder / ".env").write_text("MAX_RETRIES=lots\n"),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD.values(), ids=list(BAD))
+async def test_a_bad_reload_keeps_the_old_configuration(
+    world: World,
+    ear: socket.socket,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[[World, Path], object],
+) -> None:
+    """It is said in the log, the service manager hears that it goes on, and the job stays."""
+    world.openai.batch("batch_file")
+    write_file(world)
+    world.config = tecko.load_config(world.config.path, dict(world.config.env))
+    async with serving(world) as service:
+        old = service.steps.config
+        spoil(world, world.config.path.parent)
+        service.reload.set()
+        await hear(ear, "RELOADING=1")
+        await hear(ear, "READY=1")
+        assert "reload failed" in caplog.text and service.steps.config is old
+    assert (await world.store.find_job("from-file")).shown_status == "active"
+
+
+# ── Drain ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_drain_lets_the_check_in_flight_finish(world: World) -> None:
+    """What was asked is answered and recorded, nothing that falls due is begun, and no task is
+    left."""
+    flying = await watch(world, "batch_flying")
+    await watch(world, "batch_due", poll_interval=1)
+    gate = world.openai.gate("GET /v1/batches/batch_flying", after_acting=False)
+    before = asyncio.all_tasks()
+    async with running(world) as service:
+        await gate.areached()
+        await until(lambda: checks(world, "batch_due"))
+        draining = asyncio.create_task(service.drain())
+        await asyncio.sleep(0)
+        begun, passed = checks(world, "batch_due"), time.time() + 1 + 2 * tecko.GRID
+        await until(lambda: time.time() > passed)
+        assert checks(world, "batch_due") == begun and not draining.done()
+        gate.release()
+        await draining
+        assert timers(service) == []
+    assert asyncio.all_tasks() == before
+    assert (await world.get(flying)).last_check_at is not None
+
+
+async def test_drain_finishes_a_trigger_on_the_wire(world: World) -> None:
+    """Keboola took the job and has not answered yet: the answer is waited for and written down."""
+    world.openai.batch("batch_1", "completed")
+    job_id = await world.job()
+    gate = world.keboola.gate("POST /jobs", after_acting=True)
+    async with running(world) as service:
+        await gate.areached()
+        draining = asyncio.create_task(service.drain())
+        await asyncio.sleep(0)
+        gate.release()
+        await draining
+    [trigger] = await world.store.triggers(job_id)
+    assert (trigger.state, trigger.keboola_job_id) == ("running", world.keboola.created[0]["id"])
+
+
+async def test_a_start_that_fails_closes_everything(world: World) -> None:
+    """A job with an unknown secret: Invalid, and neither a task nor an open store is left."""
+    write_file(world, secret="nobody")
+    world.config = tecko.load_config(world.config.path, dict(world.config.env))
+    tasks, threads = asyncio.all_tasks(), threading.active_count()
+    with pytest.raises(tecko.Invalid, match="there is no secret 'nobody'"):
+        async with running(world):
+            pass
+    assert asyncio.all_tasks() == tasks
+    await until(lambda: threading.active_count() == threads)
+
+
+# ── Figures ───────────────────────────────────────────────────────────────────────────────────
+
+HEALTH = {
+    "status": "healthy",
+    "version": tecko.VERSION,
+    "database": "connected",
+    "db_connected": True,
+    "scheduler": "running",
+    "overdue_jobs": [],
+}
+
+
+async def test_healthy(world: World) -> None:
+    """All of the published fields, from the start on."""
+    async with running(world) as service:
+        said = await service.health()
+    assert said | HEALTH == said and said["uptime_seconds"] >= 0
+    assert datetime.fromisoformat(said["timestamp"]).tzinfo is not None
+
+
+async def test_degraded_while_a_job_is_overdue(world: World) -> None:
+    """Three intervals without a good check: the job is named; after a good one it is healthy."""
+    world.openai.fault("GET /v1/batches/batch_1", standins.Fault.status(500), times=None)
+    world.clock.turn(-10_000)
+    await watch(world, "batch_1", "behind", poll_interval=1)
+    await watch(world, "batch_2", "fine", poll_interval=1)
+    async with running(world) as service:
+        assert (await service.health())["status"] == "healthy"  # it has only just begun to look
+        await until(lambda: service.counters["errors"])
+        service.started_at -= 5_000
+        await until(lambda: checks(world, "batch_2"))
+        said = await service.health()
+        assert (said["status"], said["overdue_jobs"]) == ("degraded", ["behind"])
+        world.openai.heal()
+
+        async def healthy() -> bool:
+            said = await service.health()
+            return not said["overdue_jobs"] and said["status"] == "healthy"
+
+        await until(healthy)
+
+
+async def test_unhealthy(world: World) -> None:
+    """Without timers, when the ticks have stopped, when the store does not answer."""
+    async with running(world, timers=False) as service:
+        said = await service.health()
+        assert (said["status"], said["scheduler"]) == ("unhealthy", "stopped")
+    async with running(world) as service:
+        service._ticked -= tecko.STALLED_TICKS + 1
+        said = await service.health()
+        assert (said["status"], said["scheduler"]) == ("unhealthy", "stalled")
+        await until(lambda: time.monotonic() - service._ticked < tecko.STALLED_TICKS)
+        await service.store.close()
+        said = await service.health()
+        assert (said["status"], said["database"]) == ("unhealthy", "disconnected")
+        assert said["db_connected"] is False
+
+
+async def test_stats(world: World) -> None:
+    """How much there is of what, and what was done."""
+    world.openai.batch("batch_1", "completed")
+    ids = [await world.job(name) for name in "abc"]
+    await world.store.pause_job(ids[0], 0.0)
+    await world.store.sync_file_jobs([], 0.0)
+    async with running(world) as service:
+        await until(lambda: len(world.keboola.created) == 2 and service.counters["steps"] >= 2)
+        said = await service.stats()
+    assert (said["total_jobs"], said["paused_jobs"], said["active_jobs"]) == (3, 1, 0)
+    assert (said["total_secrets"], said["triggers"], said["errors"]) == (2, 2, 0)
+    assert said["checks"] >= 2 and said["total_logs"] == len(await world.store.logs(None, 999))
+    assert {"completed_jobs", "failed_jobs", "uptime_seconds"} <= said.keys()
+
+
+# ── The service manager, and one process per database ─────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["abstract", "path"])
+def test_the_service_manager_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """One datagram of lines, to an abstract address or a path."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
+        name = f"tecko-{time.monotonic_ns()}"
+        ear.bind("\0" + name if kind == "abstract" else str(tmp_path / "n"))
+        ear.settimeout(5)
+        address = "@" + name if kind == "abstract" else str(tmp_path / "n")
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        tecko.notify("READY=1", "STATUS=fine")
+        assert ear.recv(4096) == b"READY=1\nSTATUS=fine"
+
+
+@pytest.mark.parametrize("address", [None, "", "/nowhere/at/all", "@nobody-listens", "x" * 200])
+def test_without_a_service_manager(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
+    """Nobody there, or nobody who listens: nothing happens."""
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    if address is not None:
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+    tecko.notify("READY=1")
+
+
+async def test_the_watchdog_is_fed_by_ticks(world: World, ear: socket.socket) -> None:
+    """Each tick that got through to the store feeds it; without timers nobody does."""
+    async with running(world) as service:
+        for _ in range(2):
+            await hear(ear, "WATCHDOG=1")
+        await service.store.close()
+        with contextlib.suppress(BlockingIOError):
+            while ear.recv(4096):
+                pass
+        ticked = service._ticked
+        await until(lambda: any(job.next_run_time for job in timers(service)))
+        await service._tick()
+        with pytest.raises(BlockingIOError):
+            ear.recv(4096)
+        assert service._ticked == ticked
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    """Whoever comes second is told who was first; afterwards the next one may work."""
+    database = tmp_path / "t.db"
+    with tecko.RunLock(database) as lock:
+        lock.write("http://127.0.0.1:1", 5.5)
+        with (
+            pytest.raises(tecko.Conflict, match=rf"pid {os.getpid()}\)") as e,
+            tecko.RunLock(database),
+        ):
+            pass
+        assert "status" in e.value.hint
+        assert tecko.running(lock.path) == (os.getpid(), 5.5, "http://127.0.0.1:1")
+    assert tecko.running(lock.path) is None
+    with tecko.RunLock(database):
+        pass
+
+
+HOLDER = """
+import sys, time
+import teckochecker as tecko
+with tecko.RunLock(tecko.Path("t.db")) as lock:
+    lock.write("http://127.0.0.1:2", 1.0)
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    """After kill -9 its file is still there, and holds nobody up."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER],
+        cwd=tmp_path,
+        env=clean_environment({"PYTHONPATH": str(PROGRAM.parent)}),
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout and process.stdout.readline() == b"held\n"
+        pid_file = tecko.RunLock(tmp_path / "t.db").path
+        assert tecko.running(pid_file) == (process.pid, 1.0, "http://127.0.0.1:2")
+        with pytest.raises(tecko.Conflict, match=f"pid {process.pid}"):
+            tecko.RunLock(tmp_path / "t.db").__enter__()
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    assert pid_file.read_text() and tecko.running(pid_file) is None
+    with tecko.RunLock(tmp_path / "t.db") as lock:
+        lock.write("", 2.0)
+        assert tecko.running(pid_file) == (os.getpid(), 2.0, "")
+
+
+def test_looking_does_not_get_in_the_way(tmp_path: Path) -> None:
+    """A `status` that looks at the lock again and again never keeps a `start` from taking it."""
+    lock, looked, stop = tecko.RunLock(tmp_path / "t.db"), Counter[bool](), threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            looked[tecko.running(lock.path) is None] += 1
+
+    with lock:
+        pass
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        while not (looked[True] > 100 and looked[False] > 100):
+            with tecko.RunLock(tmp_path / "t.db"):
+                held = looked[False]
+                while looked[False] < held + 5:
+                    time.sleep(0)
+    finally:
+        stop.set()
+        looker.join()
+
+
+def test_a_lock_that_cannot_be_made(tmp_path: Path) -> None:
+    """A folder that is not there: a StoreError that names the file."""
+    with (
+        pytest.raises(tecko.StoreError, match=r"t\.db\.pid"),
+        tecko.RunLock(tmp_path / "x" / "t.db"),
+    ):
+        pass
+    assert tecko.running(tmp_path / "x" / "t.db.pid") is None
