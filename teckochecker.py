@@ -16,8 +16,10 @@ uses only what stands above it:
     Store         the one place with SQL
     Upstreams     the one place that calls OpenAI and Keboola
     Steps         load, ask, decide, record, act
+    Desk          what people and programs may ask for, each rule once
     Service       scheduler, reload, health, start, drain, stop
-    Admin         HTTP for people and monitors
+    Metrics       what Prometheus is told
+    Admin         HTTP: one table of routes serves, documents and is tested
     Command line  the one place that prints and exits
 
 A job                                     A trigger (the outbox row of one round of a job)
@@ -51,6 +53,7 @@ import gc
 import getpass
 import hashlib
 import hmac
+import html
 import http.client
 import http.server
 import importlib
@@ -76,16 +79,19 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Coroutine,
     Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from functools import lru_cache, partial, wraps
+from functools import cache, lru_cache, partial, wraps
+from http import HTTPStatus
 from pathlib import Path
 from types import MappingProxyType
 from typing import (
@@ -96,11 +102,12 @@ from typing import (
     ClassVar,
     Literal,
     NamedTuple,
+    NoReturn,
     ParamSpec,
     TypeVar,
     cast,
 )
-from urllib.parse import quote, quote_plus, urlsplit
+from urllib.parse import parse_qs, quote, quote_plus, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -108,12 +115,18 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     PlainValidator,
+    StrictStr,
     StringConstraints,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
+    create_model,
     model_validator,
 )
+from pydantic.fields import FieldInfo
+from pydantic.json_schema import models_json_schema
 
 if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK nor scheduler
     import aiosqlite
@@ -158,15 +171,18 @@ DRAIN_SECONDS = 8.0  # s that work in flight may take after SIGTERM, of the 10 s
 STORE_RETRY = 1.0  # s between attempts to write down what Keboola answered
 BUSY_TIMEOUT = 5000  # ms that SQLite waits for another process's lock
 
-HTTP_CONNECTIONS = 32  # handler threads at most; flat-out clients would starve the loop
 HTTP_IDLE = 5.0  # s without a byte before a connection is closed
 HTTP_DEADLINE = 8.0  # s for one request to arrive in whole, however it drips
 HTTP_ANSWER = 5.0  # s that the loop has to compute an answer
+HTTP_BODY = 1 << 20  # bytes of a request's body
 LOG_BYTES = 10_000_000  # per log file, five are kept
+PRUNE_SECONDS = 3600.0  # s between looks for log rows past their time
+PRUNE_ROWS = 1000  # of them are deleted in one transaction, so that it stays short
 
 BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
 VALUE_TEXT = "printable ASCII, without control characters, not empty"
-PRINTABLE = r"^\s*[!-~]([ -~]*[!-~])?\s*$"  # of a secret: what an HTTP header can carry
+PRINTABLE = r"^\s*[!-~][ -~]{4,}[!-~]\s*$"  # a short one would be redacted out of any text
+HOSTS = r"^\s*(([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:\d+)?\s*(,\s*|$))*$"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 KEY_SHAPES = re.compile(  # OpenAI's, Keboola's, a password in a URL
     r"sk-[A-Za-z0-9_-]{12,}|\b\d+-\d+-[A-Za-z0-9]{20,}\b|(?<=://)[^/\s@]+(?=@)"
@@ -278,13 +294,16 @@ ERROR_NAMES = {  # what `error` is in an answer, by code
 
 
 class Invalid(TeckoError):
-    """Input that the model refuses: every problem found, one a line."""
+    """Input that the model refuses: every problem found, one a line; `fields` names the places."""
 
     code = 1004
     http_status = 422
 
-    def __init__(self, problems: Sequence[str], *, hint: str = "") -> None:
+    def __init__(
+        self, problems: Sequence[str], *, hint: str = "", fields: Sequence[tuple[str, str]] = ()
+    ) -> None:
         super().__init__("\n".join(problems), hint=hint)
+        self.fields = [(place, redact(text)) for place, text in fields]
 
 
 class NotFound(TeckoError):
@@ -339,6 +358,22 @@ class KeboolaError(UpstreamError):
     code = 2002
 
 
+class Refused(TeckoError):
+    """A request that HTTP itself forbids: `http_status` says why; `close` ends the connection,
+    since what follows on it cannot be told from this request's body."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        close: bool = False,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(message)
+        self.http_status, self.close, self.headers = status, close, headers
+
+
 class StoreError(TeckoError):
     """SQLite failed or stayed locked; nothing of the transaction was written."""
 
@@ -369,6 +404,18 @@ TriggerState = Literal[
     "succeeded",
     "failed",  # Keboola's job ended so
     "rejected",  # Keboola refused it
+]
+
+
+def iso(at: float) -> str:
+    """A unix time as ISO 8601 in UTC, to the second."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+At = Annotated[  # unix seconds, shown as a date in answers
+    float,
+    PlainSerializer(iso, return_type=str),
+    WithJsonSchema({"type": "string", "format": "date-time"}, mode="serialization"),
 ]
 
 
@@ -446,16 +493,50 @@ RESERVED_VARIABLES = frozenset(
     """.split()
 )
 
-Text = Annotated[str, StringConstraints(min_length=1, max_length=255, strip_whitespace=True)]
+SOME_TEXT = {"anyOf": [{"type": "string", "minLength": 1, "maxLength": 255}, {"type": "number"}]}
+Text = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=255, strip_whitespace=True),
+    WithJsonSchema(SOME_TEXT, mode="validation"),
+]
 Name = Annotated[Text, AfterValidator(a_name)]
 BatchId = Annotated[str, StringConstraints(pattern=f"^{BATCH_ID.pattern}$")]
-Interval = Annotated[int, BeforeValidator(parse_interval), AfterValidator(within_bounds)]
-SecretName = Annotated[str | int, PlainValidator(secret_name)]
-Port = Annotated[int, BeforeValidator(not_bool), Field(ge=0, le=65535)]
+Interval = Annotated[
+    int,
+    BeforeValidator(parse_interval),
+    AfterValidator(within_bounds),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^\d{1,6}\s*[smh]?$"}]}
+    ),
+]
+SecretName = Annotated[
+    str | int,
+    PlainValidator(secret_name),
+    WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer"}]}),
+]
+Port = Annotated[
+    int,
+    Field(ge=0, le=65535),
+    BeforeValidator(not_bool),
+    WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 65535}),
+]
+StackUrl = Annotated[
+    str,
+    AfterValidator(clean_stack_url),
+    WithJsonSchema({"type": "string", "pattern": r"^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@\s]+/?$"}),
+]
 Variables = Annotated[
     dict[Text, Annotated[str, StringConstraints(min_length=1)]],
     BeforeValidator(texts),
     AfterValidator(not_reserved),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"minLength": 1, "maxLength": 255},
+            "additionalProperties": {"type": ["string", "number", "boolean"], "minLength": 1},
+        },
+        mode="validation",
+    ),
 ]
 
 
@@ -476,6 +557,7 @@ class OpenAIBatches(Strict):
     batch_ids: Annotated[list[BatchId], AfterValidator(without_twins)] = Field(
         min_length=1,
         max_length=10,
+        json_schema_extra={"uniqueItems": True},
         description="1 to 10 different ids, each batch_ with letters, digits, _ or -",
     )
     trigger_when: Literal["all_completed", "all_finished"] = Field(
@@ -488,7 +570,7 @@ class KeboolaTrigger(Strict):
 
     type: Literal["keboola"] = Field("keboola", description="keboola")
     secret: SecretName = Field(description="the name of a secret of type keboola")
-    stack_url: Annotated[str, AfterValidator(clean_stack_url)] = Field(
+    stack_url: StackUrl = Field(
         description="https://connection.keboola.com or another stack, without a path"
     )
     component_id: Text = Field(description="a component id like kds-team.app-custom-python")
@@ -518,6 +600,8 @@ FLAT_FIELDS: dict[str, tuple[str, ...]] = {
 def nested(data: Mapping[str, Any]) -> dict[str, Any]:
     """The flat form of a job (one level, as the REST API has it) as the nested one of jobs.yaml."""
     job = dict(data)
+    if is_flat(job):
+        job = {"watch": {}, "trigger": {}} | job  # so that what is missing in them is named
     if "batch_id" in job and "batch_ids" not in job:
         job["batch_ids"] = [job.pop("batch_id")]
     for flat, (*blocks, name) in FLAT_FIELDS.items():
@@ -528,6 +612,10 @@ def nested(data: Mapping[str, Any]) -> dict[str, Any]:
             if inner is not None:
                 job[blocks[0]] = inner
     return job
+
+
+def is_flat(data: object) -> bool:
+    return isinstance(data, dict) and bool({"batch_id", *FLAT_FIELDS} & data.keys())
 
 
 def is_block(value: object) -> bool:
@@ -563,8 +651,73 @@ def secrets_of(job: Mapping[str, Any]) -> list[tuple[str, str, str | int]]:
     return [(n, k, cast(str | int, s)) for n, k, s in uses if type(s) in named and str(s).strip()]
 
 
+def flat_field(path: tuple[str, ...]) -> Any:
+    """The field of JobSpec that a field of the flat form stands for."""
+    if path == ("batch_id",):
+        return FieldInfo(annotation=BatchId, description="one batch, in place of batch_ids")
+    model: Any = JobSpec
+    for part in path[:-1]:
+        model = model.model_fields[part].annotation
+    return model.model_fields[path[-1]]
+
+
+def schema_without_default(schema: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """A field that may be left out has no null that one could send."""
+    schema.pop("default", None)
+    schema.update(more)
+
+
+def flat_model(name: str, doc: str, flat: Iterable[str], *, optional: bool) -> type[Strict]:
+    """A model of the flat form, out of the nested one's fields. Of two ways to say the same (a
+    secret by id or by name, one batch or several) each is optional, and one is needed."""
+    made: dict[str, Any] = {}
+    either_way = {way for ways in EITHER for way in ways}
+    for field_name in flat:
+        info = flat_field(FLAT_FIELDS.get(field_name, (field_name,)))
+        kind: Any = Annotated[info.annotation, *info.metadata, None]
+        said, extra = info.description, info.json_schema_extra
+        if field_name.endswith("secret_id"):
+            kind, said = int, "the id of a stored secret, in place of its name"
+        needed = info.is_required() and not optional and field_name not in either_way
+        given = Field(
+            ... if needed else None,
+            description=said,
+            json_schema_extra=partial(schema_without_default, more=extra or {}),
+        )
+        made[field_name] = (kind, given)
+    model = create_model(name, __base__=Strict, __doc__=doc, **made)
+    either: Any = [{"oneOf": [{"required": [way]} for way in ways]} for ways in EITHER]
+    extra_schema: Any = {"minProperties": 1} if optional else {"allOf": either}
+    model.model_config["json_schema_extra"] = extra_schema
+    model.model_rebuild(force=True)
+    return model
+
+
+EITHER = (
+    ("batch_id", "batch_ids"),
+    ("openai_secret", "openai_secret_id"),
+    ("keboola_secret", "keboola_secret_id"),
+)
+FlatJob = flat_model(
+    "FlatJob",
+    "A job in the flat form, which is accepted wherever a job is.",
+    ["name", "batch_id", *FLAT_FIELDS],
+    optional=False,
+)
+JobChanges = flat_model(
+    "JobChanges",
+    "What can be changed of a job that did not come from jobs.yaml.",
+    ["name", "poll_interval_seconds", *(n for n in FLAT_FIELDS if n.startswith("keboola_"))],
+    optional=True,
+)
+
+
 class SecretRef(Strict):
     """A secret that lives outside of the store: exactly one of `env` and `file`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["env"]}, {"required": ["file"]}]}
+    )
 
     type: Literal["openai", "keboola", "api"] = Field(description="openai, keboola or api")
     env: Text | None = Field(None, description="the name of an environment variable")
@@ -582,7 +735,9 @@ class SecretBody(Strict):
 
     name: Name = Field(description="1 to 255 characters, not only digits")
     type: Literal["openai", "keboola", "api"] = Field(description="openai, keboola or api")
-    value: str = Field(pattern=PRINTABLE, max_length=10_000, description=VALUE_TEXT)
+    value: StrictStr = Field(
+        pattern=PRINTABLE, max_length=10_000, description=f"{VALUE_TEXT}, at least 6 characters"
+    )
 
 
 class Settings(BaseModel):
@@ -610,6 +765,14 @@ class Settings(BaseModel):
     )
     log_format: Literal["text", "json"] = Field("text", description="text or json")
     log_file: Path | None = None
+    log_retention_days: int = Field(90, ge=1, le=36500, description="whole days, 1 to 36500")
+    log_retention_rows: int = Field(
+        100_000, ge=100, le=10**9, description="log rows, 100 to 1000000000"
+    )
+    api_max_connections: int = Field(32, ge=1, le=1000, description="1 to 1000")
+    admin_hosts: Annotated[str, StringConstraints(pattern=HOSTS)] = Field(
+        "", description="host names, separated by commas"
+    )
     secret_key: SecretValue | None = None
     secret_key_file: Path | None = None
     credentials_directory: Path | None = None
@@ -644,8 +807,8 @@ class BatchSeen:
 
     batch_id: str
     status: str
-    created_at: float | None = None
-    expires_at: float | None = None
+    created_at: At | None = None
+    expires_at: At | None = None
     output_file_id: str | None = None
     error_file_id: str | None = None
     requests_total: int = 0
@@ -658,8 +821,8 @@ class BatchSeen:
 class Batch(BatchSeen):
     """A batch as the store remembers it; `status` is "" until it was seen once."""
 
-    changed_at: float = 0.0  # when we last saw anything about it change
-    missing_since: float | None = None  # first of the 404s in a row
+    changed_at: At = 0.0  # when we last saw anything about it change
+    missing_since: At | None = None  # first of the 404s in a row
     missing_checks: int = 0
 
 
@@ -673,18 +836,18 @@ class Trigger:
     state: TriggerState
     stack_url: str
     secret: str
-    body: str  # JSON, frozen when the decision fell
+    body: Annotated[str, PlainSerializer(json.loads, return_type=dict)]  # frozen JSON
     partial: bool  # some batch did not complete
     on_ambiguous: str
-    created_at: float
+    created_at: At
     attempts: int = 0
     searches: int = 0
-    sent_at: float | None = None
-    unknown_at: float | None = None
+    sent_at: At | None = None
+    unknown_at: At | None = None
     keboola_job_id: str | None = None
     keboola_status: str | None = None
     message: str | None = None
-    finished_at: float | None = None
+    finished_at: At | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -710,6 +873,18 @@ class Job:
     @property
     def shown_status(self) -> str:
         return "removed" if self.removed_at is not None else self.status
+
+
+@dataclass(frozen=True, slots=True)
+class LogRow:
+    """A row of polling_logs."""
+
+    id: int
+    job_id: int | None
+    status: str
+    message: str
+    actor: str | None  # who asked for it; None: the program itself
+    created_at: At
 
 
 @dataclass(frozen=True, slots=True)
@@ -772,6 +947,11 @@ TRIGGER_STEPS: dict[TriggerState, dict[Event, TriggerState]] = {
 
 EXPECTED_BATCH = ("validating", "in_progress", "finalizing", "cancelling")
 FINISHED_BATCH = ("completed", "failed", "expired", "cancelled")
+KNOWN_BATCH = EXPECTED_BATCH + FINISHED_BATCH
+KEBOOLA_STATUSES = (  # of a job, as its queue's description lists them
+    *("created", "waiting", "processing", "success", "warning"),
+    *("error", "terminating", "terminated", "cancelled"),
+)
 REFUSED = (400, 401, 403, 404, 422)  # Keboola understood and said no: nothing was started
 BAD_KEY = (401, 403)
 
@@ -920,6 +1100,11 @@ def request_body(spec: JobSpec, outcome_of_batches: Mapping[str, str]) -> str:
     return json.dumps(body)
 
 
+def is_open(trigger: Trigger) -> bool:
+    """Something is left to do for it that needs no person."""
+    return bool(TRIGGER_STEPS[trigger.state]) and trigger.state != "held"
+
+
 def retargeted(trigger: Trigger, spec: JobSpec) -> Trigger:
     """A trigger that was surely never sent, with the job's target of today; what it says of the
     batches stays."""
@@ -1012,6 +1197,7 @@ class SealedSecret:
     value: bytes
     key_id: str
     created_at: float
+    first_used_at: float | None = None
 
 
 def parse_master_key(text: str) -> bytes:
@@ -1371,11 +1557,37 @@ def validated(
         ]
 
 
-def parse(model: type[M], data: Any, context: Mapping[str, Any] = MappingProxyType({})) -> M:
-    """`data` as `model`. Raises Invalid with every field that is wrong."""
+def flat_place(at: Place, given: Collection[str]) -> Place:
+    """Where a field of the nested form stands in the flat one; of two names the one given."""
+    names = [name for name, path in FLAT_FIELDS.items() if at[: len(path)] == path]
+    names.sort(key=lambda name: name not in given)
+    if not names:
+        return at
+    if names[0] == "batch_ids" and "batch_id" in given:
+        return ("batch_id",)
+    return (names[0], *at[len(FLAT_FIELDS[names[0]]) :])
+
+
+def parse(
+    model: type[M],
+    data: Any,
+    context: Mapping[str, Any] = MappingProxyType({}),
+    flat: Collection[str] = (),
+) -> M:
+    """`data` as `model`. Raises Invalid with every field that is wrong, by the names of the flat
+    form where `data` is flat, or where `flat` says which of its fields were given."""
     made, errors = validated(model, data, context)
     if made is None:
-        raise Invalid([f"{dotted(at)}: {text}" if at else text for at, text in errors])
+        if flat or (model is JobSpec and is_flat(data)):
+            given = flat or data.keys()
+            names = f"allowed: {', '.join(FlatJob.model_fields)}"
+            errors = [
+                (flat_place(at, given), f"unknown key; {names}" if "unknown key" in text else text)
+                for at, text in errors
+            ]
+        places = [(dotted(at), text) for at, text in errors]
+        lines = [f"{place}: {text}" if place else text for place, text in places]
+        raise Invalid(lines, fields=places)
     return cast(M, made)
 
 
@@ -1403,6 +1615,7 @@ class Config:
 ENVIRONMENT = """
     API_HOST API_PORT ADMIN_TOKEN DEFAULT_POLL_INTERVAL MIN_POLL_INTERVAL MAX_POLL_INTERVAL
     MAX_RETRIES RETRY_DELAY TRIGGER_SETTLE_SECONDS OPENAI_BASE_URL LOG_LEVEL LOG_FORMAT LOG_FILE
+    LOG_RETENTION_DAYS LOG_RETENTION_ROWS API_MAX_CONNECTIONS ADMIN_HOSTS
     SECRET_KEY SECRET_KEY_FILE CREDENTIALS_DIRECTORY
     """.split()
 
@@ -1649,7 +1862,16 @@ MIGRATIONS = (
     CREATE INDEX logs_of_a_job ON polling_logs (job_id, id);
     CREATE INDEX open_triggers ON triggers (job_id) WHERE finished_at IS NULL;
     """,
+    """
+    -- who asked for what the row says; NULL: the program itself
+    ALTER TABLE polling_logs ADD COLUMN actor TEXT;
+    -- NULL: not used yet
+    ALTER TABLE secrets ADD COLUMN first_used_at REAL;
+    CREATE INDEX logs_by_age ON polling_logs (created_at);
+    """,
 )
+
+ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the audit: who asks
 
 
 class Plan(NamedTuple):
@@ -1764,6 +1986,7 @@ class Store:
         self._lock = asyncio.Lock()
         self._db: aiosqlite.Connection | None = None
         self._news: list[tuple[int, str]] = []  # log lines of the transaction under way
+        self.on_write: Callable[[float], None] = lambda seconds: None  # told of each transaction
 
     async def __aenter__(self) -> Store:
         import aiosqlite
@@ -1777,7 +2000,7 @@ class Store:
         try:
             self._db.row_factory = sqlite3.Row
             await self._sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
-            await self._sql("PRAGMA journal_mode = WAL")
+            await self._use_wal()
             await self._sql("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits
             await self._sql("PRAGMA foreign_keys = ON")
             await self._migrate()
@@ -1785,6 +2008,18 @@ class Store:
             await self.close()
             raise
         return self
+
+    async def _use_wal(self) -> None:
+        """Two processes that make the file at once: SQLite tells one of them at once that it is
+        locked, busy_timeout or not."""
+        for tries_left in reversed(range(BUSY_TIMEOUT // 50)):
+            try:
+                await self._sql("PRAGMA journal_mode = WAL")
+                return
+            except StoreError:
+                if not tries_left:
+                    raise
+                await asyncio.sleep(0.05)
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
@@ -1802,10 +2037,12 @@ class Store:
 
     async def transact(self, work: Callable[[], Awaitable[T]]) -> T:
         async with self._lock:
+            begun = time.perf_counter()
             await self._sql("BEGIN IMMEDIATE")  # a deferred one that reads first gets BUSY at once
             try:
                 result = await work()
                 await self._sql("COMMIT")
+                self.on_write(time.perf_counter() - begun)
                 self._tell()
                 return result
             except BaseException:
@@ -1895,6 +2132,17 @@ class Store:
         return SealedSecret(**rows[0]) if rows else None
 
     @transactional
+    async def note_use(self, secret: SealedSecret, now: float) -> None:
+        """Write down that a secret was used for the first time."""
+        rows = await self._sql(
+            "UPDATE secrets SET first_used_at = :now WHERE id = :id AND first_used_at IS NULL"
+            " RETURNING id",
+            {"id": secret.id, "now": now},
+        )
+        if rows:
+            await self._log(None, "used", f"secret {secret.name!r}, for the first time", now)
+
+    @transactional
     async def delete_secret(self, name: str, now: float) -> None:
         users = await self._sql(
             "SELECT name FROM polling_jobs WHERE :name IN (openai_secret, keboola_secret)"
@@ -1913,7 +2161,9 @@ class Store:
         await self._log(None, "deleted", f"secret {name!r}", now)
 
     @transactional
-    async def reseal_secrets(self, reseal: Callable[[SealedSecret], tuple[bytes, str]]) -> int:
+    async def reseal_secrets(
+        self, reseal: Callable[[SealedSecret], tuple[bytes, str]], now: float
+    ) -> int:
         """Replace every secret's value and key id by what `reseal` makes of its row; how many."""
         rows = await self._sql("SELECT * FROM secrets")
         for row in rows:
@@ -1922,15 +2172,20 @@ class Store:
                 "UPDATE secrets SET value = :value, key_id = :key_id WHERE id = :id",
                 {"value": value, "key_id": key_id, "id": row["id"]},
             )
+        await self._log(None, "rotated", f"{len(rows)} secrets sealed anew", now)
         return len(rows)
 
     # jobs
 
-    async def jobs(self, status: str | None = None) -> list[Job]:
+    async def jobs(
+        self, status: str | None = None, limit: int = sys.maxsize, after: int = 0
+    ) -> list[Job]:
+        """Jobs of a shown status, or all (None), with ids beyond `after`, by id."""
         rows = await self._read(
-            "SELECT * FROM polling_jobs WHERE :status IS NULL OR :status ="
-            " CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END ORDER BY id",
-            {"status": status},
+            "SELECT * FROM polling_jobs WHERE id > :after AND (:status IS NULL OR :status ="
+            " CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END)"
+            " ORDER BY id LIMIT :limit",
+            {"status": status, "limit": limit, "after": after},
         )
         return [job_of(row) for row in rows]
 
@@ -1965,6 +2220,18 @@ class Store:
     async def batches(self, job_id: int) -> list[Batch]:
         async with self._lock:
             return await self._batches(job_id)
+
+    async def batches_of(self, first: int, last: int) -> dict[int, list[Batch]]:
+        """The batches of all jobs from one id to another, by job."""
+        rows = await self._read(
+            f"SELECT job_id, {', '.join(BATCH_COLUMNS)} FROM polling_batches"
+            " WHERE job_id BETWEEN :first AND :last ORDER BY job_id, position",
+            {"first": first, "last": last},
+        )
+        found: dict[int, list[Batch]] = {}
+        for job_id, *values in rows:
+            found.setdefault(job_id, []).append(Batch(*values))
+        return found
 
     async def schedule(self) -> dict[int, Plan]:
         """The jobs that have something left to do."""
@@ -2301,10 +2568,11 @@ class Store:
 
     async def _log(self, job_id: int | None, status: str, message: str, now: float) -> None:
         row = {"job_id": job_id, "status": status, "message": redact(message), "created_at": now}
-        await self._insert("polling_logs", row)
+        await self._insert("polling_logs", row | {"actor": ACTOR.get()})
         level = {"error": logging.WARNING, "failed": logging.ERROR}.get(status, logging.INFO)
         who = f"job {job_id}: " if job_id is not None else ""
-        self._news.append((level, f"{who}{status}: {message}".rstrip(": ")))
+        by = f" (by {ACTOR.get()})" if ACTOR.get() else ""
+        self._news.append((level, f"{who}{status}: {message}".rstrip(": ") + by))
 
     def _tell(self) -> None:
         """Log what was committed; what was rolled back did not happen."""
@@ -2312,14 +2580,25 @@ class Store:
             log.log(level, "%s", text)
         self._news.clear()
 
-    async def logs(self, job_id: int | None, limit: int, after: int = 0) -> list[dict[str, Any]]:
+    async def logs(self, job_id: int | None, limit: int, after: int = 0) -> list[LogRow]:
         """The last rows of a job, or of all (None); oldest first; only ids beyond `after`."""
         rows = await self._read(
             "SELECT * FROM polling_logs WHERE (job_id = :job_id OR :job_id IS NULL) AND id > :after"
             " ORDER BY id DESC LIMIT :limit",
             {"job_id": job_id, "limit": limit, "after": after},
         )
-        return [{**row} for row in reversed(rows)]
+        return [LogRow(**row) for row in reversed(rows)]
+
+    @transactional
+    async def prune_logs(self, before: float, keep: int) -> int:
+        """Delete some of the rows older than `before` or beyond the newest `keep`; how many."""
+        rows = await self._sql(
+            "DELETE FROM polling_logs WHERE id IN (SELECT id FROM polling_logs WHERE"
+            " created_at < :before OR id <= (SELECT max(id) FROM polling_logs) - :keep"
+            " ORDER BY id LIMIT :some) RETURNING id",
+            {"before": before, "keep": keep, "some": PRUNE_ROWS},
+        )
+        return len(rows)
 
     async def counts(self) -> dict[str, Any]:
         """Jobs by shown status, and how many secrets, triggers and log rows there are."""
@@ -2333,6 +2612,17 @@ class Store:
                 " AS triggers, (SELECT count(*) FROM polling_logs) AS logs"
             )
         return {"jobs": {r[0]: r[1] for r in rows}, **row}
+
+    async def lateness(self, now: float, since: float) -> tuple[float, int]:
+        """Of active jobs: the longest time since a successful check (or `since`, when the service
+        started), in seconds, and how many had none for three intervals."""
+        [row] = await self._read(
+            "SELECT min(ok), count(CASE WHEN ok + 3 * poll_interval_seconds < :now THEN 1 END) FROM"
+            " (SELECT poll_interval_seconds, CASE WHEN last_ok_at > :since THEN last_ok_at ELSE"
+            " :since END AS ok FROM polling_jobs WHERE status = 'active' AND removed_at IS NULL)",
+            {"now": now, "since": since},
+        )
+        return (now - row[0] if row[0] is not None else 0.0), row[1]
 
     async def overdue(self, now: float, since: float) -> list[str]:
         """Active jobs without a successful check for three intervals, none counted from before
@@ -2399,7 +2689,7 @@ def parse_batch(batch_id: str, data: Any) -> BatchSeen:
     first = messages[0] if isinstance(messages, list) and messages else None
     return BatchSeen(
         batch_id=batch_id,
-        status=short(data["status"]),
+        status=data["status"] if data["status"] in KNOWN_BATCH else short(data["status"]),
         created_at=number(data, "created_at"),
         expires_at=number(data, "expires_at"),
         output_file_id=text("output_file_id"),
@@ -2676,7 +2966,8 @@ def keboola_job(data: Any) -> KeboolaJob:
         raise KeboolaError(f"Keboola's answer is not a job: {short(data)[:80]}")
     result = job.get("result")
     message = result.get("message") if isinstance(result, dict) else None
-    return KeboolaJob(job_id, short(status), ended, short(message) if message else None)
+    listed = status if status in KEBOOLA_STATUSES else short(status)
+    return KeboolaJob(job_id, listed, ended, short(message) if message else None)
 
 
 def trigger_id_of(job: Any) -> str | None:
@@ -2723,6 +3014,8 @@ class Steps:
         self.config, self.store, self.vault = config, store, vault
         self.openai, self.keboola = openai, keboola
         self.clock, self.luck = clock, luck
+        self.tally: Counter[tuple[str, str]] = Counter()  # (what, outcome), for the metrics
+        self._first_used: dict[int, SealedSecret] = {}  # still to be noted
 
     async def step(self, job_id: int) -> Stepped:
         """Advance a job's open triggers, then check its batches if it is active. Raises StoreError
@@ -2736,6 +3029,9 @@ class Steps:
         if job is not None and job.status == "active" and job.removed_at is None:
             steps.append(await self._check(job, batches))
         waits = [s.wait for s in steps if s.wait is not None]
+        with contextlib.suppress(StoreError):  # at the end, and next time if not now
+            while self._first_used:
+                await self.store.note_use(self._first_used.popitem()[1], self.clock())
         last = steps[-1] if steps else Stepped(None, "nothing to do")
         return replace(last, wait=min(waits, default=None))
 
@@ -2743,7 +3039,10 @@ class Steps:
         """Looked up at each use, so that a replaced secret counts at once."""
         row = await self.store.secret(name)
         if row is not None:
-            return self.vault.open(row)
+            value = self.vault.open(row)
+            if row.first_used_at is None:
+                self._first_used[row.id] = row
+            return value
         if name not in self.config.secrets:
             raise SecretError(
                 f"there is no secret {name!r}", hint=f"secret add --name {name}", code=1001
@@ -2765,7 +3064,11 @@ class Steps:
         ok = not errors
         checked = Checked(job, known, batches, verdict, trigger, last_error, ok, wait, now)
         if not await self.store.record_check(checked):
+            self.tally["checks", "dropped"] += 1
             return Stepped(0.0, "changed while it was checked")
+        self.tally["checks", verdict.event or ("error" if errors else "waiting")] += 1
+        for error in errors:
+            self._count_error(error)
         if trigger is not None:
             return await self._advance(trigger)
         done = sum(outcome(b) is not None for b in batches)
@@ -2824,8 +3127,13 @@ class Steps:
             await self._record(trigger, "lose", said)  # steps of a job never overlap
             return Stepped(0.0, said)
         except (UpstreamError, SecretError) as e:
+            self._count_error(e)
             await self.store.note_trigger(trigger, self.clock(), error=str(e))
             return Stepped(await self._wait(trigger, e), str(e), e)
+
+    def _count_error(self, error: TeckoError) -> None:
+        status = getattr(error, "status", None)
+        self.tally["upstream_errors", f"{ERROR_NAMES[error.code]} {status or 'no answer'}"] += 1
 
     async def _wait(self, trigger: Trigger, error: TeckoError) -> float:
         job = await self.store.job(trigger.job_id)
@@ -2837,6 +3145,7 @@ class Steps:
     ) -> Trigger | None:
         """Write down what is known to have happened, however long the store stays locked: a
         Keboola job that is not written down would be searched for, or started again."""
+        self.tally["triggers", event] += 1
         while True:
             try:
                 return await self.store.move_trigger(trigger, event, said, self.clock(), **facts)
@@ -2864,6 +3173,7 @@ class Steps:
         return await self._accepted(claimed, job, f"Keboola job {job.id} started")
 
     async def _not_accepted(self, trigger: Trigger, error: KeboolaError) -> Stepped:
+        self._count_error(error)
         event = after_post(error)
         said = str(error)
         if event == "lose":
@@ -2919,6 +3229,372 @@ class Steps:
     async def _follow_wait(self, trigger: Trigger) -> float:
         job = await self.store.job(trigger.job_id)
         return FOLLOW_FACTOR * float(job.spec.poll_interval if job else 0)
+
+
+# ── Desk ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Answer(BaseModel):
+    """What HTTP and --json say."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class SecretAnswer(Answer):
+    """A stored secret, without its value."""
+
+    id: int
+    name: str
+    type: str
+    created_at: At
+    first_used_at: At | None
+
+
+class SecretList(Answer):
+    secrets: list[SecretAnswer]
+    total: int
+
+
+class JobAnswer(Answer):
+    """A job in the flat form, with its batches and how far they are."""
+
+    id: int
+    name: str
+    status: str
+    last_error: str | None
+    origin: str = Field(description="file: from jobs.yaml; store: from command line or HTTP")
+    batch_id: str = Field(description="the first of batch_ids")
+    batch_ids: list[str]
+    trigger_when: str
+    openai_secret: str
+    openai_secret_id: int | None = Field(description="null: it is not in the store")
+    keboola_secret: str
+    keboola_secret_id: int | None = Field(description="null: it is not in the store")
+    keboola_stack_url: str
+    keboola_component_id: str
+    keboola_configuration_id: str
+    variables: dict[str, str]
+    on_ambiguous: str
+    poll_interval_seconds: int
+    batches: list[Batch]
+    batch_count: int
+    completed_count: int
+    failed_count: int
+    last_check_at: At | None
+    next_check_at: At | None
+    created_at: At
+    completed_at: At | None
+
+
+class JobDetail(JobAnswer):
+    """A job with its history."""
+
+    triggers: list[Trigger]
+    logs: list[LogRow] | None = Field(description="oldest first; null: not asked for")
+
+
+class JobList(Answer):
+    jobs: list[JobAnswer]
+    total: int = Field(description="how many there are, on all pages")
+    next_after: int | None = Field(description="`after` of the next page; null: this is the last")
+
+
+class Done(Answer):
+    success: bool
+    message: str
+
+
+SchedulerState = Literal["running", "stopped", "stalled"]
+
+
+class Health(Answer):
+    status: Literal["healthy", "degraded", "unhealthy"]
+    timestamp: At
+    version: str
+    uptime_seconds: float
+    database: Literal["connected", "disconnected"]
+    db_connected: bool
+    scheduler: SchedulerState
+    overdue_jobs: list[str] = Field(description="no successful check for three intervals")
+
+
+class Stats(Answer):
+    """How much there is, and what was done since the start."""
+
+    total_jobs: int
+    active_jobs: int
+    paused_jobs: int
+    completed_jobs: int
+    failed_jobs: int
+    jobs_by_status: dict[str, int]
+    total_secrets: int
+    total_logs: int
+    uptime_seconds: float
+    checks: int
+    triggers: int
+    errors: int
+
+
+def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of JobAnswer; `secrets`: the ids of the stored ones, by name."""
+    ends = Counter(outcome(batch) for batch in batches)
+    shown: dict[str, Any] = {
+        "id": job.id,
+        "name": job.name,
+        "status": job.shown_status,
+        "origin": job.origin,
+        "batch_id": job.spec.watch.batch_ids[0],
+        "openai_secret_id": secrets.get(str(job.spec.watch.secret)),
+        "keboola_secret_id": secrets.get(str(job.spec.trigger.secret)),
+        "batches": batches,
+        "batch_count": len(batches),
+        "completed_count": ends["completed"],
+        "failed_count": ends["failed"],
+    }
+    spec = job.spec.model_dump()
+    for flat, path in FLAT_FIELDS.items():
+        shown.setdefault(flat, spec[path[0]][path[1]] if len(path) > 1 else spec[path[0]])
+    for name in "last_error last_check_at next_check_at created_at completed_at".split():
+        shown[name] = getattr(job, name)
+    return shown
+
+
+class Desk:
+    """What people and programs may ask for, on the command line and over HTTP: each rule once.
+
+    `ref` is an id or a name. Raises Invalid, NotFound, Conflict, SecretError and StoreError.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        vault: Vault,
+        config: Callable[[], Config],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.store, self.vault, self.config, self.clock = store, vault, config, clock
+
+    async def add_secret(self, body: SecretBody, *, replace: bool = False) -> SecretAnswer:
+        value = SecretValue(clean_secret(body.value))
+        sealed, key_id = self.vault.seal(body.name, body.type, value)
+        save = self.store.replace_secret if replace else self.store.add_secret
+        await save(body.name, body.type, sealed, key_id, self.clock())
+        return await self.secret(body.name)
+
+    async def secrets(self) -> SecretList:
+        rows = [secret_answer(row) for row in await self.store.secrets()]
+        return SecretList(secrets=rows, total=len(rows))
+
+    async def secret(self, ref: str) -> SecretAnswer:
+        for row in await self.store.secrets():
+            if ref in (row.name, str(row.id)):
+                return secret_answer(row)
+        what = f"with ID {ref}" if ref.isdigit() else repr(ref)
+        raise NotFound(f"Secret {what} not found", hint="secret list shows them", code=1001)
+
+    async def delete_secret(self, ref: str) -> Done:
+        name = (await self.secret(ref)).name
+        await self.store.delete_secret(name, self.clock())
+        return Done(success=True, message=f"Secret {name!r} deleted successfully")
+
+    async def rotate(self) -> int:
+        """New key in front of the old one, everything sealed anew in one transaction, old key
+        gone: a crash between any two of these leaves keys that open every secret."""
+        self.vault.begin_rotation()
+
+        def reseal(row: SealedSecret) -> tuple[bytes, str]:
+            return self.vault.seal(row.name, row.type, self.vault.open(row))
+
+        count = await self.store.reseal_secrets(reseal, self.clock())
+        self.vault.end_rotation()
+        return count
+
+    async def create_job(self, spec: JobSpec) -> JobDetail:
+        await self._check_secrets(spec)
+        return await self.job(str(await self.store.create_job(spec, "store", self.clock())))
+
+    async def update_job(self, ref: str, changes: Mapping[str, Any]) -> JobDetail:
+        """Change what `changes` names in the flat form."""
+        job = await self.store.find_job(ref)
+        if not changes:
+            raise Invalid(["nothing to change was named"], hint="job update --help lists it")
+        data = job.spec.model_dump()
+        for name, value in changes.items():
+            path = FLAT_FIELDS.get(name, (name,))
+            (data if len(path) == 1 else data[path[0]])[path[-1]] = value
+        context = self.config().settings.job_context
+        spec = parse(JobSpec, data, context, flat=changes.keys())
+        await self._check_secrets(spec, changes.keys())
+        await self.store.update_job(job.id, spec, self.clock())
+        return await self.job(str(job.id))
+
+    async def _check_secrets(self, spec: JobSpec, given: Collection[str] = ()) -> None:
+        stored = await self.store.secret_types()
+        if problems := secret_problems(spec.model_dump(), stored, self.config()):
+            said = "; ".join(text for _, text in problems)
+            if "there is no secret" not in said:
+                flat = [(flat_place(at, given) if given else at, text) for at, text in problems]
+                raise Invalid([said], fields=[(dotted(at), text) for at, text in flat])
+            raise NotFound(said, hint="secret add stores one", code=1001)
+
+    async def jobs(self, status: str | None, limit: int, after: int) -> JobList:
+        """A page of jobs, by id."""
+        rows = await self.store.jobs(status, limit + 1, after)
+        page, ids = rows[:limit], await self._secret_ids()
+        batches = await self.store.batches_of(page[0].id, page[-1].id) if page else {}
+        shown = [JobAnswer(**job_fields(job, batches.get(job.id, []), ids)) for job in page]
+        counts: dict[str, int] = (await self.store.counts())["jobs"]
+        total = sum(counts.values()) if status is None else counts.get(status, 0)
+        more = page[-1].id if len(rows) > limit else None
+        return JobList(jobs=shown, total=total, next_after=more)
+
+    async def job(self, ref: str, logs: int | None = 20) -> JobDetail:
+        job = await self.store.find_job(ref)
+        fields_ = job_fields(job, await self.store.batches(job.id), await self._secret_ids())
+        triggers = await self.store.triggers(job.id)
+        rows = None if logs is None else await self.store.logs(job.id, logs)
+        return JobDetail(**fields_, triggers=triggers, logs=rows)
+
+    async def _secret_ids(self) -> dict[str, int]:
+        return {row.name: row.id for row in await self.store.secrets()}
+
+    async def step_job(self, ref: str, step: Literal["pause", "resume", "retry"]) -> JobDetail:
+        job = await self.store.find_job(ref)
+        steps = {"pause": self.store.pause_job, "resume": self.store.resume_job}
+        await (steps | {"retry": self.store.retry_job})[step](job.id, self.clock())
+        return await self.job(str(job.id))
+
+    async def delete_job(self, ref: str) -> Done:
+        job = await self.store.find_job(ref)
+        await self.store.delete_job(job.id, self.clock())
+        return Done(success=True, message=f"Job {job.name!r} deleted successfully")
+
+    async def explain(self, ref: str) -> list[str]:
+        """In plain sentences: what the job waits for, what was seen, why it did or did not fire,
+        and what happens next."""
+        job = await self.store.find_job(ref)
+        batches, triggers = await self.store.batches(job.id), await self.store.triggers(job.id)
+        trigger = next((t for t in triggers if t.round == job.round), None)
+        return explain(job, batches, trigger, self.clock())
+
+
+def secret_answer(row: SealedSecret) -> SecretAnswer:
+    shown = {name: getattr(row, name) for name in SecretAnswer.model_fields}
+    return SecretAnswer(**shown)
+
+
+def explain(job: Job, batches: Sequence[Batch], trigger: Trigger | None, now: float) -> list[str]:
+    """What `Desk.explain` says, from data alone."""
+    ends = Counter(outcome(batch) for batch in batches)
+    many = len(batches) > 1
+    have, ended = ("have", "they end") if many else ("has", "it ends")
+    goal = {
+        "all_completed": f"{have} completed",
+        "all_finished": f"{have} finished, however {ended}",
+    }
+    whose = f"all its {len(batches)} batches" if many else "its batch"
+    said = [f"Job {job.name!r} starts a Keboola job once {whose}"]
+    said[0] += f" {goal[job.spec.watch.trigger_when]}."
+    if job.last_check_at is None:
+        said.append("It has not been checked yet.")
+    else:
+        said.append(f"It was last checked {span(now - job.last_check_at)} ago:")
+        said[-1] += f" {ends['completed']} completed, {ends['failed']} failed, {ends[None]} go on."
+    said += [f"  {describe_progress(batch)}" for batch in batches if batch.status]
+    if trigger is not None:
+        said.append(f"It fired {span(now - trigger.created_at)} ago, as trigger {trigger.id}.")
+        said.append(explain_trigger(trigger))
+    if job.last_error:
+        said.append(f"Last error: {job.last_error.rstrip('.')}.")
+    left = (job.next_check_at or now) - now
+    next_check = f" in {span(left)}" if left > 0 else ""
+    means = JOB_MEANS["removed" if job.removed_at is not None else job.status]
+    if trigger is not None and trigger.state == "unknown":
+        means = "Next: Keboola's search is asked again, until the trigger is settled."
+    elif job.removed_at is not None and trigger is not None and is_open(trigger):
+        means = "Next: no check, for the job has left jobs.yaml; its trigger is carried to its end."
+    return [*said, means.format(next=next_check, every=job.spec.poll_interval)]
+
+
+def explain_trigger(trigger: Trigger) -> str:
+    """Where a trigger stands, in a sentence."""
+    status, message = trigger.keboola_status, (trigger.message or "").rstrip(".")
+    searches = f"{trigger.searches} search" + ("es" if trigger.searches != 1 else "")
+    return TRIGGER_MEANS[trigger.state].format(
+        job=trigger.keboola_job_id,
+        which=f", which is {status}" if status else "",
+        end=f" with {status}" if status else "",
+        why=f": {message}" if message else "",
+        searches=searches,
+    )
+
+
+JOB_MEANS = {
+    "active": "Next: it is checked{next}, every {every} s, while the service runs.",
+    "paused": "Next: nothing, until job resume.",
+    "triggering": "Next: the trigger is carried to Keboola, while the service runs.",
+    "triggered": "Next: Keboola's job is followed to its end.",
+    "completed": "Next: nothing; other batch ids would start a new round.",
+    "completed_with_failures": "Next: nothing; other batch ids would start a new round.",
+    "failed": "Next: nothing, until job retry, or other batch ids.",
+    "removed": "Next: no check, for the job has left jobs.yaml.",
+}
+TRIGGER_MEANS: dict[TriggerState, str] = {
+    "pending": "It has not reached Keboola yet.",
+    "sending": "It is on its way to Keboola.",
+    "unknown": "Whether Keboola took it is unknown; {searches} did not show it so far.",
+    "held": "Whether Keboola took it is unknown; it is left for you, as on_ambiguous: hold asks.",
+    "running": "Keboola runs it as job {job}{which}.",
+    "succeeded": "Keboola job {job} ended{end}.",
+    "failed": "Keboola job {job} ended{end}{why}.",
+    "rejected": "Keboola refused it{why}.",
+}
+
+
+# ── Metrics ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Metrics:
+    """What Prometheus is told: histograms that fill as things happen, the rest when it asks."""
+
+    def __init__(self) -> None:
+        import prometheus_client
+
+        self.registry = prometheus_client.CollectorRegistry()
+        self.steps = prometheus_client.Histogram(
+            "teckochecker_check_duration_seconds",
+            "Time that a step of a job took, with its calls to OpenAI and Keboola.",
+            registry=self.registry,
+        )
+        self.writes = prometheus_client.Histogram(
+            "teckochecker_store_write_duration_seconds",
+            "Time that a transaction of the store took.",
+            registry=self.registry,
+            buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        )
+        self._families: list[Any] = []
+        self.registry.register(cast(Any, self))
+
+    def collect(self) -> list[Any]:
+        return self._families
+
+    def text(
+        self,
+        counters: Mapping[str, tuple[str, str, Mapping[str, float]]],
+        gauges: Mapping[str, tuple[str, str, Mapping[str, float]]],
+    ) -> str:
+        """The text format. A family: its name, help, label ("" for none), value by label."""
+        from prometheus_client import generate_latest
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        self._families = []
+        for kind, families in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
+            for name, (help_text, label, values) in families.items():
+                family = kind(f"teckochecker_{name}", help_text, labels=[label] if label else [])
+                for key, value in values.items():
+                    family.add_metric([key] if label else [], value)
+                self._families.append(family)
+        return generate_latest(self.registry).decode()
 
 
 # ── Service ───────────────────────────────────────────────────────────────────────────────────
@@ -3043,7 +3719,11 @@ class Service:
         self.started_at = time.time()
         self.stop = asyncio.Event()
         self.reload = asyncio.Event()
+        self.desk = Desk(steps.store, steps.vault, lambda: steps.config)
         self.counters: Counter[str] = Counter()
+        self.metrics = Metrics()
+        self.connections: Callable[[], int] = lambda: 0
+        self._lag = 0.0
         self._scheduler = make_scheduler()
         self._plans: dict[int, Plan] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -3065,6 +3745,10 @@ class Service:
         self._scheduler.add_job(
             self._tick, "interval", seconds=TICK, next_run_time=datetime.now(UTC)
         )
+        self._scheduler.add_job(
+            self._prune, "interval", seconds=PRUNE_SECONDS, next_run_time=datetime.now(UTC)
+        )
+        self.store.on_write = self.metrics.writes.observe
         self._scheduler.start()
         gc.collect()
         gc.freeze()  # what lives from here on need not be looked at by each full collection
@@ -3079,6 +3763,11 @@ class Service:
             if self.reload.is_set():
                 self.reload.clear()
                 await self._reload()
+
+    def look_again(self) -> None:
+        """Something changed in the store that did not come from a step: take it up at the next
+        tick."""
+        self._stale = True
 
     async def drain(self) -> None:
         """Take no more work, let what is in flight finish or be recorded, end the timers."""
@@ -3129,15 +3818,25 @@ class Service:
 
     async def _tick(self) -> None:
         """Once a second: take up what other processes changed, and feed the watchdog."""
+        ACTOR.set(None)
         try:
             version = await self.store.data_version()
             if self._stale or version != self._seen_version:
                 await self._sync()
                 self._seen_version = version
-            self._ticked = time.monotonic()
+            now = time.monotonic()
+            self._lag, self._ticked = max(0.0, now - self._ticked - TICK), now
             notify("WATCHDOG=1")
         except StoreError as e:
             log.error("%s", e)
+
+    async def _prune(self) -> None:
+        """Delete log rows past their time or number, in small transactions."""
+        keep, days = self.settings.log_retention_rows, self.settings.log_retention_days
+        with contextlib.suppress(StoreError):  # it has time until the next look
+            before = time.time() - 86400 * days
+            while await self.store.prune_logs(before, keep) == PRUNE_ROWS:
+                pass  # others take their turns at the store in between
 
     async def _sync(self) -> None:
         """Make the timers what the store says."""
@@ -3161,6 +3860,7 @@ class Service:
 
     async def _run(self, job_id: int) -> None:
         """What a job's timer calls: the timer swallows what is raised, so nothing is."""
+        ACTOR.set(None)  # a timer inherits the context of whoever set it
         task = asyncio.current_task()
         assert task is not None
         if self._draining:
@@ -3182,6 +3882,7 @@ class Service:
             self._due(job_id, stepped.wait)
 
     async def _step(self, job_id: int) -> Stepped:
+        begun = time.perf_counter()
         try:
             stepped = await self.steps.step(job_id)
         except StoreError as e:
@@ -3190,6 +3891,7 @@ class Service:
         except Exception as e:
             stepped = Stepped(LONGEST_WAIT, "a defect", TeckoError(str(e)))
             log.exception("job %s: a defect of TeckoChecker; trying again in an hour", job_id)
+        self.metrics.steps.observe(time.perf_counter() - begun)
         self.counters["steps"] += 1
         self.counters["errors"] += stepped.error is not None
         log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
@@ -3201,7 +3903,7 @@ class Service:
 
     # figures
 
-    async def health(self) -> dict[str, Any]:
+    async def health(self) -> Health:
         """`healthy`, `degraded` or `unhealthy`, out of work that was really done."""
         try:
             overdue = await asyncio.wait_for(
@@ -3210,45 +3912,97 @@ class Service:
             connected = True
         except (StoreError, TimeoutError):
             overdue, connected = [], False
-        stalled = time.monotonic() - self._ticked > STALLED_TICKS
-        scheduler = "stalled" if stalled else "running" if self._scheduler.running else "stopped"
-        return self._health(connected, scheduler, overdue)
+        return self._health(connected, self._scheduler_state(), overdue)
 
-    def stalled_health(self) -> dict[str, Any]:
+    def stalled_health(self) -> Health:
         """What is said when the loop does not come to answer; nothing is known of the store."""
         return self._health(False, "stalled", [])
 
-    def _health(self, connected: bool, scheduler: str, overdue: list[str]) -> dict[str, Any]:
+    def _health(self, connected: bool, scheduler: SchedulerState, overdue: list[str]) -> Health:
         now, bad = time.time(), not connected or scheduler != "running"
-        return {
-            "status": "unhealthy" if bad else "degraded" if overdue else "healthy",
-            "timestamp": iso(now),
-            "version": VERSION,
-            "uptime_seconds": round(now - self.started_at, 1),
-            "database": "connected" if connected else "disconnected",
-            "db_connected": connected,
-            "scheduler": scheduler,
-            "overdue_jobs": overdue,
-        }
+        return Health(
+            status="unhealthy" if bad else "degraded" if overdue else "healthy",
+            timestamp=now,
+            version=VERSION,
+            uptime_seconds=round(now - self.started_at, 1),
+            database="connected" if connected else "disconnected",
+            db_connected=connected,
+            scheduler=scheduler,
+            overdue_jobs=overdue,
+        )
 
-    async def stats(self) -> dict[str, Any]:
-        """How much there is, and what was done since the start."""
+    def _scheduler_state(self) -> SchedulerState:
+        stalled = time.monotonic() - self._ticked > STALLED_TICKS
+        return "stalled" if stalled else "running" if self._scheduler.running else "stopped"
+
+    async def alive(self) -> Done:
+        """That this is answered at all is the answer: it runs on the loop."""
+        return Done(success=True, message="the loop turns")
+
+    async def ready(self) -> Done:
+        health = await self.health()
+        said = f"database {health.database}, scheduler {health.scheduler}"
+        return Done(success=health.status != "unhealthy", message=said)
+
+    async def stats(self) -> Stats:
         counts = await self.store.counts()
-        jobs: Mapping[str, int] = counts["jobs"]
-        return {
-            "total_jobs": sum(jobs.values()),
-            "active_jobs": jobs.get("active", 0),
-            "paused_jobs": jobs.get("paused", 0),
-            "completed_jobs": jobs.get("completed", 0) + jobs.get("completed_with_failures", 0),
-            "failed_jobs": jobs.get("failed", 0),
-            "jobs_by_status": jobs,
-            "total_secrets": counts["secrets"],
-            "total_logs": counts["logs"],
-            "uptime_seconds": round(time.time() - self.started_at, 1),
-            "checks": self.counters["steps"],
-            "triggers": counts["triggers"],
-            "errors": self.counters["errors"],
-        }
+        jobs: dict[str, int] = counts["jobs"]
+        return Stats(
+            total_jobs=sum(jobs.values()),
+            active_jobs=jobs.get("active", 0),
+            paused_jobs=jobs.get("paused", 0),
+            completed_jobs=jobs.get("completed", 0) + jobs.get("completed_with_failures", 0),
+            failed_jobs=jobs.get("failed", 0),
+            jobs_by_status=jobs,
+            total_secrets=counts["secrets"],
+            total_logs=counts["logs"],
+            uptime_seconds=round(time.time() - self.started_at, 1),
+            checks=self.counters["steps"],
+            triggers=counts["triggers"],
+            errors=self.counters["errors"],
+        )
+
+    async def metrics_text(self) -> str:
+        """What /metrics answers, in Prometheus' text format."""
+        now = time.time()
+        counts, (oldest, overdue) = (
+            await self.store.counts(),
+            await self.store.lateness(now, self.started_at),
+        )
+
+        def tallied(what: str) -> dict[str, float]:
+            return {label: n for (family, label), n in self.steps.tally.items() if family == what}
+
+        jobs = dict.fromkeys((*JOB_STEPS, "removed"), 0.0) | counts["jobs"]
+        return self.metrics.text(
+            counters={
+                "checks": ("Checks of a job's batches.", "outcome", tallied("checks")),
+                "triggers": ("What happened to triggers.", "outcome", tallied("triggers")),
+                "upstream_errors": ("Calls that failed.", "kind", tallied("upstream_errors")),
+            },
+            gauges={
+                "jobs": ("Jobs by state.", "status", jobs),
+                "overdue_jobs": (
+                    "Active jobs not checked well for 3 intervals.",
+                    "",
+                    {"": overdue},
+                ),
+                "check_age_seconds": ("Longest time since a good check.", "", {"": oldest}),
+                "loop_lag_seconds": ("How late the last tick was.", "", {"": self._lag}),
+                "http_connections": ("Open connections.", "", {"": self.connections()}),
+                "start_timestamp_seconds": ("When it was started.", "", {"": self.started_at}),
+                "build_info": ("The version that runs.", "version", {VERSION: 1.0}),
+            },
+        )
+
+    async def check_now(self, ref: str) -> Done:
+        """Have a job's next step made at once."""
+        job = await self.store.find_job(ref)
+        await self._sync()  # what was changed a moment ago counts
+        if job.id not in self._plans:
+            raise Conflict(f"Cannot check job {job.name!r}: it is {job.shown_status}")
+        self._due(job.id, 0.0)
+        return Done(success=True, message=f"Job {job.name!r} is checked now")
 
 
 async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]:
@@ -3284,80 +4038,317 @@ async def make_service(
                 await upstream.close()
 
 
-def iso(at: float | None) -> str | None:
-    """A unix time as ISO 8601 in UTC, to the second."""
-    return None if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-async def describe_job(store: Store, job: Job, *, logs: int | None = None) -> dict[str, Any]:
-    """A job as the REST API and --json show it: the flat fields, its batches and counts; with the
-    last `logs` log rows and its triggers where asked for."""
-    batches = await store.batches(job.id)
-    ids = {row.name: row.id for row in await store.secrets()}
-    ends = Counter(outcome(batch) for batch in batches)
-    spec, target = job.spec, job.spec.trigger
-    shown: dict[str, Any] = {
-        "id": job.id,
-        "name": job.name,
-        "status": job.shown_status,
-        "last_error": job.last_error,
-        "origin": job.origin,
-        "batch_id": spec.watch.batch_ids[0],
-        "batch_ids": spec.watch.batch_ids,
-        "trigger_when": spec.watch.trigger_when,
-        "openai_secret": spec.watch.secret,
-        "openai_secret_id": ids.get(str(spec.watch.secret)),
-        "keboola_secret": target.secret,
-        "keboola_secret_id": ids.get(str(target.secret)),
-        "keboola_stack_url": target.stack_url,
-        "keboola_component_id": target.component_id,
-        "keboola_configuration_id": target.configuration_id,
-        "variables": target.variables,
-        "on_ambiguous": target.on_ambiguous,
-        "poll_interval_seconds": spec.poll_interval,
-        "batch_count": len(batches),
-        "completed_count": ends["completed"],
-        "failed_count": ends["failed"],
-        "batches": [with_iso_times(asdict(batch)) for batch in batches],
-    }
-    times = ("last_check_at", "next_check_at", "created_at", "completed_at")
-    shown |= {name: iso(getattr(job, name)) for name in times}
-    if logs is not None:
-        shown["logs"] = [with_iso_times(row) for row in await store.logs(job.id, logs)]
-        rows = [asdict(trigger) for trigger in await store.triggers(job.id)]
-        shown["triggers"] = [
-            with_iso_times(row | {"body": json.loads(row["body"])}) for row in rows
-        ]
-    return shown
-
-
-def with_iso_times(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with its unix times, whose names end in _at or _since, as text."""
-    return {k: iso(v) if k.endswith(("_at", "_since")) else v for k, v in row.items()}
-
-
 # ── Admin ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class About(Answer):
+    name: str
+    version: str
+    description: str
+    docs: str
+    health: str
+
+
+class FieldError(Answer):
+    field: str
+    message: str
+
+
+class ErrorAnswer(Answer):
+    """Why a request was not done; `code` is also in the header X-Error-Code."""
+
+    error: str
+    detail: str
+    code: int
+    request_id: str
+    details: list[FieldError] | None = Field(
+        None, description="with 422: every field that is wrong"
+    )
+
+
+class Query(BaseModel):
+    """Query parameters; unknown ones are refused, so that a misspelt filter does not show all."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class JobsQuery(Query):
+    status: Literal[JobStatus, "removed"] | None = Field(
+        None, description=", ".join((*JOB_STEPS, "removed"))
+    )
+    limit: int = Field(100, ge=1, le=1000, description="jobs a page, 1 to 1000")
+    after: int = Field(0, ge=0, le=2**63 - 1, description="`next_after` of the page before")
+
+
+class JobQuery(Query):
+    include_logs: bool = Field(True, description="true or false")
+    log_limit: int = Field(20, ge=1, le=1000, description="log rows, 1 to 1000")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a route's function gets: the service, and what the route declares, validated."""
+
+    service: Service
+    id: str = ""
+    query: Any = None
+    body: Any = None
+
+    @property
+    def desk(self) -> Desk:
+        return self.service.desk
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A path of the HTTP surface and the coroutine that answers it, run on the loop."""
+    """A row of the table that serves requests and writes /openapi.json and /docs."""
 
-    paths: tuple[str, ...]
-    answer: Callable[[Service], Awaitable[dict[str, Any]]]
-    open_to_all: bool = False  # no token asked
+    method: str
+    path: str  # {id} is a whole number
+    does: str  # one line for the documentation
+    run: Callable[[Request], Awaitable[Any]]
+    answer: Any  # an Answer, or the content type of a text
+    body: Any = None  # what the body has to be
+    query: type[Query] | None = None
+    status: int = 200
+    errors: tuple[int, ...] = ()  # beside those that any request may meet
+    public: bool = False  # no token is asked for
+    also: str = ""  # a second path
+
+    def match(self, path: str) -> str | None:
+        """The id in `path` ("" where the route has none); None where it is another's."""
+        head, marker, tail = self.path.partition("{id}")
+        if not marker:
+            return "" if path in (self.path, self.also) else None
+        middle = path.removeprefix(head).removesuffix(tail)
+        return middle if path == head + middle + tail and "/" not in middle and middle else None
 
 
-async def about(_: Service) -> dict[str, Any]:
+async def about(request: Request) -> About:
     what = "watches OpenAI batches and starts a Keboola job when they are done"
-    return {"name": "TeckoChecker", "version": VERSION, "description": what, "health": "/health"}
+    return About(
+        name="TeckoChecker", version=VERSION, description=what, docs="/docs", health="/health"
+    )
 
 
-ROUTES = (
-    Route(("/",), about),
-    Route(("/health", "/api/health"), Service.health, open_to_all=True),
-    Route(("/stats", "/api/stats"), Service.stats),
-)
+async def show_job(request: Request) -> JobDetail:
+    query: JobQuery = request.query
+    return await request.desk.job(request.id, query.log_limit if query.include_logs else None)
+
+
+async def list_jobs(request: Request) -> JobList:
+    return await request.desk.jobs(**request.query.model_dump())
+
+
+async def update_job(request: Request) -> JobDetail:
+    return await request.desk.update_job(request.id, request.body.model_dump(exclude_unset=True))
+
+
+async def show_openapi(request: Request) -> str:
+    return json.dumps(openapi())
+
+
+async def show_docs(request: Request) -> str:
+    return docs()
+
+
+async def check_job(request: Request) -> Done:
+    return await request.service.check_now(request.id)
+
+
+def step_route(step: Literal["pause", "resume", "retry"], does: str) -> Route:
+    def run(request: Request) -> Awaitable[JobDetail]:
+        return request.desk.step_job(request.id, step)
+
+    return Route("POST", f"/api/jobs/{{id}}/{step}", does, run, JobDetail, errors=(404, 409))
+
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus text format
+HTML = "text/html; charset=utf-8"
+ROUTES: tuple[Route, ...] = (
+    Route("GET", "/", "Name and version", about, About),
+    Route("GET", "/health", "How it is, out of work really done", lambda r: r.service.health(),
+          Health, errors=(503,), public=True, also="/api/health"),
+    Route("GET", "/livez", "Whether the loop turns", lambda r: r.service.alive(),
+          Done, errors=(503,), public=True),
+    Route("GET", "/readyz", "Whether the store is open and the scheduler runs",
+          lambda r: r.service.ready(), Done, errors=(503,), public=True),
+    Route("GET", "/stats", "How much there is, and what was done since the start",
+          lambda r: r.service.stats(), Stats, also="/api/stats"),
+    Route("GET", "/metrics", "Figures for Prometheus", lambda r: r.service.metrics_text(), TEXT),
+    Route("GET", "/openapi.json", "This description", show_openapi, "application/json"),
+    Route("GET", "/docs", "This description, as a page", show_docs, HTML),
+    Route("GET", "/api/admin/secrets", "The stored secrets, without their values",
+          lambda r: r.desk.secrets(), SecretList),
+    Route("POST", "/api/admin/secrets", "Store a secret", lambda r: r.desk.add_secret(r.body),
+          SecretAnswer, body=SecretBody, status=201, errors=(409,)),
+    Route("GET", "/api/admin/secrets/{id}", "A stored secret, without its value",
+          lambda r: r.desk.secret(r.id), SecretAnswer, errors=(404,)),
+    Route("DELETE", "/api/admin/secrets/{id}", "Delete a secret that no running job uses",
+          lambda r: r.desk.delete_secret(r.id), Done, errors=(404, 409)),
+    Route("GET", "/api/jobs", "A page of jobs, by id", list_jobs, JobList, query=JobsQuery),
+    Route("POST", "/api/jobs", "Create a job, as in jobs.yaml or flat",
+          lambda r: r.desk.create_job(r.body), JobDetail, body=JobSpec, status=201,
+          errors=(404, 409)),
+    Route("GET", "/api/jobs/{id}", "A job with its triggers and log", show_job, JobDetail,
+          query=JobQuery, errors=(404,)),
+    Route("PUT", "/api/jobs/{id}", "Change a job's name, interval or target", update_job,
+          JobDetail, body=JobChanges, errors=(404, 409)),
+    Route("DELETE", "/api/jobs/{id}", "Delete a job with its history",
+          lambda r: r.desk.delete_job(r.id), Done, errors=(404, 409)),
+    step_route("pause", "Stop checking a job"),
+    step_route("resume", "Go on checking a paused job"),
+    step_route("retry", "Re-arm a failed job"),
+    Route("POST", "/api/jobs/{id}/check", "Check a job now, without waiting for its interval",
+          check_job, Done, status=202, errors=(404, 409)),
+)  # fmt: skip
+
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "SecretBody": {"name": "openai-prod", "type": "openai", "value": "sk-..."},
+    "JobSpec": {
+        "name": "nightly",
+        "batch_id": "batch_abc123",
+        "openai_secret_id": 1,
+        "keboola_secret_id": 2,
+        "keboola_stack_url": "https://connection.keboola.com",
+        "keboola_component_id": "kds-team.app-custom-python",
+        "keboola_configuration_id": "123456",
+        "poll_interval_seconds": 120,
+    },
+    "JobChanges": {"poll_interval_seconds": 300},
+}
+
+REFUSALS = (400, 401, 403, 411, 413, 421, 503)  # that any request may meet
+
+
+def operation(route: Route) -> dict[str, Any]:
+    """A route in the words of OpenAPI 3.1."""
+    parameters: list[dict[str, Any]] = []
+    if "{id}" in route.path:
+        number = {"type": "integer", "minimum": 1}
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": number})
+    if route.query:
+        for name, schema in route.query.model_json_schema()["properties"].items():
+            parameters.append({"name": name, "in": "query", "schema": schema})
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
+    refusals = {*route.errors, *REFUSALS} - ({401} if route.public else set())
+    refusals |= {415, 422} if route.body is not None else set()
+    refusals |= {422} if parameters else set()
+    answers = {
+        str(s): {"description": HTTPStatus(s).phrase, "content": error} for s in sorted(refusals)
+    }
+    kind = "application/json" if not isinstance(route.answer, str) else route.answer.split(";")[0]
+    shape: Any = {"type": "object" if kind == "application/json" else "string"}
+    if not isinstance(route.answer, str):
+        shape = {"$ref": f"#/components/schemas/{route.answer.__name__}"}
+    done = {kind: {"schema": shape}}
+    if route.answer is Health:
+        done["application/health+json"] = {"schema": {"type": "object"}}
+    answers[str(route.status)] = {"description": "done", "content": done}
+    if route.answer in (Health, Done) and route.public:  # bad news has the same shape
+        both = [shape, {"$ref": "#/components/schemas/ErrorAnswer"}]
+        answers["503"]["content"] = done | {"application/json": {"schema": {"anyOf": both}}}
+    made: dict[str, Any] = {
+        "summary": route.does,
+        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
+        "parameters": parameters,
+        "responses": answers,
+    }
+    if route.public:
+        made["security"] = []
+    if route.body is not None:
+        name = "Job" if route.body is JobSpec else route.body.__name__
+        schema = {"$ref": f"#/components/schemas/{name}"}
+        made["requestBody"] = {
+            "required": True,
+            "content": {
+                "application/json": {"schema": schema, "example": EXAMPLES[route.body.__name__]}
+            },
+        }
+    return made
+
+
+@cache
+def openapi() -> dict[str, Any]:
+    """The surface as an OpenAPI 3.1 document, out of ROUTES and the models."""
+    models: set[type[BaseModel]] = {ErrorAnswer, FlatJob}
+    for route in ROUTES:
+        models |= {m for m in (route.answer, route.body) if isinstance(m, type)}
+    inputs = {JobSpec, FlatJob, JobChanges, SecretBody}
+    wanted = [(m, "validation" if m in inputs else "serialization") for m in models]
+    wanted.sort(key=lambda pair: pair[0].__name__)
+    place = "#/components/schemas/{model}"
+    _, schemas = models_json_schema(cast(Any, wanted), ref_template=place)
+    forms = [{"$ref": place.format(model=name)} for name in ("JobSpec", "FlatJob")]
+    schemas["$defs"]["Job"] = {"anyOf": forms, "description": "Nested as in jobs.yaml, or flat."}
+    paths: dict[str, Any] = {}
+    for route in ROUTES:
+        for path in filter(None, (route.path, route.also)):
+            described = operation(route)
+            described["operationId"] += "_api" if path == route.also else ""
+            paths.setdefault(path, {})[route.method.lower()] = described
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "TeckoChecker", "version": VERSION, "summary": "Admin surface"},
+        "paths": paths,
+        "components": {
+            "schemas": schemas["$defs"],
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"token": []}, {}],
+    }
+
+
+DOCS_HEAD = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>TeckoChecker</title><style>
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+pre{background:#f4f4f4;padding:.6rem;overflow-x:auto}h2 code{background:#def;padding:.1rem .4rem}
+@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}pre{background:#222}
+h2 code{background:#135}a{color:#8bf}}</style>"""
+
+
+@cache
+def docs() -> str:
+    """/docs: every route with its models and a curl line, with nothing from another host."""
+    api, parts = openapi(), [DOCS_HEAD, f"<h1>TeckoChecker {VERSION}</h1>"]
+    parts.append('<p>The same as <a href="/openapi.json">OpenAPI 3.1</a>. Models are below.</p>')
+    for route in ROUTES:
+        line = f"curl {'' if route.method == 'GET' else '-X ' + route.method + ' '}"
+        line += "http://127.0.0.1:8000" + route.path.replace("{id}", "1")
+        if route.body is not None:
+            example = json.dumps(EXAMPLES[route.body.__name__])
+            line += f" \\\n  -H 'Content-Type: application/json' \\\n  -d '{example}'"
+        answer = route.answer if isinstance(route.answer, str) else route.answer.__name__
+        takes = f"Takes {model_link(route.body.__name__)}. " if route.body else ""
+        gives = model_link(answer) if not isinstance(route.answer, str) else html.escape(answer)
+        parts.append(f"<h2><code>{route.method}</code> {html.escape(route.path)}</h2>")
+        parts.append(f"<p>{html.escape(route.does)}. {takes}Answers {route.status}, {gives}.</p>")
+        if route.query:
+            fields_ = route.query.model_fields.items()
+            listed = [
+                f"<li><code>{n}</code>: {html.escape(str(f.description))}" for n, f in fields_
+            ]
+            parts.append("<ul>" + "".join(listed) + "</ul>")
+        parts.append(f"<pre>{html.escape(line)}</pre>")
+    for name, schema in api["components"]["schemas"].items():
+        shown = html.escape(json.dumps(schema, indent=1))
+        details = f"<details><summary>schema</summary><pre>{shown}</pre></details>"
+        parts.append(f'<h3 id="{name}">{name}</h3>{details}')
+    return "\n".join(parts)
+
+
+def model_link(name: str) -> str:
+    return f'<a href="#{name}">{name}</a>'
+
+
+SECURITY_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
+}
 
 
 def too_many() -> bytes:
@@ -3367,9 +4358,9 @@ def too_many() -> bytes:
     body = {"error": "too_many_connections", "detail": detail, "code": 1000}
     text = json.dumps(body | {"request_id": request_id})
     head = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
-    head += (
-        f"Content-Type: application/json\r\nX-Error-Code: 1000\r\nX-Request-ID: {request_id}\r\n"
-    )
+    headers = {"X-Error-Code": "1000", "X-Request-ID": request_id, **SECURITY_HEADERS}
+    head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    head += "Content-Type: application/json\r\n"
     return f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode()
 
 
@@ -3382,21 +4373,29 @@ class AdminServer(http.server.ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, service: Service, loop: asyncio.AbstractEventLoop) -> None:
-        self.service, self.loop = service, loop
-        self._slots = threading.BoundedSemaphore(HTTP_CONNECTIONS)
+        self.service, self.loop, settings = service, loop, service.settings
+        self._slots = threading.BoundedSemaphore(settings.api_max_connections)
         self._deadlines: dict[socket.socket, float] = {}
-        host = service.settings.api_host
-        if ":" in host:
+        if ":" in settings.api_host:
             self.address_family = socket.AF_INET6
         try:
-            super().__init__((host, service.settings.api_port), AdminHandler)
+            super().__init__((settings.api_host, settings.api_port), AdminHandler)
         except OSError as e:
             raise Conflict(
-                f"cannot listen on {host}:{service.settings.api_port}: {e.strerror}",
+                f"cannot listen on {settings.api_host}:{settings.api_port}: {e.strerror}",
                 hint="API_PORT or admin.port chooses another one",
             ) from e
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self.server_address[1]}"
+        port = self.server_address[1]
+        self.url = f"http://{bracketed(settings.api_host)}:{port}"
+        self.hosts = {f"{bracketed(name)}:{port}" for name in self._names(settings)}
+        self.hosts |= {name.strip().lower() for name in settings.admin_hosts.split(",")} - {""}
+        service.connections = lambda: len(self._deadlines)
+
+    @staticmethod
+    def _names(settings: Settings) -> set[str]:
+        """What this host may be called in a Host header; ADMIN_HOSTS adds to it."""
+        names = {*LOOPBACK, settings.api_host.lower()}
+        return names if settings.api_host in LOOPBACK else names | {socket.gethostname().lower()}
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._slots.acquire(blocking=False):
@@ -3429,13 +4428,18 @@ class AdminServer(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("a connection of the admin surface broke", exc_info=True)
 
-    def ask(self, question: Callable[[Service], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
-        """Answer on the loop, in bounded time. Raises TimeoutError."""
+    def ask(self, route: Route, request: Request, request_id: str) -> Any:
+        """Run a route on the loop, in bounded time. Raises TimeoutError."""
 
-        async def answer() -> dict[str, Any]:
-            return await question(self.service)
+        async def run() -> Any:
+            ACTOR.set(f"HTTP {request_id}")
+            try:
+                return await route.run(request)
+            finally:
+                if route.method != "GET":
+                    self.service.look_again()
 
-        future = asyncio.run_coroutine_threadsafe(answer(), self.loop)
+        future = asyncio.run_coroutine_threadsafe(run(), self.loop)
         try:
             return future.result(HTTP_ANSWER)
         except TimeoutError:
@@ -3443,8 +4447,30 @@ class AdminServer(http.server.ThreadingHTTPServer):
             raise
 
 
+class UnclearJson(ValueError):
+    """What json.loads would take and JSON does not have, or has two meanings for."""
+
+
+def refuse(constant: str) -> NoReturn:
+    raise UnclearJson(f"{constant} is no number")
+
+
+def finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else refuse(text)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise UnclearJson("a key stands twice in an object")
+    return dict(pairs)
+
+
+def bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 class AdminHandler(http.server.BaseHTTPRequestHandler):
-    """One connection: check who asks, find the route, answer JSON."""
+    """One connection: check who asks, find the route, validate, ask the loop, answer."""
 
     server: AdminServer
     protocol_version = "HTTP/1.1"
@@ -3455,99 +4481,174 @@ class AdminHandler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def handle_one_request(self) -> None:
-        self.request_id = uuid.uuid4().hex
+        self.request_id, self.unread = uuid.uuid4().hex, False
         super().handle_one_request()
+        if self.unread:
+            self._linger()
         self.server.expect(self.connection)
 
-    def do_GET(self) -> None:
-        headers = self.headers
-        if headers.get_all("Content-Length", ["0"]) != ["0"] or "Transfer-Encoding" in headers:
-            self.close_connection = True  # an unread body would pass for the next request
-        if headers.defects or headers.get_payload() or len(headers.get_all("Host", [])) > 1:
-            self.close_connection = True
-            self._error(400, "bad_request", "headers that can be read in two ways")
-            return
+    def _linger(self) -> None:
+        """Read on what is not wanted, until the client has read its refusal (RFC 9112, 9.6): a
+        close at once would reset the connection and lose the answer. The deadline bounds it."""
+        with contextlib.suppress(OSError):
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.rfile.read(65536):
+                pass
+
+    def handle_any(self) -> None:
+        route = None
         try:
-            path = urlsplit(self.path).path
-        except ValueError:
-            self._error(400, "bad_request", "no path that can be read")
-            return
-        route = next((route for route in ROUTES if path in route.paths), None)
-        if refused := self._refusal(route):
-            self._error(*refused)
-        elif route is None:
-            self._error(404, "not_found", f"there is no {redact(path)[:100]!r} here")
-        else:
-            self._run(route)
-
-    do_HEAD = do_GET
-
-    def _refusal(self, route: Route | None) -> tuple[int, str, str] | None:
-        """Why this request is not served: DNS rebinding, a page of another origin, a stranger."""
-        settings = self.server.service.settings
-        port = self.server.server_address[1]
-        hosts = {
-            f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]", settings.api_host)
-        }
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        if settings.api_host in LOOPBACK and host.lower() not in hosts:
-            return 421, "wrong_host", "this is not the host you named"
-        if origin is not None and origin != f"http://{host}":
-            return 403, "foreign_origin", "pages of another origin are not served"
-        token = settings.admin_token
-        if token is None or (route is not None and route.open_to_all):
-            return None
-        given = self.headers.get("Authorization", "").encode()
-        if not hmac.compare_digest(given, f"Bearer {token.reveal()}".encode()):
-            return 401, "unauthorized", "this needs Authorization: Bearer ADMIN_TOKEN"
-        return None
-
-    def _run(self, route: Route) -> None:
-        try:
-            body = self.server.ask(route.answer)
+            if self.request_version == "HTTP/0.9":  # its answers have neither status nor headers
+                self.request_version = "HTTP/1.1"
+                raise Refused(505, "HTTP/0.9 is not spoken here", close=True)
+            body = self._body()
+            path = self._path()
+            self._admit(path)
+            route, ref = self._route(path)
+            answer = self.server.ask(route, self._request(route, ref, body), self.request_id)
+            self._answer(route, answer)
         except TimeoutError:
-            if route.answer is not Service.health:
-                self._error(503, "busy", "the loop does not answer", headers={"Retry-After": "5"})
+            if route is not None and route.answer is Health:
+                self._answer(route, self.server.service.stalled_health())
                 return
-            body = self.server.service.stalled_health()
+            late = Refused(
+                503, "the program is too busy to answer in time", headers={"Retry-After": "5"}
+            )
+            self._error(late)
         except TeckoError as e:
-            self._error(e.http_status, ERROR_NAMES.get(e.code, "refused"), str(e), e.code)
-            return
+            self._error(e)
+        except OSError:  # the client has gone
+            self.close_connection = True
         except Exception:
             log.exception("request %s met a defect of TeckoChecker", self.request_id)
-            self._error(500, "internal_error", "a defect; the log has more under the request's id")
-            return
-        self._send(503 if body.get("status") == "unhealthy" else 200, body)
+            self._error(Refused(500, "a defect of TeckoChecker; its log has the request's id"))
 
-    def _error(
-        self,
-        status: int,
-        error: str,
-        detail: str,
-        code: int = 1000,
-        headers: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        body = {"error": error, "detail": detail, "code": code, "request_id": self.request_id}
-        self._send(status, body, {"X-Error-Code": str(code), **headers})
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = handle_any
+
+    def _body(self) -> bytes:
+        """The request's body, or Refused: one that is left unread would pass for a request."""
+        if self.headers.defects or self.headers.get_payload():
+            raise Refused(400, "headers that can be read in two ways", close=True)
+        lengths = self.headers.get_all("Content-Length") or ["0"]
+        if "Transfer-Encoding" in self.headers:
+            raise Refused(411, "a body needs a Content-Length; chunks are not taken", close=True)
+        if len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit()):
+            raise Refused(400, "a Content-Length that is no number, or two", close=True)
+        if int(lengths[0]) > HTTP_BODY:
+            self.unread = True
+            raise Refused(413, f"a body has at most {HTTP_BODY} bytes", close=True)
+        body = self.rfile.read(int(lengths[0]))
+        if len(body) < int(lengths[0]):
+            raise Refused(400, "the body is shorter than its Content-Length", close=True)
+        return body
+
+    def _path(self) -> str:
+        try:
+            return urlsplit(self.path).path
+        except ValueError:
+            raise Refused(400, "no path that can be read", close=True) from None
+
+    def _admit(self, path: str) -> None:
+        """Refuse DNS rebinding, pages of another origin, and strangers."""
+        host, origin = self.headers.get_all("Host") or [], self.headers.get("Origin")
+        if len(host) > 1:
+            raise Refused(400, "two Host headers", close=True)
+        if not host or host[0].lower() not in self.server.hosts:
+            raise Refused(421, "this is not the host you named; ADMIN_HOSTS adds names")
+        if origin is not None and origin.lower() != f"http://{host[0].lower()}":
+            raise Refused(403, "pages of another origin are not served")
+        token = self.server.service.settings.admin_token
+        if token is None or any(r.public for r in ROUTES if r.match(path) is not None):
+            return
+        given = self.headers.get("Authorization", "").encode()
+        if not hmac.compare_digest(given, f"Bearer {token.reveal()}".encode()):
+            wanted = {"WWW-Authenticate": "Bearer"}
+            raise Refused(401, "this needs Authorization: Bearer ADMIN_TOKEN", headers=wanted)
+
+    def _route(self, path: str) -> tuple[Route, str]:
+        found = [(route, ref) for route in ROUTES if (ref := route.match(path)) is not None]
+        if not found:
+            raise Refused(
+                404, f"there is no {redact(path)[:100]!r} here; /docs shows what there is"
+            )
+        method = "GET" if self.command == "HEAD" else self.command
+        for route, ref in found:
+            if route.method == method:
+                return route, ref
+        allowed = sorted({route.method for route, _ in found})
+        allowed += ["HEAD"] if "GET" in allowed else []
+        raise Refused(405, f"allowed: {', '.join(allowed)}", headers={"Allow": ", ".join(allowed)})
+
+    def _request(self, route: Route, ref: str, body: bytes) -> Request:
+        service = self.server.service
+        if "{id}" in route.path and not (ref.isascii() and ref.isdigit() and len(ref) < 19):
+            raise Invalid(["id: found no whole number"], fields=[("id", "a whole number")])
+        given = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
+        query = None
+        if route.query:
+            query = parse(route.query, {name: values[-1] for name, values in given.items()})
+        data = None
+        if route.body is not None:
+            if self.headers.get_content_type() != "application/json":
+                raise Refused(415, "the body has to be application/json")
+            try:
+                loaded = json.loads(
+                    body, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique
+                )
+            except (ValueError, RecursionError) as e:
+                said = f": {e}" if isinstance(e, UnclearJson) else ""
+                raise Refused(400, f"the body is not JSON{said}") from None
+            data = parse(route.body, loaded, service.settings.job_context)
+        return Request(service, ref, query, data)
+
+    def _answer(self, route: Route, answer: Any) -> None:
+        status, kind = route.status, "application/json"
+        if isinstance(route.answer, str):
+            kind = route.answer
+        if isinstance(answer, Health):
+            status = 503 if answer.status == "unhealthy" else 200
+            if "application/health+json" in self.headers.get("Accept", ""):
+                kind, answer = "application/health+json", health_json(answer)
+        if isinstance(answer, Done) and not answer.success:
+            status = 503
+        if isinstance(answer, BaseModel):
+            text = answer.model_dump_json()
+        else:
+            text = answer if isinstance(answer, str) else json.dumps(answer)
+        self._send(status, kind, text)
+
+    def _error(self, error: TeckoError) -> None:
+        if isinstance(error, Refused):
+            self.close_connection = self.close_connection or error.close
+        name = ERROR_NAMES.get(error.code) or HTTPStatus(error.http_status).phrase
+        fields_ = error.fields if isinstance(error, Invalid) else []
+        answer = ErrorAnswer(
+            error=name.lower().replace(" ", "_"),
+            detail=str(error),
+            code=error.code,
+            request_id=self.request_id,
+            details=[FieldError(field=f, message=m) for f, m in fields_] or None,
+        )
+        headers = {"X-Error-Code": str(error.code)}
+        headers |= error.headers if isinstance(error, Refused) else {}
+        text = answer.model_dump_json(exclude_none=True)
+        self._send(error.http_status, "application/json", text, headers)
 
     def _send(
-        self,
-        status: int,
-        body: Mapping[str, Any],
-        headers: Mapping[str, str] = MappingProxyType({}),
+        self, status: int, kind: str, text: str, headers: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        data = json.dumps(body).encode()
+        data = text.encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("X-Request-ID", self.request_id)
-        if status == 401:
-            self.send_header("WWW-Authenticate", "Bearer")
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        for name, value in headers.items():
+        all_headers = {
+            "Content-Type": kind,
+            "Content-Length": str(len(data)),
+            "X-Request-ID": self.request_id,
+            **SECURITY_HEADERS,
+            **headers,
+            **({"Connection": "close"} if self.close_connection else {}),
+        }
+        for name, value in all_headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -3555,17 +4656,19 @@ class AdminHandler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class refuses (a bad request line, an unknown method), in our shape."""
-        self.close_connection = True
         self.request_version = "HTTP/1.1"  # else a bad version would be answered as HTTP/0.9
-        if code == 501:
-            self._error(
-                405, "method_not_allowed", "allowed: GET, HEAD", headers={"Allow": "GET, HEAD"}
-            )
-        else:
-            self._error(code, "bad_request", message or "bad request")
+        self._error(Refused(code, message or "bad request", close=True))
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("http %s %s", self.request_id, format % args)
+
+
+def health_json(health: Health) -> dict[str, Any]:
+    """/health as draft-inadarei-api-health-check-06 has it."""
+    status = {"healthy": "pass", "degraded": "warn", "unhealthy": "fail"}[health.status]
+    shown = health.model_dump(mode="json")
+    checks = {name: [{"status": shown[name]}] for name in ("database", "scheduler")}
+    return {"status": status, "version": VERSION, "output": health.status, "checks": checks}
 
 
 @contextlib.contextmanager
@@ -3637,13 +4740,18 @@ def complain(error: TeckoError) -> None:
 def report(args: argparse.Namespace, document: Any, *shown: RenderableType) -> int:
     """One JSON document with --json, else what a person reads; both to stdout."""
     if args.json:
+        if isinstance(document, BaseModel):
+            document = document.model_dump(mode="json")
         say(json.dumps(document, indent=2))
     else:
         from rich.console import Console
 
         console = Console(highlight=False, emoji=False, markup=False)
         for item in shown:
-            console.print(item, soft_wrap=isinstance(item, str))
+            if isinstance(item, str):
+                console.print(redact(item), soft_wrap=True)
+            else:
+                console.print(item)
     return 0
 
 
@@ -3868,58 +4976,45 @@ def secret_input(args: argparse.Namespace) -> str:
     return getpass.getpass("Secret value: ") if sys.stdin.isatty() else sys.stdin.read()
 
 
-async def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
+@contextlib.asynccontextmanager
+async def desk_of(config: Config) -> AsyncIterator[Desk]:
     vault = Vault(config.settings)
-    vault.load(required=True)  # before anything is typed in vain
-    given = {"name": args.name, "type": args.type, "value": secret_input(args)}
-    body = parse(SecretBody, given)
-    sealed, key_id = vault.seal(body.name, body.type, SecretValue(clean_secret(body.value)))
+    vault.load(required=False)
     async with Store(config.settings.database) as store:
-        add = store.replace_secret if args.replace else store.add_secret
-        secret_id = await add(body.name, body.type, sealed, key_id, time.time())
-    done = "replaced" if args.replace else "stored"
-    document = {"id": secret_id, "name": body.name, "type": body.type}
-    return report(args, document, f"{done} secret {body.name!r}")
+        yield Desk(store, vault, lambda: config)
+
+
+async def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
+    Vault(config.settings).load(required=True)  # before anything is typed in vain
+    body = {"name": args.name, "type": args.type, "value": secret_input(args)}
+    async with desk_of(config) as desk:
+        answer = await desk.add_secret(parse(SecretBody, body), replace=args.replace)
+    return report(
+        args, answer, f"{'replaced' if args.replace else 'stored'} secret {answer.name!r}"
+    )
 
 
 async def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
-    async with Store(config.settings.database) as store:
-        rows = await store.secrets()
-    stored: list[tuple[object, ...]]
-    stored = [(row.id, row.name, row.type, iso(row.created_at)) for row in rows]
-    files = [
-        (None, name, ref.type, f"{config.path}: {ref.env or ref.file}")
-        for name, ref in config.secrets.items()
-    ]
-    keys = ("id", "name", "type", "created_at")
-    document = {
-        "secrets": [dict(zip(keys, row, strict=True)) for row in stored],
-        "total": len(stored),
-    }
-    return report(
-        args, document, table(("ID", "Name", "Type", "Created, or where it is"), [*stored, *files])
-    )
+    async with desk_of(config) as desk:
+        answer = await desk.secrets()
+    rows: list[tuple[object, ...]]
+    rows = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
+    for name, ref in config.secrets.items():
+        rows.append((None, name, ref.type, f"{config.path}: {ref.env or ref.file}"))
+    return report(args, answer, table(("ID", "Name", "Type", "Created, or where it is"), rows))
 
 
 async def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
     if not confirmed(args, f"Delete secret {args.name!r}?"):
         return 1
-    async with Store(config.settings.database) as store:
-        await store.delete_secret(args.name, time.time())
-    return report(args, {"success": True}, f"secret {args.name!r} deleted")
+    async with desk_of(config) as desk:
+        answer = await desk.delete_secret(args.name)
+    return report(args, answer, answer.message)
 
 
 async def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
-    """New key in front of the old one, everything sealed anew in one transaction, old key gone:
-    a crash between any two of these leaves a key file that opens every secret."""
-    vault = Vault(config.settings)
-    vault.load(required=True)
-    vault.begin_rotation()
-    async with Store(config.settings.database) as store:
-        count = await store.reseal_secrets(
-            lambda row: vault.seal(row.name, row.type, vault.open(row))
-        )
-    vault.end_rotation()
+    async with desk_of(config) as desk:
+        count = await desk.rotate()
     return report(args, {"resealed": count}, f"new master key; {count} secrets encrypted anew")
 
 
@@ -3942,77 +5037,84 @@ def flat_job(args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
-    spec = parse(JobSpec, flat_job(args), config.settings.job_context)
-    async with Store(config.settings.database) as store:
-        if problems := secret_problems(spec.model_dump(), await store.secret_types(), config):
-            raise Invalid([said for _, said in problems], hint="secret add stores one")
-        job_id = await store.create_job(spec, "store", time.time())
-        document = await describe_job(store, await store.find_job(str(job_id)))
-    return report(args, document, f"created job {spec.name!r} (ID {job_id})")
+    async with desk_of(config) as desk:
+        spec = parse(JobSpec, flat_job(args), config.settings.job_context)
+        answer = await desk.create_job(spec)
+    return report(args, answer, f"created job {answer.name!r} (ID {answer.id})")
 
 
 async def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
-    async with Store(config.settings.database) as store:
-        job = await store.find_job(args.job)
-        data, given = job.spec.model_dump(), flat_job(args)
-        if not given:
-            raise Invalid(["nothing to change was named"], hint="job update --help lists it")
-        for name, value in given.items():
-            path = FLAT_FIELDS.get(name, (name,))
-            (data if len(path) == 1 else data[path[0]])[path[-1]] = value
-        spec = parse(JobSpec, data, config.settings.job_context)
-        if problems := secret_problems(spec.model_dump(), await store.secret_types(), config):
-            raise Invalid([said for _, said in problems], hint="secret add stores one")
-        await store.update_job(job.id, spec, time.time())
-        document = await describe_job(store, await store.find_job(str(job.id)))
-    return report(args, document, f"updated job {spec.name!r}")
+    async with desk_of(config) as desk:
+        answer = await desk.update_job(args.job, flat_job(args))
+    return report(args, answer, f"updated job {answer.name!r}")
+
+
+async def every_job(desk: Desk, status: str | None) -> JobList:
+    """All pages of the list in one."""
+    found = await desk.jobs(status, 1000, 0)
+    while found.next_after is not None:
+        page = await desk.jobs(status, 1000, found.next_after)
+        found = page.model_copy(update={"jobs": found.jobs + page.jobs})
+    return found
+
+
+def job_table(found: JobList, now: float) -> RenderableType:
+    rows = [
+        (
+            *(job.id, job.name, job.status),
+            f"{job.completed_count + job.failed_count}/{job.batch_count}",
+            f"{job.poll_interval_seconds} s",
+            *(ago(job.last_check_at, now), ago(job.next_check_at, now)),
+        )
+        for job in found.jobs
+    ]
+    return table(("ID", "Name", "Status", "Done", "Every", "Checked", "Next"), rows)
 
 
 async def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
-    now = time.time()
-    async with Store(config.settings.database) as store:
-        jobs = [await describe_job(store, job) for job in await store.jobs(args.status)]
-        times = {
-            job.id: (job.last_check_at, job.next_check_at) for job in await store.jobs(args.status)
-        }
-    rows = [
-        (
-            *(j["id"], j["name"], j["status"]),
-            f"{j['completed_count'] + j['failed_count']}/{j['batch_count']}",
-            f"{j['poll_interval_seconds']} s",
-            *(ago(at, now) for at in times[j["id"]]),
-        )
-        for j in jobs
-    ]
-    columns = ("ID", "Name", "Status", "Done", "Every", "Checked", "Next")
-    return report(args, {"jobs": jobs, "total": len(jobs)}, table(columns, rows))
+    async with desk_of(config) as desk:
+        if args.watch and args.json:
+            raise Conflict("--watch and --json do not go together")
+        if args.watch:
+            return await watch_jobs(desk, args.status)
+        found = await every_job(desk, args.status)
+    return report(args, found, job_table(found, time.time()))
+
+
+async def watch_jobs(desk: Desk, status: str | None) -> int:
+    """The list, drawn again each second until Ctrl-C."""
+    from rich.console import Console
+    from rich.live import Live
+
+    if not sys.stdout.isatty():
+        raise Conflict("--watch draws on a terminal", hint="job list --json, as often as you like")
+    console = Console(highlight=False, markup=False, emoji=False)
+    live = Live(console=console, auto_refresh=False, screen=True)
+    with contextlib.suppress(asyncio.CancelledError), live:  # Ctrl-C is its normal end
+        while True:
+            live.update(job_table(await every_job(desk, status), time.time()), refresh=True)
+            await asyncio.sleep(TICK)
+    return 0
 
 
 async def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
-    async with Store(config.settings.database) as store:
-        job = await store.find_job(args.job)
-        document = await describe_job(store, job, logs=args.logs)
-    skipped = ("batches", "logs", "triggers", "batch_id", "batch_ids")
+    async with desk_of(config) as desk:
+        answer = await desk.job(args.job, args.logs)
+    document = answer.model_dump(mode="json")
+    apart = ("batches", "logs", "triggers", "batch_id", "batch_ids")
     head = [
-        (k.replace("_", " "), v) for k, v in document.items() if k not in skipped and v is not None
+        (k.replace("_", " "), v) for k, v in document.items() if k not in apart and v is not None
     ]
     batches = [
-        (
-            b["batch_id"],
-            b["status"] or "not seen yet",
-            f"{b['requests_completed']}/{b['requests_total']}",
-        )
-        for b in document["batches"]
+        (b.batch_id, b.status or "not seen yet", f"{b.requests_completed}/{b.requests_total}")
+        for b in answer.batches
     ]
-    triggers = [
-        (t["id"], t["state"], t["keboola_job_id"], t["keboola_status"])
-        for t in document["triggers"]
-    ]
-    logs = [(entry["created_at"], entry["status"], entry["message"]) for entry in document["logs"]]
+    triggers = [(t.id, t.state, t.keboola_job_id, t.keboola_status) for t in answer.triggers]
+    logs = [(iso(row.created_at), row.status, row.message) for row in answer.logs or []]
     return report(
         args,
-        document,
-        table(("Job", job.name), head),
+        answer,
+        table(("Job", answer.name), head),
         table(("Batch", "Status", "Requests"), batches),
         table(("Trigger", "State", "Keboola job", "Its status"), triggers) if triggers else "",
         table(("Time", "What", ""), logs),
@@ -4021,22 +5123,41 @@ async def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
 
 async def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
     """pause, resume, retry: one change of state each."""
-    async with Store(config.settings.database) as store:
-        job = await store.find_job(args.job)
-        change = {"pause": store.pause_job, "resume": store.resume_job, "retry": store.retry_job}
-        said = await change[args.action](job.id, time.time())
-        document = await describe_job(store, await store.find_job(str(job.id)))
-    done = {"pause": "paused", "resume": "resumed", "retry": f"re-armed: it {said}"}[args.action]
-    return report(args, document, f"job {job.name!r} {done}")
+    async with desk_of(config) as desk:
+        answer = await desk.step_job(args.job, args.action)
+    return report(args, answer, f"job {answer.name!r} is {answer.status} now")
 
 
 async def cmd_job_delete(args: argparse.Namespace, config: Config) -> int:
-    async with Store(config.settings.database) as store:
-        job = await store.find_job(args.job)
+    async with desk_of(config) as desk:
+        job = await desk.store.find_job(args.job)
         if not confirmed(args, f"Delete job {job.name!r} (ID {job.id}) with its history?"):
             return 1
-        await store.delete_job(job.id, time.time())
-    return report(args, {"success": True}, f"job {job.name!r} deleted")
+        answer = await desk.delete_job(args.job)
+    return report(args, answer, answer.message)
+
+
+async def cmd_explain(args: argparse.Namespace, config: Config) -> int:
+    async with desk_of(config) as desk:
+        said = await desk.explain(args.job)
+    if running(pid_file(config)) is None:
+        said.append("The service does not run at the moment.")
+    return report(args, {"job": args.job, "said": said}, "\n".join(said))
+
+
+def cmd_schema(args: argparse.Namespace) -> int:
+    """The JSON Schema of jobs.yaml, for editors."""
+    jobs: Any = list[JobSpec | FlatJob]  # type: ignore[valid-type]
+    whole = create_model("JobsYaml", __base__=JobsFile, jobs=(jobs, []))
+    say(json.dumps(whole.model_json_schema(), indent=2))
+    return 0
+
+
+def cmd_completion(args: argparse.Namespace) -> int:
+    import shtab
+
+    say(shtab.complete(make_parser(), args.shell))
+    return 0
 
 
 def cmd_demo(args: argparse.Namespace) -> int:
@@ -4113,6 +5234,11 @@ def make_parser() -> argparse.ArgumentParser:
     add(commands, "status", cmd_status, "whether it runs, and what is due")
     check = add(commands, "check", cmd_check, "one round now, then exit")
     check.add_argument("jobs", nargs="*", metavar="JOB", help="id or name; all when none is given")
+    explained = add(commands, "explain", cmd_explain, "what a job waits for, and why")
+    explained.add_argument("job", metavar="JOB", help="id or name")
+    add(commands, "schema", cmd_schema, "print the JSON Schema of jobs.yaml")
+    completion = add(commands, "completion", cmd_completion, "print a shell's completion script")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     demo = add(commands, "demo", cmd_demo, "the whole thing on this machine, without an account")
     demo.add_argument("--keep", action="store_true", help="go on until Ctrl-C")
 
@@ -4136,6 +5262,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_job_options(add(job, "create", cmd_job_create, "watch batches"), required=True)
     listed = add(job, "list", cmd_job_list, "all jobs")
     listed.add_argument("--status", choices=(*JOB_STEPS, "removed"))
+    listed.add_argument("--watch", action="store_true", help="draw it again each second")
     one = {"show": cmd_job_show, "update": cmd_job_update, "delete": cmd_job_delete}
     one |= dict.fromkeys(("pause", "resume", "retry"), cmd_job_step)
     help_of = {"retry": "re-arm a failed job", "show": "batches, triggers and the last log lines"}
@@ -4156,9 +5283,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: done; 1: it could not be done; 2: wrong usage."""
     args = make_parser().parse_args(argv)
+    ACTOR.set(None if args.command in ("start", "check") else "command line")
     try:
-        if args.command == "demo":
-            return cmd_demo(args)
+        if args.command in ("demo", "schema", "completion"):  # which need no jobs.yaml
+            return int(args.run(args))
         config = config_of(args)
         settings = config.settings
         level = settings.log_level if args.command == "start" else "WARNING"

@@ -66,11 +66,11 @@ async def watch(store: tecko.Store, started: float) -> None:
     seen = 0
     while time.monotonic() - started < LIMIT:
         for row in await store.logs(None, 100, after=seen):
-            seen = row["id"]
+            seen = row.id
             names = names or {job.id: job.name for job in await store.jobs()}
             at = time.monotonic() - started
-            who = names.get(row["job_id"], "")
-            print(f"{at:5.1f} s  {who:12} {row['status']:10} {row['message']}")
+            who = names.get(row.job_id, "")
+            print(f"{at:5.1f} s  {who:12} {row.status:10} {row.message}")
         if all(job.status == ENDED[job.name] for job in await store.jobs()):
             return
         await asyncio.sleep(0.1)

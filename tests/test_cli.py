@@ -195,7 +195,7 @@ ROWS: tuple[tuple[Any, ...], ...] = (
     (Told("job delete active"), "without a terminal", "--force"),
     (Told("secret delete openai"), "without a terminal", "--force"),
     (Told("secret delete openai --force"), "secret 'openai' is in use by", "'active'"),
-    (Told("secret delete nothing --force"), "no stored secret 'nothing'"),
+    (Told("secret delete nothing --force"), "Secret 'nothing' not found"),
     (Told("job show 99"), "Job with ID 99 not found", "hint: "),
     (Told("job show nothing"), "'nothing'", "not found"),
     (Told("job pause nothing"), "'nothing'", "not found"),
@@ -205,7 +205,7 @@ ROWS: tuple[tuple[Any, ...], ...] = (
     (Told(CREATE.replace("new", "active")), "there is a job 'active' already"),
     (Told("job update paused --name active"), "there is a job 'active' already"),
     (Told(f"{CREATE} --poll-interval 5"), "poll_interval: found '5'; allowed: 30 to 3600"),
-    (Told("job update active --poll-interval 2h"), "poll_interval: found '2h'"),
+    (Told("job update active --poll-interval 2h"), "poll_interval_seconds: found '2h'"),
     (Told(f"{CREATE} --batch-id nobatch"), "batch_ids[1]: found 'nobatch'"),
     (Told(f"{CREATE} --batch-id batch_1"), "twice"),
     (Told(f"{CREATE} --keboola-stack http://a.com"), "stack_url: found 'http://a.com'"),
@@ -463,8 +463,9 @@ def test_commands_change_a_job_by_id_and_by_name(story: Story) -> None:
     assert updated["batch_ids"] == ["batch_3"] and updated["variables"] == {"region": "eu"}
     statuses = [story.said[step].document["status"] for step in ("pause", "resume", "retry")]
     assert statuses == ["paused", "active", "active"]
-    assert story.said["list_active"].document == {"jobs": [], "total": 0}
-    assert story.said["list_empty"].document == {"jobs": [], "total": 0}
+    nothing = {"jobs": [], "total": 0, "next_after": None}
+    assert story.said["list_active"].document == nothing
+    assert story.said["list_empty"].document == nothing
 
 
 def test_show_has_batches_triggers_and_logs(story: Story) -> None:

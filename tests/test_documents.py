@@ -76,7 +76,9 @@ def test_every_setting_is_in_the_readme(name: str) -> None:
     assert says(readme(), name)
 
 
-@pytest.mark.parametrize("path", [path for route in tecko.ROUTES for path in route.paths])
+@pytest.mark.parametrize(
+    "path", sorted({path for route in tecko.ROUTES for path in (route.path, route.also) if path})
+)
 def test_every_route_is_in_the_readme(path: str) -> None:
     """Paths of the HTTP surface."""
     assert re.search(rf"(?<![\w/]){re.escape(path)}(?![\w/])", readme())
@@ -191,7 +193,8 @@ def imported() -> set[str]:
             tops |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             tops.add(str(node.module).partition(".")[0])
-    return {PACKAGE_OF.get(top, top) for top in tops - sys.stdlib_module_names}
+    names = {top.replace("_", "-") for top in tops - sys.stdlib_module_names}
+    return {PACKAGE_OF.get(name, name) for name in names}
 
 
 def test_requirements_are_what_is_imported() -> None:

@@ -254,7 +254,7 @@ async def opened(store: tecko.Store, vault: tecko.Vault) -> list[str]:
 
 
 async def reseal(store: tecko.Store, vault: tecko.Vault) -> int:
-    return await store.reseal_secrets(lambda r: vault.seal(r.name, r.type, vault.open(r)))
+    return await store.reseal_secrets(lambda r: vault.seal(r.name, r.type, vault.open(r)), 0.0)
 
 
 async def rotate(store: tecko.Store, vault: tecko.Vault) -> None:

@@ -236,7 +236,7 @@ async def test_a_refused_key_waits_longer_each_time_and_is_loud(world: World, co
     assert await waits(world, job_id, 6) == [240.0, 480.0, 960.0, 1920.0, 3600.0, 3600.0]
     assert await status(world, job_id) == "active"
     assert f"OpenAI said {code}" in await last_error(world, job_id)
-    assert [row["status"] for row in await world.store.logs(job_id, 10)].count("error") == 1
+    assert [row.status for row in await world.store.logs(job_id, 10)].count("error") == 1
     assert await waits(world, job_id, 1) == [INTERVAL]
     assert await last_error(world, job_id) == ""
 
@@ -373,7 +373,7 @@ async def test_an_unknown_status_is_a_warning_and_goes_on_being_checked(world: W
     job_id = await world.job()
     assert await waits(world, job_id, 2) == [INTERVAL, INTERVAL]
     assert "'reticulating'" in await last_error(world, job_id)
-    assert "reticulating" in (await world.store.logs(job_id, 1))[0]["message"]
+    assert "reticulating" in (await world.store.logs(job_id, 1))[0].message
     batch.become("completed")
     await world.step_until_waiting(job_id)
     assert await status(world, job_id) == "completed"

@@ -290,7 +290,7 @@ async def test_a_cancelled_caller_leaves_no_half(store: tecko.Store, path: Path)
         job = await store.find_job(name)
         dump(path)
         assert len(await store.batches(job.id)) == 2
-        assert [row["status"] for row in await store.logs(job.id, 9)] == ["created"]
+        assert [row.status for row in await store.logs(job.id, 9)] == ["created"]
         if not cancelled:
             break
     assert 5 < at < 19
@@ -435,7 +435,7 @@ async def test_two_processes_lose_nothing(store: tecko.Store, path: Path) -> Non
             )
     assert await asyncio.wait_for(process.wait(), 20) == 0
     assert (await store.counts())["secrets"] == 60 and len(await store.jobs()) == 20
-    ids = [row["id"] for row in await store.logs(None, 999)]
+    ids = [row.id for row in await store.logs(None, 999)]
     assert len(ids) == len(set(ids)) == 80
 
 
@@ -510,7 +510,7 @@ async def test_a_check_is_written_down(store: tecko.Store) -> None:
         job = await get(store, job.id)
         assert (job.last_check_at, job.next_check_at, job.last_error) == (at, at + 60, error)
         assert job.errors_in_row == (0, 1, 2, 0)[n] and job.last_ok_at == (10, 10, 10, 13)[n]
-    logs = [row["status"] for row in await store.logs(job.id, 9)]
+    logs = [row.status for row in await store.logs(job.id, 9)]
     assert logs == ["created", "checking", "error"]  # what is not new is not said again
 
 
@@ -685,7 +685,7 @@ async def test_what_starts_no_round(store: tecko.Store, change: dict[str, Any]) 
     after, batches = await get(store, job.id), await store.batches(job.id)
     assert (after.round, after.status, after.last_check_at) == (1, "active", 7.0)
     assert {b.batch_id: b.status for b in batches} == {"batch_1": "completed", "batch_2": ""}
-    logs = [row["status"] for row in await store.logs(job.id, 9)]
+    logs = [row.status for row in await store.logs(job.id, 9)]
     assert logs.count("updated") == bool(change)
 
 
@@ -930,7 +930,7 @@ async def test_secrets_are_added_replaced_and_deleted(store: tecko.Store) -> Non
     assert await store.secret("s") == row and await store.secrets() == [row]
     await store.delete_secret("s", 5.0)
     assert await store.secret("s") is None
-    logs = [row["status"] for row in await store.logs(None, 9)]
+    logs = [row.status for row in await store.logs(None, 9)]
     assert logs == ["created", "updated", "deleted"]
 
 
@@ -1006,10 +1006,10 @@ async def test_logs_are_paged(store: tecko.Store) -> None:
     for n in range(6):
         await (store.resume_job if n % 2 else store.pause_job)(first.id, float(n))
     rows = await store.logs(first.id, 99)
-    ids = [row["id"] for row in rows]
-    assert [row["status"] for row in rows] == ["created", *["paused", "resumed"] * 3]
-    assert ids == sorted(ids) and [row["id"] for row in await store.logs(first.id, 2)] == ids[-2:]
-    assert [row["id"] for row in await store.logs(first.id, 99, after=ids[-3])] == ids[-2:]
+    ids = [row.id for row in rows]
+    assert [row.status for row in rows] == ["created", *["paused", "resumed"] * 3]
+    assert ids == sorted(ids) and [row.id for row in await store.logs(first.id, 2)] == ids[-2:]
+    assert [row.id for row in await store.logs(first.id, 99, after=ids[-3])] == ids[-2:]
     assert len(await store.logs(None, 99)) == 8 and len(await store.logs(second.id, 99)) == 1
 
 

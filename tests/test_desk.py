@@ -1,0 +1,978 @@
+"""The desk and what stands around it: explain, schema, completion, the live list, audit, upkeep."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import sqlite3
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema  # type: ignore[import-untyped]
+import pytest
+import standins
+from conftest import (
+    JOB_YAML,
+    PROGRAM,
+    RunningProgram,
+    World,
+    clean_environment,
+    make_world,
+    program_environment,
+    run_program,
+)
+
+import teckochecker as tecko
+
+EXAMPLE = PROGRAM.parent / "jobs.yaml.example"
+STACK = "https://connection.keboola.com"
+
+
+def flat(**changed: Any) -> dict[str, Any]:
+    """A good job in the flat form."""
+    return {
+        "name": "job",
+        "batch_ids": ["batch_1", "batch_2"],
+        "openai_secret": "openai",
+        "keboola_secret": "keboola",
+        "keboola_stack_url": STACK,
+        "keboola_component_id": "comp",
+        "keboola_configuration_id": "cfg",
+    } | changed
+
+
+def spec(**changed: Any) -> tecko.JobSpec:
+    return tecko.parse(tecko.JobSpec, flat(**changed), {"bounds": (1, 3600)})
+
+
+# explain
+
+NOW = 1_800_000_000.0
+
+
+def a_job(status: str = "active", **changed: Any) -> tecko.Job:
+    """A job that was checked 30 s ago and is due in 90 s."""
+    known: dict[str, Any] = {f.name: None for f in fields(tecko.Job)}
+    known |= {"id": 1, "name": "night", "origin": "file", "spec": spec(), "round": 1}
+    known |= {"last_check_at": NOW - 30, "next_check_at": NOW + 90, "created_at": NOW - 7200}
+    return tecko.Job(**(known | {"status": status} | changed))
+
+
+def a_batch(number: int, status: str, done: int = 0, **changed: Any) -> tecko.Batch:
+    seen: dict[str, Any] = {
+        "requests_total": 8,
+        "requests_completed": done,
+        "output_file_id": "f" * bool(done),
+    }
+    return tecko.Batch(**({"batch_id": f"batch_{number}", "status": status} | seen | changed))
+
+
+def a_trigger(state: str, **changed: Any) -> tecko.Trigger:
+    known: dict[str, Any] = {f.name: None for f in fields(tecko.Trigger)}
+    known |= {"id": "f00d", "state": state, "created_at": NOW - 600, "searches": 2, "body": "{}"}
+    known |= {"keboola_job_id": "77", "keboola_status": "processing", "message": "no such config"}
+    return tecko.Trigger(**(known | changed))
+
+
+DONE = (a_batch(1, "completed", 8), a_batch(2, "completed", 7, requests_failed=1))
+GOING = (a_batch(1, "completed", 8), a_batch(2, "in_progress", 3))
+OPENING = "Job 'night' starts a Keboola job once all its 2 batches have completed."
+LOOKED = [
+    OPENING,
+    "It was last checked 30 s ago: 2 completed, 0 failed, 0 go on.",
+    "  batch_1 completed: 8 of 8 requests succeeded",
+    "  batch_2 completed: 7 of 8 requests succeeded",
+]
+FIRED = "It fired 10 min ago, as trigger f00d."
+EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | None, list[str]]] = {
+    "waiting": (
+        a_job(),
+        GOING,
+        None,
+        [
+            OPENING,
+            "It was last checked 30 s ago: 1 completed, 0 failed, 1 go on.",
+            "  batch_1 completed: 8 of 8 requests succeeded",
+            "  batch_2 in_progress, 3 of 8 requests done",
+            "Next: it is checked in 90 s, every 120 s, while the service runs.",
+        ],
+    ),
+    "any end": (
+        a_job(spec=spec(trigger_when="all_finished", poll_interval_seconds=300)),
+        GOING[:0],
+        None,
+        [
+            f"{OPENING[: -len('completed.')]}finished, however they end.",
+            "It was last checked 30 s ago: 0 completed, 0 failed, 2 go on.",
+            "Next: it is checked in 90 s, every 300 s, while the service runs.",
+        ],
+    ),
+    "paused": (
+        a_job("paused"),
+        GOING,
+        None,
+        [
+            OPENING,
+            "It was last checked 30 s ago: 1 completed, 0 failed, 1 go on.",
+            "  batch_1 completed: 8 of 8 requests succeeded",
+            "  batch_2 in_progress, 3 of 8 requests done",
+            "Next: nothing, until job resume.",
+        ],
+    ),
+    "pending": (
+        a_job("triggering", last_error="Keboola answers 429"),
+        DONE,
+        a_trigger("pending", message="Keboola answers 429"),
+        [
+            *LOOKED,
+            FIRED,
+            "It has not reached Keboola yet.",
+            "Last error: Keboola answers 429.",
+            "Next: the trigger is carried to Keboola, while the service runs.",
+        ],
+    ),
+    "sending": (
+        a_job("triggering"),
+        DONE,
+        a_trigger("sending"),
+        [
+            *LOOKED,
+            FIRED,
+            "It is on its way to Keboola.",
+            "Next: the trigger is carried to Keboola, while the service runs.",
+        ],
+    ),
+    "held": (
+        a_job("failed"),
+        DONE,
+        a_trigger("held"),
+        [
+            *LOOKED,
+            FIRED,
+            "Whether Keboola took it is unknown; it is left for you, as on_ambiguous: hold asks.",
+            "Next: nothing, until job retry, or other batch ids.",
+        ],
+    ),
+    "running": (
+        a_job("triggered"),
+        DONE,
+        a_trigger("running"),
+        [
+            *LOOKED,
+            FIRED,
+            "Keboola runs it as job 77, which is processing.",
+            "Next: Keboola's job is followed to its end.",
+        ],
+    ),
+    "succeeded": (
+        a_job("completed"),
+        DONE,
+        a_trigger("succeeded", keboola_status="success"),
+        [
+            *LOOKED,
+            FIRED,
+            "Keboola job 77 ended with success.",
+            "Next: nothing; other batch ids would start a new round.",
+        ],
+    ),
+    "succeeded in part": (
+        a_job("completed_with_failures"),
+        DONE,
+        a_trigger("succeeded", keboola_status="warning"),
+        [
+            *LOOKED,
+            FIRED,
+            "Keboola job 77 ended with warning.",
+            "Next: nothing; other batch ids would start a new round.",
+        ],
+    ),
+    "failed": (
+        a_job("failed"),
+        DONE,
+        a_trigger("failed", keboola_status="error"),
+        [
+            *LOOKED,
+            FIRED,
+            "Keboola job 77 ended with error: no such config.",
+            "Next: nothing, until job retry, or other batch ids.",
+        ],
+    ),
+    "rejected": (
+        a_job("failed"),
+        DONE,
+        a_trigger("rejected"),
+        [
+            *LOOKED,
+            FIRED,
+            "Keboola refused it: no such config.",
+            "Next: nothing, until job retry, or other batch ids.",
+        ],
+    ),
+    "unknown": (
+        a_job("triggering"),
+        DONE,
+        a_trigger("unknown"),
+        [
+            *LOOKED,
+            FIRED,
+            "Whether Keboola took it is unknown; 2 searches did not show it so far.",
+            "Next: Keboola's search is asked again, until the trigger is settled.",
+        ],
+    ),
+    "never fired": (
+        a_job("failed", last_error="batch_2 expired: 0 of 8 requests succeeded"),
+        (DONE[0], a_batch(2, "expired")),
+        None,
+        [
+            OPENING,
+            "It was last checked 30 s ago: 1 completed, 1 failed, 0 go on.",
+            "  batch_1 completed: 8 of 8 requests succeeded",
+            "  batch_2 expired: 0 of 8 requests succeeded",
+            "Last error: batch_2 expired: 0 of 8 requests succeeded.",
+            "Next: nothing, until job retry, or other batch ids.",
+        ],
+    ),
+    "removed": (
+        a_job(removed_at=NOW - 60),
+        DONE,
+        None,
+        [*LOOKED, "Next: no check, for the job has left jobs.yaml."],
+    ),
+}
+SAYS_UNSEEN = (a_batch(1, ""), a_batch(2, ""))
+
+
+@pytest.mark.parametrize(("job", "batches", "trigger", "said"), EXPLAINED.values(), ids=EXPLAINED)
+def test_explain(
+    job: tecko.Job, batches: tuple[tecko.Batch, ...], trigger: tecko.Trigger | None, said: list[str]
+) -> None:
+    """What a job waits for, what was seen, why it did or did not fire, and what happens next."""
+    seen = batches or SAYS_UNSEEN
+    assert tecko.explain(job, seen, trigger, NOW) == said
+
+
+def test_explain_before_the_first_check() -> None:
+    """A job that was never checked says so, and lists no batch."""
+    job = a_job(last_check_at=None, next_check_at=None)
+    said = tecko.explain(job, SAYS_UNSEEN, None, NOW)
+    assert said[:2] == [OPENING, "It has not been checked yet."]
+    assert len(said) == 3 and said[2].startswith("Next: it is checked")
+
+
+def test_explain_a_job_of_one_batch() -> None:
+    """One batch is not called batches."""
+    said = told(a_job(), None, 1)
+    assert said[0] == "Job 'night' starts a Keboola job once its batch has completed."
+
+
+@pytest.mark.parametrize(
+    ("state", "goes_on"),
+    [("pending", True), ("running", True), ("held", False), ("failed", False), (None, False)],
+)
+def test_explain_a_removed_job_with_a_trigger(state: str | None, goes_on: bool) -> None:
+    """Leaving jobs.yaml ends the checks; what was decided is still carried out, and said so."""
+    said = told(a_job("triggered", removed_at=NOW - 60), state, 2)
+    assert said[-1].startswith("Next: no check, for the job has left jobs.yaml")
+    assert said[-1].endswith("; its trigger is carried to its end.") is goes_on
+
+
+def told(job: tecko.Job, state: str | None, count: int, **trigger: Any) -> list[str]:
+    job = replace(job, spec=spec(batch_ids=[f"batch_{n + 1}" for n in range(count)]))
+    fired = a_trigger(state, **trigger) if state else None
+    return tecko.explain(job, DONE[:count], fired, NOW)
+
+
+STATES = [None, *tecko.TRIGGER_STEPS]
+
+
+@pytest.mark.parametrize("removed_at", [None, NOW - 60])
+@pytest.mark.parametrize("last_error", [None, "it failed", "Keboola is down."])
+@pytest.mark.parametrize("count", [1, 2])
+def test_explain_reads_well(removed_at: float | None, last_error: str | None, count: int) -> None:
+    """Whatever the states: sentences, without None, braces, "1 batches" or two full stops."""
+    messages: tuple[dict[str, Any], ...] = ({}, {"message": None}, {"message": "It broke."})
+    for status, state, facts in itertools.product(tecko.JOB_STEPS, STATES, messages):
+        job = a_job(status, removed_at=removed_at, last_error=last_error)
+        said = told(job, state, count, **facts)
+        assert sum(line.startswith("Next: ") for line in said) == 1, said
+        assert all(line.startswith("  ") or re.search(r"[^.][.:]$", line) for line in said), said
+        assert not re.search(r"None|[{}]|\b1 (batches|searches)", "\n".join(said)), said
+
+
+def explained(cwd: Path, env: dict[str, str]) -> list[str]:
+    answer = run_program("--json", "explain", "job", cwd=cwd, env=env)
+    assert answer.returncode == 0, answer.stderr
+    document = json.loads(answer.stdout)
+    assert document["job"] == "job"
+    return list(document["said"])
+
+
+def test_explain_with_and_without_a_service(
+    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
+) -> None:
+    """The command says the same as text and as JSON, and says when no service runs."""
+    (tmp_path / "jobs.yaml").write_text(JOB_YAML.format(stack=keboola.url))
+    openai.batch("batch_1", "in_progress")
+    openai.key(standins.OPENAI_KEY)
+    env = program_environment(openai)
+    with RunningProgram(tmp_path, env) as program:
+        during = explained(tmp_path, env)
+        assert program.terminate() == 0
+    after = explained(tmp_path, env)
+    text = run_program("explain", "1", cwd=tmp_path, env=env)
+    assert "does not run" not in "".join(during) and after[-1].endswith("not run at the moment.")
+    assert after[0].startswith("Job 'job' starts") and during[0] == after[0]
+    assert text.stdout.splitlines()[0] == after[0]
+    assert text.stdout.splitlines()[-1] == after[-1]
+
+
+# schema
+
+
+@pytest.fixture(scope="module")
+def schema(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What `schema` prints, as a validator; it needs no jobs.yaml, not even a good one."""
+    folder = tmp_path_factory.mktemp("schema")
+    answer = run_program("schema", cwd=folder)
+    assert (answer.returncode, answer.stderr, list(folder.iterdir())) == (0, "", [])
+    document = json.loads(answer.stdout)
+    jsonschema.Draft202012Validator.check_schema(document)
+    return jsonschema.Draft202012Validator(document)
+
+
+def plain(path: Path) -> Any:
+    return tecko.JobsYaml(path, {"CREDENTIALS_DIRECTORY": "/run"}).data
+
+
+@pytest.mark.parametrize("name", ["example", "first", "tests"])
+def test_the_schema_takes_good_files(schema: Any, tmp_path: Path, name: str) -> None:
+    """The example, what `init` writes, and what these tests run."""
+    texts = {"example": EXAMPLE.read_text(), "first": tecko.FIRST_JOBS_FILE}
+    path = tmp_path / "jobs.yaml"
+    path.write_text(texts.get(name, JOB_YAML.format(stack=STACK)))
+    schema.validate(plain(path))
+
+
+def nested_job(**changed: Any) -> dict[str, Any]:
+    """A good job in the nested form; `changed` by the names of the flat one."""
+    made = tecko.nested(flat())
+    for name, value in changed.items():
+        path = tecko.FLAT_FIELDS.get(name, (name,))
+        (made[path[0]] if len(path) > 1 else made)[path[-1]] = value
+    return made
+
+
+def without(data: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {k: v for k, v in data.items() if k not in names}
+
+
+def with_job(job: dict[str, Any]) -> dict[str, Any]:
+    return {"jobs": [job]}
+
+
+def with_secret(**ref: Any) -> dict[str, Any]:
+    return {"secrets": {"s": ref}}
+
+
+BY_ID = {"openai_secret_id": 1, "keboola_secret_id": 2}
+GOOD: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "nested": with_job(nested_job()),
+    "flat": with_job(flat()),
+    "flat, secrets by id": with_job(without(flat(), "openai_secret", "keboola_secret") | BY_ID),
+    "flat, one batch": with_job(without(flat(), "batch_ids") | {"batch_id": "batch_1"}),
+    "flat, every key": with_job(
+        flat(trigger_when="all_finished", on_ambiguous="hold", variables={"a": "b"})
+    ),
+    **{f"every {i!r}": with_job(nested_job(poll_interval=i)) for i in (90, "90", "30s", "2 m")},
+    **{f"flat, every {i!r}": with_job(flat(poll_interval_seconds=i)) for i in (90, "1h")},
+    "a number as configuration": with_job(nested_job(keboola_configuration_id=123456)),
+    "a number as variable": with_job(nested_job(variables={"n": 5, "on": True})),
+    "a secret in the environment": with_secret(type="openai", env="KEY"),
+    "a secret in a file": with_secret(type="keboola", file="key"),
+}
+BAD: dict[str, dict[str, Any]] = {
+    "an unknown key": {"job": []},
+    "jobs as a block": {"jobs": {}},
+    "a job's unknown key": with_job(nested_job() | {"interval": 5}),
+    "a flat job's unknown key": with_job(flat(interval=5)),
+    "no name": with_job(without(nested_job(), "name")),
+    "no trigger": with_job(without(nested_job(), "trigger")),
+    "flat without stack": with_job(without(flat(), "keboola_stack_url")),
+    "no batches": with_job(nested_job(batch_ids=[])),
+    "eleven batches": with_job(nested_job(batch_ids=[f"batch_{n}" for n in range(11)])),
+    "a batch twice": with_job(nested_job(batch_ids=["batch_1", "batch_1"])),
+    "no batch id": with_job(nested_job(batch_ids=["file-1"])),
+    "no interval": with_job(nested_job(poll_interval="2 days")),
+    "a wrong choice": with_job(nested_job(trigger_when="some")),
+    "a stack with a path": with_job(nested_job(keboola_stack_url=f"{STACK}/v2")),
+    "an empty variable": with_job(nested_job(variables={"a": ""})),
+    "a port too high": {"admin": {"port": 70000}},
+    "a secret's value": with_secret(type="openai", value="x"),
+    "a secret of no type": with_secret(env="KEY"),
+    "a secret from nowhere": with_secret(type="openai"),
+    "a secret from two places": with_secret(type="openai", env="KEY", file="key"),
+}
+
+
+def accepted(data: dict[str, Any], folder: Path) -> bool:
+    """What the program itself says of such a file."""
+    (folder / "jobs.yaml").write_text(json.dumps(data))  # which is YAML too
+    try:
+        return not tecko.load_config(folder / "jobs.yaml", {}).problems
+    except tecko.Invalid:
+        return False
+
+
+@pytest.mark.parametrize("data", GOOD.values(), ids=GOOD)
+def test_the_schema_takes_what_the_program_takes(
+    schema: Any, tmp_path: Path, data: dict[str, Any]
+) -> None:
+    """An editor marks nothing that runs."""
+    assert accepted(data, tmp_path)
+    schema.validate(data)
+
+
+@pytest.mark.parametrize("data", BAD.values(), ids=BAD)
+def test_the_schema_refuses_what_the_program_refuses(
+    schema: Any, tmp_path: Path, data: dict[str, Any]
+) -> None:
+    """An editor marks what does not run."""
+    assert not accepted(data, tmp_path)
+    assert not schema.is_valid(data)
+
+
+def test_the_example_names_its_schema() -> None:
+    """Its first line is the editor's modeline, for a file that a command beside it writes."""
+    first, *rest = EXAMPLE.read_text().splitlines()
+    found = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", first)
+    assert found and found[1] == "jobs.schema.json"
+    assert f"teckochecker.py schema > {found[1]}" in "\n".join(rest)
+
+
+@pytest.mark.parametrize("command", [("schema",), ("completion", "bash")])
+def test_what_needs_no_configuration_works_beside_a_broken_one(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """The schema helps to mend a jobs.yaml, and a shell may start anywhere."""
+    (tmp_path / "jobs.yaml").write_text("jobs: {\n")
+    answer = run_program(*command, cwd=tmp_path)
+    assert (answer.returncode, answer.stderr) == (0, "") and answer.stdout
+
+
+# completion
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The completion script of each shell, in a file."""
+    folder = tmp_path_factory.mktemp("completion")
+    made = {}
+    for shell in SHELLS:
+        answer = run_program("completion", shell, cwd=folder)
+        assert (answer.returncode, answer.stderr) == (0, "")
+        made[shell] = folder / f"completion.{shell}"
+        made[shell].write_text(answer.stdout)
+    return made
+
+
+def words_of(parser: Any) -> Iterator[str]:
+    """Every command and every long option of the command line."""
+    for action in parser._actions:
+        yield from (option for option in action.option_strings if option.startswith("--"))
+        if isinstance(action.choices, dict):
+            for name, sub in action.choices.items():
+                yield name
+                yield from words_of(sub)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_completion_script_is_one(scripts: dict[str, Path], shell: str) -> None:
+    """The shell it is for reads it without complaint."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    done = subprocess.run(
+        [shell, "-n", scripts[shell]], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_knows_every_word(scripts: dict[str, Path], shell: str) -> None:
+    """Every command and long option stands in the script; fish writes options without dashes."""
+    text = scripts[shell].read_text()
+    words = set(words_of(tecko.make_parser()))
+    assert {"job", "explain", "--watch", "--batch-id"} <= words
+    prefix = {"fish": "-l "}.get(shell, "--")
+    forms = {word: word.replace("--", prefix, 1) for word in words}
+    assert [w for w, form in forms.items() if not re.search(rf"{form}(?![\w-])", text)] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "replies"),
+    [
+        ("jo", {"job"}),
+        ("job li", {"list"}),
+        ("job ", {"create", "list", "show", "update", "delete", "pause", "resume", "retry"}),
+        ("--json job list --st", {"--status"}),
+        ("job list --status pa", {"paused"}),
+        ("secret add --type ", {"openai", "keboola", "api"}),
+        ("-c jobs.yaml sec", {"secret"}),
+        ("completion f", {"fish"}),
+    ],
+)
+def test_bash_completes(scripts: dict[str, Path], line: str, replies: set[str]) -> None:
+    """What TAB brings after a line, out of bash itself."""
+    script = f"""
+        source {scripts["bash"]}
+        COMP_WORDS=(teckochecker.py "$@") COMP_CWORD=$#
+        $(complete -p teckochecker.py | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    run = ["bash", "--norc", "-c", script, "bash", *line.split(" ")]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert (set(done.stdout.split()), done.stderr) == (replies, "")
+
+
+# the live list
+
+
+class Terminal:
+    """The command line on a terminal of its own, which it is in charge of: Ctrl-C reaches it."""
+
+    def __init__(self, cwd: Path, *args: str) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+        take = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+        take += "; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", take, str(PROGRAM), *args],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            cwd=cwd,
+            env=clean_environment({"TERM": "xterm"}),
+            start_new_session=True,
+        )
+        os.close(slave)
+        self.text = ""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(10)
+        os.close(self.master)
+
+    def read(self) -> bool:
+        """What came since; False when the terminal is closed."""
+        if not select.select([self.master], [], [], 0.1)[0]:
+            return True
+        with contextlib.suppress(OSError):  # Linux: the other side is gone
+            if data := os.read(self.master, 65536):
+                self.text += data.decode()
+                return True
+        return False
+
+    def until(self, shown: Callable[[str], bool], timeout: float = 20) -> str:
+        """Wait until what was drawn is so; what was drawn."""
+        end = time.monotonic() + timeout
+        while not shown(self.text):
+            assert time.monotonic() < end and self.read(), self.text
+        return self.text
+
+    def ctrl_c(self) -> int:
+        """The exit code that it ends with."""
+        os.write(self.master, b"\x03")
+        while self.read():
+            pass
+        return int(self.process.wait(10))
+
+
+def stored_job(folder: Path, **changed: Any) -> Callable[[str], None]:
+    """Put a job into the database in `folder`; what does a step to it then."""
+
+    async def on_store(step: str | None) -> None:
+        async with tecko.Store(folder / "teckochecker.db") as store:
+            if step is None:
+                await store.create_job(spec(**changed), "store", time.time())
+            elif step == "pause":
+                await store.pause_job(1, time.time())
+
+    asyncio.run(on_store(None))
+    return lambda step: asyncio.run(on_store(step))
+
+
+def test_job_list_watch(tmp_path: Path) -> None:
+    """The table is drawn, drawn anew after a change elsewhere, and ends with Ctrl-C in peace."""
+    step = stored_job(tmp_path, name="night")
+    with Terminal(tmp_path, "job", "list", "--watch") as terminal:
+        drawn = terminal.until(lambda text: "active" in text)
+        assert "Name" in drawn and "night" in drawn and "0/2" in drawn and "paused" not in drawn
+        step("pause")
+        terminal.until(lambda text: "paused" in text)
+        assert terminal.ctrl_c() in (0, 130)
+    assert "Traceback" not in terminal.text and "Interrupt" not in terminal.text
+    restored = terminal.text.rpartition("\x1b[?1049l")[2] + terminal.text[-20:]
+    assert "\x1b[?1049l" in terminal.text and "\x1b[?25h" in restored, "screen and cursor are back"
+
+
+def test_job_list_watch_draws_names_as_they_are(tmp_path: Path) -> None:
+    """Brackets and colons in a name are no markup."""
+    stored_job(tmp_path, name="[red]a[/b] :smile:")
+    with Terminal(tmp_path, "job", "list", "--watch") as terminal:
+        terminal.until(lambda text: "active" in text)
+        assert "[red]a[/b] :smile:" in terminal.text
+
+
+@pytest.mark.parametrize("args", [("--json",), ()])
+def test_job_list_watch_is_for_a_terminal(tmp_path: Path, args: tuple[str, ...]) -> None:
+    """A live table is neither one JSON document nor something for a pipe; it is refused."""
+    run = [sys.executable, str(PROGRAM), *args, "job", "list", "--watch"]
+    done = subprocess.run(
+        run, cwd=tmp_path, env=clean_environment({}), capture_output=True, text=True, timeout=5
+    )
+    assert done.returncode in (1, 2) and done.stdout == ""
+    assert "--watch" in done.stderr and "Traceback" not in done.stderr
+
+
+# the desk
+
+
+@pytest.fixture
+def desk(world: World) -> tecko.Desk:
+    return tecko.Desk(world.store, world.vault, lambda: world.config, world.clock)
+
+
+async def logged(world: World, status: str) -> list[tecko.LogRow]:
+    return [row for row in await world.store.logs(None, 1000) if row.status == status]
+
+
+async def test_jobs_come_in_pages(world: World, desk: tecko.Desk) -> None:
+    """Every job is on one page, once; the total is of all, or of all of that status."""
+    ids = [await world.job(f"job {n}", batch_ids=[f"batch_{n}"]) for n in range(7)]
+    await desk.step_job(str(ids[3]), "pause")
+    found, after = [], 0
+    while True:
+        page = await desk.jobs(None, 3, after)
+        found.append([(job.id, job.batches[0].batch_id) for job in page.jobs])
+        assert page.total == 7
+        if page.next_after is None:
+            break
+        after = page.next_after
+    assert list(map(len, found)) == [3, 3, 1]
+    assert list(itertools.chain(*found)) == [(job_id, f"batch_{n}") for n, job_id in enumerate(ids)]
+
+
+@pytest.mark.parametrize(
+    ("status", "limit", "ids", "total", "more"),
+    [
+        ("paused", 10, [2], 1, None),
+        ("active", 2, [1, 3], 3, 3),
+        ("active", 3, [1, 3, 4], 3, None),
+        ("failed", 10, [], 0, None),
+        (None, 4, [1, 2, 3, 4], 4, None),
+    ],
+)
+async def test_a_page_of_a_status(
+    world: World,
+    desk: tecko.Desk,
+    status: str | None,
+    limit: int,
+    ids: list[int],
+    total: int,
+    more: int | None,
+) -> None:
+    """A full last page has no next one."""
+    for n in range(4):
+        await world.job(f"job {n}")
+    await desk.step_job("2", "pause")
+    page = await desk.jobs(status, limit, 0)
+    assert ([job.id for job in page.jobs], page.total, page.next_after) == (ids, total, more)
+
+
+CHANGES: dict[str, tuple[Any, Any]] = {
+    "name": ("other", "other"),
+    "batch_ids": (["batch_8", "batch_9"], ["batch_8", "batch_9"]),
+    "openai_secret": ("openai2", "openai2"),
+    "openai_secret_id": (3, 3),
+    "keboola_secret": ("keboola2", "keboola2"),
+    "keboola_secret_id": (4, 4),
+    "trigger_when": ("all_finished", "all_finished"),
+    "keboola_stack_url": (f"{STACK}/", STACK),
+    "keboola_component_id": ("other", "other"),
+    "keboola_configuration_id": (12, "12"),
+    "variables": ({"region": "eu"}, {"region": "eu"}),
+    "on_ambiguous": ("hold", "hold"),
+    "poll_interval_seconds": ("2m", 120),
+}
+
+
+@pytest.mark.parametrize("name", ["name", *tecko.FLAT_FIELDS])
+async def test_update_job(world: World, desk: tecko.Desk, name: str) -> None:
+    """Each field of the flat form changes alone, is shown, and is in the log once."""
+    for kind in ("openai", "keboola"):
+        await world.secret(f"{kind}2", kind, "sk-second-value-0123")
+    job_id = await world.job(poll_interval_seconds=60)
+    before = (await desk.job("job")).model_dump()
+    given, shown = CHANGES[name]
+    after = (await desk.update_job("job", {name: given})).model_dump()
+    assert after[name] == shown != before[name]
+    twin = name.removesuffix("_id") if "secret" in name else name
+    follows = {"batch_ids": {"batch_id", "batches", "batch_count"}}
+    follows |= {f"{kind}_secret": {f"{kind}_secret_id"} for kind in ("openai", "keboola")}
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {twin, "logs"} | follows.get(twin, set())
+    assert [row.job_id for row in await logged(world, "updated")] == [job_id]
+
+
+REFUSALS: dict[str, tuple[int, Callable[[tecko.Desk], Any]]] = {
+    "show a secret": (1001, lambda desk: desk.secret("none")),
+    "show a secret by id": (1001, lambda desk: desk.secret("99")),
+    "delete a secret": (1001, lambda desk: desk.delete_secret("none")),
+    "replace a secret": (1001, lambda desk: desk.add_secret(body("none"), replace=True)),
+    "replace by another type": (1001, lambda desk: desk.add_secret(body("keboola"), replace=True)),
+    "create with no secret": (1001, lambda desk: desk.create_job(spec(openai_secret="none"))),
+    "create with a wrong one": (1004, lambda desk: desk.create_job(spec(openai_secret="keboola"))),
+    "update to no secret": (1001, lambda desk: desk.update_job("job", {"openai_secret_id": 99})),
+    "pause no job": (1002, lambda desk: desk.step_job("none", "pause")),
+    "resume no job": (1002, lambda desk: desk.step_job("99", "resume")),
+    "retry no job": (1002, lambda desk: desk.step_job("none", "retry")),
+    "show no job": (1002, lambda desk: desk.job("99")),
+    "explain no job": (1002, lambda desk: desk.explain("none")),
+    "update no job": (1002, lambda desk: desk.update_job("none", {"name": "x"})),
+    "delete no job": (1002, lambda desk: desk.delete_job("99")),
+    "a job twice": (1003, lambda desk: desk.create_job(spec())),
+    "a job's name twice": (1003, lambda desk: desk.update_job("job", {"name": "second"})),
+    "a secret twice": (1003, lambda desk: desk.add_secret(body("openai"))),
+    "delete a used secret": (1003, lambda desk: desk.delete_secret("openai")),
+    "resume an active job": (1003, lambda desk: desk.step_job("job", "resume")),
+    "retry an active job": (1003, lambda desk: desk.step_job("job", "retry")),
+    "update a file's job": (1003, lambda desk: desk.update_job("of the file", {"name": "x"})),
+    "delete a file's job": (1003, lambda desk: desk.delete_job("of the file")),
+    "no batches": (1004, lambda desk: desk.update_job("job", {"batch_ids": []})),
+    "no stack": (1004, lambda desk: desk.update_job("job", {"keboola_stack_url": "x"})),
+    "an interval too short": (
+        1004,
+        lambda desk: desk.update_job("job", {"poll_interval_seconds": 0}),
+    ),
+    "an unknown field": (1004, lambda desk: desk.update_job("job", {"interval": 60})),
+}
+
+
+def body(name: str) -> tecko.SecretBody:
+    return tecko.SecretBody(name=name, type="openai", value="sk-some-value-0123456")
+
+
+def rows_of(path: Path, table: str) -> list[dict[str, Any]]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.row_factory = sqlite3.Row
+        return [dict(row) for row in db.execute(f"SELECT * FROM {table} ORDER BY rowid")]
+
+
+TABLES = ("secrets", "polling_jobs", "polling_batches", "triggers", "polling_logs")
+
+
+@pytest.mark.parametrize(("code", "ask"), REFUSALS.values(), ids=REFUSALS)
+async def test_what_the_desk_refuses(
+    world: World, desk: tecko.Desk, code: int, ask: Callable[[tecko.Desk], Any]
+) -> None:
+    """A refusal has its code, one that says what, and changes nothing."""
+    for name in ("job", "second"):
+        await world.job(name)
+    await world.store.sync_file_jobs([spec(name="of the file")], world.clock())
+    before = [rows_of(world.store.path, table) for table in TABLES]
+    with pytest.raises(tecko.TeckoError) as refused:
+        await ask(desk)
+    assert refused.value.code == code and str(refused.value)
+    assert [rows_of(world.store.path, table) for table in TABLES] == before
+
+
+# audit
+
+
+async def test_the_first_use_of_a_secret_is_in_the_log_once(world: World, desk: tecko.Desk) -> None:
+    """Two jobs and several checks: one row, and the time of the first."""
+    world.openai.batch("batch_1", "in_progress")
+    jobs = [await world.job("one"), await world.job("two")]
+    assert (await desk.secret("openai")).first_used_at is None
+    first, stale = world.clock(), await world.store.secret("openai")
+    assert stale is not None
+    for job_id in jobs * 2:
+        await world.steps.step(job_id)
+        world.clock.turn(60)
+    await world.store.note_use(stale, world.clock())  # as another process with an older row does
+    [row] = await logged(world, "used")
+    assert "'openai'" in row.message and row.created_at == first and row.actor is None
+    assert (await desk.secret("openai")).first_used_at == first
+    assert (await desk.secret("keboola")).first_used_at is None
+
+
+@pytest.fixture
+async def keyed(
+    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
+) -> AsyncIterator[World]:
+    """A world whose master key is in a file, so that it can be rotated."""
+    tecko.write_private(tmp_path / "teckochecker.key", tecko.new_master_key())
+    made, close = await make_world(tmp_path, openai, keboola, {"SECRET_KEY": ""})
+    yield made
+    await close()
+
+
+async def test_rotate(keyed: World) -> None:
+    """Another key seals what the desk stored, which still opens; the log has one row of it."""
+    desk = tecko.Desk(keyed.store, keyed.vault, lambda: keyed.config, keyed.clock)
+    await desk.add_secret(body("a"))
+    await desk.add_secret(body("b"))
+    before = await keyed.store.secrets()
+    assert await desk.rotate() == 2
+    after = await keyed.store.secrets()
+    assert {row.key_id for row in before}.isdisjoint({row.key_id for row in after})
+    assert {keyed.vault.open(row).reveal() for row in after} == {body("a").value}
+    [row] = await logged(keyed, "rotated")
+    assert "2" in row.message
+
+
+async def test_rotate_needs_a_key_file(world: World, desk: tecko.Desk) -> None:
+    """A key in the environment is not this program's to change; nothing is sealed anew."""
+    before = await world.store.secrets()
+    with pytest.raises(tecko.SecretError) as refused:
+        await desk.rotate()
+    assert refused.value.code == 3002 and "SECRET_KEY=NEW,OLD" in refused.value.hint
+    assert await world.store.secrets() == before
+
+
+CREATE = """job create --name n --batch-id batch_1 --openai-secret openai --keboola-secret keboola
+    --keboola-stack https://connection.keboola.com --component-id c --config-id 1"""
+COMMANDS = (CREATE, "check n", "job pause n", "job resume n", "job update n --config-id 2")
+
+
+def test_the_log_says_that_the_command_line_asked(
+    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
+) -> None:
+    """Each change has its row with its actor; what a check finds out has none."""
+    (tmp_path / "jobs.yaml").write_text(JOB_YAML.format(stack=keboola.url))
+    openai.key(standins.OPENAI_KEY)
+    openai.batch("batch_1", "in_progress")
+    calls = "\n".join(f"assert main({line.split()!r}) == 0" for line in COMMANDS)
+    env = clean_environment(program_environment(openai)) | {"PYTHONPATH": str(PROGRAM.parent)}
+    run = [sys.executable, "-c", f"from teckochecker import main\n{calls}"]
+    subprocess.run(run, cwd=tmp_path, env=env, check=True, timeout=60)
+    rows = rows_of(tmp_path / "teckochecker.db", "polling_logs")
+    said = [(row["status"], row["actor"]) for row in rows]
+    assert [status for status, actor in said if actor] == "created paused resumed updated".split()
+    assert {actor for _, actor in said} == {None, "command line"}
+    assert ("checking", None) in said
+    deleted = run_program("job", "delete", "n", "--force", cwd=tmp_path)
+    assert deleted.returncode == 0, deleted.stderr
+    row = rows_of(tmp_path / "teckochecker.db", "polling_logs")[-1]
+    assert (row["status"], row["actor"]) == ("deleted", "command line")
+
+
+# upkeep
+
+
+async def test_a_database_of_version_1_is_taken_along(world: World, tmp_path: Path) -> None:
+    """Rows written under the first schema are there under today's, new columns empty and in use."""
+    world.openai.batch("batch_1", "completed", total=2, completed=2)
+    job_id = await world.job()
+    await world.steps.step(job_id)
+    old = tmp_path / "old.db"
+    kept = {table: rows_of(world.store.path, table) for table in TABLES}
+    with contextlib.closing(sqlite3.connect(old)) as db:
+        db.executescript(tecko.MIGRATIONS[0] + "PRAGMA user_version = 1;")
+        for table, rows in kept.items():
+            there = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+            for row in rows:
+                named = {k: v for k, v in row.items() if k in there}
+                places = ", ".join(f":{k}" for k in named)
+                db.execute(f"INSERT INTO {table} ({', '.join(named)}) VALUES ({places})", named)
+        db.commit()
+    async with tecko.Store(old) as store:
+        new = {"first_used_at": None, "actor": None}
+        for table, rows in kept.items():
+            expected = [{k: new.get(k, v) for k, v in row.items()} for row in rows]
+            assert rows_of(old, table) == expected and rows
+        [secret] = [row for row in await store.secrets() if row.name == "openai"]
+        assert world.vault.open(secret).reveal() == standins.OPENAI_KEY
+        await store.note_use(secret, 5.0)
+        assert [row.status for row in await store.logs(None, 1)] == ["used"]
+    async with tecko.Store(old) as again:
+        assert (await again.secret("openai")) == replace(secret, first_used_at=5.0)
+
+
+def fill_log(path: Path, count: int, age: float) -> None:
+    asyncio.run(tecko.Store(path).touch())
+    row = ("checking", "m", time.time() - age)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        sql = "INSERT INTO polling_logs (status, message, created_at) VALUES (?, ?, ?)"
+        db.executemany(sql, [row] * count)
+        db.commit()
+
+
+def kept_rows(path: Path, until: Callable[[list[int]], bool]) -> list[int]:
+    """The ids of the log once they are so."""
+    end = time.monotonic() + 20
+    while not until(ids := [row["id"] for row in rows_of(path, "polling_logs")]):
+        assert time.monotonic() < end, len(ids)
+        time.sleep(0.05)
+    return ids
+
+
+def test_a_running_service_prunes_its_log(tmp_path: Path) -> None:
+    """Rows past LOG_RETENTION_DAYS go, and all but the last LOG_RETENTION_ROWS, in any number."""
+    path = tmp_path / "teckochecker.db"
+    for count, days in ((2500, 2.1), (50, 1.9), (150, 0)):
+        fill_log(path, count, days * 86400)
+    env = {"API_PORT": "0", "LOG_RETENTION_DAYS": "2", "LOG_RETENTION_ROWS": "10000"}
+    with RunningProgram(tmp_path, env):
+        assert kept_rows(path, lambda ids: len(ids) <= 200) == list(range(2501, 2701))
+    with RunningProgram(tmp_path, env | {"LOG_RETENTION_ROWS": "100"}):
+        assert kept_rows(path, lambda ids: len(ids) <= 100) == list(range(2601, 2701))
+
+
+RANGES = {
+    "LOG_RETENTION_DAYS": (1, 36500, "whole days, 1 to 36500"),
+    "LOG_RETENTION_ROWS": (100, 10**9, "log rows, 100 to 1000000000"),
+    "API_MAX_CONNECTIONS": (1, 1000, "1 to 1000"),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_new_settings(tmp_path: Path, name: str) -> None:
+    """The bounds are allowed; beyond them, and what is no whole number, says what is."""
+    low, high, allowed = RANGES[name]
+    for good in (low, high):
+        config = tecko.load_config(tmp_path / "jobs.yaml", {name: f" {good} "})
+        assert getattr(config.settings, name.lower()) == good
+    for bad in (low - 1, high + 1, -1, "1.5", "many", "1e2"):
+        with pytest.raises(tecko.Invalid) as refused:
+            tecko.load_config(tmp_path / "jobs.yaml", {name: str(bad)})
+        said = f"environment: {name}: found {str(bad)!r}; allowed: {allowed}"
+        assert str(refused.value) == said
+
+
+@pytest.mark.parametrize("hosts", ["https://example.com", "a b", "example.com/x", "*"])
+def test_admin_hosts_that_are_none(tmp_path: Path, hosts: str) -> None:
+    """What could never be a Host is refused, instead of refusing every request later on."""
+    with pytest.raises(tecko.Invalid, match=r"environment: ADMIN_HOSTS: .*host names"):
+        tecko.load_config(tmp_path / "jobs.yaml", {"ADMIN_HOSTS": hosts})
