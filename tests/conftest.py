@@ -19,6 +19,10 @@ import standins
 
 import teckochecker as tecko
 
+# Where the tests are started in the background of a shell, SIGINT is ignored, and every program
+# that they start would inherit that; one that is caught is at its default again after exec.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 PROGRAM = Path(tecko.__file__).resolve()
 MASTER_KEY = "b25seS1mb3ItdGVzdHMtMDEyMzQ1Njc4OWFiY2RlZmc="  # 32 bytes, for tests alone
 

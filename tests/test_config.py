@@ -246,7 +246,7 @@ VALUE_ROWS = [
     *rows(
         WATCH_BLOCK[10:], "11: watch", WATCH, (" all\n", "'all'"), ("\n", "None"), (" []\n", "[]")
     ),
-    *rows("openai_batches", "12: watch.type", "openai_batches", "anthropic"),
+    *rows("openai_batches", "12: watch.type", "openai_batches", "other_batches"),
     *rows("all_completed", "15: watch.trigger_when", "all_completed or all_finished", "ALL", True),
     *rows("keboola\n      secret", "17: trigger.type", "keboola", ("x\n      secret", "'x'")),
     *rows("https://connection.keboola.com", "19: trigger.stack_url", URL, *URLS, "https://a b"),
