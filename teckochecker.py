@@ -1362,6 +1362,19 @@ Problem = tuple[Place, str]
 PLAIN_INT = r"-?(?:0|[1-9][0-9]{0,17})"
 
 
+def mark_of(node: Any) -> tuple[int, int]:
+    return node.start_mark.line + 1, node.start_mark.column
+
+
+def cut(value: object) -> str:
+    """What was found, short enough for a message, and without what looks like a key."""
+    return redact(repr(value))[:80]
+
+
+def dotted(at: Place) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
+
+
 class JobsYaml:
     """jobs.yaml as plain data, with the line of every place in it and every problem met.
 
@@ -1490,19 +1503,6 @@ class JobsYaml:
         name = item.get("name") if isinstance(item, dict) else None
         job = f"job {name!r}" if name else f"job number {int(at[1]) + 1}"
         return f"{job}: {dotted(at[2:]) or 'job'}"
-
-
-def mark_of(node: Any) -> tuple[int, int]:
-    return node.start_mark.line + 1, node.start_mark.column
-
-
-def cut(value: object) -> str:
-    """What was found, short enough for a message, and without what looks like a key."""
-    return redact(repr(value))[:80]
-
-
-def dotted(at: Place) -> str:
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
 
 
 def field_of(model: type[BaseModel], at: Place) -> tuple[type[BaseModel], str]:
@@ -2710,6 +2710,24 @@ class KeyGate:
     held_until: float = 0.0  # monotonic
 
 
+def openai_error(error: openai.APIStatusError, batch_id: str) -> OpenAIError:
+    """The SDK's error as ours, with the wait that the answer asks for."""
+    status, headers = error.status_code, error.response.headers
+    body = error.body if isinstance(error.body, dict) else {}
+    said = short(body.get("message") or http.client.responses.get(status, ""))
+    if status == 404:
+        said += " (a key of another project sees 404 too)"
+    if 300 <= status < 400:
+        said = (
+            f"a redirect to {headers.get('location', 'nowhere')}; a key is not sent to another host"
+        )
+    return OpenAIError(
+        f"OpenAI said {status} about {batch_id}: {said}",
+        status=status,
+        retry_after=parse_retry_after(headers.get("retry-after"), time.time()),
+    )
+
+
 class OpenAI:
     """OpenAI's batches through the official SDK: one client and one pool for all keys.
 
@@ -2790,22 +2808,61 @@ class OpenAI:
             await self._client.close()
 
 
-def openai_error(error: openai.APIStatusError, batch_id: str) -> OpenAIError:
-    """The SDK's error as ours, with the wait that the answer asks for."""
-    status, headers = error.status_code, error.response.headers
-    body = error.body if isinstance(error.body, dict) else {}
-    said = short(body.get("message") or http.client.responses.get(status, ""))
-    if status == 404:
-        said += " (a key of another project sees 404 too)"
+def same_trust(stack: str, url: str) -> bool:
+    """Whether a token may go to a queue that the stack's index names: not to plain http, unless
+    the stack itself is on this machine."""
+    try:
+        return clean_stack_url(url).startswith(("https:", stack.partition("//")[0]))
+    except ValueError:
+        return False
+
+
+def keboola_answer(answer: httpx2.Response, what: str) -> Any:
+    """The JSON of a good answer; any other becomes a KeboolaError with Keboola's own words."""
+    try:
+        data = answer.json()
+    except (ValueError, RecursionError):
+        data = None
+    status = answer.status_code
+    if 200 <= status < 300:
+        if data is None:
+            raise KeboolaError(
+                f"Keboola's answer to {what} cannot be read: {short(answer.text)[:80]}"
+            )
+        return data
+    said = short(data.get("error", "")) if isinstance(data, dict) else ""
+    if isinstance(data, dict) and data.get("exceptionId"):
+        said += f" (exceptionId {short(data['exceptionId'])})"
     if 300 <= status < 400:
         said = (
-            f"a redirect to {headers.get('location', 'nowhere')}; a key is not sent to another host"
+            f"a redirect to {answer.headers.get('location')}; a token is not sent to another host"
         )
-    return OpenAIError(
-        f"OpenAI said {status} about {batch_id}: {said}",
-        status=status,
-        retry_after=parse_retry_after(headers.get("retry-after"), time.time()),
-    )
+    wait = parse_retry_after(answer.headers.get("retry-after"), time.time())
+    raise KeboolaError(f"Keboola said {status} to {what}: {said}", status=status, retry_after=wait)
+
+
+def keboola_job(data: Any) -> KeboolaJob:
+    """A Job of the queue's description; one without id, status and isFinished is unreadable."""
+    job = data if isinstance(data, dict) else {}
+    given, status, ended = job.get("id"), job.get("status"), job.get("isFinished")
+    known = type(given) is int or (isinstance(given, str) and given.isprintable())
+    job_id = str(given) if known else ""
+    if not job_id or not isinstance(status, str) or not isinstance(ended, bool):
+        raise KeboolaError(f"Keboola's answer is not a job: {short(data)[:80]}")
+    result = job.get("result")
+    message = result.get("message") if isinstance(result, dict) else None
+    listed = status if status in KEBOOLA_STATUSES else short(status)
+    return KeboolaJob(job_id, listed, ended, short(message) if message else None)
+
+
+def trigger_id_of(job: Any) -> str | None:
+    """The value of our variable teckochecker_trigger_id in a found job."""
+    data = job.get("variableValuesData") if isinstance(job, dict) else None
+    values = data.get("values") if isinstance(data, dict) else None
+    for item in values if isinstance(values, list) else []:
+        if isinstance(item, dict) and item.get("name") == "teckochecker_trigger_id":
+            return str(item.get("value"))
+    return None
 
 
 class Keboola:
@@ -2921,63 +2978,6 @@ class Keboola:
     async def close(self) -> None:
         for client in self._clients.values():
             await client.aclose()
-
-
-def same_trust(stack: str, url: str) -> bool:
-    """Whether a token may go to a queue that the stack's index names: not to plain http, unless
-    the stack itself is on this machine."""
-    try:
-        return clean_stack_url(url).startswith(("https:", stack.partition("//")[0]))
-    except ValueError:
-        return False
-
-
-def keboola_answer(answer: httpx2.Response, what: str) -> Any:
-    """The JSON of a good answer; any other becomes a KeboolaError with Keboola's own words."""
-    try:
-        data = answer.json()
-    except (ValueError, RecursionError):
-        data = None
-    status = answer.status_code
-    if 200 <= status < 300:
-        if data is None:
-            raise KeboolaError(
-                f"Keboola's answer to {what} cannot be read: {short(answer.text)[:80]}"
-            )
-        return data
-    said = short(data.get("error", "")) if isinstance(data, dict) else ""
-    if isinstance(data, dict) and data.get("exceptionId"):
-        said += f" (exceptionId {short(data['exceptionId'])})"
-    if 300 <= status < 400:
-        said = (
-            f"a redirect to {answer.headers.get('location')}; a token is not sent to another host"
-        )
-    wait = parse_retry_after(answer.headers.get("retry-after"), time.time())
-    raise KeboolaError(f"Keboola said {status} to {what}: {said}", status=status, retry_after=wait)
-
-
-def keboola_job(data: Any) -> KeboolaJob:
-    """A Job of the queue's description; one without id, status and isFinished is unreadable."""
-    job = data if isinstance(data, dict) else {}
-    given, status, ended = job.get("id"), job.get("status"), job.get("isFinished")
-    known = type(given) is int or (isinstance(given, str) and given.isprintable())
-    job_id = str(given) if known else ""
-    if not job_id or not isinstance(status, str) or not isinstance(ended, bool):
-        raise KeboolaError(f"Keboola's answer is not a job: {short(data)[:80]}")
-    result = job.get("result")
-    message = result.get("message") if isinstance(result, dict) else None
-    listed = status if status in KEBOOLA_STATUSES else short(status)
-    return KeboolaJob(job_id, listed, ended, short(message) if message else None)
-
-
-def trigger_id_of(job: Any) -> str | None:
-    """The value of our variable teckochecker_trigger_id in a found job."""
-    data = job.get("variableValuesData") if isinstance(job, dict) else None
-    values = data.get("values") if isinstance(data, dict) else None
-    for item in values if isinstance(values, list) else []:
-        if isinstance(item, dict) and item.get("name") == "teckochecker_trigger_id":
-            return str(item.get("value"))
-    return None
 
 
 # ── Steps ─────────────────────────────────────────────────────────────────────────────────────
@@ -3359,6 +3359,81 @@ def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -
     return shown
 
 
+def secret_answer(row: SealedSecret) -> SecretAnswer:
+    shown = {name: getattr(row, name) for name in SecretAnswer.model_fields}
+    return SecretAnswer(**shown)
+
+
+JOB_MEANS = {
+    "active": "Next: it is checked{next}, every {every} s, while the service runs.",
+    "paused": "Next: nothing, until job resume.",
+    "triggering": "Next: the trigger is carried to Keboola, while the service runs.",
+    "triggered": "Next: Keboola's job is followed to its end.",
+    "completed": "Next: nothing; other batch ids would start a new round.",
+    "completed_with_failures": "Next: nothing; other batch ids would start a new round.",
+    "failed": "Next: nothing, until job retry, or other batch ids.",
+    "removed": "Next: no check, for the job has left jobs.yaml.",
+}
+
+
+TRIGGER_MEANS: dict[TriggerState, str] = {
+    "pending": "It has not reached Keboola yet.",
+    "sending": "It is on its way to Keboola.",
+    "unknown": "Whether Keboola took it is unknown; {searches} did not show it so far.",
+    "held": "Whether Keboola took it is unknown; it is left for you, as on_ambiguous: hold asks.",
+    "running": "Keboola runs it as job {job}{which}.",
+    "succeeded": "Keboola job {job} ended{end}.",
+    "failed": "Keboola job {job} ended{end}{why}.",
+    "rejected": "Keboola refused it{why}.",
+}
+
+
+def explain_trigger(trigger: Trigger) -> str:
+    """Where a trigger stands, in a sentence."""
+    status, message = trigger.keboola_status, (trigger.message or "").rstrip(".")
+    searches = f"{trigger.searches} search" + ("es" if trigger.searches != 1 else "")
+    return TRIGGER_MEANS[trigger.state].format(
+        job=trigger.keboola_job_id,
+        which=f", which is {status}" if status else "",
+        end=f" with {status}" if status else "",
+        why=f": {message}" if message else "",
+        searches=searches,
+    )
+
+
+def explain(job: Job, batches: Sequence[Batch], trigger: Trigger | None, now: float) -> list[str]:
+    """What `Desk.explain` says, from data alone."""
+    ends = Counter(outcome(batch) for batch in batches)
+    many = len(batches) > 1
+    have, ended = ("have", "they end") if many else ("has", "it ends")
+    goal = {
+        "all_completed": f"{have} completed",
+        "all_finished": f"{have} finished, however {ended}",
+    }
+    whose = f"all its {len(batches)} batches" if many else "its batch"
+    said = [f"Job {job.name!r} starts a Keboola job once {whose}"]
+    said[0] += f" {goal[job.spec.watch.trigger_when]}."
+    if job.last_check_at is None:
+        said.append("It has not been checked yet.")
+    else:
+        said.append(f"It was last checked {span(now - job.last_check_at)} ago:")
+        said[-1] += f" {ends['completed']} completed, {ends['failed']} failed, {ends[None]} go on."
+    said += [f"  {describe_progress(batch)}" for batch in batches if batch.status]
+    if trigger is not None:
+        said.append(f"It fired {span(now - trigger.created_at)} ago, as trigger {trigger.id}.")
+        said.append(explain_trigger(trigger))
+    if job.last_error:
+        said.append(f"Last error: {job.last_error.rstrip('.')}.")
+    left = (job.next_check_at or now) - now
+    next_check = f" in {span(left)}" if left > 0 else ""
+    means = JOB_MEANS["removed" if job.removed_at is not None else job.status]
+    if trigger is not None and trigger.state == "unknown":
+        means = "Next: Keboola's search is asked again, until the trigger is settled."
+    elif job.removed_at is not None and trigger is not None and is_open(trigger):
+        means = "Next: no check, for the job has left jobs.yaml; its trigger is carried to its end."
+    return [*said, means.format(next=next_check, every=job.spec.poll_interval)]
+
+
 class Desk:
     """What people and programs may ask for, on the command line and over HTTP: each rule once.
 
@@ -3476,79 +3551,6 @@ class Desk:
         batches, triggers = await self.store.batches(job.id), await self.store.triggers(job.id)
         trigger = next((t for t in triggers if t.round == job.round), None)
         return explain(job, batches, trigger, self.clock())
-
-
-def secret_answer(row: SealedSecret) -> SecretAnswer:
-    shown = {name: getattr(row, name) for name in SecretAnswer.model_fields}
-    return SecretAnswer(**shown)
-
-
-def explain(job: Job, batches: Sequence[Batch], trigger: Trigger | None, now: float) -> list[str]:
-    """What `Desk.explain` says, from data alone."""
-    ends = Counter(outcome(batch) for batch in batches)
-    many = len(batches) > 1
-    have, ended = ("have", "they end") if many else ("has", "it ends")
-    goal = {
-        "all_completed": f"{have} completed",
-        "all_finished": f"{have} finished, however {ended}",
-    }
-    whose = f"all its {len(batches)} batches" if many else "its batch"
-    said = [f"Job {job.name!r} starts a Keboola job once {whose}"]
-    said[0] += f" {goal[job.spec.watch.trigger_when]}."
-    if job.last_check_at is None:
-        said.append("It has not been checked yet.")
-    else:
-        said.append(f"It was last checked {span(now - job.last_check_at)} ago:")
-        said[-1] += f" {ends['completed']} completed, {ends['failed']} failed, {ends[None]} go on."
-    said += [f"  {describe_progress(batch)}" for batch in batches if batch.status]
-    if trigger is not None:
-        said.append(f"It fired {span(now - trigger.created_at)} ago, as trigger {trigger.id}.")
-        said.append(explain_trigger(trigger))
-    if job.last_error:
-        said.append(f"Last error: {job.last_error.rstrip('.')}.")
-    left = (job.next_check_at or now) - now
-    next_check = f" in {span(left)}" if left > 0 else ""
-    means = JOB_MEANS["removed" if job.removed_at is not None else job.status]
-    if trigger is not None and trigger.state == "unknown":
-        means = "Next: Keboola's search is asked again, until the trigger is settled."
-    elif job.removed_at is not None and trigger is not None and is_open(trigger):
-        means = "Next: no check, for the job has left jobs.yaml; its trigger is carried to its end."
-    return [*said, means.format(next=next_check, every=job.spec.poll_interval)]
-
-
-def explain_trigger(trigger: Trigger) -> str:
-    """Where a trigger stands, in a sentence."""
-    status, message = trigger.keboola_status, (trigger.message or "").rstrip(".")
-    searches = f"{trigger.searches} search" + ("es" if trigger.searches != 1 else "")
-    return TRIGGER_MEANS[trigger.state].format(
-        job=trigger.keboola_job_id,
-        which=f", which is {status}" if status else "",
-        end=f" with {status}" if status else "",
-        why=f": {message}" if message else "",
-        searches=searches,
-    )
-
-
-JOB_MEANS = {
-    "active": "Next: it is checked{next}, every {every} s, while the service runs.",
-    "paused": "Next: nothing, until job resume.",
-    "triggering": "Next: the trigger is carried to Keboola, while the service runs.",
-    "triggered": "Next: Keboola's job is followed to its end.",
-    "completed": "Next: nothing; other batch ids would start a new round.",
-    "completed_with_failures": "Next: nothing; other batch ids would start a new round.",
-    "failed": "Next: nothing, until job retry, or other batch ids.",
-    "removed": "Next: no check, for the job has left jobs.yaml.",
-}
-TRIGGER_MEANS: dict[TriggerState, str] = {
-    "pending": "It has not reached Keboola yet.",
-    "sending": "It is on its way to Keboola.",
-    "unknown": "Whether Keboola took it is unknown; {searches} did not show it so far.",
-    "held": "Whether Keboola took it is unknown; it is left for you, as on_ambiguous: hold asks.",
-    "running": "Keboola runs it as job {job}{which}.",
-    "succeeded": "Keboola job {job} ended{end}.",
-    "failed": "Keboola job {job} ended{end}{why}.",
-    "rejected": "Keboola refused it{why}.",
-}
 
 
 # ── Metrics ───────────────────────────────────────────────────────────────────────────────────
@@ -4364,6 +4366,36 @@ def too_many() -> bytes:
     return f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode()
 
 
+class UnclearJson(ValueError):
+    """What json.loads would take and JSON does not have, or has two meanings for."""
+
+
+def refuse(constant: str) -> NoReturn:
+    raise UnclearJson(f"{constant} is no number")
+
+
+def finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else refuse(text)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise UnclearJson("a key stands twice in an object")
+    return dict(pairs)
+
+
+def bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def health_json(health: Health) -> dict[str, Any]:
+    """/health as draft-inadarei-api-health-check-06 has it."""
+    status = {"healthy": "pass", "degraded": "warn", "unhealthy": "fail"}[health.status]
+    shown = health.model_dump(mode="json")
+    checks = {name: [{"status": shown[name]}] for name in ("database", "scheduler")}
+    return {"status": status, "version": VERSION, "output": health.status, "checks": checks}
+
+
 class AdminServer(http.server.ThreadingHTTPServer):
     """Standard-library HTTP in threads of its own: bounded in connections, and every request in
     time and size, so that no client holds up another, let alone the loop."""
@@ -4445,28 +4477,6 @@ class AdminServer(http.server.ThreadingHTTPServer):
         except TimeoutError:
             future.cancel()
             raise
-
-
-class UnclearJson(ValueError):
-    """What json.loads would take and JSON does not have, or has two meanings for."""
-
-
-def refuse(constant: str) -> NoReturn:
-    raise UnclearJson(f"{constant} is no number")
-
-
-def finite(text: str) -> float:
-    return float(text) if math.isfinite(float(text)) else refuse(text)
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise UnclearJson("a key stands twice in an object")
-    return dict(pairs)
-
-
-def bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 class AdminHandler(http.server.BaseHTTPRequestHandler):
@@ -4661,14 +4671,6 @@ class AdminHandler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("http %s %s", self.request_id, format % args)
-
-
-def health_json(health: Health) -> dict[str, Any]:
-    """/health as draft-inadarei-api-health-check-06 has it."""
-    status = {"healthy": "pass", "degraded": "warn", "unhealthy": "fail"}[health.status]
-    shown = health.model_dump(mode="json")
-    checks = {name: [{"status": shown[name]}] for name in ("database", "scheduler")}
-    return {"status": status, "version": VERSION, "output": health.status, "checks": checks}
 
 
 @contextlib.contextmanager
