@@ -3616,6 +3616,20 @@ def notify(*states: str) -> None:
             log.debug("cannot notify the service manager: %s", e)
 
 
+def running(pid_file: Path) -> tuple[int, float, str] | None:
+    """Pid, start time and address of the process that holds the lock; None when none does."""
+    try:
+        with open(pid_file) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except BlockingIOError:
+                pid, started_at, address = [*file.read().split("\n"), "", "", ""][:3]
+                return int(pid or 0), float(started_at or 0), address
+    except FileNotFoundError:
+        return None
+
+
 class RunLock:
     """One working process per database: an flock on its pid file, which the kernel lifts when the
     process dies, however it dies. The file's lines: pid, start time, address of the surface."""
@@ -3653,20 +3667,6 @@ class RunLock:
         assert self._file is not None
         self._file.truncate(0)
         self._file.close()
-
-
-def running(pid_file: Path) -> tuple[int, float, str] | None:
-    """Pid, start time and address of the process that holds the lock; None when none does."""
-    try:
-        with open(pid_file) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
-            except BlockingIOError:
-                pid, started_at, address = [*file.read().split("\n"), "", "", ""][:3]
-                return int(pid or 0), float(started_at or 0), address
-    except FileNotFoundError:
-        return None
 
 
 def make_scheduler() -> AsyncIOScheduler:
@@ -3707,6 +3707,21 @@ def phase(job_id: int, interval: float, jobs: int) -> float:
     """Seconds until a job's first check: at once when there are few, else spread evenly (golden
     ratio, so that any run of ids spreads) at START_RATE a second over at most the interval."""
     return job_id * 0.6180339887 % 1 * min(interval, jobs / START_RATE)
+
+
+async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]:
+    """What keeps this configuration from being run, a stored secret that does not open included."""
+    problems, rows = all_problems(config, await store.secret_types()), await store.secrets()
+    try:
+        vault.load(required=bool(rows))
+    except SecretError as e:
+        return [*problems, str(e)]
+    for row in rows:
+        try:
+            vault.open(row)
+        except SecretError as e:
+            problems.append(str(e))
+    return problems
 
 
 class Service:
@@ -4005,21 +4020,6 @@ class Service:
             raise Conflict(f"Cannot check job {job.name!r}: it is {job.shown_status}")
         self._due(job.id, 0.0)
         return Done(success=True, message=f"Job {job.name!r} is checked now")
-
-
-async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]:
-    """What keeps this configuration from being run, a stored secret that does not open included."""
-    problems, rows = all_problems(config, await store.secret_types()), await store.secrets()
-    try:
-        vault.load(required=bool(rows))
-    except SecretError as e:
-        return [*problems, str(e)]
-    for row in rows:
-        try:
-            vault.open(row)
-        except SecretError as e:
-            problems.append(str(e))
-    return problems
 
 
 @contextlib.asynccontextmanager
@@ -4479,6 +4479,12 @@ class AdminServer(http.server.ThreadingHTTPServer):
             raise
 
 
+INTERNAL = {  # errors whose own words name files of this machine: those go to the log
+    StoreError.code: "the database cannot be used; the log has more under this id",
+    SecretError.code: "secrets cannot be sealed or opened; the log has more under this id",
+}
+
+
 class AdminHandler(http.server.BaseHTTPRequestHandler):
     """One connection: check who asks, find the route, validate, ask the loop, answer."""
 
@@ -4633,9 +4639,12 @@ class AdminHandler(http.server.BaseHTTPRequestHandler):
             self.close_connection = self.close_connection or error.close
         name = ERROR_NAMES.get(error.code) or HTTPStatus(error.http_status).phrase
         fields_ = error.fields if isinstance(error, Invalid) else []
+        detail = INTERNAL.get(error.code, str(error))
+        if error.code in INTERNAL:
+            log.error("http %s: %s", self.request_id, error)
         answer = ErrorAnswer(
             error=name.lower().replace(" ", "_"),
-            detail=str(error),
+            detail=detail,
             code=error.code,
             request_id=self.request_id,
             details=[FieldError(field=f, message=m) for f, m in fields_] or None,

@@ -27,6 +27,15 @@ PROGRAM = Path(tecko.__file__).resolve()
 MASTER_KEY = "b25seS1mb3ItdGVzdHMtMDEyMzQ1Njc4OWFiY2RlZmc="  # 32 bytes, for tests alone
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each client would read all of the system's certificates, for longer than a test takes."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("SSL_CERT_FILE", raising=False)
+        environment.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("none")))
+        yield
+
+
 @pytest.fixture
 def openai() -> Iterator[standins.OpenAI]:
     with standins.OpenAI() as server:

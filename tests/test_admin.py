@@ -275,6 +275,22 @@ def test_a_closed_store_is_an_error_in_shape(tmp_path: Path) -> None:
     assert stats.status == 503 and is_error(stats) and stats.body["code"] == 3001
 
 
+def test_an_error_names_no_file_of_this_machine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a master key: the answer says what, the log under the request's id where."""
+    with surface(tmp_path, SECRET_KEY="") as made, made.dial() as connection:
+        body = b'{"name": "x", "type": "api", "value": "some-secret"}'
+        head = f"POST /api/admin/secrets HTTP/1.1\r\nHost: {made.host}\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        said = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    answer = json.loads(said.partition("\r\n\r\n")[2])
+    assert (said[9:12], answer["code"], str(tmp_path) in said) == ("500", 3002, False)
+    [line] = [line for line in caplog.messages if answer["request_id"] in line]
+    assert str(tmp_path / "teckochecker.key") in line
+
+
 # ── Connections ───────────────────────────────────────────────────────────────────────────────
 
 

@@ -114,15 +114,6 @@ async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     raise AssertionError("it did not come about in time")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Each client would read all of the system's certificates, for longer than a test takes."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.delenv("SSL_CERT_FILE", raising=False)
-        environment.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("none")))
-        yield
-
-
 # --- Checks that fail ----------------------------------------------------------------------------
 
 

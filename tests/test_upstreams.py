@@ -75,15 +75,6 @@ async def call(queue: tecko.Keboola, stack: str, route: str) -> object:
     return await queue.create_job(stack, TOKEN, trigger(stack).body)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Each client would read all of the system's certificates, for longer than a test takes."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.delenv("SSL_CERT_FILE", raising=False)
-        environment.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("none")))
-        yield
-
-
 # --- Errors --------------------------------------------------------------------------------------
 
 STATUSES = [
