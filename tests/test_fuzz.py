@@ -270,7 +270,8 @@ def sent(fuzzed: Fuzzed, data: bytes) -> list[int]:
     while came and (whole or b"\r\n\r\n" in came):
         head, end, came = came.partition(b"\r\n\r\n")
         line, _, fields = head.decode("ascii").partition("\r\n")
-        assert end and re.fullmatch(r"HTTP/1\.1 ([24]\d\d|505) [A-Za-z -]+", line), head
+        # 501 and 505: a method or version that is none (RFC 9110, 15.6); any other 5xx is a defect
+        assert end and re.fullmatch(r"HTTP/1\.1 ([24]\d\d|501|505) [A-Za-z -]+", line), head
         headers = email.message_from_string(fields)
         assert headers["X-Request-ID"] and not headers.defects and not headers.get_payload()
         length = int(headers["Content-Length"])
