@@ -104,6 +104,7 @@ from typing import (
     NamedTuple,
     NoReturn,
     ParamSpec,
+    Self,
     TypeVar,
     cast,
 )
@@ -1946,7 +1947,7 @@ def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[An
 
     @wraps(method)
     async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        store = cast(Store, args[0])
+        store = cast(Database, args[0])
         return await asyncio.shield(
             asyncio.ensure_future(store.transact(partial(method, *args, **kwargs)))
         )
@@ -1973,12 +1974,11 @@ class Checked:
         return changed or self.verdict.event is not None
 
 
-class Store:
-    """The SQLite file: one connection, one writer, and the only place with SQL.
+class Database:
+    """The SQLite file: one connection, one writer, migrations, and transactions that end.
 
-    Every change is a compare-and-set or checks the state it starts from, since the command line
-    may write while the service runs. `now` is unix seconds. Raises StoreError when the file
-    cannot be used, Conflict or NotFound when a rule forbids the change.
+    Raises StoreError when the file cannot be used, Conflict where one of its rules forbids a
+    change.
     """
 
     def __init__(self, path: Path) -> None:
@@ -1988,7 +1988,7 @@ class Store:
         self._news: list[tuple[int, str]] = []  # log lines of the transaction under way
         self.on_write: Callable[[float], None] = lambda seconds: None  # told of each transaction
 
-    async def __aenter__(self) -> Store:
+    async def __aenter__(self) -> Self:
         import aiosqlite
 
         try:
@@ -2089,6 +2089,35 @@ class Store:
         """Changes whenever another process has committed something."""
         [[version]] = await self._read("PRAGMA data_version")
         return int(version)
+
+    async def _insert(self, table: str, row: Mapping[str, Any]) -> Any:
+        names, places = ", ".join(row), ", ".join(f":{name}" for name in row)
+        sql = f"INSERT INTO {table} ({names}) VALUES ({places}) RETURNING *"
+        [[key, *_]] = await self._sql(sql, row)
+        return key
+
+    async def _log(self, job_id: int | None, status: str, message: str, now: float) -> None:
+        row = {"job_id": job_id, "status": status, "message": redact(message), "created_at": now}
+        await self._insert("polling_logs", row | {"actor": ACTOR.get()})
+        level = {"error": logging.WARNING, "failed": logging.ERROR}.get(status, logging.INFO)
+        who = f"job {job_id}: " if job_id is not None else ""
+        by = f" (by {ACTOR.get()})" if ACTOR.get() else ""
+        self._news.append((level, f"{who}{status}: {message}".rstrip(": ") + by))
+
+    def _tell(self) -> None:
+        """Log what was committed; what was rolled back did not happen."""
+        for level, text in self._news:
+            log.log(level, "%s", text)
+        self._news.clear()
+
+
+class Store(Database):
+    """Secrets, jobs, batches, triggers and the log: the only place with their SQL.
+
+    Every change is a compare-and-set or checks the state it starts from, since the command line
+    may write while the service runs. `now` is unix seconds. Raises StoreError when the file
+    cannot be used, Conflict or NotFound when a rule forbids the change.
+    """
 
     # secrets
 
@@ -2474,12 +2503,6 @@ class Store:
             {"job_id": job_id, **values},
         )
 
-    async def _insert(self, table: str, row: Mapping[str, Any]) -> Any:
-        names, places = ", ".join(row), ", ".join(f":{name}" for name in row)
-        sql = f"INSERT INTO {table} ({names}) VALUES ({places}) RETURNING *"
-        [[key, *_]] = await self._sql(sql, row)
-        return key
-
     async def triggers(self, job_id: int) -> list[Trigger]:
         async with self._lock:
             return await self._triggers(job_id, "TRUE")
@@ -2565,20 +2588,6 @@ class Store:
         await self._set_job(job, last_error=error, errors_in_row=row)
 
     # logs and counts
-
-    async def _log(self, job_id: int | None, status: str, message: str, now: float) -> None:
-        row = {"job_id": job_id, "status": status, "message": redact(message), "created_at": now}
-        await self._insert("polling_logs", row | {"actor": ACTOR.get()})
-        level = {"error": logging.WARNING, "failed": logging.ERROR}.get(status, logging.INFO)
-        who = f"job {job_id}: " if job_id is not None else ""
-        by = f" (by {ACTOR.get()})" if ACTOR.get() else ""
-        self._news.append((level, f"{who}{status}: {message}".rstrip(": ") + by))
-
-    def _tell(self) -> None:
-        """Log what was committed; what was rolled back did not happen."""
-        for level, text in self._news:
-            log.log(level, "%s", text)
-        self._news.clear()
 
     async def logs(self, job_id: int | None, limit: int, after: int = 0) -> list[LogRow]:
         """The last rows of a job, or of all (None); oldest first; only ids beyond `after`."""
