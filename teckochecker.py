@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-r"""TeckoChecker: watch OpenAI batches and start a Keboola job when they are done, once.
+r"""TeckoChecker: watch OpenAI batches and start a Keboola job when they are done, once; and
+ingest records from CSV files and REST APIs into one schema.
 
 The promise: a trigger is on disk before it is on the wire. Whatever is killed whenever, no
 trigger is lost, and none is doubled as long as Keboola's search shows a job within the settle
@@ -14,7 +15,8 @@ uses only what stands above it:
     Secrets       master keys and encryption
     Config        jobs.yaml, .env and the environment into settings and jobs
     Store         the one place with SQL
-    Upstreams     the one place that calls OpenAI and Keboola
+    Upstreams     the one place that calls OpenAI, Keboola and the sources of ingests
+    Ingest        records out of files and pages, and what they become; writes nothing
     Steps         load, ask, decide, record, act
     Desk          what people and programs may ask for, each rule once
     Service       scheduler, reload, health, start, drain, stop
@@ -37,6 +39,7 @@ A job                                     A trigger (the outbox row of one round
     v
   completed | completed_with_failures
 
+An ingest is `active` or `paused`; its runs are in_progress, then success, failed or interrupted.
 `failed` goes back to `active` with `job retry`, and every state does when the set of batches
 changes: a new round. `removed` (the job has left jobs.yaml) is a mark on a job, not a state
 of its own: no check is made any more, but what was decided is still carried out.
@@ -47,16 +50,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import codecs
 import contextlib
+import csv
 import fcntl
 import gc
 import getpass
+import glob
+import gzip
 import hashlib
 import hmac
 import html
 import http.client
 import http.server
 import importlib
+import io
+import itertools
 import json
 import logging
 import logging.handlers
@@ -74,8 +83,10 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
+import zlib
+from collections import Counter, deque
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -107,9 +118,11 @@ from typing import (
     Self,
     TypeVar,
     cast,
+    get_args,
 )
 from urllib.parse import parse_qs, quote, quote_plus, urlsplit
 
+import orjson
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -118,8 +131,10 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    SkipValidation,
     StrictStr,
     StringConstraints,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
@@ -128,6 +143,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
+from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
 if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK nor scheduler
     import aiosqlite
@@ -164,6 +180,7 @@ SEARCH_PAGE = 500  # Keboola jobs asked for in one page of a search
 FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the batches were
 
 START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
+FOLLOW_SECONDS = 0.2  # s between looks at a run that is shown on a terminal
 GRID = 0.25  # s; due times on a grid wake the loop once for many jobs
 CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one between ticks
 TICK = 1.0  # s between looks at what other processes changed in the store
@@ -171,6 +188,26 @@ STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as sta
 DRAIN_SECONDS = 8.0  # s that work in flight may take after SIGTERM, of the 10 s promised
 STORE_RETRY = 1.0  # s between attempts to write down what Keboola answered
 BUSY_TIMEOUT = 5000  # ms that SQLite waits for another process's lock
+
+CHUNK_ROWS = 2000  # records that commit together: beyond that a transaction only gets longer
+BLOCK_BYTES = 1 << 19  # bytes of a file that are read at once
+CHUNK_BYTES = 4 << 20  # bytes of a file after which a chunk ends early, however few its records
+RECORD_BYTES = 16 << 20  # bytes of one line, or characters of one field; more is no record
+SNIFF_BYTES = 1 << 16  # bytes of a file that tell its encoding and its line ends
+SAMPLED_ROWS = 25  # of a chunk of CSV, whose values tell the types of its columns
+RACY_SECONDS = 2.0  # s within which a file may change again without a new time of change
+PAGE_BYTES = 64 << 20  # bytes of one answer of a source
+PAGES_AHEAD = 4  # requests in flight where pages can be asked for by number
+MAX_PAGES = 100_000  # of one run; an API whose `next` never ends is cut off there
+MAX_NOTES = 50  # of a run
+SAME_PAGES = 10  # pages in a row that came before: the paging goes in circles
+MAX_REDIRECTS = 5
+DATA_FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz")  # what HTTP may have read
+SOURCE_DEADLINE = 120.0  # s for one page of a source
+DOWNLOAD_DEADLINE = 3600.0  # s for a file behind a URL
+INGESTS_AT_ONCE = 2  # more would only take turns on the same processor and the same store
+SINCE_OVERLAP = 300  # s that a source may be late to show a record under its own time stamp
+DELETE_ROWS = 5000  # of a deleted job's records in one transaction, so that it stays short
 
 HTTP_IDLE = 5.0  # s without a byte before a connection is closed
 HTTP_DEADLINE = 8.0  # s for one request to arrive in whole, however it drips
@@ -289,6 +326,7 @@ ERROR_NAMES = {  # what `error` is in an answer, by code
     1004: "validation_error",
     2001: "openai_error",
     2002: "keboola_error",
+    2003: "source_error",
     3001: "database_error",
     3002: "encryption_error",
 }
@@ -357,6 +395,23 @@ class KeboolaError(UpstreamError):
     """Keboola refused, failed, or could not be reached."""
 
     code = 2002
+
+
+class SourceError(UpstreamError):
+    """The source of an ingest refused, failed, could not be reached, or cannot be read."""
+
+    code = 2003
+
+
+class IngestFailed(TeckoError):
+    """An ingest that goes on badly, though its source answers; `forget`: what its run read has to
+    be read again."""
+
+    code = 2003
+
+    def __init__(self, message: str, *, forget: bool = False) -> None:
+        super().__init__(message)
+        self.forget = forget
 
 
 class Refused(TeckoError):
@@ -473,6 +528,53 @@ def clean_stack_url(value: str) -> str:
     return value.rstrip("/").lower()
 
 
+def clean_url(value: str) -> str:
+    """An http(s) URL with a host, without a password in it: that is what `secret` is for."""
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment:
+        raise ValueError("not an http or https URL")
+    if parts.username or parts.password:
+        raise ValueError("a password in a URL; `secret` and `header` are for that")
+    if re.search(r"[\s\x00-\x1f]", value) or parts.port == 0:  # .port raises on nonsense
+        raise ValueError("not an http or https URL")
+    return value
+
+
+def clean_path(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a NUL")
+    return clean_url(value) if "://" in value else value
+
+
+def safe_for_secret(url: str) -> None:
+    """A secret is not sent where others listen in."""
+    if url.startswith("http://") and urlsplit(url).hostname not in LOOPBACK:
+        raise ValueError("a secret goes over https only")
+
+
+def one_character(value: str) -> str:
+    delimiter = "\t" if value == "tab" else value
+    if len(delimiter) != 1 or delimiter in '"\r\n\0 ':
+        raise ValueError("not one character")
+    return delimiter
+
+
+def known_encoding(value: str) -> str:
+    try:
+        if not codecs.lookup(value)._is_text_encoding:
+            raise LookupError
+    except LookupError:
+        raise ValueError("no encoding that Python knows") from None
+    return value
+
+
+def header_line(value: str) -> str:
+    """`Name: value` with {secret} in it (RFC 9110, section 5)."""
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+: ?[ -~]*\{secret\}[ -~]*", value):
+        raise ValueError("not a header with {secret} in it")
+    return value
+
+
 def texts(value: object) -> object:
     """Booleans as YAML writes them, since Keboola takes only strings."""
     if not isinstance(value, dict):
@@ -582,6 +684,146 @@ class KeboolaTrigger(Strict):
     on_ambiguous: Literal["resend", "hold"] = Field("resend", description="resend or hold")
 
 
+class Short(Strict):
+    """A block that may be given as the value of its first field alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, data: Any) -> Any:
+        return {next(iter(cls.model_fields)): data} if isinstance(data, str) else data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        block = handler(core)
+        inner = handler.resolve_ref_schema(block)
+        return {"anyOf": [inner["properties"][next(iter(cls.model_fields))], {**inner}]}
+
+
+class Paging(Short):
+    """How the next page of an API is asked for: by the Link header of the answer (RFC 8288), by a
+    cursor out of it, or by a number that counts pages or records."""
+
+    type: Literal["link", "cursor", "page", "offset"] = Field(
+        description="link, cursor, page or offset"
+    )
+    param: Text | None = Field(
+        None, description="the query parameter; default cursor, page or offset"
+    )
+    path: Text = Field("next_cursor", description="where the answer has the cursor, dotted")
+    start: int | None = Field(
+        None, ge=0, le=10**9, description="the first page's number; default 1, for offset 0"
+    )
+    size: int | None = Field(None, ge=1, le=100_000, description="records a page, 1 to 100000")
+    size_param: Text | None = Field(
+        None, description="the query parameter of `size`; default per_page, for offset limit"
+    )
+
+
+class Since(Short):
+    """What makes an API's ingest incremental: the greatest value of a field is remembered and
+    sent along."""
+
+    field: Text = Field(description="the field of a record that tells when it changed, dotted")
+    param: Text = Field("since", description="the query parameter")
+    overlap: Annotated[int, BeforeValidator(parse_interval), Field(ge=0, le=10**7)] = Field(
+        SINCE_OVERLAP, description="seconds, or 30s, 5m, 1h; what is that old is asked for again"
+    )
+
+
+UNIFIED = ("title", "description", "content", "author", "published_at", "url", "category")
+UnifiedField = Literal[
+    "title", "description", "content", "author", "published_at", "url", "category"
+]
+
+
+class Source(Strict):
+    """What CSV and API have in common."""
+
+    type: str
+    id: Text = Field("id", description="the column or field that identifies a record")
+    fields: dict[UnifiedField, Text] = Field(
+        {}, description=f"a block of unified field: source field; unified: {', '.join(UNIFIED)}"
+    )
+    dates: Literal["dmy", "mdy"] | None = Field(
+        None, description="dmy or mdy: how to read 03/04/2024"
+    )
+    max_failed: (
+        Annotated[str, StringConstraints(pattern=r"^(\d{1,9}|\d{1,2}(\.\d+)?%)$")] | None
+    ) = Field(None, description="a number of records, or a share like 5%")
+    on_drift: Literal["evolve", "freeze"] = Field("evolve", description="evolve or freeze")
+    secret: SecretName | None = Field(None, description="the name of a secret of type api")
+    header: Annotated[str, AfterValidator(header_line)] = Field(
+        "Authorization: Bearer {secret}", description="a header like X-Token: {secret}"
+    )
+    max_requests_per_minute: int | None = Field(
+        None, ge=1, le=100_000, description="1 to 100000, for all jobs on that host"
+    )
+
+
+class CsvSource(Source):
+    """A CSV file, or all that a glob matches, or one behind a URL."""
+
+    @property
+    def place(self) -> str:
+        return self.path
+
+    type: Literal["csv"] = Field(description="csv or api")
+    path: Annotated[Text, AfterValidator(clean_path)] = Field(
+        description="a path or glob, relative to jobs.yaml, or an https:// URL"
+    )
+    delimiter: Annotated[str, AfterValidator(one_character)] | None = Field(
+        None, description="one character, or tab; default: the one that parts the header best"
+    )
+    encoding: Annotated[Text, AfterValidator(known_encoding)] | None = Field(
+        None, description="a name like cp1252; default: that of a byte order mark, else utf-8"
+    )
+    columns: list[Text] | None = Field(
+        None, min_length=1, description="the names of the columns, for files without a header row"
+    )
+
+    @property
+    def remote(self) -> bool:
+        return self.path.startswith(("https://", "http://"))
+
+    @model_validator(mode="after")
+    def _secret_needs_url(self) -> CsvSource:
+        if self.secret is not None:
+            if not self.remote:
+                raise ValueError("a secret goes with a URL, not with a file")
+            safe_for_secret(self.path)
+        return self
+
+
+class ApiSource(Source):
+    """A REST API that answers with JSON."""
+
+    @property
+    def place(self) -> str:
+        return self.url
+
+    type: Literal["api"] = Field(description="csv or api")
+    url: Annotated[Text, AfterValidator(clean_url)] = Field(description="an https:// URL")
+    params: Annotated[dict[Text, str], BeforeValidator(texts)] = Field(
+        {}, description="names and values of query parameters"
+    )
+    items: Text | None = Field(
+        None, description="where the list is in the answer, dotted; default: the answer itself"
+    )
+    next: Paging | None = Field(
+        None,
+        description="link, cursor, page or offset, or a block with type; default: link, if any",
+    )
+    since: Since | None = Field(None, description="a field, or a block with field, param, overlap")
+
+    @model_validator(mode="after")
+    def _secret_needs_https(self) -> ApiSource:
+        if self.secret is not None:
+            safe_for_secret(self.url)
+        return self
+
+
+SOURCES: dict[str, type[Source]] = {"csv": CsvSource, "api": ApiSource}
+
 FLAT_FIELDS: dict[str, tuple[str, ...]] = {
     "batch_ids": ("watch", "batch_ids"),
     "openai_secret": ("watch", "secret"),
@@ -616,22 +858,23 @@ def nested(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_flat(data: object) -> bool:
-    return isinstance(data, dict) and bool({"batch_id", *FLAT_FIELDS} & data.keys())
+    flat = isinstance(data, dict) and bool({"batch_id", *FLAT_FIELDS} & data.keys())
+    return flat and not is_ingest(data)
+
+
+def is_ingest(data: object) -> bool:
+    return isinstance(data, dict) and "ingest" in data
 
 
 def is_block(value: object) -> bool:
     return value is None or isinstance(value, dict)
 
 
-class JobSpec(Strict):
-    """A job as its author wrote it: in jobs.yaml, on the command line, or flat."""
+class AnyJob(Strict):
+    """What every job has."""
 
     name: Name = Field(description="1 to 255 characters, not only digits")
     poll_interval: Interval = Field(120, description="seconds, or 30s, 2m, 1h")
-    watch: OpenAIBatches = Field(description="a block with type, secret and batch_ids")
-    trigger: KeboolaTrigger = Field(
-        description="a block with type, secret, stack_url, component_id and configuration_id"
-    )
 
     @model_validator(mode="before")
     @classmethod
@@ -642,10 +885,36 @@ class JobSpec(Strict):
         return {"poll_interval": context.get("default_interval", 120), **nested(data)}
 
 
+class JobSpec(AnyJob):
+    """A job that watches batches, as its author wrote it: in jobs.yaml, on the command line, or
+    flat."""
+
+    watch: OpenAIBatches = Field(description="a block with type, secret and batch_ids")
+    trigger: KeboolaTrigger = Field(
+        description="a block with type, secret, stack_url, component_id and configuration_id"
+    )
+
+
+class IngestSpec(AnyJob):
+    """A job that ingests records, as its author wrote it."""
+
+    ingest: Annotated[CsvSource | ApiSource, Field(discriminator="type")] = Field(
+        description="a block with type: csv and path, or type: api and url"
+    )
+
+
+Spec = JobSpec | IngestSpec
+
+
+def spec_model(data: object) -> type[JobSpec | IngestSpec]:
+    """The model of a job that was given as `data`."""
+    return IngestSpec if is_ingest(data) else JobSpec
+
+
 def secrets_of(job: Mapping[str, Any]) -> list[tuple[str, str, str | int]]:
     """What a nested job, valid or not, needs: in which block, a secret of which type, and its
     name or id."""
-    needed = (("watch", "openai"), ("trigger", "keboola"))
+    needed = (("watch", "openai"), ("trigger", "keboola"), ("ingest", "api"))
     blocks = [(name, kind, job.get(name)) for name, kind in needed]
     uses = [(name, kind, b.get("secret")) for name, kind, b in blocks if isinstance(b, dict)]
     named = (str, int)
@@ -858,7 +1127,7 @@ class Job:
     id: int
     name: str
     origin: str  # file or store
-    spec: JobSpec
+    spec: Spec
     status: JobStatus
     removed_at: float | None
     revision: int
@@ -870,6 +1139,13 @@ class Job:
     next_check_at: float | None
     created_at: float
     completed_at: float | None
+
+    @property
+    def watches(self) -> JobSpec:
+        """The definition of a job that watches batches; an ingest never gets to where it is
+        asked for."""
+        assert isinstance(self.spec, JobSpec)
+        return self.spec
 
     @property
     def shown_status(self) -> str:
@@ -886,6 +1162,78 @@ class LogRow:
     message: str
     actor: str | None  # who asked for it; None: the program itself
     created_at: At
+
+
+RunStatus = Literal["in_progress", "success", "failed", "interrupted"]
+COUNTED = ("processed", "inserted", "updated", "unchanged", "failed")  # records, by what became
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A row of etl_run: one run of an ingest."""
+
+    id: int
+    run_id: str
+    job_id: int | None
+    source: str
+    status: RunStatus
+    records_processed: int
+    records_inserted: int
+    records_updated: int
+    records_unchanged: int
+    records_failed: int
+    progress: float | None  # 0 to 1; None: nobody knows how much there is
+    start_time: At
+    end_time: At | None
+    error_message: str | None
+    notes: list[str]  # what drifted, and what else is worth a word
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A record that was not taken: where it stood, why, and itself as far as it could be read."""
+
+    place: str
+    reason: str
+    record: str
+    number: int = 0  # line or number in the page, to list them in order
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Records that commit together, and how far the part of the source that they are from has
+    been read with them."""
+
+    raws: list[tuple[str, str, bool]]  # id, the record as JSON, whether it could be normalized
+    unified: list[tuple[str, str, bytes]]  # id, unified record as JSON, hash
+    rejects: list[Rejected]
+    counts: Counter[str]  # by COUNTED
+    part: str
+    state: Mapping[str, Any]
+    progress: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What is remembered of a source as a whole."""
+
+    records: int
+    watermark: str | None
+    fields: Mapping[str, Any]  # see `Fields`
+    parts: Mapping[str, Mapping[str, Any]]  # by file or page: how far, and what tells a change
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnd:
+    """How a run ended, and what follows for its job."""
+
+    status: RunStatus
+    error: str | None
+    notes: Sequence[str]
+    wait: float  # s until the next run
+    watermark: str | None = None  # None: as it was
+    whole: bool = False  # every part was seen, so that others are gone
+    forget: bool = False  # what this run read has to be read again
 
 
 @dataclass(frozen=True, slots=True)
@@ -1506,6 +1854,12 @@ class JobsYaml:
         return f"{job}: {dotted(at[2:]) or 'job'}"
 
 
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field's type is, or may be beside None."""
+    kinds = [k for k in (annotation, *get_args(annotation)) if isinstance(k, type)]
+    return next((k for k in kinds if issubclass(k, BaseModel)), None)
+
+
 def field_of(model: type[BaseModel], at: Place) -> tuple[type[BaseModel], str]:
     """The innermost model on the path `at`, and what the innermost field allows."""
     needed = [name for name, info in model.model_fields.items() if info.is_required()]
@@ -1515,10 +1869,12 @@ def field_of(model: type[BaseModel], at: Place) -> tuple[type[BaseModel], str]:
         info = model.model_fields.get(str(part))
         if model is JobsFile and above == "secrets":
             model = SecretRef
+        elif model is IngestSpec and above == "ingest":
+            model = SOURCES[str(part)]
         elif info is not None:
             allowed = info.description or allowed
-            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-                model = info.annotation
+            if info.discriminator is None:
+                model = model_in(info.annotation) or model
         above = str(part)
     return model, allowed
 
@@ -1530,7 +1886,12 @@ def problem_text(model: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         if inner is SecretRef and error["loc"][-1] == "value":
             return "a secret's value does not belong here; allowed: env, file, or `secret add`"
-        return f"unknown key; allowed: {', '.join(sorted(inner.model_fields))}"
+        known = {*inner.model_fields}
+        if inner is IngestSpec and error["loc"][-1] in ("watch", "trigger"):
+            return "does not go with ingest; a job has watch and trigger, or ingest"
+        if issubclass(inner, AnyJob):
+            known |= {"watch", "trigger", "ingest"}
+        return f"unknown key; allowed: {', '.join(sorted(known))}"
     if error["type"] == "missing":
         return f"missing; needed: {allowed}"
     why = str(error["ctx"]["error"]) if error["type"] == "value_error" else ""
@@ -1553,9 +1914,14 @@ def validated(
     except ValidationError as e:
         errors = e.errors(include_url=False)
         return None, [
-            (tuple(p for p in error["loc"] if p != "[key]"), problem_text(model, error))
-            for error in errors
+            (place_of(model, error["loc"]), problem_text(model, error)) for error in errors
         ]
+
+
+def place_of(model: type[BaseModel], at: Place) -> Place:
+    """pydantic's path to an error as the path in what was given."""
+    tagged = model is IngestSpec and at[:1] == ("ingest",)
+    return tuple(p for i, p in enumerate(at) if p != "[key]" and not (tagged and i == 1))
 
 
 def flat_place(at: Place, given: Collection[str]) -> Place:
@@ -1603,7 +1969,7 @@ class Config:
     settings: Settings
     env: Mapping[str, str]
     secrets: Mapping[str, SecretRef]
-    jobs: list[JobSpec] | None
+    jobs: list[Spec] | None
     text: JobsYaml
     problems: list[Problem]
 
@@ -1713,13 +2079,13 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
 
 def read_jobs(
     items: list[Any], settings: Settings, text: JobsYaml
-) -> tuple[list[JobSpec], list[Problem]]:
+) -> tuple[list[Spec], list[Problem]]:
     """The jobs, and what is wrong with them; those are the good ones where anything is."""
-    jobs: list[JobSpec] = []
+    jobs: list[Spec] = []
     problems = [p for p in text.problems if len(p[0]) > 1 and p[0][0] == "jobs"]
     lines: dict[Any, int] = {}
     for i, item in enumerate(items):
-        job, errors = validated(JobSpec, item, settings.job_context)
+        job, errors = validated(spec_model(item), item, settings.job_context)
         problems += [(("jobs", i, *at), said) for at, said in errors]
         name = str(item["name"]).strip() if isinstance(item, dict) and "name" in item else None
         if name is not None and name in lines:
@@ -1870,6 +2236,91 @@ MIGRATIONS = (
     ALTER TABLE secrets ADD COLUMN first_used_at REAL;
     CREATE INDEX logs_by_age ON polling_logs (created_at);
     """,
+    """
+    -- name of the secret that an ingest sends; NULL: none. An ingest's other two are empty
+    ALTER TABLE polling_jobs ADD COLUMN api_secret TEXT;
+    CREATE TABLE raw_data_csv (
+        id INTEGER PRIMARY KEY,
+        source TEXT NOT NULL,                -- name of the job
+        external_id TEXT NOT NULL,           -- what the record says it is
+        raw_data TEXT NOT NULL,              -- the record as received, JSON
+        ingested_at REAL NOT NULL,
+        processed BOOLEAN NOT NULL,          -- false: it could not be normalized, see etl_reject
+        UNIQUE (source, external_id)
+    );
+    CREATE TABLE raw_data_api (
+        id INTEGER PRIMARY KEY,
+        source TEXT NOT NULL,
+        external_id TEXT NOT NULL,
+        raw_data TEXT NOT NULL,
+        ingested_at REAL NOT NULL,
+        processed BOOLEAN NOT NULL,
+        UNIQUE (source, external_id)
+    );
+    CREATE TABLE normalized_data (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, -- never given twice: what `after` counts by
+        source TEXT NOT NULL,
+        source_id TEXT NOT NULL,
+        data TEXT NOT NULL,                  -- the unified record, JSON
+        hash BLOB NOT NULL,                  -- of the record as received and of how it is mapped
+        created_at REAL NOT NULL,
+        updated_at REAL NOT NULL,
+        UNIQUE (source, source_id)
+    );
+    CREATE INDEX data_of_a_source ON normalized_data (source);
+    CREATE TABLE etl_checkpoint (
+        source TEXT PRIMARY KEY,             -- empty: the sums of all
+        watermark TEXT,                      -- the greatest `since` of a whole run; NULL: none yet
+        fields TEXT NOT NULL DEFAULT '{}',   -- the fields met and their types, JSON
+        records INTEGER NOT NULL DEFAULT 0,  -- rows of normalized_data
+        records_processed INTEGER NOT NULL DEFAULT 0,
+        records_inserted INTEGER NOT NULL DEFAULT 0,
+        records_updated INTEGER NOT NULL DEFAULT 0,
+        records_unchanged INTEGER NOT NULL DEFAULT 0,
+        records_failed INTEGER NOT NULL DEFAULT 0,
+        checkpoint_timestamp REAL            -- NULL: no chunk was committed yet
+    );
+    CREATE TABLE etl_part (
+        source TEXT NOT NULL,
+        part TEXT NOT NULL,                  -- a file, or the URL of a page
+        state TEXT NOT NULL,                 -- how far it was read, and what tells a change; JSON
+        run_id INTEGER NOT NULL,             -- the run that last saw it
+        PRIMARY KEY (source, part)
+    );
+    CREATE TABLE etl_run (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        run_id TEXT NOT NULL UNIQUE,
+        job_id INTEGER,                      -- NULL: that job was deleted
+        source TEXT NOT NULL,
+        status TEXT NOT NULL,                -- in_progress, success, failed or interrupted
+        records_processed INTEGER NOT NULL DEFAULT 0,
+        records_inserted INTEGER NOT NULL DEFAULT 0,
+        records_updated INTEGER NOT NULL DEFAULT 0,
+        records_unchanged INTEGER NOT NULL DEFAULT 0,
+        records_failed INTEGER NOT NULL DEFAULT 0,
+        progress REAL,                       -- 0 to 1; NULL: nobody knows how much there is
+        start_time REAL NOT NULL,
+        end_time REAL,                       -- NULL: it goes on
+        error_message TEXT,                  -- NULL: none
+        notes TEXT NOT NULL DEFAULT '[]'     -- what drifted and what else is worth a word, JSON
+    );
+    CREATE INDEX runs_of_a_source ON etl_run (source, id);
+    CREATE INDEX runs_by_status ON etl_run (status, id);
+    CREATE TABLE etl_reject (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        source TEXT NOT NULL,
+        place TEXT NOT NULL,                 -- file and line, or page and number
+        reason TEXT NOT NULL,
+        record TEXT NOT NULL,                -- as received, as far as it could be read
+        digest BLOB NOT NULL,                -- of the record
+        run_id INTEGER NOT NULL,             -- the run that last met it
+        created_at REAL NOT NULL,
+        UNIQUE (source, place, digest)       -- read again, it is the same one
+    );
+    CREATE INDEX runs_by_age ON etl_run (start_time);
+    CREATE INDEX rejects_by_age ON etl_reject (created_at);
+    CREATE INDEX rejects_of_a_source ON etl_reject (source, id);
+    """,
 )
 
 ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the audit: who asks
@@ -1891,46 +2342,64 @@ LOG_STATUS: dict[Event, str] = {  # what a log row calls a step of a trigger; ot
     "hold": "failed",
     "fail": "failed",
 }
+LOGS = {  # what is kept for some time only, and the column that tells its age
+    "polling_logs": "created_at",
+    "etl_run": "start_time",
+    "etl_reject": "created_at",
+}
 JOB_COLUMNS = tuple(f.name for f in fields(Job) if f.name != "spec")
 BATCH_COLUMNS = tuple(f.name for f in fields(Batch))
 TRIGGER_COLUMNS = tuple(f.name for f in fields(Trigger))
 
 
 @lru_cache(maxsize=1024)
-def spec_of(text: str) -> JobSpec:
+def spec_of(text: str) -> Spec:
     """A job's definition from its row; it was validated when it came in, under the bounds of
     then, and is the same at each check."""
-    return JobSpec.model_validate_json(text, context={"bounds": (0, sys.maxsize)})
+    data = json.loads(text)
+    return spec_model(data).model_validate(data, context={"bounds": (0, sys.maxsize)})
 
 
 def job_of(row: Any) -> Job:
     try:
         spec = spec_of(row["spec"])
-    except ValidationError as e:
+    except ValueError as e:  # pydantic's is one
         raise TeckoError(f"the row of job {row['name']!r} (ID {row['id']}) is damaged") from e
     return Job(spec=spec, **{name: row[name] for name in JOB_COLUMNS})
 
 
-def spec_columns(spec: JobSpec) -> dict[str, Any]:
+def run_of(row: Any) -> Run:
+    return Run(**{**row, "notes": json.loads(row["notes"])})
+
+
+def digest_of(text: str | bytes) -> bytes:
+    """16 bytes that tell two records apart."""
+    data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def spec_columns(spec: Spec) -> dict[str, Any]:
     """The columns of polling_jobs that come from a job's definition."""
     return {
         "name": spec.name,
         "spec": spec.model_dump_json(),
-        "openai_secret": spec.watch.secret,
-        "keboola_secret": spec.trigger.secret,
+        "openai_secret": spec.watch.secret if isinstance(spec, JobSpec) else "",
+        "keboola_secret": spec.trigger.secret if isinstance(spec, JobSpec) else "",
+        "api_secret": spec.ingest.secret if isinstance(spec, IngestSpec) else None,
         "poll_interval_seconds": spec.poll_interval,
     }
 
 
-def changes(old: JobSpec, new: JobSpec) -> str:
+def changes(old: Spec, new: Spec) -> str:
     """Which fields differ, for the log."""
     before, after = old.model_dump(), new.model_dump()
     parts = [
         f"{k} {before[k]} -> {after[k]}" for k in ("name", "poll_interval") if before[k] != after[k]
     ]
-    for block in ("watch", "trigger"):
-        parts += [f"{block}.{k} changed" for k, v in after[block].items() if v != before[block][k]]
-    return ", ".join(parts)
+    for block in after.keys() - {"name", "poll_interval"}:
+        was = before[block]
+        parts += [f"{block}.{k} changed" for k, v in after[block].items() if v != was.get(k)]
+    return ", ".join(sorted(parts))
 
 
 def describe_progress(batch: Batch) -> str:
@@ -2051,12 +2520,15 @@ class Database:
                 self._news.clear()
                 raise
 
-    async def _sql(self, sql: str, values: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+    async def _sql(
+        self, sql: str, values: Mapping[str, Any] | Sequence[Any] = MappingProxyType({})
+    ) -> list[Any]:
         """Run one statement inside of a transaction or under the lock; all its rows."""
         if self._db is None:
             raise StoreError("the database is closed")
+        given = {**values} if isinstance(values, Mapping) else values
         try:
-            return list(await self._db.execute_fetchall(sql, {**values}))
+            return list(await self._db.execute_fetchall(sql, given))
         except sqlite3.IntegrityError as e:
             raise Conflict(f"the database refuses this: {e}") from e
         except sqlite3.Error as e:
@@ -2090,6 +2562,15 @@ class Database:
         [[version]] = await self._read("PRAGMA data_version")
         return int(version)
 
+    async def _many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Run one statement for many rows inside of a transaction."""
+        if self._db is None:
+            raise StoreError("the database is closed")
+        try:
+            await self._db.executemany(sql, rows)
+        except sqlite3.Error as e:
+            raise StoreError(f"database {self.path}: {e}") from e
+
     async def _insert(self, table: str, row: Mapping[str, Any]) -> Any:
         names, places = ", ".join(row), ", ".join(f":{name}" for name in row)
         sql = f"INSERT INTO {table} ({names}) VALUES ({places}) RETURNING *"
@@ -2111,7 +2592,259 @@ class Database:
         self._news.clear()
 
 
-class Store(Database):
+class Records(Database):
+    """What ingests write and /data reads: raw and normalized records, checkpoints, runs, rejects.
+
+    `source` is the name of the ingest's job. All that one chunk brings is one transaction.
+    """
+
+    @transactional
+    async def begin_run(self, job: Job, now: float) -> Run:
+        """A new run of a job's ingest; one that a crash left open is `interrupted` from here on,
+        and can write nothing more."""
+        source = {"source": job.name}
+        for name in (job.name, ""):
+            sql = "INSERT INTO etl_checkpoint (source) VALUES (:source) ON CONFLICT DO NOTHING"
+            await self._sql(sql, {"source": name})
+        left = await self._sql(
+            "UPDATE etl_run SET status = 'interrupted', end_time = :now,"
+            " error_message = 'the program ended before the run did'"
+            " WHERE source = :source AND status = 'in_progress' RETURNING run_id",
+            source | {"now": now},
+        )
+        for row in left:
+            said = f"run {row['run_id']} was interrupted; going on from its checkpoint"
+            await self._log(job.id, "error", said, now)
+        made = {"run_id": uuid.uuid4().hex, "job_id": job.id, "status": "in_progress"}
+        run_id = await self._insert("etl_run", source | made | {"start_time": now})
+        [row] = await self._sql("SELECT * FROM etl_run WHERE id = :id", {"id": run_id})
+        return run_of(row)
+
+    async def checkpoint(self, source: str) -> Checkpoint:
+        async with self._lock:
+            rows = await self._sql(
+                "SELECT * FROM etl_checkpoint WHERE source = :source", {"source": source}
+            )
+            parts = await self._sql(
+                "SELECT part, state FROM etl_part WHERE source = :source", {"source": source}
+            )
+        states = {row["part"]: json.loads(row["state"]) for row in parts}
+        if not rows:
+            return Checkpoint(0, None, {}, states)
+        [row] = rows
+        return Checkpoint(row["records"], row["watermark"], json.loads(row["fields"]), states)
+
+    async def hashes(self, source: str, ids: Sequence[str]) -> dict[str, bytes]:
+        """The hashes of those records that are there already, by id."""
+        marks = ", ".join("?" * len(ids))
+        async with self._lock:
+            rows = await self._sql(
+                f"SELECT source_id, hash FROM normalized_data WHERE source = ?"
+                f" AND source_id IN ({marks})",
+                (source, *ids),
+            )
+        return {row[0]: row[1] for row in rows}
+
+    @transactional
+    async def save_chunk(
+        self, run: Run, revision: int, kind: str, chunk: Chunk, known: Mapping[str, Any], now: float
+    ) -> bool:
+        """Write a chunk, with the fields `known` after it. False, and nothing written, when the
+        run was given up or its job was paused, changed, removed or deleted meanwhile."""
+        added = {f"records_{name}": chunk.counts[name] for name in COUNTED}
+        sums = ", ".join(f"{name} = {name} + :{name}" for name in added)
+        still = await self._sql(
+            f"UPDATE etl_run SET {sums}, progress = :progress WHERE id = :id"
+            " AND status = 'in_progress' AND EXISTS (SELECT 1 FROM polling_jobs WHERE id = :job_id"
+            " AND revision = :revision AND status = 'active' AND removed_at IS NULL) RETURNING id",
+            {
+                **added,
+                **{"id": run.id, "job_id": run.job_id, "revision": revision},
+                "progress": chunk.progress,
+            },
+        )
+        if not still:
+            return False
+        await self._save_records(run.source, kind, chunk, now)
+        await self._save_rejects(run, chunk.rejects, now)
+        await self._save_part(run, chunk.part, chunk.state)
+        await self._sql(
+            f"UPDATE etl_checkpoint SET {sums}, records = records + :records_inserted,"
+            " checkpoint_timestamp = :now,"
+            " fields = CASE source WHEN '' THEN fields ELSE :fields END"
+            " WHERE source IN (:source, '')",
+            added | {"source": run.source, "fields": json.dumps(known), "now": now},
+        )
+        return True
+
+    async def _save_records(self, source: str, kind: str, chunk: Chunk, now: float) -> None:
+        """Insert what is new, and change only rows that differ."""
+        await self._many(
+            f"INSERT INTO raw_data_{kind} (source, external_id, raw_data, ingested_at, processed)"
+            " VALUES (?, ?, ?, ?, ?) ON CONFLICT (source, external_id) DO UPDATE SET"
+            " raw_data = excluded.raw_data, ingested_at = excluded.ingested_at,"
+            " processed = excluded.processed"
+            f" WHERE raw_data_{kind}.raw_data <> excluded.raw_data"
+            f" OR raw_data_{kind}.processed <> excluded.processed",
+            [(source, key, record, now, good) for key, record, good in chunk.raws],
+        )
+        await self._many(
+            "INSERT INTO normalized_data (source, source_id, data, hash, created_at, updated_at)"
+            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (source, source_id) DO UPDATE SET"
+            " data = excluded.data, hash = excluded.hash, updated_at = excluded.updated_at",
+            [(source, key, data, digest, now, now) for key, data, digest in chunk.unified],
+        )
+
+    async def _save_rejects(self, run: Run, rejects: Sequence[Rejected], now: float) -> None:
+        await self._many(
+            "INSERT INTO etl_reject (source, place, reason, record, digest, run_id, created_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (source, place, digest) DO UPDATE SET"
+            " reason = excluded.reason, run_id = excluded.run_id",
+            [
+                (run.source, r.place, r.reason, r.record, digest_of(r.record), run.id, now)
+                for r in rejects
+            ],
+        )
+
+    async def _save_part(self, run: Run, part: str, state: Mapping[str, Any]) -> None:
+        await self._sql(
+            "INSERT INTO etl_part (source, part, state, run_id) VALUES (:source, :part, :state,"
+            " :run) ON CONFLICT (source, part) DO UPDATE SET state = excluded.state,"
+            " run_id = excluded.run_id",
+            {"source": run.source, "part": part, "state": json.dumps(state), "run": run.id},
+        )
+
+    @transactional
+    async def end_run(self, run: Run, end: RunEnd, now: float) -> Run:
+        """Close a run, and tell its job. One that was given up meanwhile stays as it is."""
+        ended = await self._sql(
+            "UPDATE etl_run SET status = :status, end_time = :now, error_message = :error,"
+            " notes = :notes, progress = CASE :status WHEN 'success' THEN 1.0 ELSE progress END"
+            " WHERE id = :id AND status = 'in_progress' RETURNING *",
+            {
+                **{"status": end.status, "error": end.error, "now": now, "id": run.id},
+                "notes": json.dumps(end.notes),
+            },
+        )
+        if not ended:
+            return run
+        source = {"source": run.source, "run": run.id}
+        if end.whole or end.forget:
+            which = "run_id = :run" if end.forget else "run_id <> :run"
+            await self._sql(f"DELETE FROM etl_part WHERE source = :source AND {which}", source)
+        if end.watermark is not None:
+            await self._sql(
+                "UPDATE etl_checkpoint SET watermark = :watermark WHERE source = :source",
+                source | {"watermark": end.watermark},
+            )
+        done = run_of(ended[0])
+        await self._tell_job(done, end, now)
+        return done
+
+    async def _tell_job(self, run: Run, end: RunEnd, now: float) -> None:
+        ok = end.status == "success"
+        said = end.error or (
+            f"{run.records_failed} records were rejected: data rejects lists them"
+            if run.records_failed
+            else None
+        )
+        rows = await self._sql(
+            "UPDATE polling_jobs SET last_check_at = :now, next_check_at = :next,"
+            " last_error = :said, last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END,"
+            " errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END"
+            " WHERE id = :id AND status = 'active' AND removed_at IS NULL RETURNING id",
+            {"now": now, "next": now + end.wait, "said": said, "ok": ok, "id": run.job_id},
+        )
+        job_id = run.job_id if rows else None
+        for note in end.notes:
+            await self._log(job_id, "updated", f"{run.source}: {note}", now)
+        counts = [f"{getattr(run, f'records_{n}')} {n}" for n in COUNTED[1:] if n != "unchanged"]
+        if not ok:
+            await self._log(job_id, "error", f"{run.source}: {end.status}: {end.error}", now)
+        elif run.records_inserted or run.records_updated or run.records_failed:
+            await self._log(job_id, "completed", f"ingested: {', '.join(counts)}", now)
+
+    async def runs(self, source: str | None, limit: int) -> list[Run]:
+        """The last runs of a source, or of all (None), newest first."""
+        where = "" if source is None else "WHERE source = :source"
+        rows = await self._read(
+            f"SELECT * FROM etl_run {where} ORDER BY id DESC LIMIT :limit",
+            {"limit": limit} | ({} if source is None else {"source": source}),
+        )
+        return [run_of(row) for row in rows]
+
+    async def run(self, run_id: int) -> Run | None:
+        rows = await self._read("SELECT * FROM etl_run WHERE id = :id", {"id": run_id})
+        return run_of(rows[0]) if rows else None
+
+    async def last_failure(self) -> float | None:
+        """When the last failed run ended."""
+        rows = await self._read(
+            "SELECT end_time FROM etl_run WHERE status = 'failed' ORDER BY id DESC LIMIT 1"
+        )
+        return rows[0]["end_time"] if rows else None
+
+    async def totals(self, source: str = "") -> dict[str, int]:
+        """How many records there are (`records`), and what became of all those that were ever
+        read, of a source or of all; kept with each chunk, so that nothing is counted here."""
+        names = ("records", *(f"records_{name}" for name in COUNTED))
+        rows = await self._read(
+            f"SELECT {', '.join(names)} FROM etl_checkpoint WHERE source = :source",
+            {"source": source},
+        )
+        return {name: rows[0][name] if rows else 0 for name in names}
+
+    async def data(self, source: str | None, limit: int, after: int, offset: int) -> list[Any]:
+        """Unified records with ids beyond `after`, by id: found by key, at the same cost however
+        deep; `offset` skips some, which costs what reading them would."""
+        where = "id > :after" + ("" if source is None else " AND source = :source")
+        return await self._read(
+            "SELECT id, data, created_at, updated_at FROM normalized_data"
+            f" WHERE {where} ORDER BY id LIMIT :limit OFFSET :offset",
+            {"limit": limit, "after": after, "offset": offset}
+            | ({} if source is None else {"source": source}),
+        )
+
+    async def rejects(self, source: str | None, limit: int) -> list[Any]:
+        """The rejected records met last, of a source or of all (None), newest first."""
+        where = "" if source is None else "WHERE source = :source"
+        return await self._read(
+            "SELECT source, place, reason, record, created_at FROM etl_reject"
+            f" {where} ORDER BY id DESC LIMIT :limit",
+            {"limit": limit} | ({} if source is None else {"source": source}),
+        )
+
+    async def delete_records(self, source: str) -> None:
+        """Delete all that stands under a source, in short transactions. The checkpoint goes first:
+        what is left after a crash in the middle is read again, not taken for known."""
+        await self._forget(source)
+        for table in ("normalized_data", "raw_data_csv", "raw_data_api", "etl_reject"):
+            while await self._delete_some(table, source) == DELETE_ROWS:
+                pass  # others take their turns at the store in between
+
+    @transactional
+    async def _forget(self, source: str) -> None:
+        mine = {"source": source}
+        await self._sql(
+            "UPDATE etl_checkpoint SET records = records - coalesce((SELECT records FROM"
+            " etl_checkpoint WHERE source = :source), 0) WHERE source = ''",
+            mine,
+        )
+        for table in ("etl_checkpoint", "etl_part"):
+            await self._sql(f"DELETE FROM {table} WHERE source = :source", mine)
+        await self._sql("UPDATE etl_run SET job_id = NULL WHERE source = :source", mine)
+
+    @transactional
+    async def _delete_some(self, table: str, source: str) -> int:
+        rows = await self._sql(
+            f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE source = :source"
+            " LIMIT :some) RETURNING 1",
+            {"source": source, "some": DELETE_ROWS},
+        )
+        return len(rows)
+
+
+class Store(Records):
     """Secrets, jobs, batches, triggers and the log: the only place with their SQL.
 
     Every change is a compare-and-set or checks the state it starts from, since the command line
@@ -2174,7 +2907,8 @@ class Store(Database):
     @transactional
     async def delete_secret(self, name: str, now: float) -> None:
         users = await self._sql(
-            "SELECT name FROM polling_jobs WHERE :name IN (openai_secret, keboola_secret)"
+            "SELECT name FROM polling_jobs"
+            " WHERE :name IN (openai_secret, keboola_secret, api_secret)"
             " AND (status IN ('triggering', 'triggered')"
             " OR status IN ('active', 'paused') AND removed_at IS NULL)"
             " OR id IN (SELECT job_id FROM triggers WHERE secret = :name AND finished_at IS NULL)",
@@ -2229,12 +2963,13 @@ class Store(Database):
         rows = await self._read(
             f"SELECT j.*, {columns}, EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id"
             " AND finished_at IS NULL AND state <> 'held') AS has_open FROM polling_jobs j"
-            " JOIN polling_batches b ON b.job_id = j.id WHERE j.id = :id ORDER BY b.position",
+            " LEFT JOIN polling_batches b ON b.job_id = j.id WHERE j.id = :id ORDER BY b.position",
             {"id": job_id},
         )
         if not rows:
             return None, [], False
-        batches = [Batch(**{name: r[f"batch_{name}"] for name in BATCH_COLUMNS}) for r in rows]
+        seen = [r for r in rows if r["batch_batch_id"] is not None]  # an ingest has none
+        batches = [Batch(**{name: r[f"batch_{name}"] for name in BATCH_COLUMNS}) for r in seen]
         return job_of(rows[0]), batches, bool(rows[0]["has_open"])
 
     async def find_job(self, ref: str) -> Job:
@@ -2272,27 +3007,34 @@ class Store(Database):
         return {job_id: Plan(*rest) for job_id, *rest in rows}
 
     @transactional
-    async def create_job(self, spec: JobSpec, origin: str, now: float) -> int:
+    async def create_job(self, spec: Spec, origin: str, now: float) -> int:
         return await self._create(spec, origin, now)
 
-    async def _create(self, spec: JobSpec, origin: str, now: float) -> int:
+    async def _create(self, spec: Spec, origin: str, now: float) -> int:
         await self._claim_name(spec.name)
         spec = await self._with_secret_names(spec)
         times = {"last_ok_at": now, "created_at": now}
         row = {"origin": origin, "status": "active", **spec_columns(spec), **times}
         job_id: int = await self._insert("polling_jobs", row)
-        await self._renew_batches(job_id, spec, now)
-        await self._log(job_id, "created", f"watches {', '.join(spec.watch.batch_ids)}", now)
+        if isinstance(spec, JobSpec):
+            await self._renew_batches(job_id, spec, now)
+            said = f"watches {', '.join(spec.watch.batch_ids)}"
+        else:
+            said = f"ingests {spec.ingest.place}"
+        await self._log(job_id, "created", said, now)
         return job_id
 
     async def _claim_name(self, name: str) -> None:
         if await self._sql("SELECT 1 FROM polling_jobs WHERE name = :name", {"name": name}):
             raise Conflict(f"there is a job {name!r} already", hint="choose another name")
 
-    async def _with_secret_names(self, spec: JobSpec) -> JobSpec:
-        """The job with names in place of the ids of secrets that the flat form may carry."""
-        blocks: dict[str, OpenAIBatches | KeboolaTrigger]
-        blocks = {"watch": spec.watch, "trigger": spec.trigger}
+    async def _with_secret_names(self, spec: Spec) -> Spec:
+        """The job with names in place of the ids of secrets that it may carry."""
+        blocks: dict[str, Any]
+        if isinstance(spec, JobSpec):
+            blocks = {"watch": spec.watch, "trigger": spec.trigger}
+        else:
+            blocks = {"ingest": spec.ingest}
         for key, block in blocks.items():
             if isinstance(block.secret, int):
                 rows = await self._sql(
@@ -2310,7 +3052,7 @@ class Store(Database):
             await self._insert("polling_batches", row)
 
     @transactional
-    async def update_job(self, job_id: int, spec: JobSpec, now: float) -> None:
+    async def update_job(self, job_id: int, spec: Spec, now: float) -> None:
         job = await self._job(job_id)
         if job.origin == "file":
             raise Conflict(
@@ -2318,7 +3060,7 @@ class Store(Database):
             )
         await self._update(job, spec, now)
 
-    async def _update(self, job: Job, spec: JobSpec, now: float) -> bool:
+    async def _update(self, job: Job, spec: Spec, now: float) -> bool:
         """Give a job its new definition; True when that changed anything.
 
         Other batches are a new round. Another target counts for every trigger that was surely
@@ -2327,13 +3069,22 @@ class Store(Database):
         spec = await self._with_secret_names(spec)
         if spec == job.spec:
             return False
+        if type(spec) is not type(job.spec) or (
+            isinstance(spec, IngestSpec) and spec.name != job.name
+        ):
+            raise Conflict(
+                f"job {job.name!r} keeps its kind, and an ingest its name: records stand under it",
+                hint="delete it, or give the new one another name",
+            )
         if spec.name != job.name:
             await self._claim_name(spec.name)
         await self._set_job(job, revision=job.revision + 1, **spec_columns(spec))
         await self._log(job.id, "updated", changes(job.spec, spec), now)
+        if isinstance(spec, IngestSpec):
+            return True
         for trigger in await self._triggers(job.id, "state = 'pending' AND unknown_at IS NULL"):
             await self._save_trigger(trigger, retargeted(trigger, spec))
-        if set(spec.watch.batch_ids) != set(job.spec.watch.batch_ids):
+        if set(spec.watch.batch_ids) != set(job.watches.watch.batch_ids):
             await self._start_round(job, "new_round", spec, now)
         return True
 
@@ -2350,7 +3101,7 @@ class Store(Database):
         await self._set_job(job, status=status, round=job.round + 1, last_ok_at=now, **clean)
 
     @transactional
-    async def sync_file_jobs(self, specs: Sequence[JobSpec], now: float) -> Counter[str]:
+    async def sync_file_jobs(self, specs: Sequence[Spec], now: float) -> Counter[str]:
         """Make the store's jobs from jobs.yaml what the file says; how many of which change."""
         rows = await self._sql("SELECT * FROM polling_jobs")
         known = {row["name"]: job_of(row) for row in rows}
@@ -2415,18 +3166,32 @@ class Store(Database):
             await self._move_job(job, "resettle", None, now)
         else:
             what = "checks its batches afresh"
-            await self._start_round(job, "retry", job.spec, now)
+            await self._start_round(job, "retry", job.watches, now)
         await self._log(job.id, "updated", f"retry: {what}", now)
         return what
 
-    @transactional
     async def delete_job(self, job_id: int, now: float) -> None:
+        """Delete a job with its history and, of an ingest, its records."""
+        job = await self._stop_for_good(job_id)
+        if isinstance(job.spec, IngestSpec):
+            await self.delete_records(job.name)
+        await self._delete_job(job_id, now)
+
+    @transactional
+    async def _stop_for_good(self, job_id: int) -> Job:
         job = await self._job(job_id)
         if job.origin == "file" and job.removed_at is None:
             raise Conflict(
                 f"Cannot delete job {job.name!r}: it is in jobs.yaml and would come back",
                 hint="take it out of the file and reload, then delete it",
             )
+        if isinstance(job.spec, IngestSpec):  # a run under way can write nothing from here on
+            await self._set_job(job, status="paused", revision=job.revision + 1)
+        return job
+
+    @transactional
+    async def _delete_job(self, job_id: int, now: float) -> None:
+        job = await self._job(job_id)
         await self._sql("DELETE FROM polling_jobs WHERE id = :id", {"id": job_id})
         await self._log(None, "deleted", f"job {job.name!r} (ID {job.id})", now)
 
@@ -2531,7 +3296,7 @@ class Store(Database):
             return None
         job = await self._job(trigger.job_id)
         if event == "postpone" and after.unknown_at is None:  # the target may have changed since
-            after = retargeted(after, job.spec)
+            after = retargeted(after, job.watches)
             await self._save_trigger(replace(trigger, state="pending"), after)
         job_event: Event = "succeed_partly" if event == "succeed" and trigger.partial else event
         if job.round == trigger.round and job_event in JOB_STEPS[job.status]:
@@ -2599,11 +3364,12 @@ class Store(Database):
         return [LogRow(**row) for row in reversed(rows)]
 
     @transactional
-    async def prune_logs(self, before: float, keep: int) -> int:
-        """Delete some of the rows older than `before` or beyond the newest `keep`; how many."""
+    async def prune(self, table: str, before: float, keep: int) -> int:
+        """Delete some of the rows of a table of LOGS that are older than `before` or beyond the
+        newest `keep`; how many."""
         rows = await self._sql(
-            "DELETE FROM polling_logs WHERE id IN (SELECT id FROM polling_logs WHERE"
-            " created_at < :before OR id <= (SELECT max(id) FROM polling_logs) - :keep"
+            f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE"
+            f" {LOGS[table]} < :before OR id <= (SELECT max(id) FROM {table}) - :keep"
             " ORDER BY id LIMIT :some) RETURNING id",
             {"before": before, "keep": keep, "some": PRUNE_ROWS},
         )
@@ -2989,6 +3755,1065 @@ class Keboola:
             await client.aclose()
 
 
+@dataclass(frozen=True, slots=True)
+class Got:
+    """A good answer of a source; `status` is 200, 304, or a 404 that was allowed."""
+
+    url: str
+    status: int
+    body: bytes
+    etag: str | None
+    modified: str | None
+    link: str | None  # the URL of rel="next"
+
+
+def origin_of(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port (RFC 6454)."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return parts.scheme, (parts.hostname or "").lower(), port
+
+
+def shown_url(url: str) -> str:
+    """A URL without its query, which may hold what is nobody's business."""
+    return url.partition("?")[0]
+
+
+class Web:
+    """Sources of ingests over HTTP: bounded in size, time and rate, redirects followed by hand,
+    since a secret goes to the origin that it was given for and to no other."""
+
+    def __init__(self) -> None:
+        self._client: httpx2.AsyncClient | None = None
+        self._limits: dict[tuple[Any, int], Any] = {}  # by origin and rate
+
+    async def get(
+        self,
+        source: Source,
+        url: str,
+        secret: SecretValue | None,
+        state: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        sink: IO[bytes] | None = None,
+        end_status: int | None = None,
+    ) -> Got:
+        """GET `url`, asked with what `state` remembers (etag, modified). The body goes to `sink`
+        where one is given. A status of `end_status` is no error. Raises SourceError."""
+        home, headers = origin_of(url), self._headers(source, secret, state)
+        for _ in range(MAX_REDIRECTS + 1):
+            try:
+                async with asyncio.timeout(SOURCE_DEADLINE if sink is None else DOWNLOAD_DEADLINE):
+                    got = await self._once(source, url, headers, sink, end_status)
+            except SourceError:
+                raise
+            except Exception as e:
+                raise web_error(url, e) from e
+            if isinstance(got, Got):
+                return got
+            if secret is not None and origin_of(got) != home:
+                said = f"{shown_url(url)} redirects to {origin_of(got)[1]}"
+                raise SourceError(f"{said}; a secret goes to no other host", status=307)
+            url = got
+        raise SourceError(f"{shown_url(url)}: more than {MAX_REDIRECTS} redirects", status=310)
+
+    @staticmethod
+    def _headers(
+        source: Source, secret: SecretValue | None, state: Mapping[str, Any]
+    ) -> dict[str, str]:
+        headers = {"User-Agent": f"TeckoChecker/{VERSION}"}
+        headers["Accept"] = "application/json" if isinstance(source, ApiSource) else "*/*"
+        if secret is not None:
+            name, _, value = source.header.partition(":")
+            headers[name] = value.strip().replace("{secret}", secret.reveal())
+        for header, known in (("If-None-Match", "etag"), ("If-Modified-Since", "modified")):
+            if state.get(known):
+                headers[header] = state[known]
+        return headers
+
+    async def _once(
+        self,
+        source: Source,
+        url: str,
+        headers: Mapping[str, str],
+        sink: IO[bytes] | None,
+        end_status: int | None,
+    ) -> Got | str:
+        """One request: what came, or where it redirects to."""
+        async with self._limit(source, url), self._open().stream("GET", url, headers=headers) as a:
+            if a.status_code in (301, 302, 303, 307, 308) and a.headers.get("location"):
+                return clean_url(str(a.url.join(a.headers["location"])))
+            if a.status_code not in (200, 304, end_status):
+                wait = parse_retry_after(a.headers.get("retry-after"), time.time())
+                said = f"{shown_url(url)} said {a.status_code} {a.reason_phrase}".rstrip()
+                raise SourceError(said, status=a.status_code, retry_after=wait)
+            body = await self._read(a, sink if a.status_code == 200 else None)
+            link = a.links.get("next", {}).get("url")
+            return Got(
+                str(a.url),
+                a.status_code,
+                body,
+                a.headers.get("etag"),
+                a.headers.get("last-modified"),
+                str(a.url.join(link)) if link else None,
+            )
+
+    @staticmethod
+    async def _read(answer: httpx2.Response, sink: IO[bytes] | None) -> bytes:
+        parts, size = [], 0
+        async for part in answer.aiter_bytes():
+            if sink is not None:
+                await asyncio.to_thread(sink.write, part)
+                continue
+            parts.append(part)
+            size += len(part)
+            if size > PAGE_BYTES:
+                raise SourceError(f"{shown_url(str(answer.url))}: more than {PAGE_BYTES} bytes")
+        return b"".join(parts)
+
+    def _limit(self, source: Source, url: str) -> contextlib.AbstractAsyncContextManager[Any]:
+        from aiolimiter import AsyncLimiter
+
+        rate = source.max_requests_per_minute
+        if rate is None:
+            return contextlib.nullcontext()
+        per = min(60.0 / rate, 60.0)  # one at a time, evenly: a minute's worth at once is a burst
+        return cast(
+            AsyncLimiter, self._limits.setdefault((origin_of(url), rate), AsyncLimiter(1, per))
+        )
+
+    def _open(self) -> httpx2.AsyncClient:
+        import httpx2
+
+        if self._client is None:
+            self._client = httpx2.AsyncClient(
+                timeout=httpx2.Timeout(CALL_TIMEOUT, connect=CONNECT_TIMEOUT),
+                limits=httpx2.Limits(max_connections=IN_FLIGHT, keepalive_expiry=KEEPALIVE),
+                follow_redirects=False,
+            )
+        return self._client
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+
+
+def web_error(url: str, error: Exception) -> SourceError:
+    """What kept a source from answering, in a line."""
+    import httpx2
+
+    where = shown_url(url)
+    if isinstance(error, not_sent()):
+        return SourceError(
+            f"{where} cannot be reached: {short(error) or type(error).__name__}", sent=False
+        )
+    if isinstance(error, (httpx2.TimeoutException, TimeoutError)):
+        return SourceError(f"{where}: no answer in time")
+    if isinstance(error, (httpx2.HTTPError, httpx2.InvalidURL, ValueError, OSError)):
+        return SourceError(f"{where}: {short(error) or type(error).__name__}")
+    raise error
+
+
+# ── Ingest ────────────────────────────────────────────────────────────────────────────────────
+
+
+class UnclearJson(ValueError):
+    """What json.loads would take and JSON does not have, or has two meanings for."""
+
+
+def refuse(constant: str) -> NoReturn:
+    raise UnclearJson(f"{constant} is no number")
+
+
+class BadRecord(ValueError):
+    """A record that cannot be taken, and why."""
+
+
+def to_json(value: Any) -> bytes:
+    """JSON. What the fast way does not know (integers beyond 64 bits, lone surrogates) goes the
+    slow one."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return json.dumps(value).encode()
+
+
+def picker(path: str) -> Callable[[Mapping[str, Any]], Any]:
+    """What takes the value at a dotted path out of a record; a field of that very name wins."""
+    keys = path.split(".")
+
+    def pick(record: Any) -> Any:
+        if path in record:
+            return record[path]
+        for key in keys:
+            record = record.get(key) if isinstance(record, dict) else None
+        return record
+
+    return pick
+
+
+def in_utc(moment: datetime) -> str:
+    """ISO 8601 in UTC; a time without a zone counts as UTC."""
+    if moment.tzinfo is not None:
+        moment = moment.astimezone(UTC).replace(tzinfo=None)
+    return moment.isoformat() + "Z"
+
+
+def utc_text(value: Any, order: str | None = None) -> str:
+    """A date as people write it (ISO 8601, RFC 5322, 15.01.2024, 15 Jan 2024, unix seconds or
+    milliseconds) as ISO 8601 in UTC. `order` (dmy or mdy) says how 03/04/2024 is meant; without it
+    that is refused rather than guessed. Raises ValueError."""
+    if isinstance(value, str):
+        try:
+            moment = datetime.fromisoformat(value)
+            in_form = len(value) == 20 and value[10] == "T" and value[19] == "Z"
+            return value if in_form else in_utc(moment)
+        except (ValueError, OverflowError):
+            return odd_date(value.strip(), order)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return from_unix(float(value))
+    raise ValueError("a date")
+
+
+def from_unix(number: float) -> str:
+    """Seconds, or milliseconds or microseconds where seconds would lie beyond the year 5000."""
+    for unit in (1.0, 1e3, 1e6):
+        if 0 <= number / unit < 95_000_000_000:
+            return in_utc(datetime.fromtimestamp(number / unit, UTC))
+    raise ValueError("a date")
+
+
+@lru_cache(maxsize=4096)
+def odd_date(text: str, order: str | None) -> str:
+    from dateutil import parser
+
+    if re.fullmatch(r"\d{9,16}(\.\d+)?", text):
+        return from_unix(float(text))
+    numbers = re.match(r"(\d{1,2})([/.-])(\d{1,2})\2\d{2,4}\b", text)
+    day_first = order == "dmy" or (numbers is not None and numbers[2] == "." and order is None)
+    both_ways = numbers and numbers[1] != numbers[3] and max(int(numbers[1]), int(numbers[3])) <= 12
+    if both_ways and order is None and not day_first:
+        raise ValueError("a date that can be read in one way only; `dates: dmy` or mdy decides")
+    try:  # what the text lacks comes from the default: two of them differ where that is a day
+        one, other = (
+            parser.parse(text, default=default, dayfirst=day_first, tzinfos=known_zone)
+            for default in (datetime(2000, 1, 1), datetime(2001, 2, 2))
+        )
+    except (ValueError, OverflowError, TypeError) as e:
+        raise ValueError("a date") from e
+    if one != other or not re.search(r"\d", text):
+        raise ValueError("a whole date")
+    return in_utc(one)
+
+
+def known_zone(name: str | None, offset: int | None) -> int | None:
+    """An offset from UTC in seconds; a zone that has only a name may mean several."""
+    if name is not None and offset is None:
+        raise ValueError(f"the zone {name}")
+    return offset
+
+
+class DataRecord(TypedDict, total=False):
+    """A record in the schema that all sources share; a dict, since making models of a hundred
+    thousand rows costs twice as much as validating them."""
+
+    __pydantic_config__ = ConfigDict(coerce_numbers_to_str=True)  # type: ignore[misc]
+
+    source: SkipValidation[str]  # name of the ingest's job
+    source_id: SkipValidation[str]  # what identifies the record in its source
+    title: str
+    description: str
+    content: str
+    author: str
+    published_at: Annotated[str, BeforeValidator(utc_text)]  # ISO 8601 in UTC
+    url: str
+    category: str
+    metadata: SkipValidation[dict[str, Any]]  # what no field took
+
+
+VALIDATE = TypeAdapter(DataRecord).validator.validate_python
+
+
+class MappingPlan(NamedTuple):
+    """What is taken from records with certain fields; made once for all that have the same."""
+
+    plain: list[tuple[str, str]]  # unified field and the source's own
+    deep: list[tuple[str, Callable[[Mapping[str, Any]], Any]]]  # at a dotted path
+    matched: list[tuple[str, str]]  # of the plain ones those that nobody named
+    rest: list[str]  # for the metadata
+
+
+class Mapper:
+    """How records of one source become unified ones. `salt` goes into every hash, so that a
+    changed mapping makes every record a changed one."""
+
+    def __init__(self, name: str, source: Source) -> None:
+        self.name, self.source = name, source
+        mapping = [source.id, sorted(source.fields.items()), source.dates]
+        self._salt = digest_of(json.dumps(mapping))
+        self._id = picker(source.id)
+        self._nested = source.type == "api"
+        self._keys: tuple[str, ...] = ()
+        self._plan = MappingPlan([], [], [], [])
+
+    def identify(self, record: Mapping[str, Any]) -> str:
+        """The record's id as text. Raises BadRecord."""
+        value = self._id(record)
+        if type(value) is str and value.isascii() and value.strip():
+            return value
+        if value is None:
+            raise BadRecord(f"no id: {self.source.id} is missing")
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise BadRecord(f"{self.source.id}: found {cut(value)}; allowed: text or a number")
+        text = str(value)
+        if not text.strip():
+            raise BadRecord(f"no id: {self.source.id} is empty")
+        if SURROGATES.search(text):
+            raise BadRecord(f"{self.source.id}: found {cut(value)}; allowed: text in Unicode")
+        return text
+
+    def hash(self, record: bytes) -> bytes:
+        return hashlib.blake2b(record, digest_size=16, salt=self._salt).digest()
+
+    def unify(self, record: Mapping[str, Any], source_id: str) -> bytes:
+        """The record in the unified schema, as JSON. Raises BadRecord."""
+        if (keys := tuple(record)) != self._keys:
+            self._keys, self._plan = keys, self._make_plan(keys)
+        plan = self._plan
+        made = {name: v for name, key in plan.plain if (v := record[key]) is not None and v != ""}
+        made["source"], made["source_id"] = self.name, source_id
+        made["metadata"] = metadata = {key: record[key] for key in plan.rest}
+        if self._nested:
+            made |= {name: v for name, pick in plan.deep if (v := pick(record)) not in (None, "")}
+            for name, key in plan.matched:
+                if isinstance(made.get(name), dict | list):  # meant by nobody
+                    metadata[key] = made.pop(name)
+        try:
+            if self.source.dates and "published_at" in made:
+                made["published_at"] = utc_text(made["published_at"], self.source.dates)
+            return to_json(VALIDATE(made))
+        except ValidationError as e:
+            error = e.errors(include_url=False)[0]
+            place, found = error["loc"][0], error["input"]
+            why = str(error["ctx"]["error"]) if error["type"] == "value_error" else "text"
+        except ValueError as e:
+            place, found, why = "published_at", made["published_at"], str(e)
+        raise BadRecord(f"{place}: found {cut(found)}; allowed: {why}")
+
+    def _make_plan(self, keys: tuple[str, ...]) -> MappingPlan:
+        given = self.source.fields
+        plain = [(name, key) for name, key in given.items() if key in keys]
+        deep = [(name, picker(path)) for name, path in given.items() if path not in keys]
+        free = {self.source.id, *given.values()}
+        matched: list[tuple[str, str]] = []
+        for key in keys:
+            name = key.strip().lower()
+            taken = {*given, *(name for name, _ in matched)}
+            if name in UNIFIED and name not in taken and key not in free:
+                matched.append((name, key))
+        used = {self.source.id, *(key for _, key in (*plain, *matched))}
+        return MappingPlan(
+            plain + matched, cast(Any, deep), matched, [key for key in keys if key not in used]
+        )
+
+
+SURROGATES = re.compile("[\ud800-\udfff]")
+
+# What is known of a source's fields: by name their types, and whether every record had it.
+Fields = dict[str, dict[str, Any]]
+
+
+def type_of(value: Any) -> str | None:
+    """A JSON value's type; None for null, which says nothing."""
+    if value is None or isinstance(value, bool):
+        return None if value is None else "boolean"
+    names = {int: "integer", float: "number", str: "text", list: "list", dict: "object"}
+    return names[type(value)]
+
+
+def type_of_text(value: str) -> str | None:
+    """What a value of a CSV file looks like; None for an empty one."""
+    if not value:
+        return None
+    if value[0] not in "+-.0123456789":
+        return "text"
+    for kind, read in (("integer", int), ("number", float), ("date", datetime.fromisoformat)):
+        with contextlib.suppress(ValueError):
+            read(value)
+            return kind
+    return "text"
+
+
+def fields_of(records: Sequence[Mapping[str, Any]], csv_columns: Sequence[str] = ()) -> Fields:
+    """The fields of some records: of API records all, of a file's a sample, for speed."""
+    found: Fields = {name: {"types": set(), "always": True} for name in csv_columns}
+    look = type_of_text if csv_columns else type_of
+    step = max(1, len(records) // SAMPLED_ROWS) if csv_columns else 1
+    for record in records[::step]:
+        for name, value in record.items():
+            field = found.setdefault(name, {"types": set(), "always": True})
+            if (kind := look(value)) is not None:
+                field["types"].add(kind)
+    for name, field in found.items():
+        field["types"] = sorted(field["types"])
+        field["always"] = bool(csv_columns) or all(name in record for record in records)
+    return found
+
+
+def fits(kind: str, known: Collection[str], *, text_takes_all: bool) -> bool:
+    """Whether a value of this type is nothing new where `known` ones were met."""
+    wider = {"integer": {"number"}}.get(kind, set())
+    return (
+        not known or kind in known or bool(wider & {*known}) or (text_takes_all and "text" in known)
+    )
+
+
+def drift(known: Mapping[str, Any], seen: Fields, *, text_takes_all: bool) -> list[str]:
+    """What is new, gone or of another type in the fields `seen`; nothing where none are known."""
+    if not known or not seen:
+        return []
+    notes = [f"new field {cut(name)}" for name in seen if name not in known]
+    notes += [
+        f"field {cut(name)} is gone"
+        for name, was in known.items()
+        if was["always"] and name not in seen
+    ]
+    for name, field in seen.items():
+        was = known[name]["types"] if name in known else []
+        for kind in field["types"]:
+            if not fits(kind, was, text_takes_all=text_takes_all):
+                notes.append(f"field {cut(name)} was {' or '.join(was)}, now {kind}")
+    return notes
+
+
+def learned(known: Mapping[str, Any], seen: Fields) -> Fields:
+    """What is known of the fields after some more records."""
+    if not seen:
+        return dict(known)
+    after: Fields = {}
+    for name in [*known, *(n for n in seen if n not in known)]:
+        was, now = known.get(name), seen.get(name)
+        types = {*(was["types"] if was else ()), *(now["types"] if now else ())}
+        always = (was["always"] if was else not known) and now is not None and now["always"]
+        after[name] = {"types": sorted(types), "always": always}
+    return after
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What came out of a source in one go: records with their numbers, those that could not even
+    be read, and where the part stands after them."""
+
+    label: str  # of the part, for people: "products.csv line", "page 3 record"
+    records: list[tuple[int, Any]]
+    rejects: list[Rejected]
+    part: str
+    state: dict[str, Any]
+    progress: float | None
+    columns: Sequence[str] = ()  # of a CSV file
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Fetched records by id, hashed; of several with one id the last."""
+
+    by_id: dict[str, tuple[int, Any, bytes, bytes]]  # number, record, its JSON, its hash
+    rejects: list[Rejected]
+    fields: Fields
+    again: int  # records that a later one of the same id replaces
+
+
+def prepare(mapper: Mapper, fetched: Fetched) -> Prepared:
+    """Identify and hash; for a thread."""
+    by_id: dict[str, tuple[int, Any, bytes, bytes]] = {}
+    rejects, good = list(fetched.rejects), 0
+    for number, record in fetched.records:
+        text = to_json(record)
+        try:
+            if not isinstance(record, dict):
+                raise BadRecord(f"found {cut(record)}; allowed: an object")
+            key = mapper.identify(record)
+        except BadRecord as e:
+            rejects.append(rejected(fetched, number, e, text))
+            continue
+        good += 1
+        by_id[key] = (number, record, text, mapper.hash(text))
+    objects = [record for _, record in fetched.records if isinstance(record, dict)]
+    return Prepared(by_id, rejects, fields_of(objects, fetched.columns), good - len(by_id))
+
+
+def rejected(fetched: Fetched, number: int, error: BadRecord, record: bytes) -> Rejected:
+    return Rejected(f"{fetched.label} {number}", str(error), record.decode(), number)
+
+
+def finish(
+    mapper: Mapper, fetched: Fetched, prepared: Prepared, known: Mapping[str, bytes]
+) -> Chunk:
+    """Normalize what is not `known` by its hash; for a thread."""
+    raws, unified, rejects, counts = [], [], list(prepared.rejects), Counter[str]()
+    counts["processed"] = len(fetched.records) + len(fetched.rejects)
+    counts["updated"] = prepared.again  # the last one wins, over each of them
+    for key, (number, record, text, digest) in prepared.by_id.items():
+        if known.get(key) == digest:
+            counts["unchanged"] += 1
+            continue
+        try:
+            unified.append((key, mapper.unify(record, key).decode(), digest))
+            raws.append((key, text.decode(), True))
+        except BadRecord as e:
+            rejects.append(rejected(fetched, number, e, text))
+            raws.append((key, text.decode(), False))
+            continue
+        counts["updated" if key in known else "inserted"] += 1
+    counts["failed"] = len(rejects)
+    rejects.sort(key=lambda rejected: rejected.number)
+    return Chunk(raws, unified, rejects, counts, fetched.part, fetched.state, fetched.progress)
+
+
+# files
+
+
+def encoding_of(head: bytes) -> str:
+    """From the byte order mark; without one UTF-8."""
+    marks = (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF32_LE, "utf-32"),  # which begins like that of UTF-16
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    )
+    return next((name for mark, name in marks if head.startswith(mark)), "utf-8")
+
+
+def delimiter_of(line: str) -> str:
+    """The one that parts a header into most; a comma where none does better."""
+    return max(",;\t|", key=lambda c: len(next(csv.reader([line], delimiter=c), [])))
+
+
+def column_names(row: Sequence[str]) -> list[str]:
+    """A header's names; an empty one is named by its place, a second one of a name gets a
+    number, so that no value is lost."""
+    names: list[str] = []
+    for place, text in enumerate(row, 1):
+        name = text.strip() or f"column_{place}"
+        count = 2
+        while name in names:
+            name, count = f"{text.strip() or f'column_{place}'}_{count}", count + 1
+        names.append(name)
+    return names
+
+
+def identity_of(stat: os.stat_result, now: float) -> list[int] | None:
+    """What tells that a file is as it was; None while it may change again within the same tick of
+    its clock (as git's index has it, "racy")."""
+    if now - stat.st_mtime < RACY_SECONDS:
+        return None
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def is_unchanged(path: Path, state: Mapping[str, Any]) -> bool:
+    """Whether a file is surely the one that was read to its end."""
+    known = state.get("identity")
+    return known is not None and known == identity_of(path.stat(), time.time())
+
+
+class CsvFile:
+    """One CSV file (RFC 4180) as a stream of records, read from where it was left; for a thread.
+
+    Positions are bytes of the text, unpacked and in UTF-8 where the file is not plain. What is
+    malformed costs the line it starts on and no other: reading goes on with the next line.
+    """
+
+    def __init__(self, path: Path, part: str, source: CsvSource, fingerprint: str) -> None:
+        self.path, self.part, self.source, self.fingerprint = path, part, source, fingerprint
+        self.ended = False
+        self.columns: list[str] = []
+        self.renamed: list[str] = []  # what a person should know of that
+        self.position = self.line = 0
+        self._taken: list[bytes] = []  # lines of the record under way
+        self._pushed: deque[bytes] = deque()  # lines that were read, and are to be looked at
+        self._broken = ""  # why the record under way cannot be taken
+        self._digest: Any = (
+            hashlib.sha256()
+        )  # of what was read up to _safe; None: it cannot be told
+        self._safe = (0, 0)  # position and line from which to go on
+        self._readline: Callable[[], bytes]
+        self._seek: Callable[[int], int] | None  # None: only reading on gets there
+
+    def __enter__(self) -> CsvFile:
+        csv.field_size_limit(RECORD_BYTES)
+        self._file = open(self.path, "rb")  # closed by __exit__
+        self._size = os.fstat(self._file.fileno()).st_size
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def open(self, state: Mapping[str, Any]) -> None:
+        """Find out what the file is, read its header, and go to where `state` says."""
+        self.identity = identity_of(os.fstat(self._file.fileno()), time.time())
+        stream: Any = self._file
+        if self._file.peek(2)[:2] == b"\x1f\x8b":
+            stream = gzip.GzipFile(fileobj=self._file)
+        head = stream.read(SNIFF_BYTES)
+        stream.seek(0)
+        self._encoding = self.source.encoding or encoding_of(head)
+        old_mac = b"\r" in head and b"\n" not in head
+        wide = codecs.lookup(self._encoding).name.startswith(("utf-16", "utf-32"))
+        self._plain = stream is self._file and not wide and not old_mac
+        if wide or old_mac:
+            text = io.TextIOWrapper(stream, self._encoding, newline="\r" if old_mac else "")
+            self._readline = lambda: text.readline(RECORD_BYTES).encode(errors="surrogatepass")
+            self._encoding = "utf-8"
+        else:
+            self._readline = partial(stream.readline, RECORD_BYTES)
+        self._stream = stream
+        self._seek = stream.seek if not (wide or old_mac) else None
+        self._read_header(head)
+        self._resume(state)
+
+    def _read_header(self, head: bytes) -> None:
+        if not head:
+            self.ended = True
+            return
+        line = self._readline()
+        mark = len(codecs.BOM_UTF8) if line.startswith(codecs.BOM_UTF8) else 0
+        self._encoding = "utf-8" if self._encoding == "utf-8-sig" else self._encoding
+        self.position = mark
+        self._digest.update(line[:mark])
+        first = line[mark:].decode(self._encoding, errors="replace")
+        self._delimiter = self.source.delimiter or delimiter_of(first)
+        if told := re.fullmatch(r"sep=(.)\r?\n?", first):  # Excel's way to name the delimiter
+            self._delimiter, self.position, self.line = told[1], len(line), 1
+            self._digest.update(line[mark:])
+        else:
+            self._pushed.append(line[mark:])
+        self._restart()
+        if self.source.columns:
+            self.columns = column_names(self.source.columns)
+        else:
+            try:
+                row = next((row for row in self._reader if row), [])
+            except csv.Error as e:
+                raise SourceError(f"{self.part}: the header cannot be read: {e}", status=400) from e
+            self.columns = column_names(row)
+            self.renamed = [
+                f"column {place} {cut(text)} of {self.part} is called {cut(name)}"
+                for place, (text, name) in enumerate(zip(row, self.columns, strict=True), 1)
+                if text.strip() != name
+            ]
+            self._settle((self.position, self.line))
+        self._safe = (self.position, self.line)
+
+    def _restart(self) -> None:
+        self._reader = csv.reader(self._lines(), delimiter=self._delimiter, strict=True)
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        """Go on behind what was read, where that is surely as it was."""
+        at = int(state.get("position", 0))
+        if state.get("map") != self.fingerprint or at <= self.position or at > self._size_of_text():
+            return
+        if self._plain:
+            digest = self._digest_until(at)
+            if digest.hexdigest() != state.get("digest"):
+                return
+            self._digest = digest
+        elif self.identity is None or state.get("identity") != self.identity:
+            return
+        self._go_to(at)
+        self.line = int(state["line"])
+        self._safe = (self.position, self.line)
+
+    def _size_of_text(self) -> float:
+        return self._size if self._plain else math.inf
+
+    def _go_to(self, position: int) -> None:
+        self._pushed.clear()
+        if self._seek is not None:
+            self._seek(position)
+        else:
+            while self.position < position and (line := self._readline()):
+                self.position += len(line)
+        self.position = position
+        self._restart()
+
+    def _digest_until(self, position: int) -> Any:
+        """Of the file as it is now, from its start; by a way of its own, past what was read."""
+        digest, done = hashlib.sha256(), 0
+        while block := os.pread(self._file.fileno(), min(1 << 20, position - done), done):
+            digest.update(block)
+            done += len(block)
+        return digest
+
+    def _settle(self, begin: tuple[int, int]) -> None:
+        """The record that began at `begin` is done with: what was taken for it need not be read
+        again, but for a last line without an end, which may still grow."""
+        if self._taken and self._taken[-1].endswith((b"\n", b"\r")):
+            self._safe = self.position, self.line
+            if self._digest is not None:
+                self._digest.update(b"".join(self._taken))
+        elif self._taken:
+            self._safe = begin
+        self._taken.clear()
+
+    def _lines(self) -> Iterator[str]:
+        while True:
+            if not self._pushed and not self._fill():
+                return
+            line = self._pushed.popleft()
+            self.position += len(line)
+            self.line += 1
+            if len(line) >= RECORD_BYTES:
+                self._skip_line(line)
+            self._taken.append(line)
+            try:
+                yield line.decode(self._encoding)
+            except UnicodeDecodeError as e:
+                wrong = line[e.start : e.start + 1].hex()
+                self._broken = f"byte 0x{wrong} is not {self._encoding}; `encoding` names another"
+                yield line.decode(self._encoding, errors="replace")
+
+    def _skip_line(self, line: bytes) -> None:
+        self._broken = f"a line of more than {RECORD_BYTES} bytes"
+        self._digest = None
+        while not line.endswith(b"\n") and (line := self._readline()):
+            self.position += len(line)
+
+    def _fill(self) -> bool:
+        """Read some more whole lines; False at the end."""
+        if self._seek is None:
+            self._pushed.extend(filter(None, [self._readline()]))
+        else:
+            block = self._stream.read(BLOCK_BYTES) + self._readline()
+            self._pushed.extend(io.BytesIO(block).readlines())
+        return bool(self._pushed)
+
+    def read(self) -> Fetched:
+        """The next records, some thousand at most: well-formed ones at once, others singly."""
+        if self._seek is None or (records := self._read_at_once()) is None:
+            return self._read_singly()
+        return self._fetched(records, [])
+
+    def _read_at_once(self) -> list[tuple[int, Any]] | None:
+        """The next thousand lines, where each is a record of its own and without fault; None,
+        and nothing read, where that is not so."""
+        if len(self._pushed) < CHUNK_ROWS:
+            self._fill()
+        lines = list(itertools.islice(self._pushed, CHUNK_ROWS))
+        block = b"".join(lines)
+        if not block.endswith(b"\n") or len(block) > CHUNK_BYTES:
+            return None
+        try:
+            text = io.StringIO(block.decode(self._encoding), newline="\n")
+            rows = list(csv.reader(text, delimiter=self._delimiter, strict=True))
+        except (csv.Error, UnicodeDecodeError):
+            return None
+        if len(rows) != len(lines) or {*map(len, rows)} != {len(self.columns)}:
+            return None
+        first = self.line + 1
+        self.position += len(block)
+        self.line += len(lines)
+        self._taken = [block]
+        self._settle((self.position, self.line))
+        self._pushed = deque(itertools.islice(self._pushed, len(lines), None))
+        self._restart()
+        return list(enumerate(map(dict, map(zip, itertools.repeat(self.columns), rows)), first))
+
+    def _read_singly(self) -> Fetched:
+        records: list[tuple[int, Any]] = []
+        rejects: list[Rejected] = []
+        columns, begun = self.columns, self.position
+        while len(records) + len(rejects) < CHUNK_ROWS and self.position - begun < CHUNK_BYTES:
+            begin = self.position, self.line
+            try:
+                row = next(self._reader, None)
+            except csv.Error as e:
+                rejects.append(self._give_up(begin, quote_error(e)))
+                continue
+            if row is None:
+                self.ended = True
+                break
+            if self._broken or len(row) != len(columns):
+                if rejected := self._judge(begin, row):
+                    rejects.append(rejected)
+            else:
+                records.append((begin[1] + 1, dict(zip(columns, row, strict=True))))
+            self._settle(begin)
+        return self._fetched(records, rejects)
+
+    def _fetched(self, records: list[tuple[int, Any]], rejects: list[Rejected]) -> Fetched:
+        position, line = self._safe
+        known = self._digest if self._plain else None
+        state = {
+            "map": self.fingerprint,
+            "identity": self.identity,
+            "position": position,
+            "line": line,
+            "digest": known.hexdigest() if known is not None else None,
+            "done": self.ended,
+        }
+        share = self._file.tell() / self._size if self._size else 1.0
+        label = f"{self.part} line"
+        return Fetched(label, records, rejects, self.part, state, min(share, 1.0), self.columns)
+
+    def _judge(self, begin: tuple[int, int], row: list[str]) -> Rejected | None:
+        """What is wrong with a record; None for a line with nothing in it."""
+        found, wanted = len(row), len(self.columns)
+        if not self._broken and (not row or (found == 1 < wanted and not row[0].strip())):
+            return None
+        if self._broken:
+            reason, self._broken = self._broken, ""
+        else:
+            reason = f"found {found} fields; the header has {wanted}"
+            if len(self._taken) > 1 and self._is_whole(self._taken[1]):
+                return self._give_up(begin, f"{reason}; a quote swallows the lines after it")
+        return self._rejected(begin, reason, b"".join(self._taken))
+
+    def _is_whole(self, line: bytes) -> bool:
+        """Whether a line is a record of its own, so that a quote before it must be a stray one."""
+        text = line.decode(self._encoding, errors="replace")
+        try:
+            row = next(csv.reader([text], delimiter=self._delimiter, strict=True), [])
+        except csv.Error:
+            return False
+        return len(row) == len(self.columns)
+
+    def _give_up(self, begin: tuple[int, int], reason: str) -> Rejected:
+        """Reject the first line of the record under way, and read again from the second on."""
+        first, *rest = self._taken or [b""]
+        self._pushed.extendleft(reversed(rest))
+        self.position, self.line = begin[0] + len(first), begin[1] + 1
+        self._taken = [first]
+        self._settle(begin)
+        self._broken = ""
+        self._restart()
+        return self._rejected(begin, reason, first)
+
+    def _rejected(self, begin: tuple[int, int], reason: str, record: bytes) -> Rejected:
+        text = record.decode(self._encoding, errors="backslashreplace").rstrip("\r\n")
+        return Rejected(f"{self.part} line {begin[1] + 1}", reason, text, begin[1] + 1)
+
+
+def quote_error(error: csv.Error) -> str:
+    """The reader's complaints in words that help."""
+    said = str(error)
+    if "unexpected end of data" in said or "field larger" in said:
+        return "a quote is opened and never closed"
+    return said
+
+
+# pages
+
+
+def items_of(answer: Any, path: str | None) -> list[Any]:
+    """The list of records in an answer. Without a path the answer itself, or the only list in it.
+    Raises SourceError."""
+    if path is not None:
+        found = picker(path)(answer) if isinstance(answer, dict) else None
+        if isinstance(found, list):
+            return found
+        raise SourceError(f"there is no list at {path!r} in the answer: {cut(answer)}", status=400)
+    if isinstance(answer, list):
+        return answer
+    lists = {k: v for k, v in answer.items() if isinstance(v, list)} if is_block(answer) else {}
+    if len(lists) == 1:
+        return next(iter(lists.values()))
+    there = f"lists are at: {', '.join(lists)}" if lists else f"found {cut(answer)}"
+    raise SourceError(f"the answer is no list; `items` says where it is; {there}", status=400)
+
+
+def read_json(body: bytes) -> Any:
+    try:
+        return json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError) as e:
+        raise SourceError(f"the answer is not JSON: {short(e)}: {short(body[:80])}") from e
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One answer of an API. `items` is None where it is the same as the last time (304)."""
+
+    number: int
+    part: str  # its name in the checkpoint
+    items: list[Any] | None
+    count: int
+    next: str | None  # URL of the next one, where the answer names it
+    digest: bytes | None
+    state: dict[str, Any]
+
+
+class Pages:
+    """The pages of an API in their order, several requests ahead where they go by number."""
+
+    def __init__(
+        self,
+        source: ApiSource,
+        get: Callable[[str, Mapping[str, Any], int | None], Awaitable[Got]],
+        states: Mapping[str, Mapping[str, Any]],
+        since: str | None,
+    ) -> None:
+        """`get` asks for a URL with what is remembered of it, and the status that means the end;
+        `states`: what is remembered, by part."""
+        self.source, self._get, self._states = source, get, states
+        self.paging = source.next or Paging.model_validate("link")
+        self._query = dict(source.params)
+        if source.since is not None and since is not None:
+            self._query[source.since.param] = since
+        self._seen: set[bytes] = set()
+        self._repeated = 0
+        self._longest = 0  # records on a page
+
+    async def read(self) -> AsyncGenerator[Page]:
+        """Raises SourceError, also where the paging goes in circles."""
+        numbered = self.paging.type in ("page", "offset")
+        async with contextlib.aclosing(self._numbered() if numbered else self._linked()) as pages:
+            async for page in pages:
+                self._watch(page)
+                yield page
+
+    def _watch(self, page: Page) -> None:
+        if page.number > MAX_PAGES:
+            raise SourceError(f"more than {MAX_PAGES} pages: does `next` ever end?", status=400)
+        if page.digest is None:
+            return
+        self._repeated = self._repeated + 1 if page.digest in self._seen else 0
+        self._seen.add(page.digest)
+        if self._repeated >= SAME_PAGES:
+            said = f"pages {page.number - SAME_PAGES + 1} to {page.number} came before"
+            raise SourceError(f"the paging goes in circles: {said}; is `next` right?", status=400)
+
+    async def _linked(self) -> AsyncGenerator[Page]:
+        url, asked = self._url({}), set[str]()
+        while url:
+            asked.add(url)
+            page = await self._page(url, len(asked))
+            yield page
+            url = page.next or ""
+            if url in asked:
+                raise SourceError(f"`next` of page {page.number} comes back to a page", status=400)
+
+    async def _numbered(self) -> AsyncGenerator[Page]:
+        """Until a page is empty: a short one may have shrunk, or the server allows no longer
+        ones. Then the offset goes on behind what really came."""
+        by_offset, start = self.paging.type == "offset", self.paging.start
+        at = planned = start if start is not None else (0 if by_offset else 1)
+        ahead: deque[asyncio.Task[Page]] = deque()
+        step, number = 1, 1
+        try:
+            page = await self._page(self._number_url(at), 1)
+            while page.count:
+                yield page
+                number += 1
+                step = max(step, page.count) if by_offset else 1
+                if by_offset and page.count < step:
+                    while ahead:
+                        await cancelled(ahead.popleft())
+                at += page.count if by_offset else 1
+                planned = planned if ahead else at
+                while len(ahead) < min(number - 1, PAGES_AHEAD):
+                    url = self._number_url(planned)
+                    ahead.append(asyncio.create_task(self._page(url, number + len(ahead))))
+                    planned += step
+                page = await ahead.popleft()
+        finally:
+            for task in ahead:
+                await cancelled(task)
+
+    def _number_url(self, at: int) -> str:
+        paging = self.paging
+        query = {paging.param or paging.type: str(at)}
+        if paging.size is not None:
+            default = "limit" if paging.type == "offset" else "per_page"
+            query[paging.size_param or default] = str(paging.size)
+        return self._url(query)
+
+    def _url(self, query: Mapping[str, str]) -> str:
+        import httpx2
+
+        return str(httpx2.URL(self.source.url).copy_merge_params({**self._query, **query}))
+
+    async def _page(self, url: str, number: int) -> Page:
+        part = digest_of(url).hex()
+        known = self._states.get(part, {})
+        if self._may_go_on(known):
+            known = {}
+        past_the_end = 404 if number > 1 and self.paging.type in ("page", "offset") else None
+        got = await self._get(url, known, past_the_end)
+        if got.status == 404:
+            return Page(number, part, [], 0, None, None, {})
+        if got.status == 304:
+            return Page(number, part, None, known["count"], known["next"], None, dict(known))
+        items, following, digest = await asyncio.to_thread(self._open, got)
+        state = {"etag": got.etag, "modified": got.modified, "count": len(items), "next": following}
+        state["short"] = len(items) < self._longest
+        self._longest = max(self._longest, len(items))
+        return Page(number, part, items, len(items), following, digest, state)
+
+    def _may_go_on(self, known: Mapping[str, Any]) -> bool:
+        """Whether a page that was the last may have one behind it by now though its body, and so
+        its ETag, is the same: where the Link header alone would tell, and it is not short."""
+        by_link = self.source.next is not None and self.source.next.type == "link"
+        return by_link and known.get("next") is None and not known.get("short")
+
+    def _open(self, got: Got) -> tuple[list[Any], str | None, bytes]:
+        answer = read_json(got.body)
+        items = items_of(answer, self.source.items)
+        return items, self._next(got, answer), digest_of(to_json(items))
+
+    def _next(self, got: Got, answer: Any) -> str | None:
+        paging = self.paging
+        if paging.type == "link":
+            return got.link
+        cursor = picker(paging.path)(answer) if isinstance(answer, dict) else None
+        if paging.type != "cursor" or cursor in (None, "", False):
+            return None
+        if isinstance(cursor, str) and cursor.startswith(("https://", "http://")):
+            return cursor
+        return self._url({paging.param or "cursor": str(cursor)})
+
+
+async def cancelled(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+# what is incremental
+
+
+def moment_of(value: Any) -> tuple[str, float] | None:
+    """The form (s, ms, date or time) and unix seconds of a time stamp; None: it is none."""
+    try:
+        at = datetime.fromisoformat(utc_text(value)).timestamp()
+    except ValueError:
+        return None
+    if isinstance(value, str) and not re.fullmatch(r"[\d.]+", value):
+        return ("date" if re.fullmatch(r"\d{4}-\d{2}-\d{2}", value) else "time"), at
+    return ("ms" if float(value) > 95_000_000_000 else "s"), at
+
+
+def latest(records: Iterable[Any], path: str) -> tuple[str, float] | None:
+    """The greatest time stamp among records, by its form and in unix seconds."""
+    pick = picker(path)
+    moments = (moment_of(pick(r)) for r in records if isinstance(r, dict))
+    return max((m for m in moments if m is not None), key=lambda m: m[1], default=None)
+
+
+def since_text(form: str, at: float, overlap: float) -> str:
+    """A watermark as it is sent: some time before it, since records may come late."""
+    at -= overlap
+    if form in ("s", "ms"):
+        return str(math.floor(at * (1000 if form == "ms" else 1)))
+    return iso(math.floor(at))[: 10 if form == "date" else None]
+
+
+def failed_too_many(limit: str | None, failed: int, processed: int, *, ended: bool) -> bool:
+    """Whether the rejected records are more than `max_failed` allows; a share is judged from a
+    thousand records on, and at the end."""
+    if limit is None:
+        return False
+    if not limit.endswith("%"):
+        return failed > int(limit)
+    return (ended or processed >= CHUNK_ROWS) and failed * 100 > float(limit[:-1]) * processed
+
+
 # ── Steps ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -3017,11 +4842,15 @@ class Steps:
         vault: Vault,
         openai: OpenAI,
         keboola: Keboola,
+        web: Web,
         clock: Callable[[], float] = time.time,
         luck: Callable[[], float] = random.random,
     ) -> None:
         self.config, self.store, self.vault = config, store, vault
-        self.openai, self.keboola = openai, keboola
+        self.openai, self.keboola, self.web = openai, keboola, web
+        self.ingesting: set[int] = set()  # ids of jobs whose run goes on
+        self.stopping = False  # runs end at their next chunk
+        self._ingest_slots = asyncio.Semaphore(INGESTS_AT_ONCE)
         self.clock, self.luck = clock, luck
         self.tally: Counter[tuple[str, str]] = Counter()  # (what, outcome), for the metrics
         self._first_used: dict[int, SealedSecret] = {}  # still to be noted
@@ -3036,7 +4865,8 @@ class Steps:
                 steps.append(await self._advance(trigger))
             job, batches, _ = await self.store.job_with_batches(job_id)
         if job is not None and job.status == "active" and job.removed_at is None:
-            steps.append(await self._check(job, batches))
+            ingests = isinstance(job.spec, IngestSpec)
+            steps.append(await (self._ingest(job) if ingests else self._check(job, batches)))
         waits = [s.wait for s in steps if s.wait is not None]
         with contextlib.suppress(StoreError):  # at the end, and next time if not now
             while self._first_used:
@@ -3063,7 +4893,7 @@ class Steps:
     async def _check(self, job: Job, known: Sequence[Batch]) -> Stepped:
         batches, errors = await self._look(job, known)
         now, settings = self.clock(), self.config.settings
-        verdict = decide(job.spec.watch, batches, now)
+        verdict = decide(job.watches.watch, batches, now)
         trigger = self._intent(job, batches, verdict, now) if verdict.event == "fire" else None
         interval, row = float(job.spec.poll_interval), job.errors_in_row + 1
         waits = [wait_after_error(e, row, interval, settings, self.luck()) for e in errors]
@@ -3087,7 +4917,7 @@ class Steps:
     async def _look(self, job: Job, known: Sequence[Batch]) -> tuple[list[Batch], list[TeckoError]]:
         """The batches as they are now, and the errors met; a finished one is not asked again."""
         try:
-            key = await self._secret(str(job.spec.watch.secret))
+            key = await self._secret(str(job.watches.watch.secret))
         except SecretError as e:
             return [*known], [e]
         looked = await asyncio.gather(*(self._look_at(key, batch) for batch in known))
@@ -3107,7 +4937,7 @@ class Steps:
     def _intent(self, job: Job, batches: Sequence[Batch], verdict: Verdict, now: float) -> Trigger:
         """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
         trigger_id = uuid.uuid4().hex
-        target = job.spec.trigger
+        target = job.watches.trigger
         return Trigger(
             id=trigger_id,
             job_id=job.id,
@@ -3115,7 +4945,7 @@ class Steps:
             state="pending",
             stack_url=target.stack_url,
             secret=str(target.secret),
-            body=trigger_body(job.spec, batches, trigger_id),
+            body=trigger_body(job.watches, batches, trigger_id),
             partial=verdict.partial,
             on_ambiguous=target.on_ambiguous,
             created_at=now,
@@ -3239,6 +5069,291 @@ class Steps:
         job = await self.store.job(trigger.job_id)
         return FOLLOW_FACTOR * float(job.spec.poll_interval if job else 0)
 
+    # ingesting
+
+    async def _ingest(self, job: Job) -> Stepped:
+        """One run of an ingest, from its checkpoint to the end of its source."""
+        if job.id in self.ingesting:
+            return Stepped(float(job.spec.poll_interval), "a run goes on already")
+        self.ingesting.add(job.id)
+        try:
+            async with self._ingest_slots:
+                checkpoint = await self.store.checkpoint(job.name)
+                run = await self.store.begin_run(job, self.clock())
+                return await self._run_ingest(job, Ingesting(self, job, run, checkpoint))
+        finally:
+            self.ingesting.discard(job.id)
+
+    async def _run_ingest(self, job: Job, ingesting: Ingesting) -> Stepped:
+        status: RunStatus = "failed"
+        error: BaseException | None = None
+        try:
+            await ingesting.go()
+            status = "success"
+        except (SourceError, IngestFailed, SecretError) as e:
+            error = e
+            self._count_error(e)
+        except (Interrupted, asyncio.CancelledError) as e:
+            status, error = "interrupted", e
+        except Exception as e:
+            error = IngestFailed(f"a defect of TeckoChecker: {type(e).__name__}: {e}")
+            log.exception("job %s: a defect of TeckoChecker", job.id)
+        wait = self._ingest_wait(job, error)
+        said = str(error) or "the program was told to end" if error else None
+        end = RunEnd(
+            status=status,
+            error=said,
+            notes=ingesting.notes,
+            wait=wait,
+            watermark=ingesting.watermark() if status == "success" else None,
+            whole=status == "success" and ingesting.kind == "api",
+            forget=isinstance(error, IngestFailed) and error.forget,
+        )
+        run = await self.store.end_run(ingesting.run, end, self.clock())
+        self.tally["ingests", status] += 1
+        if isinstance(error, asyncio.CancelledError):
+            raise error
+        counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
+        failure = error if isinstance(error, TeckoError) else None
+        return Stepped(wait, f"{said}; {counts}" if said else counts, failure)
+
+    def _ingest_wait(self, job: Job, error: BaseException | None) -> float:
+        interval = float(job.spec.poll_interval)
+        if isinstance(error, TeckoError):
+            row, settings = job.errors_in_row + 1, self.config.settings
+            return wait_after_error(error, row, interval, settings, self.luck())
+        return BACKOFF_FIRST if isinstance(error, Interrupted) else interval
+
+    async def secret_of(self, source: Source) -> SecretValue | None:
+        return None if source.secret is None else await self._secret(str(source.secret))
+
+    async def fetch(
+        self,
+        source: Source,
+        url: str,
+        state: Mapping[str, Any],
+        *,
+        sink: IO[bytes] | None = None,
+        end_status: int | None = None,
+    ) -> Got:
+        """Ask a source, and again after what passes by itself. Raises SourceError."""
+        settings, secret = self.config.settings, await self.secret_of(source)
+        for attempt in itertools.count(1):
+            try:
+                return await self.web.get(
+                    source, url, secret, state, sink=sink, end_status=end_status
+                )
+            except SourceError as e:
+                wait = backoff(attempt, settings.retry_delay, self.luck())
+                wait = e.retry_after if e.retry_after is not None else wait
+                if e.permanent or attempt > settings.max_retries or wait > settings.retry_delay:
+                    raise
+                log.info("%s; again in %.0f s", e, wait)
+                await asyncio.sleep(wait)
+                if sink is not None:
+                    sink.seek(0)
+                    sink.truncate()
+        raise AssertionError("counting ended")
+
+
+class Interrupted(Exception):
+    """A run ends before its source does, and the next one goes on from its checkpoint."""
+
+
+class Ingesting:
+    """One run of an ingest: fetch, identify, look up, normalize, commit; chunk by chunk. What is
+    heavy happens in threads, what is written in one transaction a chunk."""
+
+    def __init__(self, steps: Steps, job: Job, run: Run, checkpoint: Checkpoint) -> None:
+        assert isinstance(job.spec, IngestSpec)
+        self.steps, self.job, self.run, self.checkpoint = steps, job, run, checkpoint
+        self.source: CsvSource | ApiSource = job.spec.ingest
+        self.kind = self.source.type
+        self.mapper = Mapper(job.name, self.source)
+        self.fields: Mapping[str, Any] = checkpoint.fields
+        self.notes: list[str] = []
+        self._processed = self._failed = 0
+        self._latest: tuple[str, float] | None = None
+        limits = {"secret", "header", "max_failed", "on_drift", "max_requests_per_minute"}
+        self.fingerprint = digest_of(self.source.model_dump_json(exclude=limits)).hex()
+
+    async def go(self) -> None:
+        """Raises SourceError, SecretError, IngestFailed and Interrupted."""
+        if isinstance(self.source, ApiSource):
+            await self._read_api(self.source)
+        elif self.source.remote:
+            await self._read_download(self.source)
+        else:
+            for path, part in await asyncio.to_thread(self._files, self.source.path):
+                await self._read_file(self.source, path, part, self._state(part), {})
+        self._judge(ended=True)
+
+    def watermark(self) -> str | None:
+        """What to remember for `since` after a whole run; never later than the run began, since
+        a clock that is ahead would hide what comes."""
+        if self._latest is None:
+            return None
+        form, at = self._latest
+        at = min(at, self.run.start_time)
+        known = self._known_mark()
+        mark = (form, at) if known is None or at > known[1] else known
+        return json.dumps({"map": self._mark_of(), "form": mark[0], "at": mark[1]})
+
+    def _mark_of(self) -> str:
+        assert isinstance(self.source, ApiSource)
+        field = self.source.since.field if self.source.since else None
+        return digest_of(json.dumps([self.source.url, self.source.params, field])).hex()
+
+    def _known_mark(self) -> tuple[str, float] | None:
+        mark = json.loads(self.checkpoint.watermark or "{}")
+        return (mark["form"], mark["at"]) if mark.get("map") == self._mark_of() else None
+
+    def _state(self, part: str) -> Mapping[str, Any]:
+        """What is remembered of a part, if it was read in the same way as now."""
+        state = self.checkpoint.parts.get(part, {})
+        return state if state.get("map") == self.fingerprint else {}
+
+    # files
+
+    def _files(self, path: str) -> list[tuple[Path, str]]:
+        """The files to read, each with its name in the checkpoint."""
+        base = self.steps.config.base
+        exact = base / path
+        found = [exact] if exact.exists() else map(Path, glob.glob(str(exact), recursive=True))
+        files = sorted(file for file in found if not file.is_dir())
+        if not files:
+            raise SourceError(f"there is no file {path}", status=404)
+        return [(file, os.path.relpath(file, base)) for file in files]
+
+    async def _read_download(self, source: CsvSource) -> None:
+        """A file behind a URL is fetched whole before it is read: a server that breaks off then
+        costs nothing but a retry."""
+        part = shown_url(source.path)
+        state = self._state(part)
+        folder = self.steps.config.settings.database.parent
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".download-") as sink:
+            got = await self.steps.fetch(source, source.path, state, sink=sink)
+            if got.status == 304:
+                return
+            sink.flush()
+            told = {"etag": got.etag, "modified": got.modified}
+            await self._read_file(source, Path(sink.name), part, state, told)
+
+    async def _read_file(
+        self,
+        source: CsvSource,
+        path: Path,
+        part: str,
+        state: Mapping[str, Any],
+        told: Mapping[str, Any],
+    ) -> None:
+        """Read one file from where it was left. `told` is remembered once it was read whole."""
+        try:
+            if state.get("done") and await asyncio.to_thread(is_unchanged, path, state):
+                return
+            with CsvFile(path, part, source, self.fingerprint) as file:
+                await asyncio.to_thread(file.open, state)
+                self._check_columns(file)
+                await self._read_chunks(file, told)
+        except (OSError, EOFError, zlib.error, UnicodeError) as e:
+            why = (e.strerror if isinstance(e, OSError) else None) or str(e)
+            raise SourceError(f"{part} cannot be read: {short(why)}", status=400) from e
+
+    def _check_columns(self, file: CsvFile) -> None:
+        if not file.columns:
+            self._note(f"{file.part} is empty")
+            return
+        wanted = {self.source.id}
+        if not self.checkpoint.fields:  # later on it is drift that one is gone
+            wanted |= {*self.source.fields.values()}
+        if missing := sorted(wanted - {*file.columns}):
+            there = ", ".join(map(cut, file.columns))
+            said = f"{file.part} has no column {', '.join(map(cut, missing))}; there are: {there}"
+            raise SourceError(said, status=400)
+        for note in file.renamed:
+            self._note(note)
+
+    async def _read_chunks(self, file: CsvFile, told: Mapping[str, Any]) -> None:
+        def read() -> tuple[Fetched, Prepared]:
+            fetched = file.read()
+            if file.ended:
+                fetched.state.update(told)
+            return fetched, prepare(self.mapper, fetched)
+
+        while not file.ended:  # not ahead of the writing: two threads in turns cost more than one
+            await self._take(*await asyncio.to_thread(read))
+
+    # pages
+
+    async def _read_api(self, source: ApiSource) -> None:
+        mark, since = self._known_mark(), None
+        if source.since is not None and mark is not None:
+            since = since_text(*mark, source.since.overlap)
+        states = {part: self._state(part) for part in self.checkpoint.parts}
+        home = origin_of(source.url)
+
+        async def get(url: str, state: Mapping[str, Any], end_status: int | None) -> Got:
+            if source.secret is not None and origin_of(url) != home:
+                said = f"`next` points to {origin_of(url)[1]}; a secret goes to no other host"
+                raise SourceError(said, status=400)
+            return await self.steps.fetch(source, url, state, end_status=end_status)
+
+        async with contextlib.aclosing(Pages(source, get, states, since).read()) as pages:
+            async for page in pages:
+                await self._take_page(source, page)
+
+    async def _take_page(self, source: ApiSource, page: Page) -> None:
+        """A page, in chunks where it is long; what tells its changes is saved with the last."""
+        items, label = page.items or [], f"page {page.number} record"
+        if source.since is not None:
+            found = await asyncio.to_thread(latest, items, source.since.field)
+            self._latest = max(
+                filter(None, (self._latest, found)), key=lambda m: m[1], default=None
+            )
+        for start in range(0, max(len(items), 1), CHUNK_ROWS):
+            some = list(enumerate(items[start : start + CHUNK_ROWS], start + 1))
+            last = start + CHUNK_ROWS >= len(items)
+            state = {**page.state, "map": self.fingerprint} if last else {}
+            fetched = Fetched(label, some, [], page.part, state, None)
+            await self._take(fetched, await asyncio.to_thread(prepare, self.mapper, fetched))
+
+    # chunks
+
+    async def _take(self, fetched: Fetched, prepared: Prepared) -> None:
+        self._check_drift(prepared)
+        store, keys = self.steps.store, list(prepared.by_id)
+        known = await store.hashes(self.run.source, keys) if keys else {}
+        chunk = await asyncio.to_thread(finish, self.mapper, fetched, prepared, known)
+        saved = await store.save_chunk(
+            self.run, self.job.revision, self.kind, chunk, self.fields, self.steps.clock()
+        )
+        if not saved:
+            raise Interrupted("the job was paused, changed or removed while it ran")
+        self._processed += chunk.counts["processed"]
+        self._failed += chunk.counts["failed"]
+        self._judge(ended=False)
+        if self.steps.stopping:
+            raise Interrupted("the service was stopped while it ran")
+
+    def _judge(self, *, ended: bool) -> None:
+        limit = self.source.max_failed
+        if failed_too_many(limit, self._failed, self._processed, ended=ended):
+            said = f"{self._failed} of {self._processed} records were rejected"
+            raise IngestFailed(f"{said}; allowed: max_failed {limit}", forget=True)
+
+    def _check_drift(self, prepared: Prepared) -> None:
+        csv_file = self.kind == "csv"
+        notes = drift(self.fields, prepared.fields, text_takes_all=csv_file)
+        for note in notes:
+            self._note(note)
+        if notes and self.source.on_drift == "freeze":
+            raise IngestFailed(f"the fields drifted, and on_drift is freeze: {'; '.join(notes)}")
+        self.fields = learned(self.fields, prepared.fields)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes and len(self.notes) < MAX_NOTES:
+            self.notes.append(text)
+
 
 # ── Desk ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -3265,25 +5380,27 @@ class SecretList(Answer):
 
 
 class JobAnswer(Answer):
-    """A job in the flat form, with its batches and how far they are."""
+    """A job in the flat form, with its batches and how far they are; an ingest has none of them,
+    and its definition in `ingest`."""
 
     id: int
     name: str
     status: str
     last_error: str | None
     origin: str = Field(description="file: from jobs.yaml; store: from command line or HTTP")
-    batch_id: str = Field(description="the first of batch_ids")
+    batch_id: str | None = Field(description="the first of batch_ids")
     batch_ids: list[str]
-    trigger_when: str
-    openai_secret: str
+    trigger_when: str | None
+    openai_secret: str | None
     openai_secret_id: int | None = Field(description="null: it is not in the store")
-    keboola_secret: str
+    keboola_secret: str | None
     keboola_secret_id: int | None = Field(description="null: it is not in the store")
-    keboola_stack_url: str
-    keboola_component_id: str
-    keboola_configuration_id: str
+    keboola_stack_url: str | None
+    keboola_component_id: str | None
+    keboola_configuration_id: str | None
     variables: dict[str, str]
-    on_ambiguous: str
+    on_ambiguous: str | None
+    ingest: dict[str, Any] | None = Field(description="as in jobs.yaml; null: it watches batches")
     poll_interval_seconds: int
     batches: list[Batch]
     batch_count: int
@@ -3295,11 +5412,24 @@ class JobAnswer(Answer):
     completed_at: At | None
 
 
+class RejectAnswer(Answer):
+    """A record that was not taken."""
+
+    source: str
+    place: str = Field(description="file and line, or page and number")
+    reason: str
+    record: str = Field(description="as received, as far as it could be read")
+    created_at: At
+
+
 class JobDetail(JobAnswer):
     """A job with its history."""
 
     triggers: list[Trigger]
     logs: list[LogRow] | None = Field(description="oldest first; null: not asked for")
+    totals: dict[str, int] | None = Field(description="of an ingest: its records, by what became")
+    runs: list[Run] = Field(description="of an ingest, newest first")
+    rejects: list[RejectAnswer] = Field(description="of an ingest, newest first")
 
 
 class JobList(Answer):
@@ -3325,10 +5455,42 @@ class Health(Answer):
     db_connected: bool
     scheduler: SchedulerState
     overdue_jobs: list[str] = Field(description="no successful check for three intervals")
+    etl_last_run: At | None = Field(description="when the last ingest began; null: none did")
+    etl_status: str | None = Field(description="in_progress, success, failed or interrupted")
+
+
+class StoredRecord(Answer):
+    """A unified record, and when it came and last changed."""
+
+    source: str = Field(description="name of the ingest's job")
+    source_id: str = Field(description="what identifies the record in its source")
+    title: str | None = None
+    description: str | None = None
+    content: str | None = None
+    author: str | None = None
+    published_at: str | None = Field(None, description="ISO 8601 in UTC")
+    url: str | None = None
+    category: str | None = None
+    metadata: dict[str, Any] = Field({}, description="what no field took")
+    created_at: At
+    updated_at: At
+
+
+class DataPage(Answer):
+    """Some of the unified records, in the order they came."""
+
+    request_id: str
+    total_count: int = Field(description="how many there are of that source, or in all")
+    limit: int
+    offset: int
+    next_after: int | None = Field(description="`after` of the next page; null: this is the last")
+    api_latency_ms: float = Field(description="time in the program, in milliseconds")
+    data: list[StoredRecord]
 
 
 class Stats(Answer):
-    """How much there is, and what was done since the start."""
+    """How much there is, and what was done: checks and errors since the start, records and runs
+    ever."""
 
     total_jobs: int
     active_jobs: int
@@ -3342,30 +5504,52 @@ class Stats(Answer):
     checks: int
     triggers: int
     errors: int
+    total_records: int = Field(description="that /data has")
+    total_records_processed: int
+    total_records_inserted: int
+    total_records_updated: int
+    total_records_failed: int
+    last_run_id: str | None
+    last_run_status: str | None
+    last_run_timestamp: At | None
+    last_failure_timestamp: At | None
+    runs: list[Run] = Field(description="the last ones, newest first")
 
 
 def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -> dict[str, Any]:
     """The fields of JobAnswer; `secrets`: the ids of the stored ones, by name."""
     ends = Counter(outcome(batch) for batch in batches)
+    spec = job.spec.model_dump()
     shown: dict[str, Any] = {
         "id": job.id,
         "name": job.name,
         "status": job.shown_status,
         "origin": job.origin,
-        "batch_id": job.spec.watch.batch_ids[0],
-        "openai_secret_id": secrets.get(str(job.spec.watch.secret)),
-        "keboola_secret_id": secrets.get(str(job.spec.trigger.secret)),
+        "ingest": None,
         "batches": batches,
         "batch_count": len(batches),
         "completed_count": ends["completed"],
         "failed_count": ends["failed"],
     }
-    spec = job.spec.model_dump()
     for flat, path in FLAT_FIELDS.items():
-        shown.setdefault(flat, spec[path[0]][path[1]] if len(path) > 1 else spec[path[0]])
+        block = spec.get(path[0]) if len(path) > 1 else spec
+        shown[flat] = block[path[-1]] if block else None
+    if isinstance(job.spec, IngestSpec):
+        shown["ingest"] = job.spec.ingest.model_dump(exclude_defaults=True)
+    shown["batch_ids"] = shown["batch_ids"] or []
+    shown["batch_id"] = next(iter(shown["batch_ids"]), None)
+    shown["variables"] = shown["variables"] or {}
+    for kind in ("openai", "keboola"):
+        shown[f"{kind}_secret_id"] = secrets.get(str(shown[f"{kind}_secret"]))
     for name in "last_error last_check_at next_check_at created_at completed_at".split():
         shown[name] = getattr(job, name)
     return shown
+
+
+def stored_record(row: Any) -> StoredRecord:
+    """A row of normalized_data; it was validated when it was written."""
+    times = {"created_at": row["created_at"], "updated_at": row["updated_at"]}
+    return StoredRecord.model_construct(**json.loads(row["data"]), **times)
 
 
 def secret_answer(row: SealedSecret) -> SecretAnswer:
@@ -3410,8 +5594,32 @@ def explain_trigger(trigger: Trigger) -> str:
     )
 
 
+def explain_ingest(job: Job, runs: Sequence[Run], records: int, now: float) -> list[str]:
+    """What `Desk.explain` says of an ingest, from data alone."""
+    assert isinstance(job.spec, IngestSpec)
+    source = job.spec.ingest
+    said = [f"Job {job.name!r} ingests records from {source.place}; it has brought {records}."]
+    if not runs:
+        said.append("It has not run yet.")
+    for run in runs[:1]:
+        when = span(now - run.start_time)
+        counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
+        said.append(f"Its last run began {when} ago: {run.status.replace('_', ' ')}; {counts}.")
+        said += [f"  {note}" for note in run.notes]
+    if job.last_error:
+        said.append(f"Last error: {job.last_error.rstrip('.')}.")
+    left = (job.next_check_at or now) - now
+    means = {
+        "active": f"Next: it runs{f' in {span(left)}' if left > 0 else ''}, every"
+        f" {job.spec.poll_interval} s, while the service runs.",
+        "paused": "Next: nothing, until job resume.",
+        "removed": "Next: nothing, for the job has left jobs.yaml.",
+    }
+    return [*said, means[job.shown_status]]
+
+
 def explain(job: Job, batches: Sequence[Batch], trigger: Trigger | None, now: float) -> list[str]:
-    """What `Desk.explain` says, from data alone."""
+    """What `Desk.explain` says of a job that watches batches, from data alone."""
     ends = Counter(outcome(batch) for batch in batches)
     many = len(batches) > 1
     have, ended = ("have", "they end") if many else ("has", "it ends")
@@ -3421,7 +5629,7 @@ def explain(job: Job, batches: Sequence[Batch], trigger: Trigger | None, now: fl
     }
     whose = f"all its {len(batches)} batches" if many else "its batch"
     said = [f"Job {job.name!r} starts a Keboola job once {whose}"]
-    said[0] += f" {goal[job.spec.watch.trigger_when]}."
+    said[0] += f" {goal[job.watches.watch.trigger_when]}."
     if job.last_check_at is None:
         said.append("It has not been checked yet.")
     else:
@@ -3493,9 +5701,23 @@ class Desk:
         self.vault.end_rotation()
         return count
 
-    async def create_job(self, spec: JobSpec) -> JobDetail:
+    async def create_job(self, spec: Spec) -> JobDetail:
+        if isinstance(spec, IngestSpec):
+            self._check_path(spec.ingest)
         await self._check_secrets(spec)
         return await self.job(str(await self.store.create_job(spec, "store", self.clock())))
+
+    def _check_path(self, source: Source) -> None:
+        """A job that does not come from jobs.yaml reads data files beneath its folder, and no
+        others: whoever may call must not read this machine's files through /data."""
+        if not isinstance(source, CsvSource) or source.remote:
+            return
+        base = self.config().base.resolve()
+        inside = (base / source.path).resolve().is_relative_to(base)
+        if not inside or not source.path.lower().endswith(DATA_FILES):
+            allowed = f"beneath {base.name}, ending in {', '.join(DATA_FILES)}"
+            text = f"found {cut(source.path)}; allowed: {allowed} (in jobs.yaml: any)"
+            raise Invalid([f"ingest.path: {text}"], fields=[("ingest.path", text)])
 
     async def update_job(self, ref: str, changes: Mapping[str, Any]) -> JobDetail:
         """Change what `changes` names in the flat form."""
@@ -3505,14 +5727,17 @@ class Desk:
         data = job.spec.model_dump()
         for name, value in changes.items():
             path = FLAT_FIELDS.get(name, (name,))
+            if len(path) > 1 and path[0] not in data:
+                text = "an ingest has no such field; allowed: poll_interval_seconds"
+                raise Invalid([f"{name}: {text}"], fields=[(name, text)])
             (data if len(path) == 1 else data[path[0]])[path[-1]] = value
         context = self.config().settings.job_context
-        spec = parse(JobSpec, data, context, flat=changes.keys())
+        spec: Spec = parse(spec_model(data), data, context, flat=changes.keys())
         await self._check_secrets(spec, changes.keys())
         await self.store.update_job(job.id, spec, self.clock())
         return await self.job(str(job.id))
 
-    async def _check_secrets(self, spec: JobSpec, given: Collection[str] = ()) -> None:
+    async def _check_secrets(self, spec: Spec, given: Collection[str] = ()) -> None:
         stored = await self.store.secret_types()
         if problems := secret_problems(spec.model_dump(), stored, self.config()):
             said = "; ".join(text for _, text in problems)
@@ -3537,7 +5762,24 @@ class Desk:
         fields_ = job_fields(job, await self.store.batches(job.id), await self._secret_ids())
         triggers = await self.store.triggers(job.id)
         rows = None if logs is None else await self.store.logs(job.id, logs)
-        return JobDetail(**fields_, triggers=triggers, logs=rows)
+        shown = JobDetail(**fields_, triggers=triggers, logs=rows, totals=None, runs=[], rejects=[])
+        if isinstance(job.spec, IngestSpec):
+            shown.totals = await self.store.totals(job.name)
+            shown.runs = await self.store.runs(job.name, 10)
+            shown.rejects = await self.rejects(job.name, 10)
+        return shown
+
+    async def rejects(self, source: str | None, limit: int) -> list[RejectAnswer]:
+        return [RejectAnswer(**row) for row in await self.store.rejects(source, limit)]
+
+    async def data(
+        self, source: str | None, limit: int, after: int = 0, offset: int = 0
+    ) -> tuple[list[StoredRecord], int | None]:
+        """Unified records, and the `after` of those that follow."""
+        rows = await self.store.data(source, limit + 1, after, offset)
+        return [stored_record(row) for row in rows[:limit]], (
+            rows[limit - 1]["id"] if len(rows) > limit else None
+        )
 
     async def _secret_ids(self) -> dict[str, int]:
         return {row.name: row.id for row in await self.store.secrets()}
@@ -3557,6 +5799,9 @@ class Desk:
         """In plain sentences: what the job waits for, what was seen, why it did or did not fire,
         and what happens next."""
         job = await self.store.find_job(ref)
+        if isinstance(job.spec, IngestSpec):
+            runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
+            return explain_ingest(job, runs, totals["records"], self.clock())
         batches, triggers = await self.store.batches(job.id), await self.store.triggers(job.id)
         trigger = next((t for t in triggers if t.round == job.round), None)
         return explain(job, batches, trigger, self.clock())
@@ -3800,7 +6045,7 @@ class Service:
         if not self._scheduler.running:
             return
         self._scheduler.pause()
-        self._draining = True
+        self._draining = self.steps.stopping = True
         if self._tasks:
             _, late = await asyncio.wait(set(self._tasks), timeout=DRAIN_SECONDS)
             for task in late:  # a POST cut off here is found as `sending` at the next start
@@ -3861,8 +6106,9 @@ class Service:
         keep, days = self.settings.log_retention_rows, self.settings.log_retention_days
         with contextlib.suppress(StoreError):  # it has time until the next look
             before = time.time() - 86400 * days
-            while await self.store.prune_logs(before, keep) == PRUNE_ROWS:
-                pass  # others take their turns at the store in between
+            for table in LOGS:
+                while await self.store.prune(table, before, keep) == PRUNE_ROWS:
+                    pass  # others take their turns at the store in between
 
     async def _sync(self) -> None:
         """Make the timers what the store says."""
@@ -3935,16 +6181,18 @@ class Service:
             overdue = await asyncio.wait_for(
                 self.store.overdue(time.time(), self.started_at), HTTP_ANSWER / 2
             )
-            connected = True
+            runs, connected = await self.store.runs(None, 1), True
         except (StoreError, TimeoutError):
-            overdue, connected = [], False
-        return self._health(connected, self._scheduler_state(), overdue)
+            overdue, runs, connected = [], [], False
+        return self._health(connected, self._scheduler_state(), overdue, runs)
 
     def stalled_health(self) -> Health:
         """What is said when the loop does not come to answer; nothing is known of the store."""
-        return self._health(False, "stalled", [])
+        return self._health(False, "stalled", [], [])
 
-    def _health(self, connected: bool, scheduler: SchedulerState, overdue: list[str]) -> Health:
+    def _health(
+        self, connected: bool, scheduler: SchedulerState, overdue: list[str], runs: Sequence[Run]
+    ) -> Health:
         now, bad = time.time(), not connected or scheduler != "running"
         return Health(
             status="unhealthy" if bad else "degraded" if overdue else "healthy",
@@ -3955,6 +6203,8 @@ class Service:
             db_connected=connected,
             scheduler=scheduler,
             overdue_jobs=overdue,
+            etl_last_run=runs[0].start_time if runs else None,
+            etl_status=runs[0].status if runs else None,
         )
 
     def _scheduler_state(self) -> SchedulerState:
@@ -3971,7 +6221,9 @@ class Service:
         return Done(success=health.status != "unhealthy", message=said)
 
     async def stats(self) -> Stats:
-        counts = await self.store.counts()
+        counts, totals = await self.store.counts(), await self.store.totals()
+        runs, failure = await self.store.runs(None, 10), await self.store.last_failure()
+        last = runs[0] if runs else None
         jobs: dict[str, int] = counts["jobs"]
         return Stats(
             total_jobs=sum(jobs.values()),
@@ -3986,6 +6238,16 @@ class Service:
             checks=self.counters["steps"],
             triggers=counts["triggers"],
             errors=self.counters["errors"],
+            total_records=totals["records"],
+            total_records_processed=totals["records_processed"],
+            total_records_inserted=totals["records_inserted"],
+            total_records_updated=totals["records_updated"],
+            total_records_failed=totals["records_failed"],
+            last_run_id=last.run_id if last else None,
+            last_run_status=last.status if last else None,
+            last_run_timestamp=last.start_time if last else None,
+            last_failure_timestamp=failure,
+            runs=runs,
         )
 
     async def metrics_text(self) -> str:
@@ -3995,6 +6257,8 @@ class Service:
             await self.store.counts(),
             await self.store.lateness(now, self.started_at),
         )
+        totals = await self.store.totals()
+        records = {name: float(totals[f"records_{name}"]) for name in COUNTED}
 
         def tallied(what: str) -> dict[str, float]:
             return {label: n for (family, label), n in self.steps.tally.items() if family == what}
@@ -4004,7 +6268,9 @@ class Service:
             counters={
                 "checks": ("Checks of a job's batches.", "outcome", tallied("checks")),
                 "triggers": ("What happened to triggers.", "outcome", tallied("triggers")),
+                "ingest_runs": ("Runs of ingests.", "outcome", tallied("ingests")),
                 "upstream_errors": ("Calls that failed.", "kind", tallied("upstream_errors")),
+                "records": ("Records that ingests read, ever.", "became", records),
             },
             gauges={
                 "jobs": ("Jobs by state.", "status", jobs),
@@ -4027,6 +6293,8 @@ class Service:
         await self._sync()  # what was changed a moment ago counts
         if job.id not in self._plans:
             raise Conflict(f"Cannot check job {job.name!r}: it is {job.shown_status}")
+        if job.id in self.steps.ingesting:
+            raise Conflict(f"Cannot run job {job.name!r}: a run of it goes on already")
         self._due(job.id, 0.0)
         return Done(success=True, message=f"Job {job.name!r} is checked now")
 
@@ -4038,7 +6306,7 @@ async def make_service(
     """The service with its store and upstreams, started; drained and closed at the end."""
     vault = Vault(config.settings)
     async with Store(config.settings.database) as store:
-        upstreams = OpenAI(config.settings.openai_base_url), Keboola()
+        upstreams = OpenAI(config.settings.openai_base_url), Keboola(), Web()
         service = Service(Steps(config, store, vault, *upstreams), load)
         try:
             await service.start(timers=timers)
@@ -4091,6 +6359,21 @@ class JobsQuery(Query):
     after: int = Field(0, ge=0, le=2**63 - 1, description="`next_after` of the page before")
 
 
+class DataQuery(Query):
+    source: str | None = Field(None, description="the name of an ingest's job; default: all")
+    limit: int = Field(10, ge=1, le=100, description="records a page, 1 to 100")
+    offset: int = Field(0, ge=0, le=10**12, description="records to skip; costs as much as reading")
+    after: int | None = Field(
+        None, ge=0, le=2**63 - 1, description="`next_after` of the page before; not with offset"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DataQuery:
+        if self.offset and self.after is not None:
+            raise ValueError("offset or after, not both")
+        return self
+
+
 class JobQuery(Query):
     include_logs: bool = Field(True, description="true or false")
     log_limit: int = Field(20, ge=1, le=1000, description="log rows, 1 to 1000")
@@ -4104,6 +6387,7 @@ class Request:
     id: str = ""
     query: Any = None
     body: Any = None
+    request_id: str = ""
 
     @property
     def desk(self) -> Desk:
@@ -4147,6 +6431,23 @@ async def show_job(request: Request) -> JobDetail:
     return await request.desk.job(request.id, query.log_limit if query.include_logs else None)
 
 
+async def show_data(request: Request) -> DataPage:
+    query, begun = cast(DataQuery, request.query), time.perf_counter()
+    found, following = await request.desk.data(
+        query.source, query.limit, query.after or 0, query.offset
+    )
+    totals = await request.service.store.totals(query.source or "")
+    return DataPage.model_construct(
+        request_id=request.request_id,
+        total_count=totals["records"],
+        limit=query.limit,
+        offset=query.offset,
+        next_after=following,
+        api_latency_ms=round((time.perf_counter() - begun) * 1000, 2),
+        data=found,
+    )
+
+
 async def list_jobs(request: Request) -> JobList:
     return await request.desk.jobs(**request.query.model_dump())
 
@@ -4186,6 +6487,8 @@ ROUTES: tuple[Route, ...] = (
           lambda r: r.service.ready(), Done, errors=(503,), public=True),
     Route("GET", "/stats", "How much there is, and what was done since the start",
           lambda r: r.service.stats(), Stats, also="/api/stats"),
+    Route("GET", "/data", "Records that ingests brought, in one schema", show_data, DataPage,
+          query=DataQuery, also="/api/data"),
     Route("GET", "/metrics", "Figures for Prometheus", lambda r: r.service.metrics_text(), TEXT),
     Route("GET", "/openapi.json", "This description", show_openapi, "application/json"),
     Route("GET", "/docs", "This description, as a page", show_docs, HTML),
@@ -4283,16 +6586,16 @@ def operation(route: Route) -> dict[str, Any]:
 @cache
 def openapi() -> dict[str, Any]:
     """The surface as an OpenAPI 3.1 document, out of ROUTES and the models."""
-    models: set[type[BaseModel]] = {ErrorAnswer, FlatJob}
+    models: set[type[BaseModel]] = {ErrorAnswer, FlatJob, IngestSpec}
     for route in ROUTES:
         models |= {m for m in (route.answer, route.body) if isinstance(m, type)}
-    inputs = {JobSpec, FlatJob, JobChanges, SecretBody}
+    inputs = {JobSpec, IngestSpec, FlatJob, JobChanges, SecretBody}
     wanted = [(m, "validation" if m in inputs else "serialization") for m in models]
     wanted.sort(key=lambda pair: pair[0].__name__)
     place = "#/components/schemas/{model}"
     _, schemas = models_json_schema(cast(Any, wanted), ref_template=place)
-    forms = [{"$ref": place.format(model=name)} for name in ("JobSpec", "FlatJob")]
-    schemas["$defs"]["Job"] = {"anyOf": forms, "description": "Nested as in jobs.yaml, or flat."}
+    forms = [{"$ref": place.format(model=name)} for name in ("JobSpec", "FlatJob", "IngestSpec")]
+    schemas["$defs"]["Job"] = {"anyOf": forms, "description": "As in jobs.yaml, or flat."}
     paths: dict[str, Any] = {}
     for route in ROUTES:
         for path in filter(None, (route.path, route.also)):
@@ -4373,14 +6676,6 @@ def too_many() -> bytes:
     head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     head += "Content-Type: application/json\r\n"
     return f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode()
-
-
-class UnclearJson(ValueError):
-    """What json.loads would take and JSON does not have, or has two meanings for."""
-
-
-def refuse(constant: str) -> NoReturn:
-    raise UnclearJson(f"{constant} is no number")
 
 
 def finite(text: str) -> float:
@@ -4624,8 +6919,9 @@ class AdminHandler(http.server.BaseHTTPRequestHandler):
             except (ValueError, RecursionError) as e:
                 said = f": {e}" if isinstance(e, UnclearJson) else ""
                 raise Refused(400, f"the body is not JSON{said}") from None
-            data = parse(route.body, loaded, service.settings.job_context)
-        return Request(service, ref, query, data)
+            model = spec_model(loaded) if route.body is JobSpec else route.body
+            data = parse(model, loaded, service.settings.job_context)
+        return Request(service, ref, query, data, self.request_id)
 
     def _answer(self, route: Route, answer: Any) -> None:
         status, kind = route.status, "application/json"
@@ -5121,24 +7417,185 @@ async def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
     async with desk_of(config) as desk:
         answer = await desk.job(args.job, args.logs)
     document = answer.model_dump(mode="json")
-    apart = ("batches", "logs", "triggers", "batch_id", "batch_ids")
+    apart = ("batches", "logs", "triggers", "batch_id", "batch_ids", "totals", "runs", "rejects")
     head = [
-        (k.replace("_", " "), v) for k, v in document.items() if k not in apart and v is not None
+        (k.replace("_", " "), v)
+        for k, v in (document | (document["totals"] or {})).items()
+        if k not in apart and v not in (None, {}) and not (answer.ingest and k in BATCH_FIGURES)
     ]
     batches = [
         (b.batch_id, b.status or "not seen yet", f"{b.requests_completed}/{b.requests_total}")
         for b in answer.batches
     ]
     triggers = [(t.id, t.state, t.keboola_job_id, t.keboola_status) for t in answer.triggers]
+    runs = [(iso(run.start_time), run.status, *run_counts(run)) for run in answer.runs]
     logs = [(iso(row.created_at), row.status, row.message) for row in answer.logs or []]
     return report(
         args,
         answer,
         table(("Job", answer.name), head),
-        table(("Batch", "Status", "Requests"), batches),
-        table(("Trigger", "State", "Keboola job", "Its status"), triggers) if triggers else "",
+        *([table(("Batch", "Status", "Requests"), batches)] if batches else []),
+        *([table(("Trigger", "State", "Keboola job", "Its status"), triggers)] if triggers else []),
+        *([table(("Run", "Status", *map(str.capitalize, COUNTED)), runs)] if runs else []),
+        *([reject_table(answer.rejects)] if answer.rejects else []),
         table(("Time", "What", ""), logs),
     )
+
+
+BATCH_FIGURES = ("batch_count", "completed_count", "failed_count")
+
+
+def run_counts(run: Run) -> list[int]:
+    return [getattr(run, f"records_{name}") for name in COUNTED]
+
+
+def reject_table(rejects: Sequence[RejectAnswer]) -> RenderableType:
+    rows = [(r.source, r.place, r.reason, short(r.record)[:60]) for r in rejects]
+    return table(("Source", "Rejected at", "Why", "Record"), rows)
+
+
+async def cmd_job_run(args: argparse.Namespace, config: Config) -> int:
+    """One run of an ingest now: here, or by the service where one runs."""
+    if running(pid_file(config)) is not None:
+        async with Store(config.settings.database) as store:
+            run = await run_in_service(args, config, store)
+    else:
+        with RunLock(config.settings.database):
+            async with make_service(config, lambda: config, timers=False) as service:
+                job = await ingest_job(service.store, args.job)
+                step = asyncio.create_task(service.steps.step(job.id))
+                run = await follow_run(service.store, job, 0, step)
+    counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
+    text = [f"{run.source}: {run.status}: {counts}", *(f"  {note}" for note in run.notes)]
+    report(
+        args,
+        asdict(run)
+        | {"start_time": iso(run.start_time), "end_time": iso(run.end_time or run.start_time)},
+        "\n".join(text),
+    )
+    if run.status != "success":
+        complain(IngestFailed(f"{run.source}: {run.error_message}"))
+    elif run.records_failed:
+        print("hint: data rejects lists what was rejected", file=sys.stderr)
+    return int(run.status != "success")
+
+
+async def ingest_job(store: Store, ref: str) -> Job:
+    """The job, which has to be an ingest that may run."""
+    job = await store.find_job(ref)
+    if not isinstance(job.spec, IngestSpec):
+        raise Conflict(f"job {job.name!r} watches batches", hint="check looks at them now")
+    if job.shown_status != "active":
+        raise Conflict(f"Cannot run job {job.name!r}: it is {job.shown_status}")
+    return job
+
+
+async def run_in_service(args: argparse.Namespace, config: Config, store: Store) -> Run:
+    """Have the running service do it, and follow."""
+    job = await ingest_job(store, args.job)
+    before = next(iter(await store.runs(job.name, 1)), None)
+    found = running(pid_file(config))
+    if not found or not found[2]:
+        raise Conflict("TeckoChecker is just starting or stopping on this database")
+    await asyncio.to_thread(ask_service, found[2], f"/api/jobs/{job.id}/check", config.settings)
+    return await follow_run(store, job, before.id if before else 0, None)
+
+
+def ask_service(address: str, path: str, settings: Settings) -> None:
+    """POST to the running service. Raises Conflict with its own words."""
+    parts = urlsplit(address)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=HTTP_DEADLINE)
+    token = settings.admin_token
+    headers = {"Authorization": f"Bearer {token.reveal()}"} if token else {}
+    try:
+        connection.request("POST", path, headers=headers)
+        answer = connection.getresponse()
+        body = answer.read()
+    except OSError as e:
+        raise Conflict(f"the service at {address} does not answer: {e}") from e
+    finally:
+        connection.close()
+    if answer.status >= 300:
+        detail = json.loads(body).get("detail", "") if body.startswith(b"{") else ""
+        raise Conflict(f"the service says {answer.status}: {detail}")
+
+
+async def follow_run(store: Store, job: Job, after: int, step: asyncio.Task[Stepped] | None) -> Run:
+    """The job's next run when it has ended, with a bar on a terminal until then."""
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    shown = TextColumn("{task.fields[records]} records")
+    columns = (*Progress.get_default_columns()[:3], shown, TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        task = bar.add_task(job.name, total=None, records=0)
+        while True:
+            if step is not None:
+                await asyncio.wait([step], timeout=FOLLOW_SECONDS)
+            else:
+                await asyncio.sleep(FOLLOW_SECONDS)
+            run = next(iter(await store.runs(job.name, 1)), None)
+            if step is not None and step.done():
+                step.result()  # raises what it raised
+            if run is None or run.id <= after:
+                if step is not None and step.done():
+                    raise Conflict(f"job {job.name!r} did not run: {step.result().said}")
+                continue
+            total = None if run.progress is None else 1.0
+            bar.update(
+                task, total=total, completed=run.progress or 0, records=run.records_processed
+            )
+            if run.status != "in_progress":
+                return run
+
+
+async def cmd_data_list(args: argparse.Namespace, config: Config) -> int:
+    """A table of the first ones; all of them as JSON or CSV, a page at a time."""
+    async with desk_of(config) as desk:
+        totals = await desk.store.totals(args.source or "")
+        if args.csv or args.json:
+            await export(desk, args.source, args.limit, csv_wanted=args.csv)
+            return 0
+        limit = args.limit or 20
+        found, following = await desk.data(args.source, limit)
+    rows = [(r.source, r.source_id, r.title, r.published_at, r.url) for r in found]
+    more = f"{len(found)} of {totals['records']}; --limit shows more, --csv and --json all"
+    shown = table(("Source", "ID", "Title", "Published", "URL"), rows)
+    return report(args, {}, shown, *([more] if following is not None else []))
+
+
+async def export(desk: Desk, source: str | None, limit: int | None, *, csv_wanted: bool) -> None:
+    """Print records as one JSON array, or as CSV with metadata as JSON in its last column."""
+    names = list(StoredRecord.model_fields)
+    writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
+    if csv_wanted:
+        writer.writeheader()
+    else:
+        print("[", end="")
+    after: int | None = 0
+    printed = 0
+    while after is not None and (limit is None or printed < limit):
+        want = CHUNK_ROWS if limit is None else min(CHUNK_ROWS, limit - printed)
+        found, after = await desk.data(source, want, after)
+        for record in found:
+            line = record.model_dump(mode="json")
+            if csv_wanted:
+                writer.writerow(line | {"metadata": to_json(line["metadata"])})
+            else:
+                print(",\n " if printed else "", json.dumps(line), sep="", end="")
+            printed += 1
+    if not csv_wanted:
+        print("]")
+
+
+async def cmd_data_rejects(args: argparse.Namespace, config: Config) -> int:
+    async with desk_of(config) as desk:
+        found = await desk.rejects(args.source, args.limit or 100)
+    document = [r.model_dump(mode="json") for r in found]
+    return report(args, document, reject_table(found))
 
 
 async def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
@@ -5167,7 +7624,7 @@ async def cmd_explain(args: argparse.Namespace, config: Config) -> int:
 
 def cmd_schema(args: argparse.Namespace) -> int:
     """The JSON Schema of jobs.yaml, for editors."""
-    jobs: Any = list[JobSpec | FlatJob]  # type: ignore[valid-type]
+    jobs: Any = list[JobSpec | FlatJob | IngestSpec]  # type: ignore[valid-type]
     whole = create_model("JobsYaml", __base__=JobsFile, jobs=(jobs, []))
     say(json.dumps(whole.model_json_schema(), indent=2))
     return 0
@@ -5285,6 +7742,8 @@ def make_parser() -> argparse.ArgumentParser:
     listed.add_argument("--watch", action="store_true", help="draw it again each second")
     one = {"show": cmd_job_show, "update": cmd_job_update, "delete": cmd_job_delete}
     one |= dict.fromkeys(("pause", "resume", "retry"), cmd_job_step)
+    run_now = add(job, "run", cmd_job_run, "one run of an ingest now")
+    run_now.add_argument("job", metavar="JOB", help="id or name")
     help_of = {"retry": "re-arm a failed job", "show": "batches, triggers and the last log lines"}
     for name, run in one.items():
         parser = add(job, name, run, help_of.get(name, f"{name} a job"))
@@ -5297,6 +7756,15 @@ def make_parser() -> argparse.ArgumentParser:
             parser.add_argument(
                 "--logs", type=abs_int, default=20, metavar="N", help="log lines, 20"
             )
+    data = commands.add_parser("data", help="what ingests brought").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    records = add(data, "list", cmd_data_list, "records in the unified schema")
+    records.add_argument("--csv", action="store_true", help="as CSV, all of them")
+    rejects = add(data, "rejects", cmd_data_rejects, "records that were rejected, and why")
+    for parser in (records, rejects):
+        parser.add_argument("--source", metavar="NAME", help="only of this ingest's job")
+        parser.add_argument("--limit", type=abs_int, metavar="N", help="at most N")
     return top
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -45,6 +46,12 @@ def openai() -> Iterator[standins.OpenAI]:
 @pytest.fixture
 def keboola() -> Iterator[standins.Keboola]:
     with standins.Keboola() as server:
+        yield server
+
+
+@pytest.fixture
+def source() -> Iterator[standins.Source]:
+    with standins.Source() as server:
         yield server
 
 
@@ -92,6 +99,23 @@ class World:
         spec = tecko.parse(tecko.JobSpec, given, self.config.settings.job_context)
         return await self.store.create_job(spec, "store", self.clock())
 
+    async def ingest(self, name: str = "source", **block: Any) -> int:
+        """Create an ingest job in the store: `block` is its `ingest:`."""
+        spec = tecko.parse(tecko.IngestSpec, {"name": name, "poll_interval": 60, "ingest": block})
+        return await self.store.create_job(spec, "store", self.clock())
+
+    async def run(self, job_id: int) -> tecko.Run:
+        """One run of an ingest job; how it ended."""
+        await self.steps.step(job_id)
+        [run] = await self.store.runs((await self.get(job_id)).name, 1)
+        return run
+
+    async def records(self, source: str | None = None) -> dict[str, dict[str, Any]]:
+        """The unified records by source_id, without their times."""
+        rows = await self.store.data(source, 10**6, 0, 0)
+        found = [json.loads(row["data"]) for row in rows]
+        return {record["source_id"]: record for record in found}
+
     async def get(self, job_id: int) -> tecko.Job:
         job = await self.store.job(job_id)
         assert job is not None
@@ -120,7 +144,7 @@ async def make_world(
     await store.__aenter__()
     vault = tecko.Vault(config.settings)
     vault.load(required=True)
-    upstreams = tecko.OpenAI(config.settings.openai_base_url), tecko.Keboola()
+    upstreams = tecko.OpenAI(config.settings.openai_base_url), tecko.Keboola(), tecko.Web()
     steps = tecko.Steps(config, store, vault, *upstreams, clock=clock, luck=lambda: 0.0)
 
     async def close() -> None:

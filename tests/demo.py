@@ -1,4 +1,5 @@
-"""The demo: the whole program against stand-ins for both APIs, on this machine, in some seconds."""
+"""The demo: the whole program against stand-ins for both APIs and a source, on this machine, in
+some seconds."""
 
 from __future__ import annotations
 
@@ -38,9 +39,25 @@ jobs:
     poll_interval: 1s
     watch: {{secret: openai-demo, batch_ids: [batch_bad]}}
     trigger: *target
+  - name: products
+    poll_interval: 1s
+    ingest: {{type: csv, path: products.csv, id: sku, fields: {{title: name, published_at: added}}}}
+  - name: posts
+    poll_interval: 1s
+    ingest: {{type: api, url: "{posts}", items: data, next: cursor}}
 """
+PRODUCTS = """\
+sku,name,added,price
+A-1,Kettle,2024-01-15,24.90
+A-2,"Teapot, glass",15.02.2024,19.50
+A-3,Strainer,2024-13-45,3.20
+A-4,Cup,"Mon, 4 Mar 2024 10:30:00 GMT",4.10
+"""
+LATER = {"24.90": "22.90"}  # what changes in the file while the demo runs,
+MORE = "A-5,Saucer,2024-03-09,2.80\n"  # and what comes
 LIMIT = 45.0  # s; it takes about ten
 ENDED = {"nightly": "completed", "three-parts": "completed_with_failures", "bad-input": "failed"}
+INGESTED = {"products": 4, "posts": 25}  # and one product is rejected
 
 
 def play(openai: standins.OpenAI) -> None:
@@ -60,8 +77,23 @@ def play(openai: standins.OpenAI) -> None:
         openai.script(f"batch_{name}", [*steps, (after, end, last)])
 
 
+def change(file: Path) -> None:
+    """One product gets another price, and one is added."""
+    text = file.read_text()
+    for old, new in LATER.items():
+        text = text.replace(old, new)
+    file.write_text(text + MORE)
+
+
+async def is_done(store: tecko.Store) -> bool:
+    """Whether every batch job has ended, and every record has come."""
+    ended = all(ENDED.get(job.name, job.status) == job.status for job in await store.jobs())
+    totals = [(await store.totals(name))["records"] for name in INGESTED]
+    return ended and totals == [*INGESTED.values()]
+
+
 async def watch(store: tecko.Store, started: float) -> None:
-    """Print every log row as it comes, until all jobs have ended."""
+    """Print every log row as it comes, until all is done."""
     names: dict[int | None, str] = {}
     seen = 0
     while time.monotonic() - started < LIMIT:
@@ -71,7 +103,7 @@ async def watch(store: tecko.Store, started: float) -> None:
             at = time.monotonic() - started
             who = names.get(row.job_id, "")
             print(f"{at:5.1f} s  {who:12} {row.status:10} {row.message}")
-        if all(job.status == ENDED[job.name] for job in await store.jobs()):
+        if await is_done(store):
             return
         await asyncio.sleep(0.1)
 
@@ -98,10 +130,31 @@ def verdict(jobs: dict[str, str], keboola: standins.Keboola) -> list[str]:
     return wrong
 
 
+async def wrong_data(store: tecko.Store) -> list[str]:
+    """What is not as it must be in the records."""
+    wrong = []
+    for name, count in INGESTED.items():
+        if (found := (await store.totals(name))["records"]) != count:
+            wrong.append(f"{name}: {found} records, not {count}")
+    if [row["place"] for row in await store.rejects(None, 10)] != ["products.csv line 4"]:
+        wrong.append("products.csv line 4 is not the one that was rejected")
+    prices = [
+        json.loads(row["data"])["metadata"]["price"]
+        for row in await store.data("products", 1, 0, 0)
+    ]
+    if prices != [*LATER.values()]:
+        wrong.append(f"the price of A-1 is {prices}")
+    return wrong
+
+
 async def run(folder: Path, keep: bool) -> int:
-    with standins.OpenAI() as openai, standins.Keboola() as keboola:
+    with standins.OpenAI() as openai, standins.Keboola() as keboola, standins.Source() as posts:
         keboola.run_seconds = 1.5
-        (folder / "jobs.yaml").write_text(JOBS.format(stack=keboola.url))
+        posts.style = "cursor"
+        posts.records = [{"id": i, "title": f"Post {i}", "likes": 3 * i} for i in range(1, 26)]
+        text = JOBS.format(stack=keboola.url, posts=posts.items_url)
+        (folder / "jobs.yaml").write_text(text)
+        (folder / "products.csv").write_text(PRODUCTS)
         environ = {
             "DEMO_OPENAI_KEY": standins.OPENAI_KEY,
             "DEMO_KEBOOLA_TOKEN": standins.KEBOOLA_TOKEN,
@@ -112,19 +165,23 @@ async def run(folder: Path, keep: bool) -> int:
         print(f"stand-ins: OpenAI at {openai.url}, Keboola at {keboola.url}; store in {folder}\n")
         play(openai)
         started = time.monotonic()
+        asyncio.get_running_loop().call_later(3.5, change, folder / "products.csv")
         async with tecko.make_service(config, lambda: config) as service:
             with tecko.serving(service) as admin:
                 await watch(service.store, started)
                 jobs = {job.name: str(job.status) for job in await service.store.jobs()}
-                wrong = verdict(jobs, keboola)
+                wrong = verdict(jobs, keboola) + await wrong_data(service.store)
                 print("\nWhat Keboola received:")
                 for job in keboola.created:
                     values = keboola.variables(job)
                     keys = ("teckochecker_job", "batch_ids_completed", "batch_ids_failed", "region")
                     print(f"  job {job['id']}: " + ", ".join(f"{k}={values[k]}" for k in keys))
-                said = "\n".join(wrong) or "As it must be: two Keboola jobs, none for bad-input."
+                [reject] = await service.desk.rejects(None, 1)
+                print(f"\nWhat was rejected:\n  {reject.place}: {reject.reason}")
+                good = "As it must be: two Keboola jobs, none for bad-input; 29 records in /data."
+                said = "\n".join(wrong) or good
                 print(f"\n{said}\n\nWhile the demo runs (--keep), look further:")
-                for path in ("/health", "/stats"):
+                for path in ("/health", "/stats", "/data"):
                     print(f"  curl {admin.url}{path}")
                 key = f"-H 'Authorization: Bearer {standins.OPENAI_KEY}'"
                 print(f"  curl {openai.base_url}/batches {key}")

@@ -2,13 +2,16 @@
 
 `OpenAI` and `Keboola` answer as the published contracts say, keep what was really created, and
 can be told to fail, hang, cut an answer short or stop a request half-way (`Fault`, `Gate`).
-`Elsewhere` is any other host. Each runs an event loop in a thread of its own, so that it can be
+`Source` serves records in pages, and files, as ingest jobs fetch them. `Elsewhere` is any other
+host. Each runs an event loop in a thread of its own, so that it can be
 driven from synchronous and asynchronous tests, from a demo and from benchmarks alike.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import itertools
 import json
 import re
@@ -21,11 +24,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime, parsedate_to_datetime
 from functools import lru_cache
 from http import HTTPStatus
 from types import EllipsisType, TracebackType
 from typing import Any, Literal, NamedTuple, Self
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, unquote, urlencode
 
 # --- HTTP: what goes over the wire ---------------------------------------------------------------
 
@@ -47,7 +51,7 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """One answer before it is framed; Content-Length is added when it is sent."""
+    """One answer before it is framed; Content-Length is added when it is sent, but to a 304."""
 
     status: int
     body: bytes
@@ -70,8 +74,9 @@ def frame(answer: Answer) -> bytes:
     """The bytes of an answer, head and body in one piece."""
     status, body, headers = answer
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    phrase = PHRASES.get(status, "Unknown")
-    head = f"HTTP/1.1 {status} {phrase}\r\n{lines}Content-Length: {len(body)}\r\n\r\n"
+    if status != 304:  # there it would be the length of what is not sent (RFC 9110, 8.6)
+        lines += f"Content-Length: {len(body)}\r\n"
+    head = f"HTTP/1.1 {status} {PHRASES.get(status, 'Unknown')}\r\n{lines}\r\n"
     return head.encode("latin-1") + body
 
 
@@ -1039,7 +1044,7 @@ JobDict = dict[str, Any]
 
 
 class Refused(Exception):
-    """A request that the queue does not take, and why."""
+    """A request that a server does not take, and why."""
 
 
 def show_time(moment: datetime) -> str:
@@ -1369,3 +1374,300 @@ def in_order(jobs: list[JobDict], values: Mapping[str, list[str]]) -> list[JobDi
     part = SORTABLE[sort_by]
     by_part = sorted(jobs, key=lambda job: (job[part] is not None, job[part] or 0))
     return by_part if order == "asc" else by_part[::-1]
+
+
+# --- Source: what ingest jobs fetch --------------------------------------------------------------
+
+COLLECTION = "/items"
+Style = Literal["plain", "wrapped", "link", "cursor", "page", "offset"]
+Endless = Literal["last", "first", "empty", "itself"]
+# Where a style has its list in the answer; the others answer with nothing but the list.
+ITEMS_AT: Mapping[Style, str] = {"wrapped": "items", "cursor": "data"}
+SIZE_ASKED: Mapping[Style, str] = {"page": "per_page", "link": "per_page"}  # else "limit"
+# Last-Modified of whatever is first asked for; each change that is seen is a minute later.
+FIRST_EDITION = datetime(2024, 1, 1, tzinfo=UTC)
+
+Record = dict[str, Any]
+
+
+class Window(NamedTuple):
+    """A page of the collection, counted from 1, and the places of its records, from 0."""
+
+    number: int
+    start: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        """Where the next page starts."""
+        return self.start + self.size
+
+
+class File(NamedTuple):
+    """What a path other than the collection's answers."""
+
+    content: bytes
+    content_type: str
+
+
+def number_asked(query: Mapping[str, list[str]], name: str, usual: int, least: int) -> int:
+    """A parameter that is a whole number and at least this, or Refused."""
+    number = whole_number(query.get(name, [str(usual)])[-1])
+    if number is None or number < least:
+        raise Refused(f'"{name}" must be a whole number, at least {least}')
+    return number
+
+
+def moment_of(value: object) -> float | None:
+    """A number, or an ISO time in seconds (without a zone: UTC), as text or not."""
+    try:
+        return float(str(value))
+    except ValueError:
+        pass
+    try:
+        return read_time(str(value)).timestamp()
+    except Refused:
+        return None
+
+
+def http_date(text: str) -> datetime | None:
+    """The moment that a header names, or None, as what is no date has to be ignored."""
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def write_cursor(place: int) -> str:
+    """An opaque cursor; the "+" and "=" in it come back as another one if they are not encoded."""
+    return base64.b64encode(b">>>%08d" % place).decode()
+
+
+def read_cursor(text: str) -> int:
+    """The place that a cursor stands for, or Refused."""
+    try:
+        place = int(base64.b64decode(text)[3:])
+    except ValueError:
+        place = -1
+    if place < 0 or write_cursor(place) != text:
+        raise Refused(f'"{text}" is no cursor of this collection')
+    return place
+
+
+class Source(StandIn):
+    """An API with one collection of records, in the style of paging that is set, and files.
+
+    Attributes may be set at any time; a request sees them as they are when it is answered. The
+    places in the collection are counted anew on each request: records that come or go while a
+    client pages shift the others, as they do behind most APIs.
+    """
+
+    def __init__(self, record: bool = True) -> None:
+        super().__init__(record)
+        self.records: list[Record] = []
+        self.style: Style = "plain"
+        self.items_path: str | None = None  # dotted; None: the style's own
+        self.page_size = 10  # records a page if the request does not say
+        self.page_cap = 100  # records a page at most, whatever the request says
+        self.since_field: str | None = None  # what `since` is compared with; None: it is ignored
+        self.since_parameter = "since"
+        self.etags = False  # whether to send ETag and heed If-None-Match
+        self.dates = False  # whether to send Last-Modified and heed If-Modified-Since
+        self.token: str | None = None  # what every request has to carry
+        self.token_header = "Authorization: Bearer {secret}"
+        self.link_base: str | None = None  # of links; None: this server; "": relative ones
+        self.final_cursor: str | EllipsisType | None = None  # the last page's; ...: left out
+        self.endless: Endless | None = None  # how the pages never end, see `_shown`
+        self.files: dict[str, File] = {}
+        self._repeats: Counter[int] = Counter()
+        self._lacking: dict[int, list[int]] = {}
+        self._after: dict[int, list[Callable[[], object]]] = {}
+        self._editions: dict[str, tuple[str, datetime]] = {}
+
+    def responders(self) -> Sequence[Respond]:
+        """One port: the collection and the files."""
+        return (self._respond,)
+
+    @property
+    def items_url(self) -> str:
+        """Where the collection is."""
+        return self.url + COLLECTION
+
+    # Builders, and what was asked
+
+    def file(self, path: str, content: bytes, content_type: str = "text/csv") -> str:
+        """Serve these bytes at a path, instead of those before; returns the URL."""
+        with self.lock:
+            self.files[path] = File(content, content_type)
+        return self.url + path
+
+    def repeat_page(self, number: int, times: int = 1) -> None:
+        """The page after this one shows this one's records once more, and not its own."""
+        with self.lock:
+            self._repeats[number + 1] += times
+
+    def shrink_page(self, number: int, by: int = 1, times: int = 1) -> None:
+        """A page lacks its last records, as if filtered out late, though more pages follow."""
+        with self.lock:
+            self._lacking.setdefault(number, []).extend([by] * times)
+
+    def after_page(self, number: int, action: Callable[[], object]) -> None:
+        """Do this once when the page is made out: change records, or add a fault or a gate."""
+        with self.lock:
+            self._after.setdefault(number, []).append(action)
+
+    def asked(self, path: str = COLLECTION) -> list[dict[str, str]]:
+        """The parameters of every request for a path, in order of arrival."""
+        with self.lock:
+            return [
+                {name: values[-1] for name, values in request.query.items()}
+                for request in self.requests
+                if request.path == path
+            ]
+
+    # Answers
+
+    def _respond(self, request: Request) -> Answer:
+        if refusal := self._refuses(request):
+            return refusal
+        if request.method != "GET":
+            return self.error(405, f"{request.method} is not allowed")
+        try:
+            answer = self._answer(request)
+        except Refused as error:
+            return self.error(400, str(error))
+        return self._unless_known(request, answer) if answer.status == 200 else answer
+
+    def _refuses(self, request: Request) -> Answer | None:
+        if self.token is None:
+            return None
+        name, _, value = self.token_header.partition(":")
+        wanted = value.strip().replace("{secret}", self.token)
+        known = request.headers.get(name.strip().lower()) == wanted
+        return None if known else self.error(401, "Invalid or missing token")
+
+    def _answer(self, request: Request) -> Answer:
+        if request.path == COLLECTION:
+            return self._items(request)
+        if found := self.files.get(request.path):
+            return Answer(200, found.content, {"Content-Type": found.content_type})
+        return self.error(404, f"Nothing at {request.path}")
+
+    def _unless_known(self, request: Request, answer: Answer) -> Answer:
+        """304 if the client has this body, by its tags if it sends any, else by the date."""
+        etag = f'"{hashlib.sha256(answer.body).hexdigest()[:32]}"'
+        date = self._edition(request, etag)
+        headers = dict(answer.headers)
+        if self.etags:
+            headers["ETag"] = etag
+        if self.dates:
+            headers["Last-Modified"] = format_datetime(date, usegmt=True)
+        if self._knows(request, etag, date):
+            del headers["Content-Type"]
+            return Answer(304, b"", headers)
+        return answer._replace(headers=headers)
+
+    def _knows(self, request: Request, etag: str, date: datetime) -> bool:
+        tags = request.headers.get("if-none-match")
+        if self.etags and tags is not None:
+            return tags == "*" or etag in tags
+        since = http_date(request.headers.get("if-modified-since", ""))
+        return self.dates and since is not None and date <= since
+
+    def _edition(self, request: Request, etag: str) -> datetime:
+        target = f"{request.path}?{urlencode(request.query, doseq=True)}"
+        before, date = self._editions.get(target, (etag, FIRST_EDITION))
+        if before != etag:
+            date += timedelta(minutes=1)
+        self._editions[target] = etag, date
+        return date
+
+    # The collection
+
+    def _items(self, request: Request) -> Answer:
+        chosen = self._chosen(request.query)
+        window = self._window(request.query, len(chosen))
+        following = self._following(window, len(chosen))
+        headers = dict(JSON_TYPE)
+        if self.style == "link" and (links := self._links(request, window, following, len(chosen))):
+            headers["Link"] = links
+        answer = Answer(200, as_json(self._body(self._shown(window, chosen), following)), headers)
+        for action in self._after.pop(window.number, []):
+            action()
+        return answer
+
+    def _body(self, shown: list[Record], following: int | None) -> object:
+        body: Any = shown
+        path = self.items_path or ITEMS_AT.get(self.style)
+        for name in reversed(path.split(".") if path else []):
+            body = {name: body}
+        if self.style == "cursor":
+            cursor = self.final_cursor if following is None else write_cursor(following)
+            body |= {} if cursor is ... else {"next_cursor": cursor}
+        return body
+
+    def _chosen(self, query: Mapping[str, list[str]]) -> list[Record]:
+        """The records from `since` on, that moment included; one without the field is left out."""
+        if self.since_field is None or self.since_parameter not in query:
+            return list(self.records)
+        text = query[self.since_parameter][-1]
+        if (since := moment_of(text)) is None:
+            raise Refused(f'"{self.since_parameter}" is neither a time nor a number: "{text}"')
+        moments = [moment_of(record.get(self.since_field)) for record in self.records]
+        return [
+            record
+            for record, moment in zip(self.records, moments, strict=True)
+            if moment is not None and moment >= since
+        ]
+
+    def _window(self, query: Mapping[str, list[str]], total: int) -> Window:
+        if self.style in ("plain", "wrapped"):
+            return Window(1, 0, max(1, total))
+        asked = number_asked(query, SIZE_ASKED.get(self.style, "limit"), self.page_size, 1)
+        size = min(asked, self.page_cap)
+        if self.style == "cursor":
+            start = read_cursor(query["cursor"][-1]) if "cursor" in query else 0
+        elif self.style == "offset":
+            start = number_asked(query, "offset", 0, 0)
+        else:
+            start = (number_asked(query, "page", 1, 1) - 1) * size
+        return Window(start // size + 1, start, size)
+
+    def _following(self, window: Window, total: int) -> int | None:
+        """Where the page starts that this one calls the next."""
+        if window.stop < total:
+            return window.stop
+        if self.endless is None or self.style in ("plain", "wrapped"):
+            return None
+        return window.start if self.endless == "itself" else window.stop
+
+    def _shown(self, window: Window, chosen: list[Record]) -> list[Record]:
+        """The records of a page. If the pages are endless, each has a next one, and those past the
+        last show its records again ("last"), the first one's ("first") or none ("empty"); or the
+        last one's next is itself ("itself")."""
+        start, size = window.start, window.size
+        if self._repeats[window.number] > 0:
+            self._repeats[window.number] -= 1
+            start -= size
+        if start >= len(chosen) > 0 and self.endless not in (None, "empty"):
+            start = 0 if self.endless == "first" else (len(chosen) - 1) // size * size
+        shown = chosen[start : start + size]
+        lacking = self._lacking.get(window.number)
+        return shown[: -lacking.pop()] if lacking else shown
+
+    def _links(self, request: Request, window: Window, following: int | None, total: int) -> str:
+        """The Link header of a page (RFC 8288), with every relation that it has."""
+        if following is None and window.start == 0:
+            return ""
+        last = (max(1, total) - 1) // window.size * window.size
+        starts = {"prev": window.start - window.size, "next": following, "last": last, "first": 0}
+        return ", ".join(
+            f'<{self._link(request, start // window.size + 1)}>; rel="{rel}"'
+            for rel, start in starts.items()
+            if start is not None and start >= 0
+        )
+
+    def _link(self, request: Request, page: int) -> str:
+        query = urlencode({**request.query, "page": page}, doseq=True)
+        return f"{self.url if self.link_base is None else self.link_base}{COLLECTION}?{query}"

@@ -156,6 +156,7 @@ async def stock(folder: Path) -> None:
             sealed, key_id = vault.seal(kind, kind, tecko.SecretValue(f"value-of-{kind}-secret"))
             await store.add_secret(kind, kind, sealed, key_id, 1.0)
         [from_file] = config.jobs or []
+        assert isinstance(from_file, tecko.JobSpec)
         for name in ("from-file", "gone"):
             changed = from_file.model_copy(update={"name": name})
             await store.sync_file_jobs([changed], 1.0)

@@ -69,7 +69,7 @@ VARIABLE_NAME = "the name of an environment variable"
 NO_VALUE = "a secret's value does not belong here; allowed: env, file, or `secret add`"
 DATABASE = "the path of the SQLite file"
 TOP_KEYS = "admin, database, jobs, secrets"
-JOB_KEYS = "name, poll_interval, trigger, watch"
+JOB_KEYS = "ingest, name, poll_interval, trigger, watch"
 WATCH_KEYS = "batch_ids, secret, trigger_when, type"
 TRIGGER_KEYS = "component_id, configuration_id, on_ambiguous, secret, stack_url, type, variables"
 A_JOB = "a block with name, watch and trigger"
@@ -113,11 +113,16 @@ def edited(old: str, new: str) -> str:
     return GOOD.replace(old, new)
 
 
+def watching(config: tecko.Config) -> list[tecko.JobSpec]:
+    """The jobs of a configuration that watch batches."""
+    return [job for job in config.jobs or [] if isinstance(job, tecko.JobSpec)]
+
+
 def spec(folder: Path, old: str, new: str) -> tecko.JobSpec:
     """The job of GOOD with one thing changed, which loads without problems."""
     config = load(folder, edited(old, new))
     assert (tecko.all_problems(config, {}), len(config.jobs or [])) == ([], 1)
-    return (config.jobs or [])[0]
+    return watching(config)[0]
 
 
 def test_the_file_that_the_wrong_ones_are_made_of_is_good(tmp_path: Path) -> None:
@@ -192,7 +197,7 @@ SECRET_ROWS = [
 KEY_ROWS = [
     unknown("    poll_interval:", "    pol_interval:", "10: pol_interval", JOB_KEYS),
     unknown("poll_interval: 2m", "1: 2", "10: 1", JOB_KEYS),
-    unknown("    poll_interval: 2m", "    ingest: {type: csv}", "10: ingest", JOB_KEYS),
+    unknown("    poll_interval: 2m", "    inges: {type: csv}", "10: inges", JOB_KEYS),
     unknown("    poll_interval: 2m", "    batch_ids: [batch_2]", "10: batch_ids", JOB_KEYS),
     unknown("trigger_when:", "when:", "15: watch.when", WATCH_KEYS),
     unknown("on_ambiguous:", "ambiguous:", "23: trigger.ambiguous", TRIGGER_KEYS),
@@ -633,7 +638,7 @@ def test_the_longest_names_and_ids(tmp_path: Path) -> None:
     """255 characters of a name, 255 of a batch id, ten ids."""
     ids = [f"batch_{'b' * 248}{i}" for i in range(10)]
     text = edited("nightly", "n" * 255).replace("[batch_1]", str(ids))
-    [job] = load(tmp_path, text).jobs or []
+    [job] = watching(load(tmp_path, text))
     assert (job.name, job.watch.batch_ids) == ("n" * 255, ids)
 
 
@@ -644,7 +649,7 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
         watch: {secret: openai, batch_ids: [batch_1]}
         trigger: {secret: keboola, stack_url: https://a.b, component_id: c, configuration_id: d}
     """
-    [job] = load(tmp_path, HEAD + short).jobs or []
+    [job] = watching(load(tmp_path, HEAD + short))
     assert (job.poll_interval, job.watch.type) == (120, "openai_batches")
     assert (job.watch.trigger_when, job.trigger.type) == ("all_completed", "keboola")
     assert (job.trigger.variables, job.trigger.on_ambiguous) == ({}, "resend")
@@ -704,7 +709,7 @@ def test_anchors_and_merge_keys(tmp_path: Path) -> None:
 """
     text = HEAD + jobs
     assert problems(tmp_path, text) == []
-    made = [job.trigger for job in load(tmp_path, text).jobs or []]
+    made = [job.trigger for job in watching(load(tmp_path, text))]
     assert [t.configuration_id for t in made] == ["1", "2", "2", "2"]
     assert [t.component_id for t in made] == ["comp", "comp", "comp", "other"]
 
@@ -714,7 +719,7 @@ def test_names_out_of_the_environment(tmp_path: Path) -> None:
     text = edited("id: comp", "id: a.${X}-${Y_1}").replace(
         "region: eu", "a: $X, b: '${Z}', c: '${}'"
     )
-    [job] = load(tmp_path, text, ENV | {"X": "one", "Y_1": "two", "Z": "${X}"}).jobs or []
+    [job] = watching(load(tmp_path, text, ENV | {"X": "one", "Y_1": "two", "Z": "${X}"}))
     assert job.trigger.component_id == "a.one-two"
     assert job.trigger.variables == {"a": "$X", "b": "${X}", "c": "${}"}
 
@@ -778,7 +783,7 @@ def test_dot_env_serves_secrets_and_names_too(tmp_path: Path) -> None:
     """What jobs.yaml takes out of the environment may stand there; the real one wins here too."""
     (tmp_path / ".env").write_text("KEBOOLA_KEY=a-token\nWHERE=file\nRAW='a ${WHERE} b'\n")
     text = edited("{region: eu}", "{from: '${WHERE}', raw: '${RAW}'}")
-    [job] = load(tmp_path, text, {"OPENAI_KEY": "a-key-of-tests", "WHERE": "process"}).jobs or []
+    [job] = watching(load(tmp_path, text, {"OPENAI_KEY": "a-key-of-tests", "WHERE": "process"}))
     assert job.trigger.variables == {"from": "process", "raw": "a ${WHERE} b"}
     assert problems(tmp_path, text, {"OPENAI_KEY": "a-key-of-tests"}) == []
 
@@ -905,9 +910,9 @@ def test_the_bounds_of_intervals_move(tmp_path: Path) -> None:
     """MIN_, MAX_ and DEFAULT_POLL_INTERVAL count for every job, and the message says so."""
     env = ENV | {"MIN_POLL_INTERVAL": "5", "MAX_POLL_INTERVAL": "60", "DEFAULT_POLL_INTERVAL": "7"}
     for text, seconds in (("5", 5), ("1m", 60)):
-        [job] = load(tmp_path, edited("2m", text), env).jobs or []
+        [job] = watching(load(tmp_path, edited("2m", text), env))
         assert job.poll_interval == seconds
-    [job] = load(tmp_path, edited("    poll_interval: 2m\n", ""), env).jobs or []
+    [job] = watching(load(tmp_path, edited("    poll_interval: 2m\n", ""), env))
     assert job.poll_interval == 7
     for text in ("4", "61"):
         assert problems(tmp_path, edited("2m", text), env) == [
@@ -939,7 +944,7 @@ def test_the_example_loads_as_it_is(tmp_path: Path) -> None:
     """Whoever copies it has only their own ids and keys to put in."""
     env = {"OPENAI_API_KEY": "an-openai-key-of-tests", "KEBOOLA_TOKEN": "a-keboola-token-of-tests"}
     assert refusal(tmp_path, EXAMPLE.read_text(), env) == ([], "")
-    [job] = load(tmp_path, EXAMPLE.read_text(), env).jobs or []
+    [job] = watching(load(tmp_path, EXAMPLE.read_text(), env))
     assert job.watch.batch_ids == ["batch_abc123", "batch_def456"]
     assert (job.poll_interval, job.trigger.variables) == (120, {"region": "eu"})
 

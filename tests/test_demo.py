@@ -66,14 +66,15 @@ def demos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Demo, Demo
 
 
 def test_the_demo_ends_by_itself_and_shows_what_happened(demos: tuple[Demo, Demo]) -> None:
-    """Exit code 0 within its minute; all three jobs are followed to their ends, and both Keboola
-    jobs are named with their variables."""
+    """Exit code 0 within its minute; all three batch jobs are followed to their ends, both Keboola
+    jobs are named with their variables, and the file's change is seen."""
     demo, _ = demos
     assert demo.process.wait(LIMIT) == 0
     said = demo.output.read_text()
     assert re.search(r"^ *[\d.]+ s +nightly +completed ", said, re.MULTILINE)
     assert re.search(r"^ *[\d.]+ s +three-parts +completed ", said, re.MULTILINE)
     assert re.search(r"^ *[\d.]+ s +bad-input +failed ", said, re.MULTILINE)
+    assert "ingested: 25 inserted" in said and "ingested: 1 inserted, 1 updated" in said
     received = re.findall(r"^ *job \d+: .*teckochecker_job=(\S+),.*$", said, re.MULTILINE)
     assert sorted(received) == ["nightly", "three-parts"]
     assert all(f"/{path}\n" in said for path in ("health", "stats")) and "curl " in said
@@ -95,7 +96,8 @@ def test_the_demo_can_be_kept_and_looked_at(demos: tuple[Demo, Demo]) -> None:
     demo.shows("Ctrl-C")
     assert demo.curl("/health")["status"] == "healthy"
     stats = demo.curl("/stats")
-    assert (stats["total_jobs"], stats["completed_jobs"], stats["failed_jobs"]) == (3, 2, 1)
+    assert (stats["total_jobs"], stats["completed_jobs"], stats["failed_jobs"]) == (5, 2, 1)
+    assert (stats["total_records"], demo.curl("/data")["total_count"]) == (29, 29)
 
 
 def test_ctrl_c_ends_a_kept_demo(demos: tuple[Demo, Demo]) -> None:

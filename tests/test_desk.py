@@ -530,7 +530,7 @@ def test_completion_knows_every_word(scripts: dict[str, Path], shell: str) -> No
     [
         ("jo", {"job"}),
         ("job li", {"list"}),
-        ("job ", {"create", "list", "show", "update", "delete", "pause", "resume", "retry"}),
+        ("job ", {"create", "list", "show", "update", "delete", "pause", "resume", "retry", "run"}),
         ("--json job list --st", {"--status"}),
         ("job list --status pa", {"paused"}),
         ("secret add --type ", {"openai", "keboola", "api"}),

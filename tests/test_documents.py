@@ -29,9 +29,18 @@ MODELS = (
     tecko.JobSpec,
     tecko.OpenAIBatches,
     tecko.KeboolaTrigger,
+    tecko.IngestSpec,
+    tecko.CsvSource,
+    tecko.ApiSource,
+    tecko.Paging,
+    tecko.Since,
 )
 YAML_KEYS = sorted({name for model in MODELS for name in model.model_fields})
-PACKAGE_OF = {"yaml": "pyyaml", "dotenv": "python-dotenv"}  # where import and package differ
+PACKAGE_OF = {
+    "yaml": "pyyaml",
+    "dotenv": "python-dotenv",
+    "dateutil": "python-dateutil",
+}  # where import and package differ
 
 
 def readme() -> str:
@@ -96,9 +105,25 @@ def test_the_example_loads_as_it_is() -> None:
     config = tecko.load_config(ROOT / "jobs.yaml.example", {})
     assert config.problems == []
     [job] = config.jobs or []
+    assert isinstance(job, tecko.JobSpec)
     assert job.model_fields_set == set(tecko.JobSpec.model_fields)
     assert job.watch.model_fields_set == set(tecko.OpenAIBatches.model_fields)
     assert job.trigger.model_fields_set == set(tecko.KeboolaTrigger.model_fields)
+
+
+def test_the_ingests_of_the_example_load_when_they_are_taken_in(tmp_path: Path) -> None:
+    """They stand behind a `#`, since they would fetch; without it they use every key there is."""
+    lines = EXAMPLE.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("# - name:"))
+    text = "\n".join([*lines[:begin], *(f" {line[1:]}" for line in lines[begin:])])
+    (tmp_path / "jobs.yaml").write_text(text)
+    config = tecko.load_config(tmp_path / "jobs.yaml", {})
+    assert config.problems == []
+    both = [job.ingest for job in config.jobs or [] if isinstance(job, tecko.IngestSpec)]
+    assert [job.type for job in both] == ["csv", "api"]
+    for source in (tecko.CsvSource, tecko.ApiSource):
+        used = {key for job in both for key in job.model_fields_set}
+        assert set(source.model_fields) <= used
 
 
 def test_the_example_explains_every_key() -> None:

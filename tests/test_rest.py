@@ -870,8 +870,9 @@ def test_the_document_covers_what_is_served(rest: Rest) -> None:
             answer = rest(method, path.replace("{id}", "987654"), raw=b"{}")
             thing = "{id}" in path and answer.body["code"] in (1001, 1002)
             assert answer.status not in (404, 405) or thing, (method, path)
-    published = "/ /health /api/health /stats /api/stats /metrics /openapi.json /docs /livez"
-    published += " /readyz /api/admin/secrets /api/admin/secrets/{id} /api/jobs /api/jobs/{id}"
+    published = "/ /health /api/health /stats /api/stats /data /api/data /metrics /openapi.json"
+    published += " /docs /livez /readyz"
+    published += " /api/admin/secrets /api/admin/secrets/{id} /api/jobs /api/jobs/{id}"
     steps = [f"/api/jobs/{{id}}/{step}" for step in ("pause", "resume", "retry", "check")]
     assert paths.keys() == {*published.split(), *steps}
     for path in ("/api", "/api/jobs/", "/api/jobs/1/stop", "/api/secrets", "/docs/", "/swagger"):

@@ -122,7 +122,7 @@ async def test_a_changed_stack_and_a_replaced_secret_are_used_at_once(world: Wor
     job_id = await world.job()
     await world.steps.step(job_id)
     sealed, key_id = world.vault.seal("keboola", "keboola", tecko.SecretValue("kbc-new"))
-    spec = (await world.get(job_id)).spec
+    spec = (await world.get(job_id)).watches
     with standins.Keboola() as second:
         second.token("kbc-new")
         target = spec.trigger.model_copy(update={"stack_url": second.url})
@@ -247,9 +247,8 @@ async def test_a_service_without_its_key_says_so_and_goes_on(world: World, tmp_p
     world.openai.batch("batch_1", "completed")
     job_id = await world.job()
     config = tecko.load_config(tmp_path / "jobs.yaml", {})
-    steps = tecko.Steps(
-        config, world.store, tecko.Vault(config.settings), world.steps.openai, world.steps.keboola
-    )
+    upstreams = world.steps.openai, world.steps.keboola, world.steps.web
+    steps = tecko.Steps(config, world.store, tecko.Vault(config.settings), *upstreams)
     await steps.step(job_id)
     job = await world.get(job_id)
     assert (job.status, "no master key" in (job.last_error or "")) == ("active", True)

@@ -82,7 +82,7 @@ async def test_changes_of_another_process_take_effect(world: World) -> None:
     async with running(world):
         started = ("paused", "still", "interval", "set")
         await until(lambda: all(checks(world, f"batch_{name}") for name in started))
-        specs = {name: (await world.get(at[name])).spec for name in ("interval", "set")}
+        specs = {name: (await world.get(at[name])).watches for name in ("interval", "set")}
         quick = specs["interval"].model_copy(update={"poll_interval": 1})
         watching = specs["set"].watch.model_copy(update={"batch_ids": ["batch_other"]})
         await world.store.pause_job(at["paused"], 0.0)

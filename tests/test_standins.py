@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx2
 import pytest
 from openai import AsyncOpenAI, AuthenticationError, BadRequestError, ConflictError, NotFoundError
-from standins import KEBOOLA_TOKEN, OPENAI_KEY, Elsewhere, Fault, Keboola, OpenAI
+from standins import KEBOOLA_TOKEN, OPENAI_KEY, Elsewhere, Fault, Keboola, OpenAI, Source
 
 BATCH_REQUIRED = {
     *("id", "object", "endpoint", "input_file_id"),
@@ -254,6 +254,158 @@ def test_search_lags_and_hides(keboola: Keboola, queue: httpx2.Client) -> None:
     keboola.hide_from_search(lambda job: job["id"] == job_id)
     assert queue.get("/search/jobs").json() == []
     assert queue.get(f"/jobs/{job_id}").status_code == 200
+
+
+# --- Source --------------------------------------------------------------------------------------
+
+RECORDS = [{"id": n, "at": f"2024-01-{n + 1:02}T00:00:00Z"} for n in range(25)]
+
+
+@pytest.fixture
+def source() -> Iterator[Source]:
+    """An API with 25 records and a file."""
+    with Source() as standin:
+        standin.records = list(RECORDS)
+        standin.file("/data.csv", b"id,name\n1,one\n")
+        yield standin
+
+
+def pages(source: Source, most: int = 9, **params: Any) -> list[list[int]]:
+    """The ids of each page, as a client gets them that follows the style up to an empty page."""
+    found: list[list[int]] = []
+    url: str | None = source.items_url
+    with httpx2.Client() as client:
+        while url and len(found) < most:
+            answer = client.get(url, params=params or None).raise_for_status()
+            data = answer.json()
+            items = data if isinstance(data, list) else data["data"]
+            found.append([item["id"] for item in items])
+            match source.style:
+                case "link":
+                    url, params = answer.links.get("next", {}).get("url"), {}
+                case "cursor":
+                    params = {**params, "cursor": data["next_cursor"]}
+                    url = url if data["next_cursor"] else None
+                case "page":
+                    params = {**params, "page": len(found) + 1}
+                case "offset":
+                    params = {**params, "offset": sum(map(len, found))}
+            if source.style in ("page", "offset") and not items:
+                url = None
+    return [page for page in found if page]
+
+
+def places(*bounds: Sequence[int]) -> list[list[int]]:
+    """Pages as the places where they begin and end."""
+    return [list(range(*pair)) for pair in bounds]
+
+
+@pytest.mark.parametrize("style", ["link", "cursor", "page", "offset"])
+def test_every_style_pages_through_everything(source: Source, style: Any) -> None:
+    """Pages are of the default size or the one asked for, as far as the cap allows."""
+    source.style = style
+    assert pages(source) == places((0, 10), (10, 20), (20, 25))
+    source.page_cap = 12
+    size = "per_page" if style in ("link", "page") else "limit"
+    assert pages(source, **{size: 100}) == places((0, 12), (12, 24), (24, 25))
+    assert source.asked()[-1].keys() <= {"page", "per_page", "limit", "offset", "cursor"}
+
+
+@pytest.mark.parametrize(
+    ("style", "query"),
+    [
+        ("page", {"page": 0}),
+        ("link", {"per_page": 0}),
+        ("offset", {"offset": -1}),
+        ("offset", {"limit": "x"}),
+        ("cursor", {"cursor": "10"}),
+        ("plain", {"since": "yesterday"}),
+    ],
+)
+def test_what_no_page_can_be_is_refused(source: Source, style: Any, query: Any) -> None:
+    """A bad place, size, cursor or watermark is a 400 that names it."""
+    source.style, source.since_field = style, "at"
+    answer = httpx2.get(source.items_url, params=query)
+    assert answer.status_code == 400 and next(iter(query)) in answer.json()["error"]
+
+
+def test_lists_can_be_inside_of_something(source: Source) -> None:
+    """Unpaged styles answer with everything, under the path that is set."""
+    assert httpx2.get(source.items_url).json() == RECORDS
+    source.style = "wrapped"
+    assert httpx2.get(source.items_url).json() == {"items": RECORDS}
+    source.items_path = "result.rows"
+    assert httpx2.get(source.items_url).json() == {"result": {"rows": RECORDS}}
+
+
+@pytest.mark.parametrize("since", ["2024-01-24T00:00:00Z", "2024-01-24T01:00:00+01:00", 1706054400])
+def test_since_includes_its_moment(source: Source, since: object) -> None:
+    """Times and numbers are compared as moments, whatever they are written as."""
+    source.style, source.since_field = "page", "at"
+    assert pages(source, since=since) == [[23, 24]]
+
+
+def test_the_ways_in_which_pages_never_end(source: Source) -> None:
+    """Past the last page comes what was chosen, and always a next one."""
+    source.style = "cursor"
+    expected: dict[Any, list[int]] = {"last": [20], "first": [0], "empty": [], "itself": [20]}
+    for source.endless, starts in expected.items():
+        assert [page[0] for page in pages(source, most=5)] == [0, 10, 20, *starts * 2]
+    cursors = [query.get("cursor") for query in source.asked()[-5:]]
+    assert cursors[0] is None and len(set(cursors[:3])) == 3 and len(set(cursors[2:])) == 1
+
+
+def test_pages_misbehave_once(source: Source) -> None:
+    """A page repeats, lacks a record, or changes what comes after it, and then no more."""
+    source.style = "link"
+    source.repeat_page(1)
+    source.shrink_page(3, by=2)
+    assert pages(source) == places((0, 10), (0, 10), (20, 23))
+    source.after_page(1, lambda: source.records.pop(0))
+    source.after_page(2, lambda: source.fault("GET /items", Fault.status(500)))
+    with pytest.raises(httpx2.HTTPStatusError):
+        pages(source)
+    assert [query.get("page") for query in source.asked()[-3:]] == [None, "2", "3"]
+    assert pages(source) == places((1, 11), (11, 21), (21, 25))
+
+
+@pytest.mark.parametrize("path", ["/items", "/data.csv"])
+def test_what_is_known_is_not_sent_again(source: Source, path: str) -> None:
+    """Validators are sent when they are on; tags win over dates; a change is seen by both."""
+    with httpx2.Client(base_url=source.url) as client:
+        assert not {"etag", "last-modified"} & client.get(path).headers.keys()
+        source.etags = source.dates = True
+        first = client.get(path).headers
+        tag = {"If-None-Match": first["ETag"]}
+        date = {"If-Modified-Since": first["Last-Modified"]}
+        same = [client.get(path, headers=headers) for headers in (tag, date)]
+        assert [(answer.status_code, answer.content) for answer in same] == [(304, b"")] * 2
+        assert client.get(path, headers={**date, "If-None-Match": '"other"'}).status_code == 200
+        source.records = []
+        source.file("/data.csv", b"id,name\n")
+        assert [client.get(path, headers=h).status_code for h in (tag, date)] == [200, 200]
+
+
+def test_a_token_opens_everything(source: Source) -> None:
+    """Once there is a token, it is wanted in the header that is set, for files too."""
+    source.token = "sesame"
+    for path in ("/items", "/data.csv"):
+        assert httpx2.get(source.url + path).status_code == 401
+        bearer = httpx2.get(source.url + path, headers={"Authorization": "Bearer sesame"})
+        assert bearer.status_code == 200
+    source.token_header = "X-Key: {secret}"
+    assert httpx2.get(source.items_url, headers={"X-Key": "sesame"}).status_code == 200
+    assert source.requests[-1].headers["x-key"] == "sesame"
+
+
+def test_links_can_lead_elsewhere(source: Source) -> None:
+    """The next page may be given relative to this one, or on another host."""
+    source.style = "link"
+    for base in ("", "http://elsewhere.invalid"):
+        source.link_base = base
+        links = httpx2.get(source.items_url, params={"per_page": 20}).links
+        assert links["next"]["url"] == f"{base}/items?per_page=20&page=2"
+        assert links["last"] == {**links["next"], "rel": "last"}
 
 
 # --- Faults and gates ----------------------------------------------------------------------------

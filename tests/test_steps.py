@@ -81,7 +81,7 @@ def made_variables(keboola: standins.Keboola) -> dict[str, str]:
 
 async def retarget(world: World, job_id: int, **trigger: str) -> None:
     """Change where a job's trigger goes."""
-    spec = (await world.get(job_id)).spec
+    spec = (await world.get(job_id)).watches
     target = spec.trigger.model_copy(update=trigger)
     spec = spec.model_copy(update={"trigger": target})
     await world.store.update_job(job_id, spec, world.clock())
@@ -89,7 +89,7 @@ async def retarget(world: World, job_id: int, **trigger: str) -> None:
 
 async def rewatch(world: World, job_id: int, *batch_ids: str) -> None:
     """Change which batches a job watches."""
-    spec = (await world.get(job_id)).spec
+    spec = (await world.get(job_id)).watches
     watch = spec.watch.model_copy(update={"batch_ids": list(batch_ids)})
     spec = spec.model_copy(update={"watch": watch})
     await world.store.update_job(job_id, spec, world.clock())
@@ -938,7 +938,7 @@ async def paused(world: World, job_id: int) -> None:
 
 
 async def changed(world: World, job_id: int) -> None:
-    spec = (await world.get(job_id)).spec
+    spec = (await world.get(job_id)).watches
     watch = spec.watch.model_copy(update={"batch_ids": ["batch_2"]})
     await world.store.sync_file_jobs([spec.model_copy(update={"watch": watch})], world.clock())
 

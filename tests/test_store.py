@@ -82,9 +82,9 @@ async def checked(
         job_id=job.id,
         round=job.round,
         state="pending",
-        stack_url=job.spec.trigger.stack_url,
-        secret=str(job.spec.trigger.secret),
-        body=tecko.trigger_body(job.spec, batches, trigger_id),
+        stack_url=job.watches.trigger.stack_url,
+        secret=str(job.watches.trigger.secret),
+        body=tecko.trigger_body(job.watches, batches, trigger_id),
         partial=partial,
         on_ambiguous="hold",
         created_at=7.0,
@@ -646,7 +646,7 @@ async def test_secrets_by_id_become_names(store: tecko.Store, path: Path) -> Non
     """The flat form may carry ids; the job keeps names. An id that is not there: 1001."""
     ids = [await store.add_secret(n, t, b"x", "k", 1.0) for n, t in (("a", "openai"), ("b", "k"))]
     job = await made(store, openai_secret=ids[0], keboola_secret=ids[1])
-    assert (job.spec.watch.secret, job.spec.trigger.secret) == ("a", "b")
+    assert (job.watches.watch.secret, job.watches.trigger.secret) == ("a", "b")
     before = dump(path)
     with pytest.raises(tecko.NotFound, match="Secret with ID 77 not found") as e:
         await made(store, "other", openai_secret=77)
@@ -1077,7 +1077,7 @@ def test_whatever_is_done_the_job_is_consistent(operations: list[str]) -> None:
                     assert (job.id, job.round) >= last
                     last = (job.id, job.round)
                     batches = await store.batches(job.id)
-                    assert [b.batch_id for b in batches] == job.spec.watch.batch_ids
+                    assert [b.batch_id for b in batches] == job.watches.watch.batch_ids
 
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(main(Path(folder) / "s.db"))
