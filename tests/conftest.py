@@ -120,7 +120,7 @@ async def make_world(
     await store.__aenter__()
     vault = tecko.Vault(config.settings)
     vault.load(required=True)
-    upstreams = tecko.OpenAI(config.settings.openai_base_url), tecko.Keboola()
+    upstreams = tecko.OpenAI(config.settings.openai_base_url, clock=clock), tecko.Keboola()
     steps = tecko.Steps(config, store, vault, *upstreams, clock=clock, luck=lambda: 0.0)
 
     async def close() -> None:

@@ -201,7 +201,7 @@ def measure(
     load: Load,
     requests: Callable[[], int],
     checks: Callable[[], int] | None = None,
-    window: float = WINDOW,
+    window: float | None = None,
 ) -> Row:
     """Wait until the process works steadily, let it, and say what that took. `requests` and
     `checks` count since before its start; without `checks`, each request is one."""
@@ -211,7 +211,7 @@ def measure(
     process.wait_until(lambda: checks() >= 2 * load.batches, every=0.2)
     began, checks_before, requests_before = time.monotonic(), checks(), requests()
     cpu_before = cpu_of(process.pid)
-    time.sleep(window)
+    time.sleep(window or WINDOW)
     cpu, seconds = cpu_of(process.pid) - cpu_before, time.monotonic() - began
     return Row(
         way=way,
