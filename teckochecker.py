@@ -176,6 +176,8 @@ SEARCH_SLACK = 300.0  # s that Keboola's clock may be behind ours
 SEARCH_PAGE = 500  # Keboola jobs asked for in one page of a search
 FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the batches were
 
+AUTO_SHARE = 0.08  # of a batch's age, `auto` waits at most: half of that is the latency to expect
+AUTO_STEP = 1.25  # between the intervals of `auto`: few of them, so that jobs are due together
 START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
 TOGETHER = 500  # jobs read by one query of those due in one tick
 GRID = 0.25  # s; due times on a grid wake the loop once for many jobs
@@ -524,6 +526,19 @@ Interval = Annotated[
         {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^\d{1,6}\s*[smh]?$"}]}
     ),
 ]
+Pace = Annotated[  # of a watch
+    int | Literal["auto"],
+    BeforeValidator(lambda value: value if value == "auto" else parse_interval(value)),
+    AfterValidator(lambda value, info: value if value == "auto" else within_bounds(value, info)),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer"},
+                {"type": "string", "pattern": r"^(\d{1,6}\s*[smh]?|auto)$"},
+            ]
+        }
+    ),
+]
 SecretName = Annotated[
     str | int,
     PlainValidator(secret_name),
@@ -641,7 +656,7 @@ class JobSpec(Strict):
     """A job as its author wrote it: in jobs.yaml, on the command line, or flat."""
 
     name: Name = Field(description="1 to 255 characters, not only digits")
-    poll_interval: Interval = Field(120, description="seconds, or 30s, 2m, 1h")
+    poll_interval: Pace = Field(120, description="seconds, or 30s, 2m, 1h, or auto")
     watch: OpenAIBatches = Field(description="a block with type, secret and batch_ids")
     trigger: KeboolaTrigger = Field(
         description="a block with type, secret, stack_url, component_id and configuration_id"
@@ -1190,6 +1205,39 @@ def wait_after_error(
     if error.permanent or errors_in_row > settings.max_retries:
         return interval
     return min(backoff(errors_in_row, settings.retry_delay, luck), interval)
+
+
+def auto_interval(batches: Sequence[Batch], now: float, low: float, high: float) -> float:
+    """Seconds until the batches of a job with `poll_interval: auto` are looked at again, from
+    `low` to `high`; the least of what its unfinished batches ask for.
+
+    A batch is seen to be done half an interval late on average, and has run at least for its age:
+    AUTO_SHARE of that keeps the latency below 5 % of the run time. So a young one is looked at
+    soon, since it may be small, and one that nothing moves ever later. Sooner than that:
+    - `finalizing` and `cancelling` take minutes: at once, which is `low`
+    - by its progress so far it will be done after some time: half of that, so that looks get
+      closer to the end, and the last ones are `low` apart
+    - it expires: no later than that, for then it ends, whatever its progress
+    """
+    waits = [auto_wait(batch, now) for batch in batches if outcome(batch) is None]
+    wait = max(low, min(waits, default=low))
+    step = math.floor(math.log(wait / low, AUTO_STEP) + 1e-9)
+    return min(low * AUTO_STEP**step, high)
+
+
+def auto_wait(batch: Batch, now: float) -> float:
+    """What one batch asks for, without bounds."""
+    if batch.created_at is None or batch.status in ("", "finalizing", "cancelling"):
+        return 0.0
+    age = max(now - batch.created_at, 0.0)
+    waits = [AUTO_SHARE * age]
+    done = batch.requests_completed + batch.requests_failed
+    if 0 < done <= batch.requests_total:  # as fast as so far, from when that was seen
+        left = (batch.changed_at - batch.created_at) * (batch.requests_total / done - 1)
+        waits.append(max(left - (now - batch.changed_at), 0.0) / 2 or AUTO_SHARE * age)
+    if batch.expires_at is not None and batch.expires_at > now:
+        waits.append(batch.expires_at - now)
+    return min(waits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1944,6 +1992,54 @@ MIGRATIONS = (
     ALTER TABLE secrets ADD COLUMN first_used_at REAL;
     CREATE INDEX logs_by_age ON polling_logs (created_at);
     """,
+    """
+    -- s between checks at present; NULL: poll_interval_seconds, which is 0 where it is auto
+    ALTER TABLE polling_jobs ADD COLUMN pace REAL;
+    CREATE INDEX jobs_by_pace ON polling_jobs (coalesce(pace, poll_interval_seconds), last_ok_at)
+        WHERE status = 'active' AND removed_at IS NULL;
+    CREATE INDEX jobs_by_key ON polling_jobs (openai_secret)
+        WHERE status = 'active' AND removed_at IS NULL;
+    CREATE TABLE counts (                    -- kept by triggers: to count would read every row
+        what TEXT PRIMARY KEY,               -- secrets, triggers, logs, or job: and a shown status
+        n INTEGER NOT NULL
+    );
+    INSERT INTO counts SELECT 'job:' || CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END,
+        count(*) FROM polling_jobs GROUP BY 1;
+    INSERT INTO counts SELECT 'secrets', count(*) FROM secrets;
+    INSERT INTO counts SELECT 'triggers', count(*) FROM triggers;
+    INSERT INTO counts SELECT 'logs', count(*) FROM polling_logs;
+    CREATE TRIGGER job_comes AFTER INSERT ON polling_jobs BEGIN
+        INSERT INTO counts VALUES ('job:' || CASE WHEN NEW.removed_at IS NULL THEN NEW.status
+        ELSE 'removed' END, 1) ON CONFLICT (what) DO UPDATE SET n = n + 1; END;
+    CREATE TRIGGER job_goes AFTER DELETE ON polling_jobs BEGIN
+        UPDATE counts SET n = n - 1 WHERE what = 'job:' || CASE WHEN OLD.removed_at IS NULL
+        THEN OLD.status ELSE 'removed' END; END;
+    CREATE TRIGGER job_moves AFTER UPDATE OF status, removed_at ON polling_jobs
+        WHEN OLD.status <> NEW.status OR (OLD.removed_at IS NULL) <> (NEW.removed_at IS NULL) BEGIN
+        UPDATE counts SET n = n - 1 WHERE what = 'job:' || CASE WHEN OLD.removed_at IS NULL
+        THEN OLD.status ELSE 'removed' END; INSERT INTO counts VALUES ('job:' || CASE WHEN
+        NEW.removed_at IS NULL THEN NEW.status ELSE 'removed' END, 1)
+        ON CONFLICT (what) DO UPDATE SET n = n + 1; END;
+    CREATE TRIGGER secret_comes AFTER INSERT ON secrets BEGIN
+        UPDATE counts SET n = n + 1 WHERE what = 'secrets'; END;
+    CREATE TRIGGER secret_goes AFTER DELETE ON secrets BEGIN
+        UPDATE counts SET n = n - 1 WHERE what = 'secrets'; END;
+    CREATE TRIGGER trigger_comes AFTER INSERT ON triggers BEGIN
+        UPDATE counts SET n = n + 1 WHERE what = 'triggers'; END;
+    CREATE TRIGGER trigger_goes AFTER DELETE ON triggers BEGIN
+        UPDATE counts SET n = n - 1 WHERE what = 'triggers'; END;
+    CREATE TRIGGER log_comes AFTER INSERT ON polling_logs BEGIN
+        UPDATE counts SET n = n + 1 WHERE what = 'logs'; END;
+    CREATE TRIGGER log_goes AFTER DELETE ON polling_logs BEGIN
+        UPDATE counts SET n = n - 1 WHERE what = 'logs'; END;
+    """,
+)
+ACTIVE = "status = 'active' AND removed_at IS NULL"
+PACE = "coalesce(pace, poll_interval_seconds)"
+PACES = (  # each interval that is in use, found by as many steps through its index
+    f"WITH RECURSIVE paces (seconds) AS (SELECT min({PACE}) FROM polling_jobs WHERE {ACTIVE}"
+    f" UNION ALL SELECT (SELECT min({PACE}) FROM polling_jobs WHERE {ACTIVE} AND {PACE} > seconds)"
+    " FROM paces WHERE seconds IS NOT NULL)"
 )
 
 ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the audit: who asks
@@ -1952,7 +2048,7 @@ ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the aud
 class Plan(NamedTuple):
     """What a job's timer depends on; a changed job is due at once."""
 
-    interval: int  # s
+    interval: int  # s; 0: each check says when the next one is due
     revision: int
     round: int
     secret: str  # jobs that share one are due together
@@ -1993,7 +2089,7 @@ def spec_columns(spec: JobSpec) -> dict[str, Any]:
         "spec": spec.model_dump_json(),
         "openai_secret": spec.watch.secret,
         "keboola_secret": spec.trigger.secret,
-        "poll_interval_seconds": spec.poll_interval,
+        "poll_interval_seconds": 0 if spec.poll_interval == "auto" else spec.poll_interval,
     }
 
 
@@ -2051,6 +2147,7 @@ class Quiet(NamedTuple):
     round: int
     now: float
     next_check_at: float
+    pace: float | None = None  # s, of a job with `poll_interval: auto`
 
 
 @dataclass(frozen=True, slots=True)
@@ -2066,6 +2163,7 @@ class Checked:
     ok: bool  # every batch was seen
     wait: float  # s until the next check
     now: float
+    pace: float | None = None  # s, of a job with `poll_interval: auto`
 
     def has_news(self) -> bool:
         changed = self.known != self.batches or self.error != self.job.last_error
@@ -2486,7 +2584,8 @@ class Store(Database):
             return False
         if spec.name != job.name:
             await self._claim_name(spec.name)
-        await self._set_job(job, revision=job.revision + 1, **spec_columns(spec))
+        columns: dict[str, Any] = {"pace": None} | spec_columns(spec)
+        await self._set_job(job, revision=job.revision + 1, **columns)
         await self._log(job.id, "updated", changes(job.spec, spec), now)
         for trigger in await self._triggers(job.id, "state = 'pending' AND unknown_at IS NULL"):
             await self._save_trigger(trigger, retargeted(trigger, spec))
@@ -2605,7 +2704,7 @@ class Store(Database):
         if not check.is_quiet():
             return bool(await self.record_checks([check]))
         job, now = check.job, check.now
-        quiet = Quiet(job.id, job.revision, job.round, now, now + check.wait)
+        quiet = Quiet(job.id, job.revision, job.round, now, now + check.wait, check.pace)
         if not await self._read(
             "SELECT 1 FROM polling_jobs WHERE id = :id AND revision = :revision AND round = :round"
             " AND status = 'active' AND removed_at IS NULL",
@@ -2636,7 +2735,7 @@ class Store(Database):
     async def _write_quiet(self, kept: Sequence[Quiet]) -> None:
         await self._sql_many(
             "UPDATE polling_jobs SET last_check_at = :now, last_ok_at = :now, errors_in_row = 0,"
-            " next_check_at = :next_check_at WHERE id = :id AND revision = :revision"
+            " next_check_at = :next_check_at, pace = :pace WHERE id = :id AND revision = :revision"
             " AND round = :round AND status = 'active' AND removed_at IS NULL"
             " AND coalesce(last_check_at, 0) <= :now",
             [quiet._asdict() for quiet in kept],
@@ -2674,12 +2773,12 @@ class Store(Database):
             "UPDATE polling_jobs SET status = :status, last_check_at = :now, last_error = :error,"
             " errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END,"
             " last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END,"
-            " next_check_at = :next_check_at, completed_at = :ended_at WHERE id = :id"
+            " next_check_at = :next_check_at, completed_at = :ended_at, pace = :pace WHERE id = :id"
             " AND revision = :revision AND round = :round AND status = 'active'"
             " AND removed_at IS NULL RETURNING id",
             {
                 **{"id": job.id, "revision": job.revision, "round": job.round, "status": status},
-                **{"error": check.error, "ok": check.ok, "now": check.now},
+                **{"error": check.error, "ok": check.ok, "now": check.now, "pace": check.pace},
                 "next_check_at": check.now + check.wait if status == "active" else None,
                 "ended_at": check.now if status == "failed" else None,
             },
@@ -2810,38 +2909,33 @@ class Store(Database):
 
     async def counts(self) -> dict[str, Any]:
         """Jobs by shown status, and how many secrets, triggers and log rows there are."""
-        async with self._lock:
-            rows = await self._sql(
-                "SELECT CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END, count(*)"
-                " FROM polling_jobs GROUP BY 1"
-            )
-            [row] = await self._sql(
-                "SELECT (SELECT count(*) FROM secrets) AS secrets, (SELECT count(*) FROM triggers)"
-                " AS triggers, (SELECT count(*) FROM polling_logs) AS logs"
-            )
-        return {"jobs": {r[0]: r[1] for r in rows}, **row}
+        counts = {row[0]: row[1] for row in await self._read("SELECT what, n FROM counts")}
+        jobs = {what.removeprefix("job:"): n for what, n in counts.items() if ":" in what and n}
+        return {"jobs": jobs} | {what: n for what, n in counts.items() if ":" not in what}
 
     async def lateness(self, now: float, since: float) -> tuple[float, int]:
         """Of active jobs: the longest time since a successful check (or `since`, when the service
-        started), in seconds, and how many had none for three intervals."""
+        started), in seconds, and how many had none for three intervals. Costs a look at an index
+        for each interval in use, and for each of those jobs."""
         [row] = await self._read(
-            "SELECT min(ok), count(CASE WHEN ok + 3 * poll_interval_seconds < :now THEN 1 END) FROM"
-            " (SELECT poll_interval_seconds, CASE WHEN last_ok_at > :since THEN last_ok_at ELSE"
-            " :since END AS ok FROM polling_jobs WHERE status = 'active' AND removed_at IS NULL)",
+            f"{PACES} SELECT min((SELECT min(last_ok_at) FROM polling_jobs WHERE {ACTIVE}"
+            f" AND {PACE} = seconds)), coalesce(sum((SELECT count(*) FROM polling_jobs WHERE"
+            f" {ACTIVE} AND {PACE} = seconds AND last_ok_at < :now - 3 * seconds"
+            " AND :since < :now - 3 * seconds)), 0) FROM paces WHERE seconds IS NOT NULL",
             {"now": now, "since": since},
         )
-        return (now - row[0] if row[0] is not None else 0.0), row[1]
+        return (now - max(row[0], since) if row[0] is not None else 0.0), row[1]
 
     async def overdue(self, now: float, since: float) -> list[str]:
         """Active jobs without a successful check for three intervals, none counted from before
         `since` (when the service started); at most 100 names."""
         rows = await self._read(
-            "SELECT name FROM polling_jobs WHERE status = 'active' AND removed_at IS NULL AND"
-            " CASE WHEN last_ok_at > :since THEN last_ok_at ELSE :since END"
-            " + 3 * poll_interval_seconds < :now ORDER BY id LIMIT 100",
+            f"{PACES} SELECT id, name FROM paces JOIN polling_jobs ON {PACE} = seconds"
+            f" WHERE {ACTIVE} AND last_ok_at < :now - 3 * seconds AND :since < :now - 3 * seconds"
+            " LIMIT 100",
             {"now": now, "since": since},
         )
-        return [row["name"] for row in rows]
+        return [row["name"] for row in sorted(rows, key=lambda row: int(row["id"]))]
 
     async def due_next(self, limit: int) -> list[tuple[str, float]]:
         """Names and planned times of the checks that come next."""
@@ -3048,6 +3142,7 @@ class OpenAI:
         self._base_url, self._per_minute, self._clock = base_url, per_minute, clock
         self._client: openai.AsyncOpenAI | None = None
         self._slots = Slots(IN_FLIGHT)
+        self.requests: Counter[str] = Counter()  # made so far: retrieve, list
         self._gates: dict[str, KeyGate] = {}
 
     def _for_key(self, key: SecretValue) -> openai.AsyncOpenAI:
@@ -3082,7 +3177,8 @@ class OpenAI:
     async def retrieve(self, key: SecretValue, batch_id: str, rank: Rank = NO_HURRY) -> BatchSeen:
         """One batch as it is now (GET /batches/{batch_id}). Raises OpenAIError."""
         gate = self._gate(key)
-        data = await self._call(gate, partial(gate.retrieve, batch_id), batch_id, rank)
+        call = partial(gate.retrieve, batch_id)
+        data = await self._call(gate, "retrieve", call, batch_id, rank)
         return parse_batch(batch_id, data)
 
     def known_as(self, key: SecretValue, name: str) -> None:
@@ -3164,14 +3260,19 @@ class OpenAI:
         list ends for us."""
         call = partial(gate.list, limit=PAGE, **({"after": after} if after else {}))
         try:
-            return parse_page(await self._call(gate, call, "the list of batches", rank))
+            return parse_page(await self._call(gate, "list", call, "the list of batches", rank))
         except OpenAIError as e:
             if after is not None and e.status in (400, 404):
                 return [], False
             raise
 
     async def _call(
-        self, gate: KeyGate, call: Callable[[], Awaitable[Any]], about: str, rank: Rank
+        self,
+        gate: KeyGate,
+        kind: Literal["retrieve", "list"],
+        call: Callable[[], Awaitable[Any]],
+        about: str,
+        rank: Rank,
     ) -> Any:
         """The JSON that a call brings, within what its key may do. Raises OpenAIError."""
         async with gate.slots.turn(rank):
@@ -3180,6 +3281,7 @@ class OpenAI:
                 await gate.budget.acquire()
             async with self._slots.turn(rank):
                 self._admit(gate)
+                self.requests[kind] += 1
                 content = await self._judged(gate, call, about)
         try:
             return json.loads(content)
@@ -3229,13 +3331,13 @@ class OpenAI:
         except (openai.OpenAIError, ValueError, RecursionError) as e:
             raise OpenAIError(f"OpenAI's answer about {about} cannot be read: {short(e)}") from e
 
-    def circuits(self) -> list[tuple[str, Circuit, float]]:
-        """Of the keys whose calls fail: names of the secret, circuit, seconds until the trial."""
-        now = self._clock()
+    def open_circuits(self) -> list[tuple[str, Circuit, float]]:
+        """Keys that are not asked for now: name of the secret, circuit, seconds until a trial."""
+        now, gates = self._clock(), list(self._gates.values())  # also asked from another thread
         return [
             (name, gate.circuit, max(0.0, gate.circuit.until - now))
-            for gate in self._gates.values()
-            if gate.circuit.failures
+            for gate in gates
+            if gate.circuit.state == "open"
             for name in sorted(gate.names)
         ]
 
@@ -3556,7 +3658,20 @@ class Steps:
         return batches
 
     def _interval(self, due: Due) -> float:
-        return float(due.row["poll_interval_seconds"])
+        """The time since its last check that a job was given."""
+        low = self.config.settings.min_poll_interval
+        return float(due.row["poll_interval_seconds"] or due.row["pace"] or low)
+
+    def _pace(self, auto: bool, batches: Sequence[Batch], now: float) -> float | None:
+        """Until the next check, where a job leaves that to us."""
+        s = self.config.settings
+        low, high = s.min_poll_interval, s.max_poll_interval
+        return auto_interval(batches, now, low, high) if auto else None
+
+    def usual(self, job: Job | None) -> float:
+        """A job's interval, or the default where it has none of its own."""
+        own = job.spec.poll_interval if job is not None else "auto"
+        return float(self.config.settings.default_poll_interval if own == "auto" else own)
 
     def _group(self, dues: Sequence[Due], since: float) -> Group:
         batches = [b for due in dues for b in due.batches if outcome(b) is None]
@@ -3583,10 +3698,9 @@ class Steps:
         for due in group:
             batches = shown[due.id]
             if batches == due.batches and not due.row["last_error"] and not remarks(batches, now):
-                wait = self._interval(due)
-                self.store.note(
-                    Quiet(due.id, due.row["revision"], due.row["round"], now, now + wait)
-                )
+                row, pace = due.row, self._pace(not due.row["poll_interval_seconds"], batches, now)
+                wait = pace or self._interval(due)
+                self.store.note(Quiet(due.id, row["revision"], row["round"], now, now + wait, pace))
                 done[due.id] = Stepped(wait, "no news")
             elif batches is not None or error is not None:
                 errors: list[TeckoError] = [error] if batches is None and error else []
@@ -3619,13 +3733,14 @@ class Steps:
         batches = known if batches is None else batches
         verdict = decide(job.spec.watch, batches, now)
         trigger = self._intent(job, batches, verdict, now) if verdict.event == "fire" else None
-        interval, row = float(job.spec.poll_interval), job.errors_in_row + 1
+        pace = self._pace(job.spec.poll_interval == "auto", batches, now)
+        interval, row = pace or self.usual(job), job.errors_in_row + 1
         waits = [wait_after_error(e, row, interval, settings, self.luck()) for e in errors]
         wait = max(waits, default=interval)
         said = [verdict.reason] if verdict.event else [*map(str, errors), *remarks(batches, now)]
         last_error = "; ".join(dict.fromkeys(filter(None, said))) or None
         ok = not errors
-        return Checked(job, known, batches, verdict, trigger, last_error, ok, wait, now)
+        return Checked(job, known, batches, verdict, trigger, last_error, ok, wait, now, pace)
 
     def _told(self, check: Checked, errors: Sequence[TeckoError], recorded: bool) -> Stepped:
         """Count a check, and say what came of it."""
@@ -3651,7 +3766,7 @@ class Steps:
             return [*known], [e]
         self.openai.known_as(key, name)
         age = self.clock() - (job.last_check_at or 0.0)
-        asked, age = not rank[0], min(job.spec.poll_interval / 2, age)
+        asked, age = not rank[0], min(self.usual(job) / 2, age)
         if any(batch.status == "finalizing" for batch in known):
             rank = False, rank[1]
         look = partial(self._look_at, key, rank=rank, age=-1.0 if asked else age)
@@ -3714,8 +3829,10 @@ class Steps:
 
     async def _wait(self, trigger: Trigger, error: TeckoError) -> float:
         job = await self.store.job(trigger.job_id)
-        interval, row = (job.spec.poll_interval, job.errors_in_row) if job else (BACKOFF_FIRST, 1)
-        return wait_after_error(error, max(row, 1), interval, self.config.settings, self.luck())
+        row = job.errors_in_row if job else 1
+        return wait_after_error(
+            error, max(row, 1), self.usual(job), self.config.settings, self.luck()
+        )
 
     async def _record(
         self, trigger: Trigger, event: Event, said: str, **facts: Any
@@ -3805,7 +3922,7 @@ class Steps:
 
     async def _follow_wait(self, trigger: Trigger) -> float:
         job = await self.store.job(trigger.job_id)
-        return FOLLOW_FACTOR * float(job.spec.poll_interval if job else 0)
+        return FOLLOW_FACTOR * self.usual(job)
 
 
 # ── Desk ──────────────────────────────────────────────────────────────────────────────────────
@@ -3852,7 +3969,7 @@ class JobAnswer(Answer):
     keboola_configuration_id: str
     variables: dict[str, str]
     on_ambiguous: str
-    poll_interval_seconds: int
+    poll_interval_seconds: int | Literal["auto"]
     batches: list[Batch]
     batch_count: int
     completed_count: int
@@ -3884,6 +4001,16 @@ class Done(Answer):
 SchedulerState = Literal["running", "stopped", "stalled"]
 
 
+class CircuitAnswer(Answer):
+    """A key that is left alone for a while, since calls with it failed in a row."""
+
+    secret: str
+    host: str
+    state: Literal["closed", "open"]
+    failures: int
+    until: At = Field(description="then one call is tried")
+
+
 class Health(Answer):
     status: Literal["healthy", "degraded", "unhealthy"]
     timestamp: At
@@ -3893,6 +4020,7 @@ class Health(Answer):
     db_connected: bool
     scheduler: SchedulerState
     overdue_jobs: list[str] = Field(description="no successful check for three intervals")
+    circuits: list[CircuitAnswer] = Field(description="keys of OpenAI that are not asked for now")
 
 
 class Stats(Answer):
@@ -3942,7 +4070,7 @@ def secret_answer(row: SealedSecret) -> SecretAnswer:
 
 
 JOB_MEANS = {
-    "active": "Next: it is checked{next}, every {every} s, while the service runs.",
+    "active": "Next: it is checked{next}, {every}, while the service runs.",
     "paused": "Next: nothing, until job resume.",
     "triggering": "Next: the trigger is carried to Keboola, while the service runs.",
     "triggered": "Next: Keboola's job is followed to its end.",
@@ -4008,7 +4136,9 @@ def explain(job: Job, batches: Sequence[Batch], trigger: Trigger | None, now: fl
         means = "Next: Keboola's search is asked again, until the trigger is settled."
     elif job.removed_at is not None and trigger is not None and is_open(trigger):
         means = "Next: no check, for the job has left jobs.yaml; its trigger is carried to its end."
-    return [*said, means.format(next=next_check, every=job.spec.poll_interval)]
+    pace = job.spec.poll_interval
+    every = "as often as its progress asks for" if pace == "auto" else f"every {pace} s"
+    return [*said, means.format(next=next_check, every=every)]
 
 
 class Desk:
@@ -4133,6 +4263,12 @@ class Desk:
 # ── Metrics ───────────────────────────────────────────────────────────────────────────────────
 
 
+LATENESS = (  # s; fine where the aims lie: a median in milliseconds, 99 of 100 within a second
+    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
+    *(1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
+)
+
+
 class Metrics:
     """What Prometheus is told: histograms that fill as things happen, the rest when it asks."""
 
@@ -4150,6 +4286,12 @@ class Metrics:
             "Time that a transaction of the store took.",
             registry=self.registry,
             buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        )
+        self.lateness = prometheus_client.Histogram(
+            "teckochecker_check_lateness_seconds",
+            "Time from when a job's step was due until it was done.",
+            registry=self.registry,
+            buckets=LATENESS,
         )
         self._families: list[Any] = []
         self.registry.register(cast(Any, self))
@@ -4357,12 +4499,11 @@ def phase(job_id: int, interval: float, jobs: int) -> float:
     return job_id * 0.6180339887 % 1 * min(interval, jobs / START_RATE)
 
 
-def slot(plan: Plan, job_id: int, epoch: float, jobs: int) -> float:
-    """When a job's first check is due. Those of one key fall into half of the interval, less a
-    little for delays, so that one list of its batches is young enough for all of them."""
-    half = plan.interval / 2
-    key = zlib.crc32(plan.secret.encode())
-    return epoch + phase(key, half, jobs) + 0.9 * phase(job_id, half, jobs)
+def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
+    """Seconds from the start to a job's first check. Those of one key fall into half of the
+    interval, less a little for delays, so that one list of its batches is young enough for all."""
+    key = zlib.crc32(secret.encode())
+    return phase(key, interval / 2, jobs) + 0.9 * phase(job_id, interval / 2, jobs)
 
 
 async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]:
@@ -4401,7 +4542,8 @@ class Service:
         self._plans: dict[int, Plan] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._due: dict[int, float] = {}  # since when; taken up when the tick is over
-        self._busy: dict[int, Plan] = {}  # jobs with a step under way, and what they began with
+        # jobs with a step under way: what they began with, and since when they were due
+        self._busy: dict[int, tuple[Plan, float]] = {}
         self._asked: set[int] = set()  # someone wants these checked
         self._off: set[int] = set()  # their timers are not at their slots
         self._idle: set[int] = set()  # nothing may be left to do for them
@@ -4548,7 +4690,8 @@ class Service:
         del self._plans[job_id]
 
     def _plan(self, job_id: int, plan: Plan, jobs: int) -> None:
-        at = slot(plan, job_id, self._epoch, jobs)
+        interval = plan.interval or self.settings.min_poll_interval
+        at = self._epoch + slot(plan.secret, job_id, interval, jobs)
         if self._scheduler.running:
             at += time.time() - self._epoch
             self._off.add(job_id)
@@ -4557,7 +4700,7 @@ class Service:
             self._fall_due,
             "interval",
             (job_id,),
-            seconds=plan.interval,
+            seconds=plan.interval or self.settings.max_poll_interval,
             id=str(job_id),
             executor="notice",
             replace_existing=True,
@@ -4571,7 +4714,7 @@ class Service:
         if not self._due:
             asyncio.get_running_loop().call_soon(self._serve_due)
         self._due.setdefault(job_id, since)
-        self._busy[job_id] = self._plans[job_id]
+        self._busy[job_id] = self._plans[job_id], since
 
     def _serve_due(self) -> None:
         due, self._due = self._due, {}
@@ -4636,22 +4779,23 @@ class Service:
         self.counters["steps"] += 1
         self.counters["errors"] += stepped.error is not None
         log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
-        began_with, plan = self._busy.pop(job_id), self._plans.get(job_id)
+        (began_with, since), plan = self._busy.pop(job_id), self._plans.get(job_id)
+        self.metrics.lateness.observe(max(0.0, time.time() - since))
         if plan is None or stepped.wait is None:
             self._idle.add(job_id)
         elif began_with != plan or job_id in self._asked:  # changed while we looked at the old one
             self._move(job_id, time.time())
-        elif abs(stepped.wait - plan.interval) > GRID:
+        elif abs(stepped.wait - plan.interval) > GRID if plan.interval else stepped.error:
             self._move(job_id, time.time() + stepped.wait)
-        elif job_id in self._off:
-            self._move(job_id, self._next_slot(job_id, plan))
+        elif job_id in self._off or not plan.interval:
+            self._move(job_id, self._next_slot(job_id, plan, stepped.wait))
             self._off.discard(job_id)
 
-    def _next_slot(self, job_id: int, plan: Plan) -> float:
+    def _next_slot(self, job_id: int, plan: Plan, interval: float) -> float:
         """The job's slot about an interval from now: not sooner than a quarter of it."""
-        soonest = time.time() + plan.interval / 4
-        first = slot(plan, job_id, self._epoch, len(self._plans))
-        return first + math.ceil((soonest - first) / plan.interval) * plan.interval
+        soonest, interval = time.time() + interval / 4, max(interval, GRID)
+        first = self._epoch + slot(plan.secret, job_id, interval, len(self._plans))
+        return first + math.ceil((soonest - first) / interval) * interval
 
     def _move(self, job_id: int, at: float) -> None:
         """Give a job another due time; its timer goes on from there."""
@@ -4696,7 +4840,21 @@ class Service:
             db_connected=connected,
             scheduler=scheduler,
             overdue_jobs=overdue,
+            circuits=self._circuits(),
         )
+
+    def _circuits(self) -> list[CircuitAnswer]:
+        openai, now = self.steps.openai, time.time()
+        return [
+            CircuitAnswer(
+                secret=name,
+                host=openai.host,
+                state=circuit.state,
+                failures=circuit.failures,
+                until=now + wait,
+            )
+            for name, circuit, wait in openai.open_circuits()
+        ]
 
     def _scheduler_state(self) -> SchedulerState:
         stalled = time.monotonic() - self._ticked > STALLED_TICKS
@@ -4746,6 +4904,7 @@ class Service:
                 "checks": ("Checks of a job's batches.", "outcome", tallied("checks")),
                 "triggers": ("What happened to triggers.", "outcome", tallied("triggers")),
                 "upstream_errors": ("Calls that failed.", "kind", tallied("upstream_errors")),
+                "openai_requests": ("Requests to OpenAI.", "kind", {**self.steps.openai.requests}),
             },
             gauges={
                 "jobs": ("Jobs by state.", "status", jobs),
@@ -4755,6 +4914,11 @@ class Service:
                     {"": overdue},
                 ),
                 "check_age_seconds": ("Longest time since a good check.", "", {"": oldest}),
+                "open_circuits": (
+                    "1: this key of OpenAI is not asked for now.",
+                    "secret",
+                    {name: 1.0 for name, *_ in self.steps.openai.open_circuits()},
+                ),
                 "loop_lag_seconds": ("How late the last tick was.", "", {"": self._lag}),
                 "http_connections": ("Open connections.", "", {"": self.connections()}),
                 "start_timestamp_seconds": ("When it was started.", "", {"": self.started_at}),
@@ -5728,7 +5892,7 @@ async def check_once(service: Service, job_id: int, stepped: Stepped) -> Stepped
     """What comes of a job's step and those that follow it at once."""
     while True:
         job = await service.store.job(job_id)
-        if job is None or stepped.wait is None or stepped.wait >= job.spec.poll_interval:
+        if job is None or stepped.wait is None or stepped.wait >= service.steps.usual(job):
             return stepped
         if stepped.error is None and stepped.wait > 0:  # a search, or a look at a running job
             return stepped
@@ -5830,7 +5994,7 @@ def job_table(found: JobList, now: float) -> RenderableType:
         (
             *(job.id, job.name, job.status),
             f"{job.completed_count + job.failed_count}/{job.batch_count}",
-            f"{job.poll_interval_seconds} s",
+            pace if (pace := job.poll_interval_seconds) == "auto" else f"{pace} s",
             *(ago(job.last_check_at, now), ago(job.next_check_at, now)),
         )
         for job in found.jobs
@@ -5959,7 +6123,7 @@ def add_job_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--keboola-stack", required=required, metavar="URL")
     parser.add_argument("--component-id", required=required, metavar="ID")
     parser.add_argument("--config-id", required=required, metavar="ID")
-    parser.add_argument("--poll-interval", metavar="S", help="seconds, or 30s, 2m, 1h")
+    parser.add_argument("--poll-interval", metavar="S", help="seconds, or 30s, 2m, 1h, or auto")
     parser.add_argument("--trigger-when", choices=("all_completed", "all_finished"))
     parser.add_argument("--on-ambiguous", choices=("resend", "hold"))
     parser.add_argument("--variable", action="append", type=variable, metavar="NAME=VALUE")
