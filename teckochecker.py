@@ -50,6 +50,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import bisect
 import codecs
 import contextlib
 import csv
@@ -59,6 +60,7 @@ import getpass
 import glob
 import gzip
 import hashlib
+import heapq
 import hmac
 import html
 import http.client
@@ -98,11 +100,12 @@ from collections.abc import (
     Sequence,
 )
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache, partial, wraps
 from http import HTTPStatus
+from operator import attrgetter, neg
 from pathlib import Path
 from types import MappingProxyType
 from typing import (
@@ -149,6 +152,7 @@ if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK 
     import aiosqlite
     import httpx2
     import openai
+    from aiolimiter import AsyncLimiter
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
     from rich.console import RenderableType
 
@@ -168,6 +172,13 @@ CALL_DEADLINE = 20.0  # s for a whole call: a server that drips bytes never hits
 IN_FLIGHT = 64  # calls to OpenAI at once: beyond some dozens each only gets slower
 IN_FLIGHT_PER_KEY = 8  # of those, so that a key whose calls hang leaves room for the others
 KEEPALIVE = 300.0  # s an idle connection is kept: longer than common poll intervals
+CIRCUIT_FAILURES = 5  # calls in a row that failed before a key of a host is left alone
+CIRCUIT_PAUSE = 10.0  # s that this lasts first; doubles with each trial call that fails
+CIRCUIT_LONGEST = 300.0  # s, to which it grows
+PAGE = 100  # batches asked for in one page of OpenAI's list, the most there is
+WORTH = 2  # answers that a page has to bring: it costs as much CPU as one and a half retrieves
+SWEEP_AGAIN = 600.0  # s until a list that did not pay is tried again, or its length forgotten
+SWEEP_PAUSE = 0.9  # intervals between sweeps, unless many checks ask for one
 
 BACKOFF_FIRST = 1.0  # s before the first retry; doubles
 LONGEST_WAIT = 3600.0  # s, the most that a Retry-After or a refused key makes us wait
@@ -179,8 +190,11 @@ SEARCH_SLACK = 300.0  # s that Keboola's clock may be behind ours
 SEARCH_PAGE = 500  # Keboola jobs asked for in one page of a search
 FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the batches were
 
+AUTO_SHARE = 0.08  # of a batch's age, `auto` waits at most: half of that is the latency to expect
+AUTO_STEP = 1.25  # between the intervals of `auto`: few of them, so that jobs are due together
 START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
 FOLLOW_SECONDS = 0.2  # s between looks at a run that is shown on a terminal
+TOGETHER = 500  # jobs read by one query of those due in one tick
 GRID = 0.25  # s; due times on a grid wake the loop once for many jobs
 CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one between ticks
 TICK = 1.0  # s between looks at what other processes changed in the store
@@ -612,6 +626,19 @@ Interval = Annotated[
         {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^\d{1,6}\s*[smh]?$"}]}
     ),
 ]
+Pace = Annotated[  # of a watch
+    int | Literal["auto"],
+    BeforeValidator(lambda value: value if value == "auto" else parse_interval(value)),
+    AfterValidator(lambda value, info: value if value == "auto" else within_bounds(value, info)),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer"},
+                {"type": "string", "pattern": r"^(\d{1,6}\s*[smh]?|auto)$"},
+            ]
+        }
+    ),
+]
 SecretName = Annotated[
     str | int,
     PlainValidator(secret_name),
@@ -874,7 +901,6 @@ class AnyJob(Strict):
     """What every job has."""
 
     name: Name = Field(description="1 to 255 characters, not only digits")
-    poll_interval: Interval = Field(120, description="seconds, or 30s, 2m, 1h")
 
     @model_validator(mode="before")
     @classmethod
@@ -889,6 +915,7 @@ class JobSpec(AnyJob):
     """A job that watches batches, as its author wrote it: in jobs.yaml, on the command line, or
     flat."""
 
+    poll_interval: Pace = Field(120, description="seconds, or 30s, 2m, 1h, or auto")
     watch: OpenAIBatches = Field(description="a block with type, secret and batch_ids")
     trigger: KeboolaTrigger = Field(
         description="a block with type, secret, stack_url, component_id and configuration_id"
@@ -898,6 +925,7 @@ class JobSpec(AnyJob):
 class IngestSpec(AnyJob):
     """A job that ingests records, as its author wrote it."""
 
+    poll_interval: Interval = Field(120, description="seconds, or 30s, 2m, 1h")
     ingest: Annotated[CsvSource | ApiSource, Field(discriminator="type")] = Field(
         description="a block with type: csv and path, or type: api and url"
     )
@@ -1026,6 +1054,9 @@ class Settings(BaseModel):
     retry_delay: int = Field(60, ge=1, le=3600, description="whole seconds, 1 to 3600")
     trigger_settle_seconds: int = Field(
         120, ge=1, le=86400, description="whole seconds, 1 to 86400"
+    )
+    max_requests_per_minute: int | None = Field(
+        None, ge=1, le=100_000, description="1 to 100000, for each OpenAI key"
     )
     openai_base_url: Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+")] | None = Field(
         None, description="a URL like https://api.openai.com/v1"
@@ -1351,12 +1382,16 @@ def describe_end(batch: BatchSeen) -> str:
     return f"{batch.batch_id} {batch.status}: {batch.error or done}"
 
 
+SEEN: Callable[[BatchSeen], tuple[Any, ...]] = attrgetter(*(f.name for f in fields(BatchSeen)))
+
+
 def merged(known: Batch, seen: BatchSeen, now: float) -> Batch:
     """What we know of a batch after an answer about it; `changed_at` moves with any progress."""
-    news = {f.name: getattr(seen, f.name) for f in fields(BatchSeen)}
-    changed = any(getattr(known, name) != value for name, value in news.items())
+    news, changed = SEEN(seen), SEEN(seen) != SEEN(known)
+    if not changed and known.missing_since is None:
+        return known
     at = now if changed else known.changed_at
-    return replace(known, **news, changed_at=at, missing_since=None, missing_checks=0)
+    return Batch(*(*news, at))
 
 
 def denied(known: Batch, now: float) -> Batch:
@@ -1517,6 +1552,91 @@ def wait_after_error(
     if error.permanent or errors_in_row > settings.max_retries:
         return interval
     return min(backoff(errors_in_row, settings.retry_delay, luck), interval)
+
+
+def auto_interval(batches: Sequence[Batch], now: float, low: float, high: float) -> float:
+    """Seconds until the batches of a job with `poll_interval: auto` are looked at again, from
+    `low` to `high`; the least of what its unfinished batches ask for.
+
+    A batch is seen to be done half an interval late on average, and has run at least for its age:
+    AUTO_SHARE of that keeps the latency below 5 % of the run time. So a young one is looked at
+    soon, since it may be small, and one that nothing moves ever later. Sooner than that:
+    - `finalizing` and `cancelling` take minutes: at once, which is `low`
+    - by its progress so far it will be done after some time: half of that, so that looks get
+      closer to the end, and the last ones are `low` apart
+    - it expires: no later than that, for then it ends, whatever its progress
+    """
+    waits = [auto_wait(batch, now) for batch in batches if outcome(batch) is None]
+    wait = max(low, min(waits, default=low))
+    step = math.floor(math.log(wait / low, AUTO_STEP) + 1e-9)
+    return min(low * AUTO_STEP**step, high)
+
+
+def auto_wait(batch: Batch, now: float) -> float:
+    """What one batch asks for, without bounds."""
+    if batch.created_at is None or batch.status in ("", "finalizing", "cancelling"):
+        return 0.0
+    age = max(now - batch.created_at, 0.0)
+    waits = [AUTO_SHARE * age]
+    done = batch.requests_completed + batch.requests_failed
+    if 0 < done <= batch.requests_total:  # as fast as so far, from when that was seen
+        left = (batch.changed_at - batch.created_at) * (batch.requests_total / done - 1)
+        waits.append(max(left - (now - batch.changed_at), 0.0) / 2 or AUTO_SHARE * age)
+    if batch.expires_at is not None and batch.expires_at > now:
+        waits.append(batch.expires_at - now)
+    return min(waits)
+
+
+@dataclass(frozen=True, slots=True)
+class Circuit:
+    """How calls with one key to one host went lately: `closed` lets all through, `open` none until
+    `until` (monotonic seconds), and then one, whose outcome decides."""
+
+    failures: int = 0  # in a row
+    pause: float = 0.0  # s that it was opened for last; 0: it is closed
+    until: float = 0.0
+
+    @property
+    def state(self) -> Literal["closed", "open"]:
+        return "open" if self.pause else "closed"
+
+
+def fails_circuit(error: UpstreamError) -> bool:
+    """Whether an error says that the host does not work; 401, 404 and 429 say that it does."""
+    return error.status is None or error.status >= 500
+
+
+def begun(circuit: Circuit, now: float) -> Circuit:
+    """The circuit once a call was let through: while it is open, that is the one trial."""
+    return replace(circuit, until=now + CALL_DEADLINE) if circuit.pause else circuit
+
+
+def ended(circuit: Circuit, before: Circuit, failed: bool, now: float) -> Circuit:
+    """The circuit after a call that began when it was as `before`. Of calls under way when it
+    opened, a failure says nothing new."""
+    if not failed:
+        return Circuit()
+    if circuit.pause and not before.pause:
+        return circuit
+    failures = circuit.failures + 1
+    if failures < CIRCUIT_FAILURES:
+        return replace(circuit, failures=failures)
+    pause = min(2 * circuit.pause, CIRCUIT_LONGEST) or CIRCUIT_PAUSE
+    return Circuit(failures, pause, now + pause)
+
+
+def pays(page: Sequence[BatchSeen], wanted: Sequence[float], share: float) -> bool:
+    """Whether it pays to read on after this page of a list, newest first: whether the next pages
+    down to some batch of `wanted` (when each was created, newest first) bring WORTH answers each,
+    if batches lie as close as on this page. `share`: answers that a found batch makes."""
+    times = [batch.created_at for batch in page if batch.created_at is not None]
+    if not times:
+        return False
+    span, older = max(times[0] - times[-1], 1.0), bisect.bisect(wanted, -times[-1], key=neg)
+    return any(
+        share * found >= WORTH * max(1.0, (times[-1] - wanted[at]) / span)
+        for found, at in enumerate(range(older, len(wanted)), 1)
+    )
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
@@ -1981,7 +2101,8 @@ class Config:
 
 ENVIRONMENT = """
     API_HOST API_PORT ADMIN_TOKEN DEFAULT_POLL_INTERVAL MIN_POLL_INTERVAL MAX_POLL_INTERVAL
-    MAX_RETRIES RETRY_DELAY TRIGGER_SETTLE_SECONDS OPENAI_BASE_URL LOG_LEVEL LOG_FORMAT LOG_FILE
+    MAX_RETRIES RETRY_DELAY TRIGGER_SETTLE_SECONDS MAX_REQUESTS_PER_MINUTE OPENAI_BASE_URL
+    LOG_LEVEL LOG_FORMAT LOG_FILE
     LOG_RETENTION_DAYS LOG_RETENTION_ROWS API_MAX_CONNECTIONS ADMIN_HOSTS
     SECRET_KEY SECRET_KEY_FILE CREDENTIALS_DIRECTORY
     """.split()
@@ -2321,6 +2442,54 @@ MIGRATIONS = (
     CREATE INDEX rejects_by_age ON etl_reject (created_at);
     CREATE INDEX rejects_of_a_source ON etl_reject (source, id);
     """,
+    """
+    -- s between checks at present; NULL: poll_interval_seconds, which is 0 where it is auto
+    ALTER TABLE polling_jobs ADD COLUMN pace REAL;
+    CREATE INDEX jobs_by_pace ON polling_jobs (coalesce(pace, poll_interval_seconds), last_ok_at)
+        WHERE status = 'active' AND removed_at IS NULL;
+    CREATE INDEX jobs_by_key ON polling_jobs (openai_secret)
+        WHERE status = 'active' AND removed_at IS NULL;
+    CREATE TABLE counts (                    -- kept by triggers: to count would read every row
+        what TEXT PRIMARY KEY,               -- secrets, triggers, logs, or job: and a shown status
+        n INTEGER NOT NULL
+    );
+    INSERT INTO counts SELECT 'job:' || CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END,
+        count(*) FROM polling_jobs GROUP BY 1;
+    INSERT INTO counts SELECT 'secrets', count(*) FROM secrets;
+    INSERT INTO counts SELECT 'triggers', count(*) FROM triggers;
+    INSERT INTO counts SELECT 'logs', count(*) FROM polling_logs;
+    CREATE TRIGGER job_comes AFTER INSERT ON polling_jobs BEGIN
+        INSERT INTO counts VALUES ('job:' || CASE WHEN NEW.removed_at IS NULL THEN NEW.status
+        ELSE 'removed' END, 1) ON CONFLICT (what) DO UPDATE SET n = n + 1; END;
+    CREATE TRIGGER job_goes AFTER DELETE ON polling_jobs BEGIN
+        UPDATE counts SET n = n - 1 WHERE what = 'job:' || CASE WHEN OLD.removed_at IS NULL
+        THEN OLD.status ELSE 'removed' END; END;
+    CREATE TRIGGER job_moves AFTER UPDATE OF status, removed_at ON polling_jobs
+        WHEN OLD.status <> NEW.status OR (OLD.removed_at IS NULL) <> (NEW.removed_at IS NULL) BEGIN
+        UPDATE counts SET n = n - 1 WHERE what = 'job:' || CASE WHEN OLD.removed_at IS NULL
+        THEN OLD.status ELSE 'removed' END; INSERT INTO counts VALUES ('job:' || CASE WHEN
+        NEW.removed_at IS NULL THEN NEW.status ELSE 'removed' END, 1)
+        ON CONFLICT (what) DO UPDATE SET n = n + 1; END;
+    CREATE TRIGGER secret_comes AFTER INSERT ON secrets BEGIN
+        UPDATE counts SET n = n + 1 WHERE what = 'secrets'; END;
+    CREATE TRIGGER secret_goes AFTER DELETE ON secrets BEGIN
+        UPDATE counts SET n = n - 1 WHERE what = 'secrets'; END;
+    CREATE TRIGGER trigger_comes AFTER INSERT ON triggers BEGIN
+        UPDATE counts SET n = n + 1 WHERE what = 'triggers'; END;
+    CREATE TRIGGER trigger_goes AFTER DELETE ON triggers BEGIN
+        UPDATE counts SET n = n - 1 WHERE what = 'triggers'; END;
+    CREATE TRIGGER log_comes AFTER INSERT ON polling_logs BEGIN
+        UPDATE counts SET n = n + 1 WHERE what = 'logs'; END;
+    CREATE TRIGGER log_goes AFTER DELETE ON polling_logs BEGIN
+        UPDATE counts SET n = n - 1 WHERE what = 'logs'; END;
+    """,
+)
+ACTIVE = "status = 'active' AND removed_at IS NULL"
+PACE = "coalesce(pace, poll_interval_seconds)"
+PACES = (  # each interval that is in use, found by as many steps through its index
+    f"WITH RECURSIVE paces (seconds) AS (SELECT min({PACE}) FROM polling_jobs WHERE {ACTIVE}"
+    f" UNION ALL SELECT (SELECT min({PACE}) FROM polling_jobs WHERE {ACTIVE} AND {PACE} > seconds)"
+    " FROM paces WHERE seconds IS NOT NULL)"
 )
 
 ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the audit: who asks
@@ -2329,9 +2498,10 @@ ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the aud
 class Plan(NamedTuple):
     """What a job's timer depends on; a changed job is due at once."""
 
-    interval: int  # s
+    interval: int  # s; 0: each check says when the next one is due
     revision: int
     round: int
+    secret: str  # jobs that share one are due together
 
 
 ENDED = ("completed", "completed_with_failures", "failed")
@@ -2386,7 +2556,7 @@ def spec_columns(spec: Spec) -> dict[str, Any]:
         "openai_secret": spec.watch.secret if isinstance(spec, JobSpec) else "",
         "keboola_secret": spec.trigger.secret if isinstance(spec, JobSpec) else "",
         "api_secret": spec.ingest.secret if isinstance(spec, IngestSpec) else None,
-        "poll_interval_seconds": spec.poll_interval,
+        "poll_interval_seconds": 0 if spec.poll_interval == "auto" else spec.poll_interval,
     }
 
 
@@ -2424,6 +2594,30 @@ def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[An
     return wrapper
 
 
+class Due(NamedTuple):
+    """A job that is due, read with many others: its row becomes a `Job` only where there is news,
+    since that costs as much as all the rest of a check."""
+
+    row: Any  # of polling_jobs
+    batches: list[Batch]
+    has_open: bool  # a trigger that is not settled
+
+    @property
+    def id(self) -> int:
+        return int(self.row["id"])
+
+
+class Quiet(NamedTuple):
+    """A good check that saw nothing new, still to be written down."""
+
+    id: int
+    revision: int
+    round: int
+    now: float
+    next_check_at: float
+    pace: float | None = None  # s, of a job with `poll_interval: auto`
+
+
 @dataclass(frozen=True, slots=True)
 class Checked:
     """A check of a job's batches, and what follows from it."""
@@ -2437,10 +2631,15 @@ class Checked:
     ok: bool  # every batch was seen
     wait: float  # s until the next check
     now: float
+    pace: float | None = None  # s, of a job with `poll_interval: auto`
 
     def has_news(self) -> bool:
         changed = self.known != self.batches or self.error != self.job.last_error
         return changed or self.verdict.event is not None
+
+    def is_quiet(self) -> bool:
+        """Nothing but its time is to be written down."""
+        return self.ok and self.error is None and not self.has_news()
 
 
 class Database:
@@ -2531,6 +2730,15 @@ class Database:
             return list(await self._db.execute_fetchall(sql, given))
         except sqlite3.IntegrityError as e:
             raise Conflict(f"the database refuses this: {e}") from e
+        except sqlite3.Error as e:
+            raise StoreError(f"database {self.path}: {e}") from e
+
+    async def _sql_many(self, sql: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Run one statement for each of `rows`, inside of a transaction."""
+        if self._db is None:
+            raise StoreError("the database is closed")
+        try:
+            await (await self._db.executemany(sql, rows)).close()
         except sqlite3.Error as e:
             raise StoreError(f"database {self.path}: {e}") from e
 
@@ -2850,7 +3058,19 @@ class Store(Records):
     Every change is a compare-and-set or checks the state it starts from, since the command line
     may write while the service runs. `now` is unix seconds. Raises StoreError when the file
     cannot be used, Conflict or NotFound when a rule forbids the change.
+
+    Good checks without news are kept until `flush`, which the service calls each second: another
+    process sees their times by then, this one at once.
     """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._quiet: dict[int, Quiet] = {}  # by job
+
+    async def close(self) -> None:
+        with contextlib.suppress(StoreError):  # only times of checks are lost
+            await self.flush()
+        await super().close()
 
     # secrets
 
@@ -2950,27 +3170,60 @@ class Store(Records):
             " ORDER BY id LIMIT :limit",
             {"status": status, "limit": limit, "after": after},
         )
-        return [job_of(row) for row in rows]
+        return [self._job_of(row) for row in rows]
+
+    def _job_of(self, row: Any) -> Job:
+        """A row as a job, with what is not yet flushed."""
+        job, quiet = job_of(row), self._quiet.get(row["id"])
+        if quiet is None or (job.status, job.revision, job.round) != ("active", *quiet[1:3]):
+            return job
+        at = quiet.now
+        return replace(job, last_check_at=at, last_ok_at=at, next_check_at=quiet.next_check_at)
 
     async def job(self, job_id: int) -> Job | None:
         rows = await self._read("SELECT * FROM polling_jobs WHERE id = :id", {"id": job_id})
-        return job_of(rows[0]) if rows else None
+        return self._job_of(rows[0]) if rows else None
 
     async def job_with_batches(self, job_id: int) -> tuple[Job | None, list[Batch], bool]:
         """A job, its batches, and whether it has an open trigger: all that a check wants to know,
         in one question."""
-        columns = ", ".join(f"b.{name} AS batch_{name}" for name in BATCH_COLUMNS)
-        rows = await self._read(
-            f"SELECT j.*, {columns}, EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id"
-            " AND finished_at IS NULL AND state <> 'held') AS has_open FROM polling_jobs j"
-            " LEFT JOIN polling_batches b ON b.job_id = j.id WHERE j.id = :id ORDER BY b.position",
-            {"id": job_id},
-        )
-        if not rows:
+        found = await self.due([job_id])
+        if not found:
             return None, [], False
-        seen = [r for r in rows if r["batch_batch_id"] is not None]  # an ingest has none
-        batches = [Batch(**{name: r[f"batch_{name}"] for name in BATCH_COLUMNS}) for r in seen]
-        return job_of(rows[0]), batches, bool(rows[0]["has_open"])
+        return self._job_of(found[0].row), found[0].batches, found[0].has_open
+
+    async def due(self, ids: Iterable[int]) -> list[Due]:
+        """Of these jobs, those that are there, with their batches; in one question."""
+        columns = ", ".join(f"b.{name}" for name in BATCH_COLUMNS)
+        rows = await self._read(
+            "SELECT j.*, EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND finished_at IS"
+            f" NULL AND state <> 'held') AS has_open, {columns} FROM polling_jobs j"
+            " LEFT JOIN polling_batches b ON b.job_id = j.id"
+            f" WHERE j.id IN ({', '.join(map(str, ids))}) ORDER BY j.id, b.position"
+        )
+        found: dict[int, Due] = {}
+        for row in rows:  # a name of both tables is the job's, who stands first
+            due = found.setdefault(row["id"], Due(row, [], bool(row["has_open"])))
+            values = tuple(row)[-len(BATCH_COLUMNS) :]
+            if values[0] is not None:  # an ingest has no batches
+                due.batches.append(Batch(*values))
+        return list(found.values())
+
+    async def watched(
+        self, secrets: Collection[str], until: float
+    ) -> tuple[dict[str, float | None], int]:
+        """The unfinished batches of active jobs that use one of these secrets, with when each was
+        created (None: not seen yet), and how many looks at them fall due before `until`."""
+        names = {f"name{n}": name for n, name in enumerate(secrets)}
+        ended = ", ".join(f"'{status}'" for status in FINISHED_BATCH)
+        rows = await self._read(
+            "SELECT b.batch_id, b.created_at, coalesce(j.next_check_at, 0) < :until"
+            " FROM polling_jobs j JOIN polling_batches b ON b.job_id = j.id"
+            f" WHERE j.openai_secret IN ({', '.join(':' + name for name in names)})"
+            f" AND j.status = 'active' AND j.removed_at IS NULL AND b.status NOT IN ({ended})",
+            {**names, "until": until},
+        )
+        return {row[0]: row[1] for row in rows}, sum(row[2] for row in rows)
 
     async def find_job(self, ref: str) -> Job:
         """The job with this id or name."""
@@ -2979,7 +3232,7 @@ class Store(Records):
         if not rows:
             what = f"ID {ref}" if column == "id" else f"name {ref!r}"
             raise NotFound(f"Job with {what} not found", hint="teckochecker.py job list shows them")
-        return job_of(rows[0])
+        return self._job_of(rows[0])
 
     async def batches(self, job_id: int) -> list[Batch]:
         async with self._lock:
@@ -2997,14 +3250,15 @@ class Store(Records):
             found.setdefault(job_id, []).append(Batch(*values))
         return found
 
-    async def schedule(self) -> dict[int, Plan]:
-        """The jobs that have something left to do."""
+    async def schedule(self, ids: Collection[int] | None = None) -> dict[int, Plan]:
+        """The jobs that have something left to do: all (None), or those of `ids`."""
+        some = "" if ids is None else f" AND id IN ({', '.join(map(str, ids))})"
         rows = await self._read(
-            "SELECT id, poll_interval_seconds, revision, round FROM polling_jobs"
-            " WHERE status = 'active' AND removed_at IS NULL"
-            " OR id IN (SELECT job_id FROM triggers WHERE finished_at IS NULL AND state <> 'held')"
+            "SELECT id, poll_interval_seconds, revision, round, openai_secret FROM polling_jobs"
+            " WHERE (status = 'active' AND removed_at IS NULL OR id IN (SELECT job_id FROM triggers"
+            f" WHERE finished_at IS NULL AND state <> 'held')){some}"
         )
-        return {job_id: Plan(*rest) for job_id, *rest in rows}
+        return {row[0]: Plan(row[1], row[2], row[3], sys.intern(row[4])) for row in rows}
 
     @transactional
     async def create_job(self, spec: Spec, origin: str, now: float) -> int:
@@ -3078,7 +3332,8 @@ class Store(Records):
             )
         if spec.name != job.name:
             await self._claim_name(spec.name)
-        await self._set_job(job, revision=job.revision + 1, **spec_columns(spec))
+        columns: dict[str, Any] = {"pace": None} | spec_columns(spec)
+        await self._set_job(job, revision=job.revision + 1, **columns)
         await self._log(job.id, "updated", changes(job.spec, spec), now)
         if isinstance(spec, IngestSpec):
             return True
@@ -3199,7 +3454,7 @@ class Store(Records):
         rows = await self._sql("SELECT * FROM polling_jobs WHERE id = :id", {"id": job_id})
         if not rows:
             raise NotFound(f"Job with ID {job_id} not found")
-        return job_of(rows[0])
+        return self._job_of(rows[0])
 
     # checks and triggers
 
@@ -3207,15 +3462,57 @@ class Store(Records):
         """Write down a check and what was decided on it, all or nothing.
 
         False, and nothing written, when the job was paused, removed, deleted or changed while
-        it was being checked: what was seen then decides nothing.
+        it was being checked: what was seen then decides nothing. A quiet check is kept for
+        `flush`, which looks at that once more.
         """
-        if check.has_news():
-            return await self._record_news(check)
-        async with self._lock:  # one statement is a transaction of its own
-            return await self._stamp(check)
+        if not check.is_quiet():
+            return bool(await self.record_checks([check]))
+        job, now = check.job, check.now
+        quiet = Quiet(job.id, job.revision, job.round, now, now + check.wait, check.pace)
+        if not await self._read(
+            "SELECT 1 FROM polling_jobs WHERE id = :id AND revision = :revision AND round = :round"
+            " AND status = 'active' AND removed_at IS NULL",
+            quiet._asdict(),
+        ):
+            return False
+        self.note(quiet)
+        return True
+
+    def note(self, quiet: Quiet) -> None:
+        """Keep a quiet check until the next `flush`."""
+        self._quiet[quiet.id] = quiet
+
+    async def flush(self) -> None:
+        """Write down the quiet checks, together."""
+        kept, self._quiet = self._quiet, {}
+        try:
+            if kept:
+                await self._flush(list(kept.values()))
+        except StoreError:
+            self._quiet = kept | self._quiet
+            raise
 
     @transactional
-    async def _record_news(self, check: Checked) -> bool:
+    async def _flush(self, kept: Sequence[Quiet]) -> None:
+        await self._write_quiet(kept)
+
+    async def _write_quiet(self, kept: Sequence[Quiet]) -> None:
+        await self._sql_many(
+            "UPDATE polling_jobs SET last_check_at = :now, last_ok_at = :now, errors_in_row = 0,"
+            " next_check_at = :next_check_at, pace = :pace WHERE id = :id AND revision = :revision"
+            " AND round = :round AND status = 'active' AND removed_at IS NULL"
+            " AND coalesce(last_check_at, 0) <= :now",
+            [quiet._asdict() for quiet in kept],
+        )
+
+    @transactional
+    async def record_checks(self, checks: Sequence[Checked]) -> set[int]:
+        """Write down these checks in one transaction; the jobs of which that was done."""
+        return {check.job.id for check in checks if await self._record(check)}
+
+    async def _record(self, check: Checked) -> bool:
+        if earlier := self._quiet.get(check.job.id):
+            await self._write_quiet([earlier])
         if not await self._stamp(check):
             return False
         job, now = check.job, check.now
@@ -3240,12 +3537,12 @@ class Store(Records):
             "UPDATE polling_jobs SET status = :status, last_check_at = :now, last_error = :error,"
             " errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END,"
             " last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END,"
-            " next_check_at = :next_check_at, completed_at = :ended_at WHERE id = :id"
+            " next_check_at = :next_check_at, completed_at = :ended_at, pace = :pace WHERE id = :id"
             " AND revision = :revision AND round = :round AND status = 'active'"
             " AND removed_at IS NULL RETURNING id",
             {
                 **{"id": job.id, "revision": job.revision, "round": job.round, "status": status},
-                **{"error": check.error, "ok": check.ok, "now": check.now},
+                **{"error": check.error, "ok": check.ok, "now": check.now, "pace": check.pace},
                 "next_check_at": check.now + check.wait if status == "active" else None,
                 "ended_at": check.now if status == "failed" else None,
             },
@@ -3377,38 +3674,33 @@ class Store(Records):
 
     async def counts(self) -> dict[str, Any]:
         """Jobs by shown status, and how many secrets, triggers and log rows there are."""
-        async with self._lock:
-            rows = await self._sql(
-                "SELECT CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END, count(*)"
-                " FROM polling_jobs GROUP BY 1"
-            )
-            [row] = await self._sql(
-                "SELECT (SELECT count(*) FROM secrets) AS secrets, (SELECT count(*) FROM triggers)"
-                " AS triggers, (SELECT count(*) FROM polling_logs) AS logs"
-            )
-        return {"jobs": {r[0]: r[1] for r in rows}, **row}
+        counts = {row[0]: row[1] for row in await self._read("SELECT what, n FROM counts")}
+        jobs = {what.removeprefix("job:"): n for what, n in counts.items() if ":" in what and n}
+        return {"jobs": jobs} | {what: n for what, n in counts.items() if ":" not in what}
 
     async def lateness(self, now: float, since: float) -> tuple[float, int]:
         """Of active jobs: the longest time since a successful check (or `since`, when the service
-        started), in seconds, and how many had none for three intervals."""
+        started), in seconds, and how many had none for three intervals. Costs a look at an index
+        for each interval in use, and for each of those jobs."""
         [row] = await self._read(
-            "SELECT min(ok), count(CASE WHEN ok + 3 * poll_interval_seconds < :now THEN 1 END) FROM"
-            " (SELECT poll_interval_seconds, CASE WHEN last_ok_at > :since THEN last_ok_at ELSE"
-            " :since END AS ok FROM polling_jobs WHERE status = 'active' AND removed_at IS NULL)",
+            f"{PACES} SELECT min((SELECT min(last_ok_at) FROM polling_jobs WHERE {ACTIVE}"
+            f" AND {PACE} = seconds)), coalesce(sum((SELECT count(*) FROM polling_jobs WHERE"
+            f" {ACTIVE} AND {PACE} = seconds AND last_ok_at < :now - 3 * seconds"
+            " AND :since < :now - 3 * seconds)), 0) FROM paces WHERE seconds IS NOT NULL",
             {"now": now, "since": since},
         )
-        return (now - row[0] if row[0] is not None else 0.0), row[1]
+        return (now - max(row[0], since) if row[0] is not None else 0.0), row[1]
 
     async def overdue(self, now: float, since: float) -> list[str]:
         """Active jobs without a successful check for three intervals, none counted from before
         `since` (when the service started); at most 100 names."""
         rows = await self._read(
-            "SELECT name FROM polling_jobs WHERE status = 'active' AND removed_at IS NULL AND"
-            " CASE WHEN last_ok_at > :since THEN last_ok_at ELSE :since END"
-            " + 3 * poll_interval_seconds < :now ORDER BY id LIMIT 100",
+            f"{PACES} SELECT id, name FROM paces JOIN polling_jobs ON {PACE} = seconds"
+            f" WHERE {ACTIVE} AND last_ok_at < :now - 3 * seconds AND :since < :now - 3 * seconds"
+            " LIMIT 100",
             {"now": now, "since": since},
         )
-        return [row["name"] for row in rows]
+        return [row["name"] for row in sorted(rows, key=lambda row: int(row["id"]))]
 
     async def due_next(self, limit: int) -> list[tuple[str, float]]:
         """Names and planned times of the checks that come next."""
@@ -3476,13 +3768,109 @@ def parse_batch(batch_id: str, data: Any) -> BatchSeen:
     )
 
 
+def parse_page(data: Any) -> tuple[list[BatchSeen], bool]:
+    """The batches of a page of OpenAI's list, without those that cannot be read, and whether more
+    follow. An answer that is no page is an OpenAIError."""
+    items = data.get("data") if isinstance(data, dict) else None
+    if not isinstance(items, list):
+        raise OpenAIError(f"OpenAI's answer is no list of batches: {short(data)[:80]}", status=200)
+    page = []
+    for item in items:
+        with contextlib.suppress(OpenAIError):
+            page.append(parse_batch(str(item.get("id")) if isinstance(item, dict) else "", item))
+    return page, data.get("has_more") is True
+
+
+class Snapshot(NamedTuple):
+    """What a list of a key's batches showed of those that are watched and not finished. What is
+    not in it was finished, or not shown: it has to be asked for singly."""
+
+    at: float  # monotonic, when its first page was asked for
+    seen: Mapping[str, BatchSeen]
+
+    def show(self, batch_id: str, now: float, age: float) -> BatchSeen | None:
+        return self.seen.get(batch_id) if now - self.at <= age else None
+
+
+class Group(NamedTuple):
+    """Checks of batches of one key that are due together."""
+
+    checks: int
+    interval: float  # s, the least of theirs
+    rank: Rank  # the first one's
+
+
+NOTHING = Snapshot(-math.inf, MappingProxyType({}))
+Rank = tuple[bool, float]  # whether it may wait, and since when it is due: the least goes first
+Watched = Callable[[Collection[str], float], Awaitable[tuple[Mapping[str, float | None], int]]]
+NO_HURRY: Rank = (True, math.inf)
+
+
+class Slots:
+    """A bounded number of calls at once. A free slot goes to the least rank that waits."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting: list[tuple[Rank, int, asyncio.Future[None]]] = []
+        self._count = itertools.count()  # of equals, the first
+
+    @contextlib.asynccontextmanager
+    async def turn(self, rank: Rank) -> AsyncIterator[None]:
+        if self._free:
+            self._free -= 1
+        else:
+            await self._wait(rank)
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    async def _wait(self, rank: Rank) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (rank, next(self._count), turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it was given the slot a moment before
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            turn = heapq.heappop(self._waiting)[2]
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+def budget(per_minute: int | None) -> AsyncLimiter | None:
+    """At most so many a minute, whichever minute one looks at: a tenth at once, the rest evenly."""
+    if per_minute is None:
+        return None
+    from aiolimiter import AsyncLimiter
+
+    at_once = max(1.0, per_minute / 10)
+    return AsyncLimiter(at_once, 60 * at_once / max(per_minute - at_once, per_minute / 2))
+
+
 @dataclass(slots=True)
 class KeyGate:
-    """One key: its call, and what it may do: a bounded number at once, none while rate-limited."""
+    """One key: its calls, and what it may do: a bounded number at once and a minute, none while
+    rate-limited or its circuit is open. And what its list showed. Times are monotonic."""
 
-    call: Callable[[str], Awaitable[Any]]  # made once: a fresh client costs as much as a request
-    slots: asyncio.Semaphore
-    held_until: float = 0.0  # monotonic
+    retrieve: Callable[..., Awaitable[Any]]  # made once: a fresh client costs as much as a request
+    list: Callable[..., Awaitable[Any]]
+    slots: Slots
+    budget: AsyncLimiter | None
+    circuit: Circuit = Circuit()
+    held_until: float = 0.0
+    names: set[str] = field(default_factory=set)  # of the secrets with this value
+    snapshot: Snapshot = NOTHING
+    sweep: asyncio.Task[None] | None = None  # under way
+    pages: float = 1.0  # that a sweep took, or would take
+    measured: float = -math.inf  # when that was seen
+    next_sweep: float = -math.inf  # none before, unless many ask
 
 
 def openai_error(error: openai.APIStatusError, batch_id: str) -> OpenAIError:
@@ -3510,10 +3898,16 @@ class OpenAI:
     an answer is read raw and believed only as far as `parse_batch` does.
     """
 
-    def __init__(self, base_url: str | None) -> None:
-        self._base_url = base_url
+    def __init__(
+        self,
+        base_url: str | None,
+        per_minute: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._base_url, self._per_minute, self._clock = base_url, per_minute, clock
         self._client: openai.AsyncOpenAI | None = None
-        self._slots = asyncio.Semaphore(IN_FLIGHT)
+        self._slots = Slots(IN_FLIGHT)
+        self.requests: Counter[str] = Counter()  # made so far: retrieve, list
         self._gates: dict[str, KeyGate] = {}
 
     def _for_key(self, key: SecretValue) -> openai.AsyncOpenAI:
@@ -3538,47 +3932,189 @@ class OpenAI:
             )
         return self._client.with_options(api_key=key.reveal())
 
-    async def retrieve(self, key: SecretValue, batch_id: str) -> BatchSeen:
-        """One batch as it is now (GET /batches/{batch_id}). Raises OpenAIError."""
-        gate = self._gate(key)
-        async with gate.slots, self._slots:
-            wait = gate.held_until - time.monotonic()
-            if wait > 0:
-                raise OpenAIError("OpenAI rate-limits this key", status=429, retry_after=wait)
-            try:
-                return await self._retrieve(gate, batch_id)
-            except OpenAIError as e:
-                if e.status == 429:
-                    gate.held_until = time.monotonic() + min(
-                        e.retry_after or BACKOFF_FIRST, LONGEST_WAIT
-                    )
-                raise
-
     def _gate(self, key: SecretValue) -> KeyGate:
         if key.reveal() not in self._gates:
-            call = self._for_key(key).batches.with_raw_response.retrieve
-            self._gates[key.reveal()] = KeyGate(call, asyncio.Semaphore(IN_FLIGHT_PER_KEY))
+            calls, slots = self._for_key(key).batches.with_raw_response, Slots(IN_FLIGHT_PER_KEY)
+            gate = KeyGate(calls.retrieve, calls.list, slots, budget(self._per_minute))
+            self._gates[key.reveal()] = gate
         return self._gates[key.reveal()]
 
-    async def _retrieve(self, gate: KeyGate, batch_id: str) -> BatchSeen:
+    async def retrieve(self, key: SecretValue, batch_id: str, rank: Rank = NO_HURRY) -> BatchSeen:
+        """One batch as it is now (GET /batches/{batch_id}). Raises OpenAIError."""
+        gate = self._gate(key)
+        call = partial(gate.retrieve, batch_id)
+        data = await self._call(gate, "retrieve", call, batch_id, rank)
+        return parse_batch(batch_id, data)
+
+    def known_as(self, key: SecretValue, name: str) -> None:
+        """Say which secret this is the value of."""
+        names = self._gate(key).names
+        if name not in names:
+            for gate in self._gates.values():  # it had another value until now
+                gate.names.discard(name)
+            names.add(name)
+
+    def shown(self, key: SecretValue, batch_id: str, age: float) -> BatchSeen | None:
+        """An unfinished batch as a list showed it at most `age` seconds ago; None: ask singly."""
+        return self._gate(key).snapshot.show(batch_id, self._clock(), age)
+
+    async def look(self, key: SecretValue, group: Group, watched: Watched) -> None:
+        """Sweep through the list of a key's batches for `shown`, where that pays: with fewer
+        requests than checks that it answers. Who asks during a sweep waits for that one.
+
+        `watched` tells, for names of secrets and an age in seconds, which batches to look for and
+        when they were created, and how many checks fall due within the age. Raises OpenAIError,
+        and whatever `watched` raises.
+        """
+        gate = self._gate(key)
+        if gate.sweep is None:
+            if group.checks <= WORTH * gate.pages and self._clock() < gate.next_sweep:
+                return
+            gate.sweep = asyncio.create_task(self._sweep(gate, group, watched))
+            gate.sweep.add_done_callback(partial(self._swept, gate))
+        await asyncio.shield(gate.sweep)
+
+    @staticmethod
+    def _swept(gate: KeyGate, sweep: asyncio.Task[None]) -> None:
+        gate.sweep = None
+        if not sweep.cancelled():
+            sweep.exception()  # whoever waits is told; that nobody does any more is no news
+
+    async def _sweep(self, gate: KeyGate, group: Group, watched: Watched) -> None:
+        now = self._clock()
+        gate.next_sweep = now + SWEEP_PAUSE * group.interval
+        if now - gate.measured > SWEEP_AGAIN:
+            gate.pages = 1.0
+        wanted, worth = await watched(gate.names, group.interval / 2)
+        if worth <= WORTH * max(gate.pages, math.ceil(len(wanted) / PAGE)):
+            return
+        try:
+            seen = await self._read_list(gate, wanted, worth, group.rank)
+        except OpenAIError as e:
+            if e.status in (None, 401) or not (e.permanent or e.status == 200):
+                raise
+            log.debug("batches are asked for singly: %s", e)
+            gate.pages, gate.measured = math.inf, now
+            return
+        gate.snapshot = Snapshot(now, seen)
+
+    async def _read_list(
+        self, gate: KeyGate, wanted: Mapping[str, float | None], worth: int, rank: Rank
+    ) -> dict[str, BatchSeen]:
+        """What the list shows of `wanted`, which checks ask for `worth` times: newest first, until
+        all was seen or a page is older than all of them, but not beyond what that is worth."""
+        times = sorted((at for at in wanted.values() if at is not None), reverse=True)
+        share, left, seen = worth / len(wanted), set(wanted), dict[str, BatchSeen]()
+        pages, after, more = 0, None, True
+        while left and more:
+            page, more = await self._page(gate, after, rank)
+            pages, after = pages + 1, page[-1].batch_id if page else None
+            found = [batch for batch in page if batch.batch_id in left]
+            left.difference_update(batch.batch_id for batch in found)
+            seen.update((batch.batch_id, batch) for batch in found if outcome(batch) is None)
+            new = len(times) < len(wanted) and share * len(found) >= WORTH  # as their like
+            more = more and (new or pays(page, times, share))
+        paid = share * (len(wanted) - len(left)) >= pages
+        gate.pages, gate.measured = pages if paid else math.inf, self._clock()
+        return seen
+
+    async def _page(
+        self, gate: KeyGate, after: str | None, rank: Rank
+    ) -> tuple[list[BatchSeen], bool]:
+        """A page of the list (GET /batches). Where the batch that it comes after was deleted, the
+        list ends for us."""
+        call = partial(gate.list, limit=PAGE, **({"after": after} if after else {}))
+        try:
+            return parse_page(await self._call(gate, "list", call, "the list of batches", rank))
+        except OpenAIError as e:
+            if after is not None and e.status in (400, 404):
+                return [], False
+            raise
+
+    async def _call(
+        self,
+        gate: KeyGate,
+        kind: Literal["retrieve", "list"],
+        call: Callable[[], Awaitable[Any]],
+        about: str,
+        rank: Rank,
+    ) -> Any:
+        """The JSON that a call brings, within what its key may do. Raises OpenAIError."""
+        async with gate.slots.turn(rank):
+            if gate.budget is not None:
+                self._admit(gate)
+                await gate.budget.acquire()
+            async with self._slots.turn(rank):
+                self._admit(gate)
+                self.requests[kind] += 1
+                content = await self._judged(gate, call, about)
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as e:
+            said = f"OpenAI's answer about {about} cannot be read: {short(e)}"
+            raise OpenAIError(said) from e
+
+    def _admit(self, gate: KeyGate) -> None:
+        now = self._clock()
+        if (wait := gate.held_until - now) > 0:
+            raise OpenAIError("OpenAI rate-limits this key", status=429, retry_after=wait)
+        if (wait := gate.circuit.until - now) > 0 and gate.circuit.pause:
+            until = iso(time.time() + wait)
+            said = f"OpenAI is not asked until {until}: {gate.circuit.failures} failures in a row"
+            raise OpenAIError(said, retry_after=wait, sent=False)
+
+    async def _judged(self, gate: KeyGate, call: Callable[[], Awaitable[Any]], about: str) -> bytes:
+        """The answer's body; the gate learns from how it went."""
+        before = gate.circuit
+        gate.circuit = begun(before, self._clock())
+        try:
+            content = await self._answer(call, about)
+        except OpenAIError as e:
+            if e.status == 429:
+                wait = min(e.retry_after or BACKOFF_FIRST, LONGEST_WAIT)
+                gate.held_until = self._clock() + wait
+            gate.circuit = ended(gate.circuit, before, fails_circuit(e), self._clock())
+            raise
+        gate.circuit = ended(gate.circuit, before, False, self._clock())
+        return content
+
+    async def _answer(self, call: Callable[[], Awaitable[Any]], about: str) -> bytes:
         import openai
 
         try:
             async with asyncio.timeout(CALL_DEADLINE):
-                answer = await gate.call(batch_id)
-                return parse_batch(batch_id, json.loads(answer.http_response.content))
+                answer = await call()
+                return bytes(answer.http_response.content)
         except openai.APIStatusError as e:
-            raise openai_error(e, batch_id) from e
+            raise openai_error(e, about) from e
         except (openai.APITimeoutError, TimeoutError) as e:
-            raise OpenAIError(f"OpenAI did not answer in time for {batch_id}") from e
+            raise OpenAIError(f"OpenAI did not answer in time for {about}") from e
         except openai.APIConnectionError as e:
             cause = e.__cause__ or e
             said = f"OpenAI cannot be reached: {short(cause) or type(cause).__name__}"
             raise OpenAIError(said, sent=not isinstance(cause, not_sent())) from e
         except (openai.OpenAIError, ValueError, RecursionError) as e:
-            raise OpenAIError(f"OpenAI's answer about {batch_id} cannot be read: {short(e)}") from e
+            raise OpenAIError(f"OpenAI's answer about {about} cannot be read: {short(e)}") from e
+
+    def open_circuits(self) -> list[tuple[str, Circuit, float]]:
+        """Keys that are not asked for now: name of the secret, circuit, seconds until a trial."""
+        now, gates = self._clock(), list(self._gates.values())  # also asked from another thread
+        return [
+            (name, gate.circuit, max(0.0, gate.circuit.until - now))
+            for gate in gates
+            if gate.circuit.state == "open"
+            for name in sorted(gate.names)
+        ]
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self._base_url or "https://api.openai.com/v1").netloc
 
     async def close(self) -> None:
+        sweeps = [gate.sweep for gate in self._gates.values() if gate.sweep is not None]
+        for sweep in sweeps:
+            sweep.cancel()
+        await asyncio.gather(*sweeps, return_exceptions=True)
         if self._client is not None:
             await self._client.close()
 
@@ -4177,9 +4713,9 @@ def drift(known: Mapping[str, Any], seen: Fields, *, text_takes_all: bool) -> li
         for name, was in known.items()
         if was["always"] and name not in seen
     ]
-    for name, field in seen.items():
+    for name, now in seen.items():
         was = known[name]["types"] if name in known else []
-        for kind in field["types"]:
+        for kind in now["types"]:
             if not fits(kind, was, text_takes_all=text_takes_all):
                 notes.append(f"field {cut(name)} was {' or '.join(was)}, now {kind}")
     return notes
@@ -4855,9 +5391,10 @@ class Steps:
         self.tally: Counter[tuple[str, str]] = Counter()  # (what, outcome), for the metrics
         self._first_used: dict[int, SealedSecret] = {}  # still to be noted
 
-    async def step(self, job_id: int) -> Stepped:
-        """Advance a job's open triggers, then check its batches if it is active. Raises StoreError
-        when the store cannot be used; then nothing was sent."""
+    async def step(self, job_id: int, rank: Rank = NO_HURRY) -> Stepped:
+        """Advance a job's open triggers, then check its batches if it is active; singly if someone
+        asked for that (`rank`). Raises StoreError when the store cannot be used; then nothing was
+        sent."""
         job, batches, has_open = await self.store.job_with_batches(job_id)
         steps = []
         if has_open:
@@ -4865,14 +5402,28 @@ class Steps:
                 steps.append(await self._advance(trigger))
             job, batches, _ = await self.store.job_with_batches(job_id)
         if job is not None and job.status == "active" and job.removed_at is None:
-            ingests = isinstance(job.spec, IngestSpec)
-            steps.append(await (self._ingest(job) if ingests else self._check(job, batches)))
+            if isinstance(job.spec, IngestSpec):
+                steps.append(await self._ingest(job))
+            else:
+                steps.append(await self._check(job, batches, rank))
         waits = [s.wait for s in steps if s.wait is not None]
+        await self._note_uses()
+        last = steps[-1] if steps else Stepped(None, "nothing to do")
+        return replace(last, wait=min(waits, default=None))
+
+    async def step_all(self, ids: Sequence[int]) -> dict[int, Stepped]:
+        """A step of each of these jobs, and the lists of batches for those that they answer."""
+        together, _ = await self.sort_out(ids)
+        done: dict[int, Stepped] = {}
+        for found in await asyncio.gather(*(self.glance(*group) for group in together.items())):
+            done |= found
+        rest = [job_id for job_id in ids if job_id not in done]
+        return done | dict(zip(rest, await asyncio.gather(*map(self.step, rest)), strict=True))
+
+    async def _note_uses(self) -> None:
         with contextlib.suppress(StoreError):  # at the end, and next time if not now
             while self._first_used:
                 await self.store.note_use(self._first_used.popitem()[1], self.clock())
-        last = steps[-1] if steps else Stepped(None, "nothing to do")
-        return replace(last, wait=min(waits, default=None))
 
     async def _secret(self, name: str) -> SecretValue:
         """Looked up at each use, so that a replaced secret counts at once."""
@@ -4890,44 +5441,177 @@ class Steps:
 
     # checking
 
-    async def _check(self, job: Job, known: Sequence[Batch]) -> Stepped:
-        batches, errors = await self._look(job, known)
+    async def sort_out(self, ids: Collection[int]) -> tuple[dict[str, list[Due]], list[int]]:
+        """Of jobs that are due: those that a list of batches may answer, by the secret that they
+        share; and those that need a step of their own."""
+        together: dict[str, list[Due]] = {}
+        for due in await self.store.due(ids):
+            active = due.row["status"] == "active" and due.row["removed_at"] is None
+            ends = {outcome(batch) for batch in due.batches}
+            if active and not due.has_open and None in ends and "failed" not in ends:
+                together.setdefault(due.row["openai_secret"], []).append(due)
+        taken = {due.id for group in together.values() for due in group}
+        return together, [job_id for job_id in ids if job_id not in taken]
+
+    async def glance(
+        self, secret: str, group: Sequence[Due], since: float = math.inf
+    ) -> dict[int, Stepped]:
+        """Check jobs of one key, due `since` then, by a list of its batches: those of which it
+        shows that all goes on. The others need a step of their own, which asks singly for what
+        looks finished or is not in the list, and decides."""
+        try:
+            key = await self._secret(secret)
+        except SecretError:
+            return {}
+        self.openai.known_as(key, secret)
+        shown, error = {due.id: self._shown(key, due) for due in group}, None
+        if stale := [due for due in group if shown[due.id] is None]:
+            try:
+                await self.openai.look(key, self._group(stale, since), self._watched)
+            except OpenAIError as e:
+                error = e
+            shown |= {due.id: self._shown(key, due) for due in stale}
+        await self._note_uses()
+        return await self._take_in(group, shown, error)
+
+    def _shown(self, key: SecretValue, due: Due) -> list[Batch] | None:
+        """The batches as the last list has them; None where it does not show that they go on, is
+        too old, or older than what we know."""
+        now, batches = self.clock(), []
+        age = min(self._interval(due) / 2, now - (due.row["last_check_at"] or 0.0))
+        for batch in due.batches:
+            if outcome(batch) is None:
+                seen = self.openai.shown(key, batch.batch_id, age)
+                if seen is None:
+                    return None
+                batch = merged(batch, seen, now)
+            batches.append(batch)
+        return batches
+
+    def _interval(self, due: Due) -> float:
+        """The time since its last check that a job was given."""
+        low = self.config.settings.min_poll_interval
+        return float(due.row["poll_interval_seconds"] or due.row["pace"] or low)
+
+    def _pace(self, auto: bool, batches: Sequence[Batch], now: float) -> float | None:
+        """Until the next check, where a job leaves that to us."""
+        s = self.config.settings
+        low, high = s.min_poll_interval, s.max_poll_interval
+        return auto_interval(batches, now, low, high) if auto else None
+
+    def usual(self, job: Job | None) -> float:
+        """A job's interval, or the default where it has none of its own."""
+        own = job.spec.poll_interval if job is not None else "auto"
+        return float(self.config.settings.default_poll_interval if own == "auto" else own)
+
+    def _group(self, dues: Sequence[Due], since: float) -> Group:
+        batches = [b for due in dues for b in due.batches if outcome(b) is None]
+        rank = all(batch.status != "finalizing" for batch in batches), since
+        return Group(len(batches), min(map(self._interval, dues)), rank)
+
+    async def _watched(
+        self, secrets: Collection[str], age: float
+    ) -> tuple[Mapping[str, float | None], int]:
+        return await self.store.watched(secrets, self.clock() + age)
+
+    async def _take_in(
+        self,
+        group: Sequence[Due],
+        shown: Mapping[int, list[Batch] | None],
+        error: OpenAIError | None,
+    ) -> dict[int, Stepped]:
+        """Write down what the list showed, and the error of those that waited for it."""
+        done, news, now = (
+            dict[int, Stepped](),
+            list[tuple[Checked, list[TeckoError]]](),
+            self.clock(),
+        )
+        for due in group:
+            batches = shown[due.id]
+            if batches == due.batches and not due.row["last_error"] and not remarks(batches, now):
+                row, pace = due.row, self._pace(not due.row["poll_interval_seconds"], batches, now)
+                wait = pace or self._interval(due)
+                self.store.note(Quiet(due.id, row["revision"], row["round"], now, now + wait, pace))
+                done[due.id] = Stepped(wait, "no news")
+            elif batches is not None or error is not None:
+                errors: list[TeckoError] = [error] if batches is None and error else []
+                check = self._concluded(job_of(due.row), due.batches, batches, errors)
+                if check.verdict.event is None:
+                    news.append((check, errors))
+        self.tally["checks", "waiting"] += len(done)
+        recorded = await self.store.record_checks([c for c, _ in news]) if news else ()
+        done |= {c.job.id: self._told(c, e, c.job.id in recorded) for c, e in news}
+        return done
+
+    async def _check(self, job: Job, known: Sequence[Batch], rank: Rank) -> Stepped:
+        batches, errors = await self._look(job, known, rank)
+        check = self._concluded(job, known, batches, errors)
+        recorded = await self.store.record_check(check)
+        stepped = self._told(check, errors, recorded)
+        if recorded and check.trigger is not None:
+            return await self._advance(check.trigger)
+        return stepped
+
+    def _concluded(
+        self,
+        job: Job,
+        known: Sequence[Batch],
+        batches: Sequence[Batch] | None,
+        errors: Sequence[TeckoError],
+    ) -> Checked:
+        """What follows from a look at the batches; None where there was none."""
         now, settings = self.clock(), self.config.settings
+        batches = known if batches is None else batches
         verdict = decide(job.watches.watch, batches, now)
         trigger = self._intent(job, batches, verdict, now) if verdict.event == "fire" else None
-        interval, row = float(job.spec.poll_interval), job.errors_in_row + 1
+        pace = self._pace(job.spec.poll_interval == "auto", batches, now)
+        interval, row = pace or self.usual(job), job.errors_in_row + 1
         waits = [wait_after_error(e, row, interval, settings, self.luck()) for e in errors]
         wait = max(waits, default=interval)
         said = [verdict.reason] if verdict.event else [*map(str, errors), *remarks(batches, now)]
         last_error = "; ".join(dict.fromkeys(filter(None, said))) or None
         ok = not errors
-        checked = Checked(job, known, batches, verdict, trigger, last_error, ok, wait, now)
-        if not await self.store.record_check(checked):
+        return Checked(job, known, batches, verdict, trigger, last_error, ok, wait, now, pace)
+
+    def _told(self, check: Checked, errors: Sequence[TeckoError], recorded: bool) -> Stepped:
+        """Count a check, and say what came of it."""
+        if not recorded:
             self.tally["checks", "dropped"] += 1
             return Stepped(0.0, "changed while it was checked")
-        self.tally["checks", verdict.event or ("error" if errors else "waiting")] += 1
+        event = check.verdict.event
+        self.tally["checks", event or ("error" if errors else "waiting")] += 1
         for error in errors:
             self._count_error(error)
-        if trigger is not None:
-            return await self._advance(trigger)
-        done = sum(outcome(b) is not None for b in batches)
-        text = last_error or f"{done} of {len(batches)} batches done"
-        return Stepped(None if verdict.event else wait, text, errors[0] if errors else None)
+        done = sum(outcome(b) is not None for b in check.batches)
+        text = check.error or f"{done} of {len(check.batches)} batches done"
+        return Stepped(None if event else check.wait, text, errors[0] if errors else None)
 
-    async def _look(self, job: Job, known: Sequence[Batch]) -> tuple[list[Batch], list[TeckoError]]:
+    async def _look(
+        self, job: Job, known: Sequence[Batch], rank: Rank
+    ) -> tuple[list[Batch], list[TeckoError]]:
         """The batches as they are now, and the errors met; a finished one is not asked again."""
+        name = str(job.watches.watch.secret)
         try:
-            key = await self._secret(str(job.watches.watch.secret))
+            key = await self._secret(name)
         except SecretError as e:
             return [*known], [e]
-        looked = await asyncio.gather(*(self._look_at(key, batch) for batch in known))
+        self.openai.known_as(key, name)
+        age = self.clock() - (job.last_check_at or 0.0)
+        asked, age = not rank[0], min(self.usual(job) / 2, age)
+        if any(batch.status == "finalizing" for batch in known):
+            rank = False, rank[1]
+        look = partial(self._look_at, key, rank=rank, age=-1.0 if asked else age)
+        looked = await asyncio.gather(*map(look, known))
         return [batch for batch, _ in looked], [error for _, error in looked if error is not None]
 
-    async def _look_at(self, key: SecretValue, batch: Batch) -> tuple[Batch, TeckoError | None]:
+    async def _look_at(
+        self, key: SecretValue, batch: Batch, *, rank: Rank, age: float
+    ) -> tuple[Batch, TeckoError | None]:
         if outcome(batch) is not None:
             return batch, None
         try:
-            seen = await self.openai.retrieve(key, batch.batch_id)
+            seen = self.openai.shown(key, batch.batch_id, age)  # an unfinished one
+            seen = seen or await self.openai.retrieve(key, batch.batch_id, rank)
             return merged(batch, seen, self.clock()), None
         except OpenAIError as e:
             if e.status == 404:  # `decide` says when to believe it
@@ -4976,8 +5660,10 @@ class Steps:
 
     async def _wait(self, trigger: Trigger, error: TeckoError) -> float:
         job = await self.store.job(trigger.job_id)
-        interval, row = (job.spec.poll_interval, job.errors_in_row) if job else (BACKOFF_FIRST, 1)
-        return wait_after_error(error, max(row, 1), interval, self.config.settings, self.luck())
+        row = job.errors_in_row if job else 1
+        return wait_after_error(
+            error, max(row, 1), self.usual(job), self.config.settings, self.luck()
+        )
 
     async def _record(
         self, trigger: Trigger, event: Event, said: str, **facts: Any
@@ -5067,7 +5753,7 @@ class Steps:
 
     async def _follow_wait(self, trigger: Trigger) -> float:
         job = await self.store.job(trigger.job_id)
-        return FOLLOW_FACTOR * float(job.spec.poll_interval if job else 0)
+        return FOLLOW_FACTOR * self.usual(job)
 
     # ingesting
 
@@ -5401,7 +6087,7 @@ class JobAnswer(Answer):
     variables: dict[str, str]
     on_ambiguous: str | None
     ingest: dict[str, Any] | None = Field(description="as in jobs.yaml; null: it watches batches")
-    poll_interval_seconds: int
+    poll_interval_seconds: int | Literal["auto"]
     batches: list[Batch]
     batch_count: int
     completed_count: int
@@ -5446,6 +6132,16 @@ class Done(Answer):
 SchedulerState = Literal["running", "stopped", "stalled"]
 
 
+class CircuitAnswer(Answer):
+    """A key that is left alone for a while, since calls with it failed in a row."""
+
+    secret: str
+    host: str
+    state: Literal["closed", "open"]
+    failures: int
+    until: At = Field(description="then one call is tried")
+
+
 class Health(Answer):
     status: Literal["healthy", "degraded", "unhealthy"]
     timestamp: At
@@ -5455,6 +6151,7 @@ class Health(Answer):
     db_connected: bool
     scheduler: SchedulerState
     overdue_jobs: list[str] = Field(description="no successful check for three intervals")
+    circuits: list[CircuitAnswer] = Field(description="keys of OpenAI that are not asked for now")
     etl_last_run: At | None = Field(description="when the last ingest began; null: none did")
     etl_status: str | None = Field(description="in_progress, success, failed or interrupted")
 
@@ -5558,7 +6255,7 @@ def secret_answer(row: SealedSecret) -> SecretAnswer:
 
 
 JOB_MEANS = {
-    "active": "Next: it is checked{next}, every {every} s, while the service runs.",
+    "active": "Next: it is checked{next}, {every}, while the service runs.",
     "paused": "Next: nothing, until job resume.",
     "triggering": "Next: the trigger is carried to Keboola, while the service runs.",
     "triggered": "Next: Keboola's job is followed to its end.",
@@ -5648,7 +6345,9 @@ def explain(job: Job, batches: Sequence[Batch], trigger: Trigger | None, now: fl
         means = "Next: Keboola's search is asked again, until the trigger is settled."
     elif job.removed_at is not None and trigger is not None and is_open(trigger):
         means = "Next: no check, for the job has left jobs.yaml; its trigger is carried to its end."
-    return [*said, means.format(next=next_check, every=job.spec.poll_interval)]
+    pace = job.spec.poll_interval
+    every = "as often as its progress asks for" if pace == "auto" else f"every {pace} s"
+    return [*said, means.format(next=next_check, every=every)]
 
 
 class Desk:
@@ -5810,6 +6509,12 @@ class Desk:
 # ── Metrics ───────────────────────────────────────────────────────────────────────────────────
 
 
+LATENESS = (  # s; fine where the aims lie: a median in milliseconds, 99 of 100 within a second
+    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
+    *(1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
+)
+
+
 class Metrics:
     """What Prometheus is told: histograms that fill as things happen, the rest when it asks."""
 
@@ -5827,6 +6532,12 @@ class Metrics:
             "Time that a transaction of the store took.",
             registry=self.registry,
             buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        )
+        self.lateness = prometheus_client.Histogram(
+            "teckochecker_check_lateness_seconds",
+            "Time from when a job's step was due until it was done.",
+            registry=self.registry,
+            buckets=LATENESS,
         )
         self._families: list[Any] = []
         self.registry.register(cast(Any, self))
@@ -5924,14 +6635,80 @@ class RunLock:
 
 
 def make_scheduler() -> AsyncIOScheduler:
-    """APScheduler with the settings that drop nothing, and a guard against a clock that is set.
+    """APScheduler with the settings that drop nothing, a calendar that does not grow slower with
+    the number of jobs, and a guard against a clock that is set.
 
     Its due times are wall clock, its timer is monotonic: a clock set back by ten minutes would
     stop all checks for ten minutes. The guard moves all due times along with the clock.
     """
+    from apscheduler.executors.base import BaseExecutor
+    from apscheduler.jobstores.base import BaseJobStore, JobLookupError
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
     logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped tick is no news: see _run
+
+    class Calendar(BaseJobStore):  # type: ignore[misc]
+        """Jobs by due time, of which there are few, since they lie on a grid. The library's own
+        store keeps one sorted list, in which each firing moves on average half of it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._jobs: dict[str, tuple[Any, datetime]] = {}
+            self._due: dict[datetime, dict[str, Any]] = {}
+            self._times: list[datetime] = []  # a heap of them, and of some that are empty by now
+
+        def lookup_job(self, job_id: str) -> Any:
+            return self._jobs[job_id][0] if job_id in self._jobs else None
+
+        def get_due_jobs(self, now: datetime) -> list[Any]:
+            times = []
+            while self._times and self._times[0] <= now:
+                times.append(heapq.heappop(self._times))
+            times = [at for at in dict.fromkeys(times) if at in self._due]
+            for at in times:
+                heapq.heappush(self._times, at)
+            return [job for at in times for job in self._due[at].values()]
+
+        def get_next_run_time(self) -> datetime | None:
+            while self._times and self._times[0] not in self._due:
+                heapq.heappop(self._times)
+            return self._times[0] if self._times else None
+
+        def get_all_jobs(self) -> list[Any]:
+            return [job for job, _ in self._jobs.values()]
+
+        def add_job(self, job: Any) -> None:
+            if job.id in self._jobs:
+                self.remove_job(job.id)
+            at = job.next_run_time
+            self._jobs[job.id] = job, at
+            if at not in self._due:
+                self._due[at] = {}
+                heapq.heappush(self._times, at)
+            self._due[at][job.id] = job
+
+        update_job = add_job
+
+        def remove_job(self, job_id: str) -> None:
+            if job_id not in self._jobs:
+                raise JobLookupError(job_id)
+            _, at = self._jobs.pop(job_id)
+            del self._due[at][job_id]
+            if not self._due[at]:
+                del self._due[at]
+
+        def remove_all_jobs(self) -> None:
+            self._jobs, self._due, self._times = {}, {}, []
+
+    class Notice(BaseExecutor):  # type: ignore[misc]
+        """Tells at once that a job is due, and since when; a task for each would cost as much as
+        its check."""
+
+        def submit_job(self, job: Any, run_times: Sequence[datetime]) -> None:
+            job.func(*job.args, run_times[-1].timestamp())
+
+        def _do_submit_job(self, job: Any, run_times: Sequence[datetime]) -> None:
+            raise NotImplementedError
 
     class ClockGuarded(AsyncIOScheduler):  # type: ignore[misc]
         offset = time.time() - time.monotonic()
@@ -5941,15 +6718,20 @@ def make_scheduler() -> AsyncIOScheduler:
             step, self.offset = offset - self.offset, offset
             if abs(step) > CLOCK_JUMP:
                 log.warning("the clock was set by %+.0f s; all due times move with it", step)
-                jobs = self._jobstores["default"]
-                for job in jobs.get_all_jobs():
-                    job._modify(next_run_time=job.next_run_time + timedelta(seconds=step))
-                    jobs.update_job(job)
+                for job in self._jobstores["default"].get_all_jobs():
+                    self.move(job, job.next_run_time + timedelta(seconds=step))
             return super()._process_jobs()
+
+        def move(self, job: Any, at: datetime) -> None:
+            """Another due time; `wakeup` is left to the caller, who may move many."""
+            job._modify(next_run_time=at)
+            self._jobstores["default"].update_job(job)
 
     # A missed time is caught up once, however late; a job never runs beside itself.
     defaults = {"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
-    return ClockGuarded(timezone=UTC, job_defaults=defaults)
+    scheduler = ClockGuarded(timezone=UTC, job_defaults=defaults, jobstores={"default": Calendar()})
+    scheduler.add_executor(Notice(), "notice")
+    return scheduler
 
 
 def on_grid(at: float) -> datetime:
@@ -5961,6 +6743,13 @@ def phase(job_id: int, interval: float, jobs: int) -> float:
     """Seconds until a job's first check: at once when there are few, else spread evenly (golden
     ratio, so that any run of ids spreads) at START_RATE a second over at most the interval."""
     return job_id * 0.6180339887 % 1 * min(interval, jobs / START_RATE)
+
+
+def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
+    """Seconds from the start to a job's first check. Those of one key fall into half of the
+    interval, less a little for delays, so that one list of its batches is young enough for all."""
+    key = zlib.crc32(secret.encode())
+    return phase(key, interval / 2, jobs) + 0.9 * phase(job_id, interval / 2, jobs)
 
 
 async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]:
@@ -5998,10 +6787,18 @@ class Service:
         self._scheduler = make_scheduler()
         self._plans: dict[int, Plan] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._due: dict[int, float] = {}  # since when; taken up when the tick is over
+        # jobs with a step under way: what they began with, and since when they were due
+        self._busy: dict[int, tuple[Plan, float]] = {}
+        self._asked: set[int] = set()  # someone wants these checked
+        self._off: set[int] = set()  # their timers are not at their slots
+        self._idle: set[int] = set()  # nothing may be left to do for them
+        self._epoch = 0.0  # from which slots count
         self._seen_version = -1
         self._stale = True  # the plans may differ from the store
         self._ticked = time.monotonic()
         self._draining = False
+        self._woken = False  # the scheduler will be, at the end of this turn of the loop
 
     @property
     def settings(self) -> Settings:
@@ -6012,6 +6809,7 @@ class Service:
         await self._adopt(self.steps.config)
         if not timers:
             return
+        self._epoch = time.time()
         await self._sync()
         self._scheduler.add_job(
             self._tick, "interval", seconds=TICK, next_run_time=datetime.now(UTC)
@@ -6051,6 +6849,8 @@ class Service:
             for task in late:  # a POST cut off here is found as `sending` at the next start
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        with contextlib.suppress(StoreError):
+            await self.store.flush()
         self._scheduler.shutdown(wait=False)
         await asyncio.sleep(0)
 
@@ -6088,13 +6888,17 @@ class Service:
     # timers
 
     async def _tick(self) -> None:
-        """Once a second: take up what other processes changed, and feed the watchdog."""
+        """Once a second: write down the quiet checks, take up what other processes changed, and
+        feed the watchdog."""
         ACTOR.set(None)
         try:
+            await self.store.flush()
             version = await self.store.data_version()
             if self._stale or version != self._seen_version:
                 await self._sync()
                 self._seen_version = version
+            if self._idle:
+                await self._sync_idle()
             now = time.monotonic()
             self._lag, self._ticked = max(0.0, now - self._ticked - TICK), now
             notify("WATCHDOG=1")
@@ -6115,63 +6919,145 @@ class Service:
         self._stale = False
         wanted = await self.store.schedule()
         for job_id in self._plans.keys() - wanted.keys():
-            self._scheduler.remove_job(str(job_id))
-            del self._plans[job_id]
+            self._forget(job_id)
         for job_id, plan in wanted.items():
             if self._plans.get(job_id) != plan:
-                self._plans[job_id] = plan
-                self._scheduler.add_job(
-                    self._run,
-                    "interval",
-                    (job_id,),
-                    seconds=plan.interval,
-                    id=str(job_id),
-                    replace_existing=True,
-                    next_run_time=on_grid(time.time() + phase(job_id, plan.interval, len(wanted))),
-                )
+                self._plan(job_id, plan, len(wanted))
 
-    async def _run(self, job_id: int) -> None:
-        """What a job's timer calls: the timer swallows what is raised, so nothing is."""
-        ACTOR.set(None)  # a timer inherits the context of whoever set it
-        task = asyncio.current_task()
-        assert task is not None
-        if self._draining:
+    async def _sync_idle(self) -> None:
+        """The same for those that said that nothing is left to do, since there may be again."""
+        ids = self._idle & self._plans.keys()
+        self._idle.clear()
+        wanted = await self.store.schedule(ids) if ids else {}
+        for job_id in ids - wanted.keys():
+            self._forget(job_id)
+
+    def _forget(self, job_id: int) -> None:
+        self._scheduler.remove_job(str(job_id))
+        del self._plans[job_id]
+
+    def _plan(self, job_id: int, plan: Plan, jobs: int) -> None:
+        interval = plan.interval or self.settings.min_poll_interval
+        at = self._epoch + slot(plan.secret, job_id, interval, jobs)
+        if self._scheduler.running:
+            at += time.time() - self._epoch
+            self._off.add(job_id)
+        self._plans[job_id] = plan
+        self._scheduler.add_job(
+            self._fall_due,
+            "interval",
+            (job_id,),
+            seconds=plan.interval or self.settings.max_poll_interval,
+            id=str(job_id),
+            executor="notice",
+            replace_existing=True,
+            next_run_time=on_grid(at),
+        )
+
+    def _fall_due(self, job_id: int, since: float = 0.0) -> None:
+        """What a job's timer calls. One that is still busy, or due already, is not twice."""
+        if self._draining or job_id in self._busy:
             return
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._serve_due)
+        self._due.setdefault(job_id, since)
+        self._busy[job_id] = self._plans[job_id], since
+
+    def _serve_due(self) -> None:
+        due, self._due = self._due, {}
+        ids = sorted(due, key=due.__getitem__)
+        for at in range(0, len(ids), TOGETHER):
+            self._spawn(self._serve({i: due[i] for i in ids[at : at + TOGETHER]}))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
-        plan = self._plans.get(job_id)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, due: Mapping[int, float]) -> None:
+        """Steps for jobs that fell due together: by a list of batches where one may answer, else
+        one by one. Whatever goes wrong with many is met again by each, and told there."""
+        ACTOR.set(None)  # a timer inherits the context of whoever set it
+        together, alone = dict[str, list[Due]](), list(due)
+        with contextlib.suppress(StoreError):
+            together, alone = await self.steps.sort_out([i for i in due if i not in self._asked])
+            alone += self._asked & due.keys()
+        for secret, group in together.items():
+            self._spawn(self._glance(secret, group, due))
+        for job_id in alone:
+            self._spawn(self._run(job_id, due[job_id]))
+
+    async def _glance(self, secret: str, group: Sequence[Due], due: Mapping[int, float]) -> None:
+        done, began = dict[int, Stepped](), time.perf_counter()
         try:
-            stepped = await self._step(job_id)
+            done = await self.steps.glance(secret, group, min(due[each.id] for each in group))
+        except StoreError:
+            pass
+        except Exception:
+            log.exception("a defect of TeckoChecker; checking %d jobs one by one", len(group))
+        took = time.perf_counter() - began
+        for each in group:
+            if each.id in done:
+                self._stepped(each.id, done[each.id], took)
+            else:
+                self._spawn(self._run(each.id, due[each.id]))
+
+    async def _run(self, job_id: int, since: float) -> None:
+        """A step of one job."""
+        asked = job_id in self._asked
+        self._asked.discard(job_id)
+        began = time.perf_counter()
+        try:
+            stepped = await self.steps.step(job_id, (not asked, since))
         except asyncio.CancelledError:
             log.warning("job %s: its step was cut off by the end of the service", job_id)
             return
-        finally:
-            self._tasks.discard(task)
-        if plan is None or stepped.wait is None:
-            self._stale = True
-        elif self._plans.get(job_id) is not plan:  # changed while we looked at the old one
-            self._due(job_id, 0.0)
-        elif abs(stepped.wait - plan.interval) > GRID:
-            self._due(job_id, stepped.wait)
-
-    async def _step(self, job_id: int) -> Stepped:
-        begun = time.perf_counter()
-        try:
-            stepped = await self.steps.step(job_id)
         except StoreError as e:
             stepped = Stepped(STORE_RETRY, str(e), e)
             log.error("job %s: %s", job_id, e)
         except Exception as e:
             stepped = Stepped(LONGEST_WAIT, "a defect", TeckoError(str(e)))
             log.exception("job %s: a defect of TeckoChecker; trying again in an hour", job_id)
-        self.metrics.steps.observe(time.perf_counter() - begun)
+        self._stepped(job_id, stepped, time.perf_counter() - began)
+
+    def _stepped(self, job_id: int, stepped: Stepped, took: float) -> None:
+        """Count a step, and see to the next one."""
+        self.metrics.steps.observe(took)
         self.counters["steps"] += 1
         self.counters["errors"] += stepped.error is not None
         log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
-        return stepped
+        (began_with, since), plan = self._busy.pop(job_id), self._plans.get(job_id)
+        self.metrics.lateness.observe(max(0.0, time.time() - since))
+        if plan is None or stepped.wait is None:
+            self._idle.add(job_id)
+        elif began_with != plan or job_id in self._asked:  # changed while we looked at the old one
+            self._move(job_id, time.time())
+        elif abs(stepped.wait - plan.interval) > GRID if plan.interval else stepped.error:
+            self._move(job_id, time.time() + stepped.wait)
+        elif job_id in self._off or not plan.interval:
+            self._move(job_id, self._next_slot(job_id, plan, stepped.wait))
+            self._off.discard(job_id)
 
-    def _due(self, job_id: int, wait: float) -> None:
+    def _next_slot(self, job_id: int, plan: Plan, interval: float) -> float:
+        """The job's slot about an interval from now: not sooner than a quarter of it."""
+        soonest, interval = time.time() + interval / 4, max(interval, GRID)
+        first = self._epoch + slot(plan.secret, job_id, interval, len(self._plans))
+        return first + math.ceil((soonest - first) / interval) * interval
+
+    def _move(self, job_id: int, at: float) -> None:
+        """Give a job another due time; its timer goes on from there."""
         if job_id in self._plans and self._scheduler.running:
-            self._scheduler.modify_job(str(job_id), next_run_time=on_grid(time.time() + wait))
+            self._off.add(job_id)
+            self._scheduler.move(self._scheduler.get_job(str(job_id)), on_grid(at))
+            if not self._woken:
+                self._woken = True
+                asyncio.get_running_loop().call_soon(self._wake)
+
+    def _wake(self) -> None:
+        """Let the scheduler look at its due times, once for all that were moved."""
+        self._woken = False
+        if self._scheduler.running:
+            self._scheduler.wakeup()
 
     # figures
 
@@ -6205,7 +7091,21 @@ class Service:
             overdue_jobs=overdue,
             etl_last_run=runs[0].start_time if runs else None,
             etl_status=runs[0].status if runs else None,
+            circuits=self._circuits(),
         )
+
+    def _circuits(self) -> list[CircuitAnswer]:
+        openai, now = self.steps.openai, time.time()
+        return [
+            CircuitAnswer(
+                secret=name,
+                host=openai.host,
+                state=circuit.state,
+                failures=circuit.failures,
+                until=now + wait,
+            )
+            for name, circuit, wait in openai.open_circuits()
+        ]
 
     def _scheduler_state(self) -> SchedulerState:
         stalled = time.monotonic() - self._ticked > STALLED_TICKS
@@ -6271,6 +7171,7 @@ class Service:
                 "ingest_runs": ("Runs of ingests.", "outcome", tallied("ingests")),
                 "upstream_errors": ("Calls that failed.", "kind", tallied("upstream_errors")),
                 "records": ("Records that ingests read, ever.", "became", records),
+                "openai_requests": ("Requests to OpenAI.", "kind", {**self.steps.openai.requests}),
             },
             gauges={
                 "jobs": ("Jobs by state.", "status", jobs),
@@ -6280,6 +7181,11 @@ class Service:
                     {"": overdue},
                 ),
                 "check_age_seconds": ("Longest time since a good check.", "", {"": oldest}),
+                "open_circuits": (
+                    "1: this key of OpenAI is not asked for now.",
+                    "secret",
+                    {name: 1.0 for name, *_ in self.steps.openai.open_circuits()},
+                ),
                 "loop_lag_seconds": ("How late the last tick was.", "", {"": self._lag}),
                 "http_connections": ("Open connections.", "", {"": self.connections()}),
                 "start_timestamp_seconds": ("When it was started.", "", {"": self.started_at}),
@@ -6295,7 +7201,8 @@ class Service:
             raise Conflict(f"Cannot check job {job.name!r}: it is {job.shown_status}")
         if job.id in self.steps.ingesting:
             raise Conflict(f"Cannot run job {job.name!r}: a run of it goes on already")
-        self._due(job.id, 0.0)
+        self._asked.add(job.id)
+        self._move(job.id, time.time())
         return Done(success=True, message=f"Job {job.name!r} is checked now")
 
 
@@ -6306,7 +7213,9 @@ async def make_service(
     """The service with its store and upstreams, started; drained and closed at the end."""
     vault = Vault(config.settings)
     async with Store(config.settings.database) as store:
-        upstreams = OpenAI(config.settings.openai_base_url), Keboola(), Web()
+        settings = config.settings
+        openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
+        upstreams = openai, Keboola(), Web()
         service = Service(Steps(config, store, vault, *upstreams), load)
         try:
             await service.start(timers=timers)
@@ -7263,7 +8172,9 @@ async def cmd_check(args: argparse.Namespace, config: Config) -> int:
             ids = [(await store.find_job(ref)).id for ref in args.jobs] or list(
                 await store.schedule()
             )
-            results = await asyncio.gather(*(check_once(service, job_id) for job_id in ids))
+            first = await service.steps.step_all(ids)
+            steps = (check_once(service, job_id, first[job_id]) for job_id in ids)
+            results = await asyncio.gather(*steps)
             jobs = {job.id: job for job in await store.jobs()}
     rows = [
         (jobs[i].id, jobs[i].name, jobs[i].shown_status, s.said)
@@ -7274,15 +8185,16 @@ async def cmd_check(args: argparse.Namespace, config: Config) -> int:
     return int(any(s.error is not None for s in results))
 
 
-async def check_once(service: Service, job_id: int) -> Stepped:
+async def check_once(service: Service, job_id: int, stepped: Stepped) -> Stepped:
+    """What comes of a job's step and those that follow it at once."""
     while True:
-        stepped = await service.steps.step(job_id)
         job = await service.store.job(job_id)
-        if job is None or stepped.wait is None or stepped.wait >= job.spec.poll_interval:
+        if job is None or stepped.wait is None or stepped.wait >= service.steps.usual(job):
             return stepped
         if stepped.error is None and stepped.wait > 0:  # a search, or a look at a running job
             return stepped
         await asyncio.sleep(stepped.wait)
+        stepped = await service.steps.step(job_id)
 
 
 def secret_input(args: argparse.Namespace) -> str:
@@ -7379,7 +8291,7 @@ def job_table(found: JobList, now: float) -> RenderableType:
         (
             *(job.id, job.name, job.status),
             f"{job.completed_count + job.failed_count}/{job.batch_count}",
-            f"{job.poll_interval_seconds} s",
+            pace if (pace := job.poll_interval_seconds) == "auto" else f"{pace} s",
             *(ago(job.last_check_at, now), ago(job.next_check_at, now)),
         )
         for job in found.jobs
@@ -7669,7 +8581,7 @@ def add_job_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--keboola-stack", required=required, metavar="URL")
     parser.add_argument("--component-id", required=required, metavar="ID")
     parser.add_argument("--config-id", required=required, metavar="ID")
-    parser.add_argument("--poll-interval", metavar="S", help="seconds, or 30s, 2m, 1h")
+    parser.add_argument("--poll-interval", metavar="S", help="seconds, or 30s, 2m, 1h, or auto")
     parser.add_argument("--trigger-when", choices=("all_completed", "all_finished"))
     parser.add_argument("--on-ambiguous", choices=("resend", "hold"))
     parser.add_argument("--variable", action="append", type=variable, metavar="NAME=VALUE")

@@ -144,7 +144,8 @@ async def make_world(
     await store.__aenter__()
     vault = tecko.Vault(config.settings)
     vault.load(required=True)
-    upstreams = tecko.OpenAI(config.settings.openai_base_url), tecko.Keboola(), tecko.Web()
+    openai_client = tecko.OpenAI(config.settings.openai_base_url, clock=clock)
+    upstreams = openai_client, tecko.Keboola(), tecko.Web()
     steps = tecko.Steps(config, store, vault, *upstreams, clock=clock, luck=lambda: 0.0)
 
     async def close() -> None:

@@ -750,6 +750,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         (folder / "jobs.yaml").write_text(JOB_YAML.format(stack=keboola.url))
         for name in ("1", "slow", "kept"):
             openai.batch(f"batch_{name}")
+        openai.fault("GET /v1/batches", standins.Fault.status(404), times=None)  # count each
         env = program_environment(openai)
         live = Live(RunningProgram(folder, env), openai, keboola)
         values = {"openai": standins.OPENAI_KEY, "keboola": standins.KEBOOLA_TOKEN}

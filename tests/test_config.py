@@ -57,7 +57,7 @@ HEAD = GOOD.removesuffix(JOB)
 
 IDS = "1 to 10 different ids, each batch_ with letters, digits, _ or -"
 BOUNDS = "30 to 3600 seconds"
-INTERVAL = "seconds, or 30s, 2m, 1h (not an interval)"
+INTERVAL = "seconds, or 30s, 2m, 1h, or auto (not an interval)"
 NAME = "1 to 255 characters, not only digits"
 BAD_NAME = f"{NAME} (control characters, or digits only)"
 URL = "https://connection.keboola.com or another stack, without a path (not a stack URL)"

@@ -79,6 +79,7 @@ async def test_changes_of_another_process_take_effect(world: World) -> None:
     at |= {n: await watch(world, f"batch_{n}", n, poll_interval=1) for n in ("paused", "resumed")}
     await world.store.pause_job(at["resumed"], 0.0)
     world.openai.batch("batch_other")
+    world.openai.fault("GET /v1/batches", standins.Fault.status(404), times=None)  # count each
     async with running(world):
         started = ("paused", "still", "interval", "set")
         await until(lambda: all(checks(world, f"batch_{name}") for name in started))
@@ -120,7 +121,7 @@ async def test_a_job_that_has_ended_needs_no_timer(world: World) -> None:
 
 def timers(service: tecko.Service) -> list[Any]:
     """Those of jobs; the service has two of its own."""
-    return [job for job in service._scheduler.get_jobs() if job.name == "Service._run"]
+    return [job for job in service._scheduler.get_jobs() if job.name == "Service._fall_due"]
 
 
 async def test_a_long_step_is_not_overlapped_and_delays_nobody(world: World) -> None:
