@@ -123,7 +123,7 @@ from typing import (
     cast,
     get_args,
 )
-from urllib.parse import parse_qs, quote, quote_plus, urlsplit
+from urllib.parse import parse_qs, quote, quote_plus, urljoin, urlsplit
 
 import orjson
 from pydantic import (
@@ -142,6 +142,7 @@ from pydantic import (
     ValidationInfo,
     WithJsonSchema,
     create_model,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -193,6 +194,7 @@ FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the bat
 AUTO_SHARE = 0.08  # of a batch's age, `auto` waits at most: half of that is the latency to expect
 AUTO_STEP = 1.25  # between the intervals of `auto`: few of them, so that jobs are due together
 START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
+STOP_SECONDS = 2.0  # that a run has after Ctrl-C to write its chunk
 FOLLOW_SECONDS = 0.2  # s between looks at a run that is shown on a terminal
 TOGETHER = 500  # jobs read by one query of those due in one tick
 GRID = 0.25  # s; due times on a grid wake the loop once for many jobs
@@ -216,6 +218,7 @@ MAX_PAGES = 100_000  # of one run; an API whose `next` never ends is cut off the
 MAX_NOTES = 50  # of a run
 SAME_PAGES = 10  # pages in a row that came before: the paging goes in circles
 MAX_REDIRECTS = 5
+NESTED = 200  # levels of a record: what serves it knows 255, some of which are its own
 DATA_FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz")  # what HTTP may have read
 SOURCE_DEADLINE = 120.0  # s for one page of a source
 DOWNLOAD_DEADLINE = 3600.0  # s for a file behind a URL
@@ -328,7 +331,7 @@ class TeckoError(Exception):
     permanent = True  # trying again without a change elsewhere cannot help
 
     def __init__(self, message: str, *, hint: str = "", code: int = 0) -> None:
-        super().__init__(redact(message))
+        super().__init__(redact(message).encode(errors="replace").decode())
         self.hint = hint
         self.code = code or type(self).code
 
@@ -711,6 +714,9 @@ class KeboolaTrigger(Strict):
     on_ambiguous: Literal["resend", "hold"] = Field("resend", description="resend or hold")
 
 
+Whole = Annotated[int, BeforeValidator(not_bool)]
+
+
 class Short(Strict):
     """A block that may be given as the value of its first field alone."""
 
@@ -737,10 +743,10 @@ class Paging(Short):
         None, description="the query parameter; default cursor, page or offset"
     )
     path: Text = Field("next_cursor", description="where the answer has the cursor, dotted")
-    start: int | None = Field(
+    start: Whole | None = Field(
         None, ge=0, le=10**9, description="the first page's number; default 1, for offset 0"
     )
-    size: int | None = Field(None, ge=1, le=100_000, description="records a page, 1 to 100000")
+    size: Whole | None = Field(None, ge=1, le=100_000, description="records a page, 1 to 100000")
     size_param: Text | None = Field(
         None, description="the query parameter of `size`; default per_page, for offset limit"
     )
@@ -782,7 +788,7 @@ class Source(Strict):
     header: Annotated[str, AfterValidator(header_line)] = Field(
         "Authorization: Bearer {secret}", description="a header like X-Token: {secret}"
     )
-    max_requests_per_minute: int | None = Field(
+    max_requests_per_minute: Whole | None = Field(
         None, ge=1, le=100_000, description="1 to 100000, for all jobs on that host"
     )
 
@@ -812,13 +818,14 @@ class CsvSource(Source):
     def remote(self) -> bool:
         return self.path.startswith(("https://", "http://"))
 
-    @model_validator(mode="after")
-    def _secret_needs_url(self) -> CsvSource:
-        if self.secret is not None:
-            if not self.remote:
+    @field_validator("path")
+    @classmethod
+    def _secret_needs_url(cls, value: str, info: ValidationInfo) -> str:
+        if info.data.get("secret") is not None:
+            if "://" not in value:
                 raise ValueError("a secret goes with a URL, not with a file")
-            safe_for_secret(self.path)
-        return self
+            safe_for_secret(value)
+        return value
 
 
 class ApiSource(Source):
@@ -842,11 +849,12 @@ class ApiSource(Source):
     )
     since: Since | None = Field(None, description="a field, or a block with field, param, overlap")
 
-    @model_validator(mode="after")
-    def _secret_needs_https(self) -> ApiSource:
-        if self.secret is not None:
-            safe_for_secret(self.url)
-        return self
+    @field_validator("url")
+    @classmethod
+    def _secret_needs_https(cls, value: str, info: ValidationInfo) -> str:
+        if info.data.get("secret") is not None:
+            safe_for_secret(value)
+        return value
 
 
 SOURCES: dict[str, type[Source]] = {"csv": CsvSource, "api": ApiSource}
@@ -2002,6 +2010,10 @@ def field_of(model: type[BaseModel], at: Place) -> tuple[type[BaseModel], str]:
 def problem_text(model: type[BaseModel], error: Any) -> str:
     """One pydantic error as: what was found, and what is allowed. What stands where a secret
     could stand is not shown."""
+    if error["type"].startswith("union_tag"):  # which of two blocks is meant
+        kinds = " or ".join(SOURCES)
+        found = error["ctx"].get("tag")
+        return f"found {cut(found)}; allowed: {kinds}" if found else f"missing; needed: {kinds}"
     inner, allowed = field_of(model, error["loc"])
     if error["type"] == "extra_forbidden":
         if inner is SecretRef and error["loc"][-1] == "value":
@@ -2019,8 +2031,10 @@ def problem_text(model: type[BaseModel], error: Any) -> str:
         allowed = why.removeprefix("allowed: ")
     elif why:
         allowed += f" ({why})"
-    hidden = inner in (SecretRef, SecretBody) or (
-        model is JobsFile and error["loc"][:1] == ("secrets",)
+    hidden = (
+        inner in (SecretRef, SecretBody)
+        or error["loc"][-1:] == ("header",)
+        or (model is JobsFile and error["loc"][:1] == ("secrets",))
     )
     return ("" if hidden else f"found {cut(error['input'])}; ") + f"allowed: {allowed}"
 
@@ -2033,15 +2047,14 @@ def validated(
         return model.model_validate(data, context={**context}), []
     except ValidationError as e:
         errors = e.errors(include_url=False)
-        return None, [
-            (place_of(model, error["loc"]), problem_text(model, error)) for error in errors
-        ]
+        return None, [(place_of(model, error), problem_text(model, error)) for error in errors]
 
 
-def place_of(model: type[BaseModel], at: Place) -> Place:
+def place_of(model: type[BaseModel], error: Any) -> Place:
     """pydantic's path to an error as the path in what was given."""
-    tagged = model is IngestSpec and at[:1] == ("ingest",)
-    return tuple(p for i, p in enumerate(at) if p != "[key]" and not (tagged and i == 1))
+    at, tagged = error["loc"], model is IngestSpec and error["loc"][:1] == ("ingest",)
+    place = tuple(p for i, p in enumerate(at) if p != "[key]" and not (tagged and i == 1))
+    return (*place, "type") if error["type"].startswith("union_tag") else place
 
 
 def flat_place(at: Place, given: Collection[str]) -> Place:
@@ -2902,6 +2915,10 @@ class Records(Database):
             " data = excluded.data, hash = excluded.hash, updated_at = excluded.updated_at",
             [(source, key, data, digest, now, now) for key, data, digest in chunk.unified],
         )
+        await self._many(  # so that a record that is mended counts as changed
+            "UPDATE normalized_data SET hash = x'' WHERE source = ? AND source_id = ?",
+            [(source, key) for key, _, good in chunk.raws if not good],
+        )
 
     async def _save_rejects(self, run: Run, rejects: Sequence[Rejected], now: float) -> None:
         await self._many(
@@ -2974,7 +2991,7 @@ class Records(Database):
 
     async def runs(self, source: str | None, limit: int) -> list[Run]:
         """The last runs of a source, or of all (None), newest first."""
-        where = "" if source is None else "WHERE source = :source"
+        where = "" if source is None else "WHERE source = :source AND job_id IS NOT NULL"
         rows = await self._read(
             f"SELECT * FROM etl_run {where} ORDER BY id DESC LIMIT :limit",
             {"limit": limit} | ({} if source is None else {"source": source}),
@@ -3023,24 +3040,21 @@ class Records(Database):
         )
 
     async def delete_records(self, source: str) -> None:
-        """Delete all that stands under a source, in short transactions. The checkpoint goes first:
-        what is left after a crash in the middle is read again, not taken for known."""
+        """Delete all that stands under a source, in short transactions. What tells how far it was
+        read goes first: what is left after a crash in the middle is read again, and whole."""
         await self._forget(source)
         for table in ("normalized_data", "raw_data_csv", "raw_data_api", "etl_reject"):
             while await self._delete_some(table, source) == DELETE_ROWS:
                 pass  # others take their turns at the store in between
+        await self._drop_checkpoint(source)
 
     @transactional
     async def _forget(self, source: str) -> None:
         mine = {"source": source}
         await self._sql(
-            "UPDATE etl_checkpoint SET records = records - coalesce((SELECT records FROM"
-            " etl_checkpoint WHERE source = :source), 0) WHERE source = ''",
-            mine,
+            "UPDATE etl_checkpoint SET watermark = NULL, fields = '{}' WHERE source = :source", mine
         )
-        for table in ("etl_checkpoint", "etl_part"):
-            await self._sql(f"DELETE FROM {table} WHERE source = :source", mine)
-        await self._sql("UPDATE etl_run SET job_id = NULL WHERE source = :source", mine)
+        await self._sql("DELETE FROM etl_part WHERE source = :source", mine)
 
     @transactional
     async def _delete_some(self, table: str, source: str) -> int:
@@ -3049,7 +3063,18 @@ class Records(Database):
             " LIMIT :some) RETURNING 1",
             {"source": source, "some": DELETE_ROWS},
         )
+        if table == "normalized_data":
+            await self._sql(
+                "UPDATE etl_checkpoint SET records = records - :n WHERE source IN (:source, '')",
+                {"source": source, "n": len(rows)},
+            )
         return len(rows)
+
+    @transactional
+    async def _drop_checkpoint(self, source: str) -> None:
+        mine = {"source": source}
+        await self._sql("DELETE FROM etl_checkpoint WHERE source = :source", mine)
+        await self._sql("UPDATE etl_run SET job_id = NULL WHERE source = :source", mine)
 
 
 class Store(Records):
@@ -4300,7 +4325,7 @@ class Got:
     body: bytes
     etag: str | None
     modified: str | None
-    link: str | None  # the URL of rel="next"
+    link: str | None  # the target of rel="next", as it stands there
 
 
 def origin_of(url: str) -> tuple[str, str, int]:
@@ -4308,6 +4333,21 @@ def origin_of(url: str) -> tuple[str, str, int]:
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     return parts.scheme, (parts.hostname or "").lower(), port
+
+
+LINK = re.compile(
+    r'<([^>]*)>((?:\s*;\s*[\w!#$&+.^`|~*-]+(?:\s*=\s*(?:"(?:[^"\\]|\\.)*"|[^\s,;"]*))?)*)'
+)
+REL = re.compile(r';\s*rel\s*=\s*(?:"([^"]*)"|([^\s,;"]*))', re.IGNORECASE)
+
+
+def next_link(header: str) -> str | None:
+    """The target of rel="next" in a Link header (RFC 8288, section 3)."""
+    for target, parameters in LINK.findall(header):
+        rel = REL.search(parameters)
+        if rel and "next" in (rel[1] or rel[2] or "").lower().split():
+            return str(target)
+    return None
 
 
 def shown_url(url: str) -> str:
@@ -4378,20 +4418,16 @@ class Web:
         async with self._limit(source, url), self._open().stream("GET", url, headers=headers) as a:
             if a.status_code in (301, 302, 303, 307, 308) and a.headers.get("location"):
                 return clean_url(str(a.url.join(a.headers["location"])))
-            if a.status_code not in (200, 304, end_status):
+            asked = "If-None-Match" in headers or "If-Modified-Since" in headers
+            if a.status_code not in (200, 304 if asked else 200, end_status):
                 wait = parse_retry_after(a.headers.get("retry-after"), time.time())
                 said = f"{shown_url(url)} said {a.status_code} {a.reason_phrase}".rstrip()
                 raise SourceError(said, status=a.status_code, retry_after=wait)
             body = await self._read(a, sink if a.status_code == 200 else None)
-            link = a.links.get("next", {}).get("url")
-            return Got(
-                str(a.url),
-                a.status_code,
-                body,
-                a.headers.get("etag"),
-                a.headers.get("last-modified"),
-                str(a.url.join(link)) if link else None,
-            )
+            link = next_link(a.headers.get("link", ""))
+            tags = (a.headers.get(name, "") for name in ("etag", "last-modified"))
+            etag, modified = (t if t.isascii() and t.isprintable() else None for t in tags)
+            return Got(str(a.url), a.status_code, body, etag, modified, link)
 
     @staticmethod
     async def _read(answer: httpx2.Response, sink: IO[bytes] | None) -> bytes:
@@ -4464,13 +4500,42 @@ class BadRecord(ValueError):
     """A record that cannot be taken, and why."""
 
 
+def finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else refuse(text)
+
+
 def to_json(value: Any) -> bytes:
-    """JSON. What the fast way does not know (integers beyond 64 bits, lone surrogates) goes the
-    slow one."""
+    """JSON. Integers beyond 64 bits, which the fast way does not know, go the slow one. Raises
+    BadRecord for what could not be served again: lone surrogates, and nesting without end."""
     try:
         return orjson.dumps(value)
-    except TypeError:
-        return json.dumps(value).encode()
+    except TypeError as e:
+        if "Integer exceeds" not in str(e):
+            raise BadRecord(f"{e}; allowed: Unicode, nested at most {NESTED} deep") from None
+    try:
+        return json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as e:
+        raise BadRecord(f"{e}; allowed: Unicode, nested at most {NESTED} deep") from None
+
+
+def is_deeper(value: Any, allowed: int) -> bool:
+    """Whether lists and objects are nested deeper than that."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return allowed < 0 or any(
+        is_deeper(v, allowed - 1) for v in inner if isinstance(v, dict | list)
+    )
+
+
+def any_json(value: Any) -> bytes:
+    """JSON also of what `to_json` refuses, to keep it with the rejected records."""
+    try:
+        return to_json(value)
+    except BadRecord:
+        pass
+    try:
+        return json.dumps(value, separators=(",", ":")).encode()
+    except RecursionError:
+        return b"(nested too deep to be shown)"
 
 
 def picker(path: str) -> Callable[[Mapping[str, Any]], Any]:
@@ -4498,34 +4563,50 @@ def utc_text(value: Any, order: str | None = None) -> str:
     """A date as people write it (ISO 8601, RFC 5322, 15.01.2024, 15 Jan 2024, unix seconds or
     milliseconds) as ISO 8601 in UTC. `order` (dmy or mdy) says how 03/04/2024 is meant; without it
     that is refused rather than guessed. Raises ValueError."""
-    if isinstance(value, str):
-        try:
-            moment = datetime.fromisoformat(value)
-            in_form = len(value) == 20 and value[10] == "T" and value[19] == "Z"
-            return value if in_form else in_utc(moment)
-        except (ValueError, OverflowError):
-            return odd_date(value.strip(), order)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return from_unix(float(value))
+    try:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 10**7:
+            value = str(value)  # maybe 20240115
+        if isinstance(value, str):
+            return date_text(value.strip(), order)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return in_utc(datetime.fromtimestamp(value, UTC))
+    except (OverflowError, OSError):  # beyond the years 1 to 9999
+        pass
     raise ValueError("a date")
 
 
-def from_unix(number: float) -> str:
-    """Seconds, or milliseconds or microseconds where seconds would lie beyond the year 5000."""
-    for unit in (1.0, 1e3, 1e6):
-        if 0 <= number / unit < 95_000_000_000:
-            return in_utc(datetime.fromtimestamp(number / unit, UTC))
-    raise ValueError("a date")
+def date_text(text: str, order: str | None) -> str:
+    if text[:9].isdigit() and len(text) > 8:  # which ISO 8601 has, too, with any separator
+        return in_utc(from_digits(text))
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return odd_date(text, order)
+    in_form = len(text) == 20 and text[10] == "T" and text[19] == "Z"
+    return text if in_form else in_utc(moment)
+
+
+def from_digits(text: str) -> datetime:
+    """Unix seconds, milliseconds or microseconds, or a date and time without separators."""
+    whole, _, _ = text.partition(".")
+    units = {9: 1.0, 10: 1.0, 11: 1.0, 13: 1e3, 16: 1e6}
+    if re.fullmatch(r"\d+(\.\d+)?", text) and len(whole) in units:
+        return datetime.fromtimestamp(float(text) / units[len(whole)], UTC)
+    form = {12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}.get(len(text))
+    if form is None:
+        raise ValueError("a date")
+    try:
+        return datetime.strptime(text, form).replace(tzinfo=UTC)
+    except ValueError:
+        raise ValueError("a date") from None
 
 
 @lru_cache(maxsize=4096)
 def odd_date(text: str, order: str | None) -> str:
     from dateutil import parser
 
-    if re.fullmatch(r"\d{9,16}(\.\d+)?", text):
-        return from_unix(float(text))
-    numbers = re.match(r"(\d{1,2})([/.-])(\d{1,2})\2\d{2,4}\b", text)
-    day_first = order == "dmy" or (numbers is not None and numbers[2] == "." and order is None)
+    numbers = re.match(r"(\d{1,2})([/.\- ])(\d{1,2})\2\d{1,4}\b", text)
+    day_first = numbers is not None and (order or ("dmy" if numbers[2] == "." else "")) == "dmy"
     both_ways = numbers and numbers[1] != numbers[3] and max(int(numbers[1]), int(numbers[3])) <= 12
     if both_ways and order is None and not day_first:
         raise ValueError("a date that can be read in one way only; `dates: dmy` or mdy decides")
@@ -4587,7 +4668,7 @@ class Mapper:
         mapping = [source.id, sorted(source.fields.items()), source.dates]
         self._salt = digest_of(json.dumps(mapping))
         self._id = picker(source.id)
-        self._nested = source.type == "api"
+        self.nested = source.type == "api"
         self._keys: tuple[str, ...] = ()
         self._plan = MappingPlan([], [], [], [])
 
@@ -4618,7 +4699,7 @@ class Mapper:
         made = {name: v for name, key in plan.plain if (v := record[key]) is not None and v != ""}
         made["source"], made["source_id"] = self.name, source_id
         made["metadata"] = metadata = {key: record[key] for key in plan.rest}
-        if self._nested:
+        if self.nested:
             made |= {name: v for name, pick in plan.deep if (v := pick(record)) not in (None, "")}
             for name, key in plan.matched:
                 if isinstance(made.get(name), dict | list):  # meant by nobody
@@ -4627,6 +4708,8 @@ class Mapper:
             if self.source.dates and "published_at" in made:
                 made["published_at"] = utc_text(made["published_at"], self.source.dates)
             return to_json(VALIDATE(made))
+        except BadRecord:
+            raise
         except ValidationError as e:
             error = e.errors(include_url=False)[0]
             place, found = error["loc"][0], error["input"]
@@ -4755,26 +4838,30 @@ class Prepared:
     by_id: dict[str, tuple[int, Any, bytes, bytes]]  # number, record, its JSON, its hash
     rejects: list[Rejected]
     fields: Fields
-    again: int  # records that a later one of the same id replaces
+    earlier: dict[str, list[tuple[int, Any, bytes, bytes]]]  # those that it replaces
 
 
 def prepare(mapper: Mapper, fetched: Fetched) -> Prepared:
     """Identify and hash; for a thread."""
     by_id: dict[str, tuple[int, Any, bytes, bytes]] = {}
-    rejects, good = list(fetched.rejects), 0
+    earlier: dict[str, list[tuple[int, Any, bytes, bytes]]] = {}
+    rejects = list(fetched.rejects)
     for number, record in fetched.records:
-        text = to_json(record)
         try:
             if not isinstance(record, dict):
                 raise BadRecord(f"found {cut(record)}; allowed: an object")
             key = mapper.identify(record)
+            text = to_json(record)
+            if mapper.nested and is_deeper(record, NESTED):
+                raise BadRecord(f"nested more than {NESTED} deep")
         except BadRecord as e:
-            rejects.append(rejected(fetched, number, e, text))
+            rejects.append(rejected(fetched, number, e, any_json(record)))
             continue
-        good += 1
+        if key in by_id:
+            earlier.setdefault(key, []).append(by_id[key])
         by_id[key] = (number, record, text, mapper.hash(text))
     objects = [record for _, record in fetched.records if isinstance(record, dict)]
-    return Prepared(by_id, rejects, fields_of(objects, fetched.columns), good - len(by_id))
+    return Prepared(by_id, rejects, fields_of(objects, fetched.columns), earlier)
 
 
 def rejected(fetched: Fetched, number: int, error: BadRecord, record: bytes) -> Rejected:
@@ -4784,25 +4871,60 @@ def rejected(fetched: Fetched, number: int, error: BadRecord, record: bytes) -> 
 def finish(
     mapper: Mapper, fetched: Fetched, prepared: Prepared, known: Mapping[str, bytes]
 ) -> Chunk:
-    """Normalize what is not `known` by its hash; for a thread."""
-    raws, unified, rejects, counts = [], [], list(prepared.rejects), Counter[str]()
+    """Normalize what is not `known` by its hash; for a thread. Of several with one id the last
+    good one counts; those that it replaces count as updated."""
+    chunk = Chunk(
+        [], [], [*prepared.rejects], Counter(), fetched.part, fetched.state, fetched.progress
+    )
+    counts = chunk.counts
     counts["processed"] = len(fetched.records) + len(fetched.rejects)
-    counts["updated"] = prepared.again  # the last one wins, over each of them
-    for key, (number, record, text, digest) in prepared.by_id.items():
+    for key, found in prepared.by_id.items():
+        _, _, text, digest = found
         if known.get(key) == digest:
             counts["unchanged"] += 1
+        elif data := unified(mapper, fetched, chunk, key, found):
+            chunk.raws.append((key, text.decode(), True))
+            chunk.unified.append((key, data, digest))
+            counts["updated" if key in known else "inserted"] += 1
+        else:
+            chunk.raws.append((key, text.decode(), False))
+            fall_back(mapper, fetched, chunk, key, prepared.earlier.get(key, []), known)
             continue
-        try:
-            unified.append((key, mapper.unify(record, key).decode(), digest))
-            raws.append((key, text.decode(), True))
-        except BadRecord as e:
-            rejects.append(rejected(fetched, number, e, text))
-            raws.append((key, text.decode(), False))
-            continue
-        counts["updated" if key in known else "inserted"] += 1
-    counts["failed"] = len(rejects)
-    rejects.sort(key=lambda rejected: rejected.number)
-    return Chunk(raws, unified, rejects, counts, fetched.part, fetched.state, fetched.progress)
+        counts["updated"] += len(prepared.earlier.get(key, ()))
+    counts["failed"] = len(chunk.rejects)
+    chunk.rejects.sort(key=lambda rejected: rejected.number)
+    return chunk
+
+
+def unified(
+    mapper: Mapper, fetched: Fetched, chunk: Chunk, key: str, found: tuple[int, Any, bytes, bytes]
+) -> str | None:
+    """The unified record; None where it had to be rejected."""
+    number, record, text, _ = found
+    try:
+        return mapper.unify(record, key).decode()
+    except BadRecord as e:
+        chunk.rejects.append(rejected(fetched, number, e, text))
+        return None
+
+
+def fall_back(
+    mapper: Mapper,
+    fetched: Fetched,
+    chunk: Chunk,
+    key: str,
+    earlier: list[tuple[int, Any, bytes, bytes]],
+    known: Mapping[str, bytes],
+) -> None:
+    """The last record of an id is bad: the last good one before it stands, as it would if a chunk
+    ended between them."""
+    while earlier:
+        found = earlier.pop()
+        if data := unified(mapper, fetched, chunk, key, found):
+            chunk.unified.append((key, data, found[3]))
+            chunk.counts["updated" if key in known else "inserted"] += 1
+            chunk.counts["updated"] += len(earlier)
+            return
 
 
 # files
@@ -4840,15 +4962,25 @@ def column_names(row: Sequence[str]) -> list[str]:
 def identity_of(stat: os.stat_result, now: float) -> list[int] | None:
     """What tells that a file is as it was; None while it may change again within the same tick of
     its clock (as git's index has it, "racy")."""
-    if now - stat.st_mtime < RACY_SECONDS:
+    if now - max(stat.st_mtime, stat.st_ctime) < RACY_SECONDS:
         return None
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def is_unchanged(path: Path, state: Mapping[str, Any]) -> bool:
+def is_unchanged(path: Path, state: Mapping[str, Any], now: float) -> bool:
     """Whether a file is surely the one that was read to its end."""
     known = state.get("identity")
-    return known is not None and known == identity_of(path.stat(), time.time())
+    return known is not None and known == identity_of(path.stat(), now)
+
+
+class LongLine(bytes):
+    """The begin of a line that is longer than any record; `size` is its true length."""
+
+    size: int
+
+
+def size_of(line: bytes) -> int:
+    return line.size if isinstance(line, LongLine) else len(line)
 
 
 class CsvFile:
@@ -4871,21 +5003,24 @@ class CsvFile:
             hashlib.sha256()
         )  # of what was read up to _safe; None: it cannot be told
         self._safe = (0, 0)  # position and line from which to go on
+        self._frozen = False  # where to go on stays, whatever is read
+        self._file: Any = None
         self._readline: Callable[[], bytes]
         self._seek: Callable[[int], int] | None  # None: only reading on gets there
 
     def __enter__(self) -> CsvFile:
-        csv.field_size_limit(RECORD_BYTES)
-        self._file = open(self.path, "rb")  # closed by __exit__
-        self._size = os.fstat(self._file.fileno()).st_size
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
-    def open(self, state: Mapping[str, Any]) -> None:
+    def open(self, state: Mapping[str, Any], now: float) -> None:
         """Find out what the file is, read its header, and go to where `state` says."""
-        self.identity = identity_of(os.fstat(self._file.fileno()), time.time())
+        csv.field_size_limit(RECORD_BYTES)
+        self._file = self.path.open("rb")  # closed by __exit__
+        self._size = os.fstat(self._file.fileno()).st_size
+        self.identity = identity_of(os.fstat(self._file.fileno()), now)
         stream: Any = self._file
         if self._file.peek(2)[:2] == b"\x1f\x8b":
             stream = gzip.GzipFile(fileobj=self._file)
@@ -4896,8 +5031,10 @@ class CsvFile:
         wide = codecs.lookup(self._encoding).name.startswith(("utf-16", "utf-32"))
         self._plain = stream is self._file and not wide and not old_mac
         if wide or old_mac:
-            text = io.TextIOWrapper(stream, self._encoding, newline="\r" if old_mac else "")
-            self._readline = lambda: text.readline(RECORD_BYTES).encode(errors="surrogatepass")
+            bad = "surrogateescape" if old_mac else "surrogatepass"  # and found when it is decoded
+            newline = "\r" if old_mac else ""
+            text = io.TextIOWrapper(stream, self._encoding, errors=bad, newline=newline)
+            self._readline = lambda: text.readline(RECORD_BYTES).encode(errors=bad)
             self._encoding = "utf-8"
         else:
             self._readline = partial(stream.readline, RECORD_BYTES)
@@ -4911,17 +5048,19 @@ class CsvFile:
             self.ended = True
             return
         line = self._readline()
+        while not line.strip() and (more := self._readline()):  # blank lines before the header
+            line += more
         mark = len(codecs.BOM_UTF8) if line.startswith(codecs.BOM_UTF8) else 0
         self._encoding = "utf-8" if self._encoding == "utf-8-sig" else self._encoding
         self.position = mark
         self._digest.update(line[:mark])
-        first = line[mark:].decode(self._encoding, errors="replace")
+        first = line[mark:].decode(self._encoding, errors="replace").lstrip()
         self._delimiter = self.source.delimiter or delimiter_of(first)
         if told := re.fullmatch(r"sep=(.)\r?\n?", first):  # Excel's way to name the delimiter
             self._delimiter, self.position, self.line = told[1], len(line), 1
             self._digest.update(line[mark:])
         else:
-            self._pushed.append(line[mark:])
+            self._pushed.extend(io.BytesIO(line[mark:]).readlines())
         self._restart()
         if self.source.columns:
             self.columns = column_names(self.source.columns)
@@ -4929,13 +5068,17 @@ class CsvFile:
             try:
                 row = next((row for row in self._reader if row), [])
             except csv.Error as e:
-                raise SourceError(f"{self.part}: the header cannot be read: {e}", status=400) from e
+                said = f"{self.part}: the header cannot be read: {quote_error(e)}"
+                raise SourceError(said, status=400) from e
             self.columns = column_names(row)
             self.renamed = [
                 f"column {place} {cut(text)} of {self.part} is called {cut(name)}"
                 for place, (text, name) in enumerate(zip(row, self.columns, strict=True), 1)
                 if text.strip() != name
             ]
+            if self._broken:
+                self.renamed.append(f"the header of {self.part}: {self._broken}")
+            self._broken = ""
             self._settle((self.position, self.line))
         self._safe = (self.position, self.line)
 
@@ -4982,7 +5125,9 @@ class CsvFile:
     def _settle(self, begin: tuple[int, int]) -> None:
         """The record that began at `begin` is done with: what was taken for it need not be read
         again, but for a last line without an end, which may still grow."""
-        if self._taken and self._taken[-1].endswith((b"\n", b"\r")):
+        if self._frozen:
+            pass
+        elif self._taken and self._taken[-1].endswith((b"\n", b"\r")):
             self._safe = self.position, self.line
             if self._digest is not None:
                 self._digest.update(b"".join(self._taken))
@@ -4995,10 +5140,10 @@ class CsvFile:
             if not self._pushed and not self._fill():
                 return
             line = self._pushed.popleft()
-            self.position += len(line)
+            self.position += size_of(line)
             self.line += 1
-            if len(line) >= RECORD_BYTES:
-                self._skip_line(line)
+            if isinstance(line, LongLine):
+                self._broken = f"a line of more than {RECORD_BYTES} bytes"
             self._taken.append(line)
             try:
                 yield line.decode(self._encoding)
@@ -5007,11 +5152,14 @@ class CsvFile:
                 self._broken = f"byte 0x{wrong} is not {self._encoding}; `encoding` names another"
                 yield line.decode(self._encoding, errors="replace")
 
-    def _skip_line(self, line: bytes) -> None:
-        self._broken = f"a line of more than {RECORD_BYTES} bytes"
-        self._digest = None
-        while not line.endswith(b"\n") and (line := self._readline()):
-            self.position += len(line)
+    def _long_line(self, begin: bytes) -> LongLine:
+        """Read on to the end of a line that is longer than any record, and let go of it."""
+        line, part = LongLine(begin[:1000] + b"\n"), begin
+        line.size = len(begin)
+        while not part.endswith((b"\n", b"\r")) and (part := self._readline()):
+            line.size += len(part)
+        self._digest = None  # of a part that is gone
+        return line
 
     def _fill(self) -> bool:
         """Read some more whole lines; False at the end."""
@@ -5020,6 +5168,8 @@ class CsvFile:
         else:
             block = self._stream.read(BLOCK_BYTES) + self._readline()
             self._pushed.extend(io.BytesIO(block).readlines())
+        if self._pushed and len(self._pushed[-1]) >= RECORD_BYTES:
+            self._pushed[-1] = self._long_line(self._pushed[-1])
         return bool(self._pushed)
 
     def read(self) -> Fetched:
@@ -5035,7 +5185,7 @@ class CsvFile:
             self._fill()
         lines = list(itertools.islice(self._pushed, CHUNK_ROWS))
         block = b"".join(lines)
-        if not block.endswith(b"\n") or len(block) > CHUNK_BYTES:
+        if not block.endswith(b"\n") or len(block) > CHUNK_BYTES or LongLine in map(type, lines):
             return None
         try:
             text = io.StringIO(block.decode(self._encoding), newline="\n")
@@ -5062,6 +5212,8 @@ class CsvFile:
             try:
                 row = next(self._reader, None)
             except csv.Error as e:
+                if "unexpected end" in str(e) and not self._frozen:  # what is to come may close it
+                    self._frozen, self._safe = True, begin
                 rejects.append(self._give_up(begin, quote_error(e)))
                 continue
             if row is None:
@@ -5095,12 +5247,12 @@ class CsvFile:
         found, wanted = len(row), len(self.columns)
         if not self._broken and (not row or (found == 1 < wanted and not row[0].strip())):
             return None
-        if self._broken:
-            reason, self._broken = self._broken, ""
-        else:
-            reason = f"found {found} fields; the header has {wanted}"
-            if len(self._taken) > 1 and self._is_whole(self._taken[1]):
+        reason = self._broken
+        if found != wanted:
+            reason = reason or f"found {found} fields; the header has {wanted}"
+            if any(self._is_whole(line) for line in self._taken[1:]):
                 return self._give_up(begin, f"{reason}; a quote swallows the lines after it")
+        self._broken = ""
         return self._rejected(begin, reason, b"".join(self._taken))
 
     def _is_whole(self, line: bytes) -> bool:
@@ -5116,7 +5268,7 @@ class CsvFile:
         """Reject the first line of the record under way, and read again from the second on."""
         first, *rest = self._taken or [b""]
         self._pushed.extendleft(reversed(rest))
-        self.position, self.line = begin[0] + len(first), begin[1] + 1
+        self.position, self.line = begin[0] + size_of(first), begin[1] + 1
         self._taken = [first]
         self._settle(begin)
         self._broken = ""
@@ -5149,16 +5301,17 @@ def items_of(answer: Any, path: str | None) -> list[Any]:
         raise SourceError(f"there is no list at {path!r} in the answer: {cut(answer)}", status=400)
     if isinstance(answer, list):
         return answer
-    lists = {k: v for k, v in answer.items() if isinstance(v, list)} if is_block(answer) else {}
+    block = answer if isinstance(answer, dict) else {}
+    lists = {key: value for key, value in block.items() if isinstance(value, list)}
     if len(lists) == 1:
         return next(iter(lists.values()))
-    there = f"lists are at: {', '.join(lists)}" if lists else f"found {cut(answer)}"
+    there = f"lists are at: {short(', '.join(lists))}" if lists else f"found {cut(answer)}"
     raise SourceError(f"the answer is no list; `items` says where it is; {there}", status=400)
 
 
 def read_json(body: bytes) -> Any:
     try:
-        return json.loads(body, parse_constant=refuse)
+        return json.loads(body, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as e:
         raise SourceError(f"the answer is not JSON: {short(e)}: {short(body[:80])}") from e
 
@@ -5220,6 +5373,11 @@ class Pages:
         url, asked = self._url({}), set[str]()
         while url:
             asked.add(url)
+            try:
+                clean_url(url)
+            except ValueError as e:
+                said = f"the next page cannot be asked for: {short(url)} is no URL"
+                raise SourceError(said, status=400) from e
             page = await self._page(url, len(asked))
             yield page
             url = page.next or ""
@@ -5231,18 +5389,18 @@ class Pages:
         ones. Then the offset goes on behind what really came."""
         by_offset, start = self.paging.type == "offset", self.paging.start
         at = planned = start if start is not None else (0 if by_offset else 1)
-        ahead: deque[asyncio.Task[Page]] = deque()
+        ahead: deque[asyncio.Task[Page]] = deque()  # for pages at `at` and each `step` after it
         step, number = 1, 1
         try:
             page = await self._page(self._number_url(at), 1)
             while page.count:
                 yield page
                 number += 1
-                step = max(step, page.count) if by_offset else 1
-                if by_offset and page.count < step:
+                at += page.count if by_offset else 1
+                if by_offset and page.count != step:
+                    step = page.count
                     while ahead:
                         await cancelled(ahead.popleft())
-                at += page.count if by_offset else 1
                 planned = planned if ahead else at
                 while len(ahead) < min(number - 1, PAGES_AHEAD):
                     url = self._number_url(planned)
@@ -5269,41 +5427,53 @@ class Pages:
     async def _page(self, url: str, number: int) -> Page:
         part = digest_of(url).hex()
         known = self._states.get(part, {})
-        if self._may_go_on(known):
+        if self._may_go_on(known, number):
             known = {}
         past_the_end = 404 if number > 1 and self.paging.type in ("page", "offset") else None
         got = await self._get(url, known, past_the_end)
         if got.status == 404:
             return Page(number, part, [], 0, None, None, {})
         if got.status == 304:
-            return Page(number, part, None, known["count"], known["next"], None, dict(known))
+            following = self._next(got, None) or known["next"]
+            return Page(number, part, None, known["count"], following, None, dict(known))
         items, following, digest = await asyncio.to_thread(self._open, got)
         state = {"etag": got.etag, "modified": got.modified, "count": len(items), "next": following}
         state["short"] = len(items) < self._longest
         self._longest = max(self._longest, len(items))
         return Page(number, part, items, len(items), following, digest, state)
 
-    def _may_go_on(self, known: Mapping[str, Any]) -> bool:
+    def _may_go_on(self, known: Mapping[str, Any], number: int) -> bool:
         """Whether a page that was the last may have one behind it by now though its body, and so
-        its ETag, is the same: where the Link header alone would tell, and it is not short."""
-        by_link = self.source.next is not None and self.source.next.type == "link"
+        its ETag, is the same: where the Link header alone would tell, and it is not short. A lone
+        page of an API that is not said to page by Link is taken for all there is."""
+        by_link = self.paging.type == "link" and (self.source.next is not None or number > 1)
         return by_link and known.get("next") is None and not known.get("short")
 
     def _open(self, got: Got) -> tuple[list[Any], str | None, bytes]:
         answer = read_json(got.body)
         items = items_of(answer, self.source.items)
-        return items, self._next(got, answer), digest_of(to_json(items))
+        return items, self._next(got, answer), digest_of(any_json(items))
 
     def _next(self, got: Got, answer: Any) -> str | None:
         paging = self.paging
-        if paging.type == "link":
-            return got.link
+        if paging.type == "link" and got.link:
+            return resolved(got.url, got.link)
         cursor = picker(paging.path)(answer) if isinstance(answer, dict) else None
         if paging.type != "cursor" or cursor in (None, "", False):
             return None
         if isinstance(cursor, str) and cursor.startswith(("https://", "http://")):
             return cursor
-        return self._url({paging.param or "cursor": str(cursor)})
+        try:
+            return self._url({paging.param or "cursor": str(cursor)})
+        except ValueError:
+            return cut(cursor)  # which is no URL, and told so when it is asked for
+
+
+def resolved(base: str, link: str) -> str:
+    try:
+        return urljoin(base, link)
+    except ValueError:
+        return cut(link)
 
 
 async def cancelled(task: asyncio.Task[Any]) -> None:
@@ -5320,9 +5490,12 @@ def moment_of(value: Any) -> tuple[str, float] | None:
         at = datetime.fromisoformat(utc_text(value)).timestamp()
     except ValueError:
         return None
-    if isinstance(value, str) and not re.fullmatch(r"[\d.]+", value):
-        return ("date" if re.fullmatch(r"\d{4}-\d{2}-\d{2}", value) else "time"), at
-    return ("ms" if float(value) > 95_000_000_000 else "s"), at
+    text = str(value)
+    if re.fullmatch(r"\d+(\.\d+)?", text) and abs(at - float(text)) < 1:
+        return "s", at
+    if re.fullmatch(r"\d{13}", text):
+        return "ms", at
+    return ("date" if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text) else "time"), at
 
 
 def latest(records: Iterable[Any], path: str) -> tuple[str, float] | None:
@@ -5842,6 +6015,17 @@ class Steps:
         raise AssertionError("counting ended")
 
 
+LIMITS = ("secret", "header", "max_failed", "on_drift", "max_requests_per_minute")  # of a source;
+# they change nothing about what a record becomes
+
+
+def may_be_read(path: Path, base: Path) -> bool:
+    """Whether a job that does not come from jobs.yaml may read a file: a data file beneath its
+    folder, links followed."""
+    real = path.resolve()
+    return real.is_relative_to(base.resolve()) and real.name.lower().endswith(DATA_FILES)
+
+
 class Interrupted(Exception):
     """A run ends before its source does, and the next one goes on from its checkpoint."""
 
@@ -5860,8 +6044,7 @@ class Ingesting:
         self.notes: list[str] = []
         self._processed = self._failed = 0
         self._latest: tuple[str, float] | None = None
-        limits = {"secret", "header", "max_failed", "on_drift", "max_requests_per_minute"}
-        self.fingerprint = digest_of(self.source.model_dump_json(exclude=limits)).hex()
+        self.fingerprint = digest_of(self.source.model_dump_json(exclude={*LIMITS})).hex()
 
     async def go(self) -> None:
         """Raises SourceError, SecretError, IngestFailed and Interrupted."""
@@ -5886,9 +6069,11 @@ class Ingesting:
         return json.dumps({"map": self._mark_of(), "form": mark[0], "at": mark[1]})
 
     def _mark_of(self) -> str:
+        """What a watermark is good for: the same records, read in the same way."""
         assert isinstance(self.source, ApiSource)
         field = self.source.since.field if self.source.since else None
-        return digest_of(json.dumps([self.source.url, self.source.params, field])).hex()
+        block = self.source.model_dump(mode="json", exclude={*LIMITS, "next", "since"})
+        return digest_of(json.dumps([block, field], sort_keys=True)).hex()
 
     def _known_mark(self) -> tuple[str, float] | None:
         mark = json.loads(self.checkpoint.watermark or "{}")
@@ -5905,11 +6090,17 @@ class Ingesting:
         """The files to read, each with its name in the checkpoint."""
         base = self.steps.config.base
         exact = base / path
-        found = [exact] if exact.exists() else map(Path, glob.glob(str(exact), recursive=True))
-        files = sorted(file for file in found if not file.is_dir())
+        try:
+            found = [exact] if exact.is_file() else map(Path, glob.glob(str(exact), recursive=True))
+            files = sorted(file for file in found if file.is_file())  # no pipe: it might block
+            if self.job.origin != "file":
+                files = [file for file in files if may_be_read(file, base)]
+        except OSError as e:
+            raise SourceError(f"{path}: {e.strerror}", status=400) from e
         if not files:
             raise SourceError(f"there is no file {path}", status=404)
-        return [(file, os.path.relpath(file, base)) for file in files]
+        names = (os.fsencode(os.path.relpath(file, base)) for file in files)
+        return [(f, n.decode(errors="backslashreplace")) for f, n in zip(files, names, strict=True)]
 
     async def _read_download(self, source: CsvSource) -> None:
         """A file behind a URL is fetched whole before it is read: a server that breaks off then
@@ -5935,10 +6126,11 @@ class Ingesting:
     ) -> None:
         """Read one file from where it was left. `told` is remembered once it was read whole."""
         try:
-            if state.get("done") and await asyncio.to_thread(is_unchanged, path, state):
+            now = self.steps.clock()
+            if state.get("done") and await asyncio.to_thread(is_unchanged, path, state, now):
                 return
             with CsvFile(path, part, source, self.fingerprint) as file:
-                await asyncio.to_thread(file.open, state)
+                await asyncio.to_thread(file.open, state, now)
                 self._check_columns(file)
                 await self._read_chunks(file, told)
         except (OSError, EOFError, zlib.error, UnicodeError) as e:
@@ -5973,7 +6165,7 @@ class Ingesting:
 
     async def _read_api(self, source: ApiSource) -> None:
         mark, since = self._known_mark(), None
-        if source.since is not None and mark is not None:
+        if source.since is not None and mark is not None and mark[1] > source.since.overlap:
             since = since_text(*mark, source.since.overlap)
         states = {part: self._state(part) for part in self.checkpoint.parts}
         home = origin_of(source.url)
@@ -6411,9 +6603,8 @@ class Desk:
         others: whoever may call must not read this machine's files through /data."""
         if not isinstance(source, CsvSource) or source.remote:
             return
-        base = self.config().base.resolve()
-        inside = (base / source.path).resolve().is_relative_to(base)
-        if not inside or not source.path.lower().endswith(DATA_FILES):
+        base = self.config().base
+        if not may_be_read(base / source.path, base):
             allowed = f"beneath {base.name}, ending in {', '.join(DATA_FILES)}"
             text = f"found {cut(source.path)}; allowed: {allowed} (in jobs.yaml: any)"
             raise Invalid([f"ingest.path: {text}"], fields=[("ingest.path", text)])
@@ -7269,7 +7460,9 @@ class JobsQuery(Query):
 
 
 class DataQuery(Query):
-    source: str | None = Field(None, description="the name of an ingest's job; default: all")
+    source: str | None = Field(
+        None, min_length=1, description="the name of an ingest's job; default: all"
+    )
     limit: int = Field(10, ge=1, le=100, description="records a page, 1 to 100")
     offset: int = Field(0, ge=0, le=10**12, description="records to skip; costs as much as reading")
     after: int | None = Field(
@@ -7585,10 +7778,6 @@ def too_many() -> bytes:
     head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     head += "Content-Type: application/json\r\n"
     return f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode()
-
-
-def finite(text: str) -> float:
-    return float(text) if math.isfinite(float(text)) else refuse(text)
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -8375,8 +8564,16 @@ async def cmd_job_run(args: argparse.Namespace, config: Config) -> int:
         with RunLock(config.settings.database):
             async with make_service(config, lambda: config, timers=False) as service:
                 job = await ingest_job(service.store, args.job)
+                before = await last_run(service.store, job)
                 step = asyncio.create_task(service.steps.step(job.id))
-                run = await follow_run(service.store, job, 0, step)
+                try:
+                    run = await follow_run(service.store, job, before, partial(step_over, step))
+                except asyncio.CancelledError:  # Ctrl-C: the run ends with its chunk, and says so
+                    service.steps.stopping = True
+                    await asyncio.wait([step], timeout=STOP_SECONDS)
+                    step.cancel()  # it waits for its source
+                    await asyncio.gather(step, return_exceptions=True)
+                    raise
     counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
     text = [f"{run.source}: {run.status}: {counts}", *(f"  {note}" for note in run.notes)]
     report(
@@ -8405,12 +8602,17 @@ async def ingest_job(store: Store, ref: str) -> Job:
 async def run_in_service(args: argparse.Namespace, config: Config, store: Store) -> Run:
     """Have the running service do it, and follow."""
     job = await ingest_job(store, args.job)
-    before = next(iter(await store.runs(job.name, 1)), None)
+    before = await last_run(store, job)
     found = running(pid_file(config))
     if not found or not found[2]:
         raise Conflict("TeckoChecker is just starting or stopping on this database")
     await asyncio.to_thread(ask_service, found[2], f"/api/jobs/{job.id}/check", config.settings)
-    return await follow_run(store, job, before.id if before else 0, None)
+    return await follow_run(store, job, before, partial(service_over, config))
+
+
+async def last_run(store: Store, job: Job) -> int:
+    """The id of a job's last run; 0 where there is none."""
+    return max((run.id for run in await store.runs(job.name, 1)), default=0)
 
 
 def ask_service(address: str, path: str, settings: Settings) -> None:
@@ -8432,8 +8634,21 @@ def ask_service(address: str, path: str, settings: Settings) -> None:
         raise Conflict(f"the service says {answer.status}: {detail}")
 
 
-async def follow_run(store: Store, job: Job, after: int, step: asyncio.Task[Stepped] | None) -> Run:
-    """The job's next run when it has ended, with a bar on a terminal until then."""
+async def step_over(step: asyncio.Task[Stepped]) -> str:
+    """Wait a little for a step: what it said, or "" while it goes on; raises what it raised."""
+    done, _ = await asyncio.wait([step], timeout=FOLLOW_SECONDS)
+    return "".join(one.result().said for one in done)
+
+
+async def service_over(config: Config) -> str:
+    """Wait a little for a service that makes a run: whether it has ended."""
+    await asyncio.sleep(FOLLOW_SECONDS)
+    return "the service has ended" if running(pid_file(config)) is None else ""
+
+
+async def follow_run(store: Store, job: Job, after: int, over: Callable[[], Awaitable[str]]) -> Run:
+    """The job's next run when it has ended, with a bar on a terminal until then. `over` waits a
+    little, and says so when who makes the run is done with it or gone."""
     from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
@@ -8445,16 +8660,11 @@ async def follow_run(store: Store, job: Job, after: int, step: asyncio.Task[Step
     ) as bar:
         task = bar.add_task(job.name, total=None, records=0)
         while True:
-            if step is not None:
-                await asyncio.wait([step], timeout=FOLLOW_SECONDS)
-            else:
-                await asyncio.sleep(FOLLOW_SECONDS)
+            ended = await over()
             run = next(iter(await store.runs(job.name, 1)), None)
-            if step is not None and step.done():
-                step.result()  # raises what it raised
-            if run is None or run.id <= after:
-                if step is not None and step.done():
-                    raise Conflict(f"job {job.name!r} did not run: {step.result().said}")
+            if run is None or run.id <= after or (ended and run.status == "in_progress"):
+                if ended:
+                    raise Conflict(f"job {job.name!r} did not run to its end: {ended}")
                 continue
             total = None if run.progress is None else 1.0
             bar.update(
@@ -8495,7 +8705,7 @@ async def export(desk: Desk, source: str | None, limit: int | None, *, csv_wante
         for record in found:
             line = record.model_dump(mode="json")
             if csv_wanted:
-                writer.writerow(line | {"metadata": to_json(line["metadata"])})
+                writer.writerow(line | {"metadata": json.dumps(line["metadata"])})
             else:
                 print(",\n " if printed else "", json.dumps(line), sep="", end="")
             printed += 1
@@ -8689,7 +8899,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(args.run(args))
         config = config_of(args)
         settings = config.settings
-        level = settings.log_level if args.command == "start" else "WARNING"
+        level = {"start": settings.log_level, "check": "WARNING"}.get(args.command, "ERROR")
         set_up_logging(settings, "DEBUG" if args.verbose else "ERROR" if args.quiet else level)
         done = args.run(args, config)
         return int(asyncio.run(done) if asyncio.iscoroutine(done) else done)
