@@ -1259,6 +1259,7 @@ class Checkpoint:
     records: int
     watermark: str | None
     fields: Mapping[str, Any]  # see `Fields`
+    whole: bool  # some run has read it to its end
     parts: Mapping[str, Mapping[str, Any]]  # by file or page: how far, and what tells a change
 
 
@@ -2849,11 +2850,17 @@ class Records(Database):
             parts = await self._sql(
                 "SELECT part, state FROM etl_part WHERE source = :source", {"source": source}
             )
+            whole = await self._sql(
+                "SELECT 1 FROM etl_run WHERE source = :source AND status = 'success'"
+                " AND job_id IS NOT NULL LIMIT 1",
+                {"source": source},
+            )
         states = {row["part"]: json.loads(row["state"]) for row in parts}
         if not rows:
-            return Checkpoint(0, None, {}, states)
+            return Checkpoint(0, None, {}, False, states)
         [row] = rows
-        return Checkpoint(row["records"], row["watermark"], json.loads(row["fields"]), states)
+        known = json.loads(row["fields"])
+        return Checkpoint(row["records"], row["watermark"], known, bool(whole), states)
 
     async def hashes(self, source: str, ids: Sequence[str]) -> dict[str, bytes]:
         """The hashes of those records that are there already, by id."""
@@ -4702,7 +4709,7 @@ class Mapper:
         if self.nested:
             made |= {name: v for name, pick in plan.deep if (v := pick(record)) not in (None, "")}
             for name, key in plan.matched:
-                if isinstance(made.get(name), dict | list):  # meant by nobody
+                if isinstance(made.get(name), dict | list | bool):  # meant by nobody
                     metadata[key] = made.pop(name)
         try:
             if self.source.dates and "published_at" in made:
@@ -4941,11 +4948,6 @@ def encoding_of(head: bytes) -> str:
     return next((name for mark, name in marks if head.startswith(mark)), "utf-8")
 
 
-def delimiter_of(line: str) -> str:
-    """The one that parts a header into most; a comma where none does better."""
-    return max(",;\t|", key=lambda c: len(next(csv.reader([line], delimiter=c), [])))
-
-
 def column_names(row: Sequence[str]) -> list[str]:
     """A header's names; an empty one is named by its place, a second one of a name gets a
     number, so that no value is lost."""
@@ -4957,6 +4959,17 @@ def column_names(row: Sequence[str]) -> list[str]:
             name, count = f"{text.strip() or f'column_{place}'}_{count}", count + 1
         names.append(name)
     return names
+
+
+def delimiter_of(line: str, wanted: str) -> str:
+    """The one that parts a header into most columns, best with the `wanted` one among them; a
+    comma where none does better."""
+
+    def merit(delimiter: str) -> tuple[bool, int]:
+        columns = next(csv.reader([line], delimiter=delimiter), [])
+        return wanted in column_names(columns), len(columns)
+
+    return max(",;\t|", key=merit)
 
 
 def identity_of(stat: os.stat_result, now: float) -> list[int] | None:
@@ -5055,7 +5068,7 @@ class CsvFile:
         self.position = mark
         self._digest.update(line[:mark])
         first = line[mark:].decode(self._encoding, errors="replace").lstrip()
-        self._delimiter = self.source.delimiter or delimiter_of(first)
+        self._delimiter = self.source.delimiter or delimiter_of(first, self.source.id)
         if told := re.fullmatch(r"sep=(.)\r?\n?", first):  # Excel's way to name the delimiter
             self._delimiter, self.position, self.line = told[1], len(line), 1
             self._digest.update(line[mark:])
@@ -5514,8 +5527,8 @@ def since_text(form: str, at: float, overlap: float) -> str:
 
 
 def failed_too_many(limit: str | None, failed: int, processed: int, *, ended: bool) -> bool:
-    """Whether the rejected records are more than `max_failed` allows; a share is judged from a
-    thousand records on, and at the end."""
+    """Whether the rejected records are more than `max_failed` allows; a share is judged from
+    CHUNK_ROWS records on, and at the end."""
     if limit is None:
         return False
     if not limit.endswith("%"):
@@ -6220,8 +6233,9 @@ class Ingesting:
             raise IngestFailed(f"{said}; allowed: max_failed {limit}", forget=True)
 
     def _check_drift(self, prepared: Prepared) -> None:
-        csv_file = self.kind == "csv"
-        notes = drift(self.fields, prepared.fields, text_takes_all=csv_file)
+        """Against what a whole run has met: the first one only learns, page after page."""
+        known = self.checkpoint.fields if self.checkpoint.whole else {}
+        notes = drift(known, prepared.fields, text_takes_all=self.kind == "csv")
         for note in notes:
             self._note(note)
         if notes and self.source.on_drift == "freeze":
