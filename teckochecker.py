@@ -3221,6 +3221,7 @@ class OpenAI:
         if now - gate.measured > SWEEP_AGAIN:
             gate.pages = 1.0
         wanted, worth = await watched(gate.names, group.interval / 2)
+        worth = max(worth, group.checks)
         if worth <= WORTH * max(gate.pages, math.ceil(len(wanted) / PAGE)):
             return
         try:
