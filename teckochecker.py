@@ -140,6 +140,7 @@ if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK 
     import openai
     from aiolimiter import AsyncLimiter
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
+    from apscheduler.triggers.interval import IntervalTrigger
     from rich.console import RenderableType
 
 P = ParamSpec("P")
@@ -2608,25 +2609,27 @@ class Store(Database):
     @transactional
     async def sync_file_jobs(self, specs: Sequence[JobSpec], now: float) -> Counter[str]:
         """Make the store's jobs from jobs.yaml what the file says; how many of which change."""
-        rows = await self._sql("SELECT * FROM polling_jobs")
-        known = {row["name"]: job_of(row) for row in rows}
+        rows = await self._sql("SELECT * FROM polling_jobs WHERE origin = 'file'")
+        known = {row["name"]: job_of(row) for row in rows}  # those alone: of others are many
+        other_names = "SELECT name FROM polling_jobs WHERE origin <> 'file'"
+        others = {row["name"] for row in await self._sql(other_names)} if specs else ()
         done: Counter[str] = Counter()
         for spec in specs:
             job = known.get(spec.name)
-            if job is None:
-                await self._create(spec, "file", now)
-                done["created"] += 1
-            elif job.origin != "file":
+            if spec.name in others:
                 raise Conflict(
                     f"job {spec.name!r} of jobs.yaml was also made on the command line",
                     hint="delete that one, or rename one of the two",
                 )
+            if job is None:
+                await self._create(spec, "file", now)
+                done["created"] += 1
             else:
                 done["changed"] += await self._update(job, spec, now)
                 done["returned"] += await self._mark_removed(job, None, now)
         names = {spec.name for spec in specs}
         for job in known.values():
-            if job.origin == "file" and job.name not in names:
+            if job.name not in names:
                 done["removed"] += await self._mark_removed(job, now, now)
         return +done
 
@@ -4500,6 +4503,14 @@ def phase(job_id: int, interval: float, jobs: int) -> float:
     return job_id * 0.6180339887 % 1 * min(interval, jobs / START_RATE)
 
 
+@cache
+def every(seconds: int) -> IntervalTrigger:
+    """One trigger for all timers of an interval: it knows nothing of them."""
+    from apscheduler.triggers.interval import IntervalTrigger
+
+    return IntervalTrigger(seconds=seconds, timezone=UTC)
+
+
 def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
     """Seconds from the start to a job's first check. Those of one key fall into half of the
     interval, less a little for delays, so that one list of its batches is young enough for all."""
@@ -4540,6 +4551,7 @@ class Service:
         self.connections: Callable[[], int] = lambda: 0
         self._lag = 0.0
         self._scheduler = make_scheduler()
+        self._notice = self._fall_due  # one for all timers
         self._plans: dict[int, Plan] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._due: dict[int, float] = {}  # since when; taken up when the tick is over
@@ -4697,16 +4709,17 @@ class Service:
             at += time.time() - self._epoch
             self._off.add(job_id)
         self._plans[job_id] = plan
-        self._scheduler.add_job(
-            self._fall_due,
-            "interval",
+        timer = self._scheduler.add_job(
+            self._notice,
+            every(plan.interval or self.settings.max_poll_interval),
             (job_id,),
-            seconds=plan.interval or self.settings.max_poll_interval,
             id=str(job_id),
+            name="check",
             executor="notice",
             replace_existing=True,
             next_run_time=on_grid(at),
         )
+        timer.func_ref = None  # a text of its own for each, for stores that outlive the process
 
     def _fall_due(self, job_id: int, since: float = 0.0) -> None:
         """What a job's timer calls. One that is still busy, or due already, is not twice."""
