@@ -3227,23 +3227,31 @@ class OpenAI:
         worth = max(worth, group.checks)
         if worth <= WORTH * max(gate.pages, math.ceil(len(wanted) / PAGE)):
             return
+        seen = dict[str, BatchSeen]()
         try:
-            seen = await self._read_list(gate, wanted, worth, group.rank)
+            await self._read_list(gate, seen, wanted, worth, group.rank)
         except OpenAIError as e:
             if e.status in (None, 401) or not (e.permanent or e.status == 200):
                 raise
             log.debug("batches are asked for singly: %s", e)
             gate.pages, gate.measured = math.inf, now
-            return
-        gate.snapshot = Snapshot(now, seen)
+        finally:
+            if seen:  # some, where a later page failed
+                gate.snapshot = Snapshot(now, seen)
 
     async def _read_list(
-        self, gate: KeyGate, wanted: Mapping[str, float | None], worth: int, rank: Rank
-    ) -> dict[str, BatchSeen]:
-        """What the list shows of `wanted`, which checks ask for `worth` times: newest first, until
-        all was seen or a page is older than all of them, but not beyond what that is worth."""
+        self,
+        gate: KeyGate,
+        seen: dict[str, BatchSeen],
+        wanted: Mapping[str, float | None],
+        worth: int,
+        rank: Rank,
+    ) -> None:
+        """Put into `seen` what the list shows of `wanted`, which checks ask for `worth` times:
+        newest first, until all was found or a page is older than all of them, but not beyond what
+        that is worth."""
         times = sorted((at for at in wanted.values() if at is not None), reverse=True)
-        share, left, seen = worth / len(wanted), set(wanted), dict[str, BatchSeen]()
+        share, left = worth / len(wanted), set(wanted)
         pages, after, more = 0, None, True
         while left and more:
             page, more = await self._page(gate, after, rank)
@@ -3255,7 +3263,6 @@ class OpenAI:
             more = more and (new or pays(page, times, share))
         paid = share * (len(wanted) - len(left)) >= pages
         gate.pages, gate.measured = pages if paid else math.inf, self._clock()
-        return seen
 
     async def _page(
         self, gate: KeyGate, after: str | None, rank: Rank
@@ -4406,8 +4413,9 @@ def make_scheduler() -> AsyncIOScheduler:
     logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped tick is no news: see _run
 
     class Calendar(BaseJobStore):  # type: ignore[misc]
-        """Jobs by due time, of which there are few, since they lie on a grid. The library's own
-        store keeps one sorted list, in which each firing moves on average half of it."""
+        """Jobs by due time, of which there are few, since they lie on a grid: 2 µs for a firing.
+        The library's own store keeps one sorted list, in which each firing searches, and moves half
+        of it on average: 6 µs with 1,000 jobs, 9 with 10,000, 28 with 100,000."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -4459,8 +4467,8 @@ def make_scheduler() -> AsyncIOScheduler:
             self._jobs, self._due, self._times = {}, {}, []
 
     class Notice(BaseExecutor):  # type: ignore[misc]
-        """Tells at once that a job is due, and since when; a task for each would cost as much as
-        its check."""
+        """Tells at once that a job is due, and since when. A task for each costs 50 µs, which is
+        half of a check."""
 
         def submit_job(self, job: Any, run_times: Sequence[datetime]) -> None:
             job.func(*job.args, run_times[-1].timestamp())
@@ -4611,11 +4619,13 @@ class Service:
             return
         self._scheduler.pause()
         self._draining = True
-        if self._tasks:
-            _, late = await asyncio.wait(set(self._tasks), timeout=DRAIN_SECONDS)
-            for task in late:  # a POST cut off here is found as `sending` at the next start
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        until = time.monotonic() + DRAIN_SECONDS
+        while self._tasks and (left := until - time.monotonic()) > 0:  # one may begin another
+            await asyncio.wait(set(self._tasks), timeout=left)
+        late = list(self._tasks)
+        for task in late:  # a POST cut off here is found as `sending` at the next start
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
         with contextlib.suppress(StoreError):
             await self.store.flush()
         self._scheduler.shutdown(wait=False)

@@ -285,6 +285,18 @@ async def test_a_list_that_fails_is_an_error_of_who_asked(world: World) -> None:
     assert asked(world.openai) == (2, 0) and (await world.get(ids[0])).last_error is None
 
 
+async def test_a_later_page_that_fails_is_no_error_of_those_already_shown(world: World) -> None:
+    """The first hundred are answered; the others are told the error."""
+    ids = await watch(world, 150)
+    gate = world.openai.gate(LIST, after_acting=True)
+    stepping = asyncio.create_task(world.steps.step_all(ids))
+    await gate.areached()
+    world.openai.fault(LIST, Fault.status(500))
+    gate.release()
+    done = await stepping
+    assert [n for n in ids if done[n].error] == ids[:50] and asked(world.openai) == (2, 0)
+
+
 @Given("fault", [Fault.rate_limited(300), Fault.status(500), Fault.status(401)])
 async def test_a_key_that_fails_delays_no_other(world: World, fault: Fault) -> None:
     """The other key's jobs are checked as ever, by one page."""
@@ -409,11 +421,17 @@ async def test_finalizing_batches_go_first(world: World) -> None:
     batch(world, 29).become("finalizing")
     await world.steps.step_all(ids)
     world.openai.requests.clear()
-    world.openai.latency = 0.05  # so that all of them come to wait
     world.clock.turn(INTERVAL)
-    await asyncio.gather(*(world.steps.step(n, (True, float(n))) for n in ids))
-    paths = [r.path.removeprefix("/v1/batches/batch_") for r in world.openai.requests]
-    assert "29" in paths[: 2 * tecko.IN_FLIGHT_PER_KEY]
+    for _ in range(tecko.IN_FLIGHT_PER_KEY):
+        world.openai.gate(RETRIEVE, after_acting=False)
+    steps = [asyncio.create_task(world.steps.step(n, (True, float(n)))) for n in ids]
+    [gate] = world.steps.openai._gates.values()
+    while len(gate.slots._waiting) < len(ids) - tecko.IN_FLIGHT_PER_KEY:
+        await asyncio.sleep(0.01)
+    world.openai.release_all()
+    await asyncio.gather(*steps)
+    ninth = world.openai.requests[tecko.IN_FLIGHT_PER_KEY]
+    assert ninth.path == "/v1/batches/batch_29"
 
 
 async def test_a_budget_bounds_each_key(openai: standins.OpenAI) -> None:
