@@ -426,7 +426,9 @@ async def test_finalizing_batches_go_first(world: World) -> None:
         world.openai.gate(RETRIEVE, after_acting=False)
     steps = [asyncio.create_task(world.steps.step(n, (True, float(n)))) for n in ids]
     [gate] = world.steps.openai._gates.values()
-    while len(gate.slots._waiting) < len(ids) - tecko.IN_FLIGHT_PER_KEY:
+    for _ in range(500):
+        if len(gate.slots._waiting) == len(ids) - tecko.IN_FLIGHT_PER_KEY:
+            break
         await asyncio.sleep(0.01)
     world.openai.release_all()
     await asyncio.gather(*steps)
