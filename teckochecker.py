@@ -2000,6 +2000,7 @@ MIGRATIONS = (
         WHERE status = 'active' AND removed_at IS NULL;
     CREATE INDEX jobs_by_key ON polling_jobs (openai_secret)
         WHERE status = 'active' AND removed_at IS NULL;
+    CREATE INDEX batches_by_id ON polling_batches (batch_id);
     CREATE TABLE counts (                    -- kept by triggers: to count would read every row
         what TEXT PRIMARY KEY,               -- secrets, triggers, logs, or job: and a shown status
         n INTEGER NOT NULL
@@ -2516,6 +2517,19 @@ class Store(Database):
         for job_id, *values in rows:
             found.setdefault(job_id, []).append(Batch(*values))
         return found
+
+    async def watchers(self, secrets: Collection[str], batch_ids: Collection[str]) -> list[int]:
+        """The active jobs that watch one of these batches with one of these secrets."""
+        names = {f"name{n}": name for n, name in enumerate(secrets)}
+        batches = {f"batch{n}": batch_id for n, batch_id in enumerate(batch_ids)}
+        rows = await self._read(
+            "SELECT DISTINCT j.id FROM polling_batches b JOIN polling_jobs j ON j.id = b.job_id"
+            f" WHERE b.batch_id IN ({', '.join(':' + name for name in batches)})"
+            f" AND j.openai_secret IN ({', '.join(':' + name for name in names)})"
+            " AND j.status = 'active' AND j.removed_at IS NULL",
+            names | batches,
+        )
+        return [row[0] for row in rows]
 
     async def schedule(self, ids: Collection[int] | None = None) -> dict[int, Plan]:
         """The jobs that have something left to do: all (None), or those of `ids`."""
@@ -3105,6 +3119,7 @@ class KeyGate:
     held_until: float = 0.0
     names: set[str] = field(default_factory=set)  # of the secrets with this value
     snapshot: Snapshot = NOTHING
+    finished: set[str] = field(default_factory=set)  # batches that were listed so, still to be told
     sweep: asyncio.Task[None] | None = None  # under way
     pages: float = 1.0  # that a sweep took, or would take
     measured: float = -math.inf  # when that was seen
@@ -3196,6 +3211,14 @@ class OpenAI:
         """An unfinished batch as a list showed it at most `age` seconds ago; None: ask singly."""
         return self._gate(key).snapshot.show(batch_id, self._clock(), age)
 
+    def finished(self, key: SecretValue) -> tuple[Collection[str], Collection[str]]:
+        """Batches that a sweep found to be finished, each told once, at most PAGE at a time; and
+        the names of their key."""
+        gate = self._gate(key)
+        some = list(itertools.islice(gate.finished, PAGE))
+        gate.finished.difference_update(some)
+        return some, gate.names
+
     async def look(self, key: SecretValue, group: Group, watched: Watched) -> None:
         """Sweep through the list of a key's batches for `shown`, where that pays: with fewer
         requests than checks that it answers. Who asks during a sweep waits for that one.
@@ -3259,6 +3282,7 @@ class OpenAI:
             found = [batch for batch in page if batch.batch_id in left]
             left.difference_update(batch.batch_id for batch in found)
             seen.update((batch.batch_id, batch) for batch in found if outcome(batch) is None)
+            gate.finished.update(b.batch_id for b in found if outcome(b) is not None)
             new = len(times) < len(wanted) and share * len(found) >= WORTH  # as their like
             more = more and (new or pays(page, times, share))
         paid = share * (len(wanted) - len(left)) >= pages
@@ -3572,6 +3596,7 @@ class Steps:
         self.openai, self.keboola = openai, keboola
         self.clock, self.luck = clock, luck
         self.tally: Counter[tuple[str, str]] = Counter()  # (what, outcome), for the metrics
+        self.on_finished: Callable[[Collection[int]], None] = lambda job_ids: None
         self._first_used: dict[int, SealedSecret] = {}  # still to be noted
 
     async def step(self, job_id: int, rank: Rank = NO_HURRY) -> Stepped:
@@ -3650,6 +3675,9 @@ class Steps:
                 await self.openai.look(key, self._group(stale, since), self._watched)
             except OpenAIError as e:
                 error = e
+            while (told := self.openai.finished(key))[0]:
+                batch_ids, names = told  # their jobs need not wait until they are due
+                self.on_finished(await self.store.watchers(names, batch_ids))
             shown |= {due.id: self._shown(key, due) for due in stale}
         await self._note_uses()
         return await self._take_in(group, shown, error)
@@ -4300,7 +4328,7 @@ class Metrics:
         )
         self.lateness = prometheus_client.Histogram(
             "teckochecker_check_lateness_seconds",
-            "Time from when a job's step was due until it was done.",
+            "Time from when a job's step was due until it was done, if it met no error.",
             registry=self.registry,
             buckets=LATENESS,
         )
@@ -4560,12 +4588,14 @@ class Service:
         self._lag = 0.0
         self._scheduler = make_scheduler()
         self._notice = self._fall_due  # one for all timers
+        steps.on_finished = self._hasten
         self._plans: dict[int, Plan] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._due: dict[int, float] = {}  # since when; taken up when the tick is over
         # jobs with a step under way: what they began with, and since when they were due
         self._busy: dict[int, tuple[Plan, float]] = {}
         self._asked: set[int] = set()  # someone wants these checked
+        self._ready: set[int] = set()  # a list shows that they have a finished batch
         self._off: set[int] = set()  # their timers are not at their slots
         self._idle: set[int] = set()  # nothing may be left to do for them
         self._epoch = 0.0  # from which slots count
@@ -4756,13 +4786,21 @@ class Service:
         one by one. Whatever goes wrong with many is met again by each, and told there."""
         ACTOR.set(None)  # a timer inherits the context of whoever set it
         together, alone = dict[str, list[Due]](), list(due)
+        singly = (self._asked | self._ready) & due.keys()
+        self._ready -= singly
         with contextlib.suppress(StoreError):
-            together, alone = await self.steps.sort_out([i for i in due if i not in self._asked])
-            alone += self._asked & due.keys()
+            together, alone = await self.steps.sort_out([i for i in due if i not in singly])
+            alone += singly
         for secret, group in together.items():
             self._spawn(self._glance(secret, group, due))
         for job_id in alone:
             self._spawn(self._run(job_id, due[job_id]))
+
+    def _hasten(self, job_ids: Collection[int]) -> None:
+        """Let jobs confirm at once what a list showed; those under way do already."""
+        self._ready.update(ready := (set(job_ids) & self._plans.keys()) - self._busy.keys())
+        for job_id in ready:
+            self._move(job_id, time.time())
 
     async def _glance(self, secret: str, group: Sequence[Due], due: Mapping[int, float]) -> None:
         done, began = dict[int, Stepped](), time.perf_counter()
@@ -4804,7 +4842,8 @@ class Service:
         self.counters["errors"] += stepped.error is not None
         log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
         (began_with, since), plan = self._busy.pop(job_id), self._plans.get(job_id)
-        self.metrics.lateness.observe(max(0.0, time.time() - since))
+        if stepped.error is None:  # how long a key that fails takes to do so is no lateness
+            self.metrics.lateness.observe(max(0.0, time.time() - since))
         if plan is None or stepped.wait is None:
             self._idle.add(job_id)
         elif began_with != plan or job_id in self._asked:  # changed while we looked at the old one

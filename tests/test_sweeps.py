@@ -9,7 +9,7 @@ import itertools
 import sqlite3
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +46,14 @@ async def watch(world: World, count: int, **flat: Any) -> list[int]:
 
 def batch(world: World, number: int) -> standins.Batch:
     return world.openai._projects[f"Bearer {KEY}"].batches[f"batch_{number}"]
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never became true")
 
 
 # ── What is concluded ─────────────────────────────────────────────────────────────────────────
@@ -254,6 +262,24 @@ async def test_from_done_to_triggered_in_one_step(world: World) -> None:
     assert (await world.get(ids[4])).status == "triggered" and len(world.keboola.created) == 1
 
 
+async def test_whose_batch_is_listed_as_done_need_not_wait(world: World) -> None:
+    """A list that others asked for shows it: its job is named, and the service checks it at once,
+    an hour before it is due."""
+    ids, named = await watch(world, 20, poll_interval=3600), list[int]()
+    world.steps.on_finished = named.extend
+    batch(world, 15).become("completed")
+    await world.steps.step_all(ids[:10])
+    assert named == [ids[15]] and asked(world.openai) == (1, 0)
+    batch(world, 15).become("in_progress")
+    async with tecko.make_service(world.config, lambda: world.config) as service:
+        await until(lambda: service.counters["steps"] >= len(ids))
+        batch(world, 15).become("completed")
+        service.steps.on_finished(named)
+        await until(lambda: world.keboola.created)
+        await until(lambda: not service._tasks)
+    assert (await world.get(ids[15])).status == "triggered"
+
+
 async def test_a_job_that_changed_meanwhile_is_left_as_it_is(world: World) -> None:
     """Paused while the page is read: no check is noted, whatever the page shows."""
     ids = await watch(world, 10)
@@ -426,10 +452,7 @@ async def test_finalizing_batches_go_first(world: World) -> None:
         world.openai.gate(RETRIEVE, after_acting=False)
     steps = [asyncio.create_task(world.steps.step(n, (True, float(n)))) for n in ids]
     [gate] = world.steps.openai._gates.values()
-    for _ in range(500):
-        if len(gate.slots._waiting) == len(ids) - tecko.IN_FLIGHT_PER_KEY:
-            break
-        await asyncio.sleep(0.01)
+    await until(lambda: len(gate.slots._waiting) == len(ids) - tecko.IN_FLIGHT_PER_KEY)
     world.openai.release_all()
     await asyncio.gather(*steps)
     ninth = world.openai.requests[tecko.IN_FLIGHT_PER_KEY]
