@@ -3248,7 +3248,7 @@ class OpenAI:
             gate.pages = 1.0
         wanted, worth = await watched(gate.names, group.interval / 2)
         worth = max(worth, group.checks)
-        if worth <= WORTH * max(gate.pages, math.ceil(len(wanted) / PAGE)):
+        if not wanted or worth <= WORTH * max(gate.pages, math.ceil(len(wanted) / PAGE)):
             return
         seen = dict[str, BatchSeen]()
         try:
@@ -3284,7 +3284,7 @@ class OpenAI:
             seen.update((batch.batch_id, batch) for batch in found if outcome(batch) is None)
             gate.finished.update(b.batch_id for b in found if outcome(b) is not None)
             new = len(times) < len(wanted) and share * len(found) >= WORTH  # as their like
-            more = more and (new or pays(page, times, share))
+            more = more and WORTH * pages < worth and (new or pays(page, times, share))
         paid = share * (len(wanted) - len(left)) >= pages
         gate.pages, gate.measured = pages if paid else math.inf, self._clock()
 

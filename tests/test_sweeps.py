@@ -243,6 +243,22 @@ async def test_a_host_without_a_list(world: World) -> None:
     assert asked(world.openai) == (1, 20)
 
 
+@Given("created_at", [0, 1, int(time.time()), None, "soon"])
+async def test_a_list_that_never_ends(world: World, created_at: object) -> None:
+    """The same page again and again, whatever it comes after: it costs less than single checks."""
+    ids = await watch(world, 20)
+    for job_id in ids:
+        await world.steps.step(job_id)
+    before = asked(world.openai)[1]
+    items = [{"id": f"batch_x{n}", "status": "completed"} for n in range(100)]
+    page = [item | {"created_at": created_at} for item in items]
+    world.openai.fault(LIST, Fault.json({"data": page, "has_more": True}), times=None)
+    world.clock.turn(INTERVAL)
+    await world.steps.step_all(ids)
+    pages, singly = asked(world.openai)
+    assert 1 <= pages <= 10 and singly - before == 20
+
+
 async def test_someone_who_asks_gets_an_answer_of_now(world: World) -> None:
     """Not what a list showed a moment ago."""
     ids = await watch(world, 10)
