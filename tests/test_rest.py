@@ -164,6 +164,7 @@ def open_rest(folder: Path, **env: str) -> Iterator[Rest]:
         openai.batch("batch_1")
         openai.batch("batch_bad", "failed")
         openai.batch("batch_done", "completed")
+        openai.fault("GET /v1/batches", standins.Fault.status(404), times=None)  # count each
         with surface(folder, OPENAI_BASE_URL=openai.base_url, **environ) as made:
             for name, value in KEYS.items() if "ADMIN_TOKEN" not in env else ():
                 body = {"name": name, "type": name, "value": value}

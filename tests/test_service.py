@@ -121,7 +121,7 @@ async def test_a_job_that_has_ended_needs_no_timer(world: World) -> None:
 
 def timers(service: tecko.Service) -> list[Any]:
     """Those of jobs; the service has two of its own."""
-    return [job for job in service._scheduler.get_jobs() if job.name == "Service._fall_due"]
+    return [job for job in service._scheduler.get_jobs() if job.name == "check"]
 
 
 async def test_a_long_step_is_not_overlapped_and_delays_nobody(world: World) -> None:
