@@ -243,7 +243,7 @@ async def test_a_host_without_a_list(world: World) -> None:
     assert asked(world.openai) == (1, 20)
 
 
-@Given("created_at", [0, 1, int(time.time()), None, "soon"])
+@Given("created_at", [0, 1, int(time.time()), None, "soon"], ids=["0", "1", "now", "none", "text"])
 async def test_a_list_that_never_ends(world: World, created_at: object) -> None:
     """The same page again and again, whatever it comes after: it costs less than single checks."""
     ids = await watch(world, 20)
