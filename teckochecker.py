@@ -220,7 +220,7 @@ MAX_NOTES = 50  # of a run
 SAME_PAGES = 10  # pages in a row that came before: the paging goes in circles
 MAX_REDIRECTS = 5
 NESTED = 200  # levels of a record: what serves it knows 255, some of which are its own
-DATA_FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz")  # what HTTP may have read
+DATA_FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")  # what HTTP may have read
 SOURCE_DEADLINE = 120.0  # s for one page of a source
 DOWNLOAD_DEADLINE = 3600.0  # s for a file behind a URL
 INGESTS_AT_ONCE = 2  # more would only take turns on the same processor and the same store
@@ -6071,11 +6071,14 @@ LIMITS = ("secret", "header", "max_failed", "on_drift", "max_requests_per_minute
 # they change nothing about what a record becomes
 
 
-def may_be_read(path: Path, base: Path) -> bool:
+def may_be_read(path: Path, config: Config) -> bool:
     """Whether a job that does not come from jobs.yaml may read a file: a data file beneath its
-    folder, links followed."""
-    real = path.resolve()
-    return real.is_relative_to(base.resolve()) and real.name.lower().endswith(DATA_FILES)
+    folder, links followed, that holds no secret."""
+    real, base = path.resolve(), config.base.resolve()
+    private = [config.base / ref.file for ref in config.secrets.values() if ref.file]
+    private += filter(None, [config.settings.secret_key_file, config.settings.log_file])
+    inside = real.is_relative_to(base) and real.name.lower().endswith(DATA_FILES)
+    return inside and real not in {file.resolve() for file in private}
 
 
 class Interrupted(Exception):
@@ -6146,7 +6149,7 @@ class Ingesting:
             found = [exact] if exact.is_file() else map(Path, glob.glob(str(exact), recursive=True))
             files = sorted(file for file in found if file.is_file())  # no pipe: it might block
             if self.job.origin != "file":
-                files = [file for file in files if may_be_read(file, base)]
+                files = [file for file in files if may_be_read(file, self.steps.config)]
         except OSError as e:
             raise SourceError(f"{path}: {e.strerror}", status=400) from e
         if not files:
@@ -6657,7 +6660,7 @@ class Desk:
         if not isinstance(source, CsvSource) or source.remote:
             return
         base = self.config().base
-        if not may_be_read(base / source.path, base):
+        if not may_be_read(base / source.path, self.config()):
             allowed = f"beneath {base.name}, ending in {', '.join(DATA_FILES)}"
             text = f"found {cut(source.path)}; allowed: {allowed} (in jobs.yaml: any)"
             raise Invalid([f"ingest.path: {text}"], fields=[("ingest.path", text)])
@@ -6720,9 +6723,8 @@ class Desk:
     ) -> tuple[list[StoredRecord], int | None]:
         """Unified records, and the `after` of those that follow."""
         rows = await self.store.data(source, limit + 1, after, offset)
-        return [stored_record(row) for row in rows[:limit]], (
-            rows[limit - 1]["id"] if len(rows) > limit else None
-        )
+        more = rows[limit - 1]["id"] if 0 < limit < len(rows) else None
+        return [stored_record(row) for row in rows[:limit]], more
 
     async def _secret_ids(self) -> dict[str, int]:
         return {row.name: row.id for row in await self.store.secrets()}
@@ -8758,7 +8760,7 @@ async def cmd_data_list(args: argparse.Namespace, config: Config) -> int:
         if args.csv or args.json:
             await export(desk, args.source, args.limit, csv_wanted=args.csv)
             return 0
-        limit = args.limit or 20
+        limit = 20 if args.limit is None else args.limit
         found, following = await desk.data(args.source, limit)
     rows = [(r.source, r.source_id, r.title, r.published_at, r.url) for r in found]
     more = f"{len(found)} of {totals['records']}; --limit shows more, --csv and --json all"
@@ -8792,7 +8794,7 @@ async def export(desk: Desk, source: str | None, limit: int | None, *, csv_wante
 
 async def cmd_data_rejects(args: argparse.Namespace, config: Config) -> int:
     async with desk_of(config) as desk:
-        found = await desk.rejects(args.source, args.limit or 100)
+        found = await desk.rejects(args.source, 100 if args.limit is None else args.limit)
     document = [r.model_dump(mode="json") for r in found]
     return report(args, document, reject_table(found))
 
