@@ -499,7 +499,7 @@ async def test_a_budget_bounds_each_key(openai: standins.OpenAI) -> None:
     calls = [upstream.retrieve(tecko.SecretValue(KEY), "batch_1") for _ in range(22)]
     began = time.monotonic()
     await asyncio.gather(*calls)
-    assert 1.8 * 60 / 180 < time.monotonic() - began < 2
+    assert 1.8 * 60 / 180 < time.monotonic() - began < 10
     await upstream.close()
 
 
