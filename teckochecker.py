@@ -197,6 +197,7 @@ AUTO_STEP = 1.25  # between the intervals of `auto`: few of them, so that jobs a
 START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
 STOP_SECONDS = 2.0  # that a run has after Ctrl-C to write its chunk
 FOLLOW_SECONDS = 0.2  # s between looks at a run that is shown on a terminal
+NEWS = 20  # checks with news that are written in one transaction, which takes some 5 ms
 TOGETHER = 500  # jobs read by one query of those due in one tick
 GRID = 0.25  # s; due times on a grid wake the loop once for many jobs
 CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one between ticks
@@ -1616,12 +1617,12 @@ def fails_circuit(error: UpstreamError) -> bool:
     return error.status is None or error.status >= 500
 
 
-def begun(circuit: Circuit, now: float) -> Circuit:
+def call_begun(circuit: Circuit, now: float) -> Circuit:
     """The circuit once a call was let through: while it is open, that is the one trial."""
     return replace(circuit, until=now + CALL_DEADLINE) if circuit.pause else circuit
 
 
-def ended(circuit: Circuit, before: Circuit, failed: bool, now: float) -> Circuit:
+def call_ended(circuit: Circuit, before: Circuit, failed: bool, now: float) -> Circuit:
     """The circuit after a call that began when it was as `before`. Of calls under way when it
     opened, a failure says nothing new."""
     if not failed:
@@ -3305,7 +3306,7 @@ class Store(Records):
             " WHERE (status = 'active' AND removed_at IS NULL OR id IN (SELECT job_id FROM triggers"
             f" WHERE finished_at IS NULL AND state <> 'held')){some}"
         )
-        return {row[0]: Plan(row[1], row[2], row[3], sys.intern(row[4])) for row in rows}
+        return {row[0]: Plan(row[1], row[2], row[3], sys.intern(row[4] or "")) for row in rows}
 
     @transactional
     async def create_job(self, spec: Spec, origin: str, now: float) -> int:
@@ -4133,16 +4134,16 @@ class OpenAI:
     async def _judged(self, gate: KeyGate, call: Callable[[], Awaitable[Any]], about: str) -> bytes:
         """The answer's body; the gate learns from how it went."""
         before = gate.circuit
-        gate.circuit = begun(before, self._clock())
+        gate.circuit = call_begun(before, self._clock())
         try:
             content = await self._answer(call, about)
         except OpenAIError as e:
             if e.status == 429:
                 wait = min(e.retry_after or BACKOFF_FIRST, LONGEST_WAIT)
                 gate.held_until = self._clock() + wait
-            gate.circuit = ended(gate.circuit, before, fails_circuit(e), self._clock())
+            gate.circuit = call_ended(gate.circuit, before, fails_circuit(e), self._clock())
             raise
-        gate.circuit = ended(gate.circuit, before, False, self._clock())
+        gate.circuit = call_ended(gate.circuit, before, False, self._clock())
         return content
 
     async def _answer(self, call: Callable[[], Awaitable[Any]], about: str) -> bytes:
@@ -5764,7 +5765,9 @@ class Steps:
                 if check.verdict.event is None:
                     news.append((check, errors))
         self.tally["checks", "waiting"] += len(done)
-        recorded = await self.store.record_checks([c for c, _ in news]) if news else ()
+        recorded = set[int]()
+        for at in range(0, len(news), NEWS):  # others take their turns at the store in between
+            recorded |= await self.store.record_checks([c for c, _ in news[at : at + NEWS]])
         done |= {c.job.id: self._told(c, e, c.job.id in recorded) for c, e in news}
         return done
 
