@@ -630,7 +630,7 @@ async def test_bad_records(world: World, source: Source) -> None:
     """Each is kept aside with its place and reason, counted, and those around it are taken."""
     odd: list[Any] = [record for record, _ in ODD]
     source.records = [{"id": 1}, *odd, {"id": 3}]
-    job = await api(world, source)
+    job = await api(world, source, fields={"title": "title", "published_at": "published_at"})
     for _ in range(2):
         run = await world.run(job)
         assert (run.status, run.records_failed) == ("success", len(ODD))
