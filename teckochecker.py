@@ -182,6 +182,7 @@ AUTO_STEP = 1.25  # between the intervals of `auto`: few of them, so that jobs a
 START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
 NEWS = 20  # checks with news that are written in one transaction, which takes some 5 ms
 TOGETHER = 500  # jobs read by one query of those due in one tick
+MANY = 1000  # jobs, from which on their times lie on a grid of whole seconds: each tick has a cost
 GRID = 0.25  # s; due times on a grid wake the loop once for many jobs
 CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one between ticks
 TICK = 1.0  # s between looks at what other processes changed in the store
@@ -2741,7 +2742,7 @@ class Store(Database):
         kept, self._quiet = self._quiet, {}
         try:
             if kept:
-                await self._flush(list(kept.values()))
+                await self._flush(sorted(kept.values()))  # by job, as their rows lie
         except StoreError:
             self._quiet = kept | self._quiet
             raise
@@ -2982,6 +2983,18 @@ def not_sent() -> tuple[type[Exception], ...]:
     return (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 
 
+def number_in(source: Any, name: str) -> float | None:
+    value = source.get(name) if isinstance(source, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < 1e15 else None  # and not NaN, nor what SQLite cannot keep
+
+
+def text_in(source: dict[str, Any], name: str) -> str | None:
+    value = source.get(name)
+    return short(value) or None if isinstance(value, str) else None
+
+
 def parse_batch(batch_id: str, data: Any) -> BatchSeen:
     """OpenAI's Batch object as BatchSeen. An answer without a status, or about another batch, is
     no answer: the SDK does not validate, so that any JSON with 200 would pass for a batch."""
@@ -2992,31 +3005,20 @@ def parse_batch(batch_id: str, data: Any) -> BatchSeen:
     ):
         raise OpenAIError(f"OpenAI's answer is not batch {batch_id}: {short(data)[:80]}")
 
-    def number(source: Any, name: str) -> float | None:
-        value = source.get(name) if isinstance(source, dict) else None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return None
-        return value if abs(value) < 1e15 else None  # and not NaN, nor what SQLite cannot keep
-
-    def text(name: str) -> str | None:
-        return short(data[name]) or None if isinstance(data.get(name), str) else None
-
-    counts = {
-        k: int(number(data.get("request_counts"), k) or 0) for k in ("total", "completed", "failed")
-    }
+    counts = data.get("request_counts")
     errors = data.get("errors")
     messages = errors.get("data") if isinstance(errors, dict) else None
     first = messages[0] if isinstance(messages, list) and messages else None
     return BatchSeen(
         batch_id=batch_id,
         status=data["status"] if data["status"] in KNOWN_BATCH else short(data["status"]),
-        created_at=number(data, "created_at"),
-        expires_at=number(data, "expires_at"),
-        output_file_id=text("output_file_id"),
-        error_file_id=text("error_file_id"),
-        requests_total=counts["total"],
-        requests_completed=counts["completed"],
-        requests_failed=counts["failed"],
+        created_at=number_in(data, "created_at"),
+        expires_at=number_in(data, "expires_at"),
+        output_file_id=text_in(data, "output_file_id"),
+        error_file_id=text_in(data, "error_file_id"),
+        requests_total=int(number_in(counts, "total") or 0),
+        requests_completed=int(number_in(counts, "completed") or 0),
+        requests_failed=int(number_in(counts, "failed") or 0),
         error=short(first.get("message")) if isinstance(first, dict) else None,
     )
 
@@ -4554,7 +4556,8 @@ def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
     """Seconds from the start to a job's first check. Those of one key fall into half of the
     interval, less a little for delays, so that one list of its batches is young enough for all."""
     key = zlib.crc32(secret.encode())
-    return phase(key, interval / 2, jobs) + 0.9 * phase(job_id, interval / 2, jobs)
+    at = phase(key, interval / 2, jobs) + 0.9 * phase(job_id, interval / 2, jobs)
+    return math.floor(at) if jobs >= MANY else at
 
 
 async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]:
