@@ -49,7 +49,7 @@ WINDOW = 20.0  # s of steady work that are measured at least, in whole intervals
 FLAT_OUT_WINDOW = 10.0  # s; a loop that never waits does as many checks in that
 FLAT_OUT_FROM = 10_000  # batches, from which on the plain loop is let run so
 TROUBLED = 100  # batches of each key that does not work
-FINISHED = 20  # batches that end, for the time from done to POST
+FINISHED = 5  # batches that end at once, for the time from done to POST
 PATIENCE = 60.0  # s beyond the intervals for a process to do what the next figure waits for
 TICKS = os.sysconf("SC_CLK_TCK")
 
