@@ -179,6 +179,7 @@ CIRCUIT_PAUSE = 10.0  # s that this lasts first; doubles with each trial call th
 CIRCUIT_LONGEST = 300.0  # s, to which it grows
 PAGE = 100  # batches asked for in one page of OpenAI's list, the most there is
 WORTH = 2  # answers that a page has to bring: it costs as much CPU as one and a half retrieves
+PAGES_GROW = 1.1  # times as many pages read at once as in turn, before they are read in turn again
 SWEEP_AGAIN = 600.0  # s until a list that did not pay is tried again, or its length forgotten
 SWEEP_PAUSE = 0.9  # intervals between sweeps, unless many checks ask for one
 
@@ -199,6 +200,7 @@ STOP_SECONDS = 2.0  # that a run has after Ctrl-C to write its chunk
 FOLLOW_SECONDS = 0.2  # s between looks at a run that is shown on a terminal
 NEWS = 20  # checks with news that are written in one transaction, which takes some 5 ms
 TOGETHER = 500  # jobs read by one query of those due in one tick
+MANY = 1000  # jobs, from which on their times lie on a grid of whole seconds: each tick has a cost
 GRID = 0.25  # s; due times on a grid wake the loop once for many jobs
 CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one between ticks
 TICK = 1.0  # s between looks at what other processes changed in the store
@@ -3537,7 +3539,7 @@ class Store(Records):
         kept, self._quiet = self._quiet, {}
         try:
             if kept:
-                await self._flush(list(kept.values()))
+                await self._flush(sorted(kept.values()))  # by job, as their rows lie
         except StoreError:
             self._quiet = kept | self._quiet
             raise
@@ -3779,6 +3781,18 @@ def not_sent() -> tuple[type[Exception], ...]:
     return (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 
 
+def number_in(source: Any, name: str) -> float | None:
+    value = source.get(name) if isinstance(source, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < 1e15 else None  # and not NaN, nor what SQLite cannot keep
+
+
+def text_in(source: dict[str, Any], name: str) -> str | None:
+    value = source.get(name)
+    return short(value) or None if isinstance(value, str) else None
+
+
 def parse_batch(batch_id: str, data: Any) -> BatchSeen:
     """OpenAI's Batch object as BatchSeen. An answer without a status, or about another batch, is
     no answer: the SDK does not validate, so that any JSON with 200 would pass for a batch."""
@@ -3789,31 +3803,20 @@ def parse_batch(batch_id: str, data: Any) -> BatchSeen:
     ):
         raise OpenAIError(f"OpenAI's answer is not batch {batch_id}: {short(data)[:80]}")
 
-    def number(source: Any, name: str) -> float | None:
-        value = source.get(name) if isinstance(source, dict) else None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return None
-        return value if abs(value) < 1e15 else None  # and not NaN, nor what SQLite cannot keep
-
-    def text(name: str) -> str | None:
-        return short(data[name]) or None if isinstance(data.get(name), str) else None
-
-    counts = {
-        k: int(number(data.get("request_counts"), k) or 0) for k in ("total", "completed", "failed")
-    }
+    counts = data.get("request_counts")
     errors = data.get("errors")
     messages = errors.get("data") if isinstance(errors, dict) else None
     first = messages[0] if isinstance(messages, list) and messages else None
     return BatchSeen(
         batch_id=batch_id,
         status=data["status"] if data["status"] in KNOWN_BATCH else short(data["status"]),
-        created_at=number(data, "created_at"),
-        expires_at=number(data, "expires_at"),
-        output_file_id=text("output_file_id"),
-        error_file_id=text("error_file_id"),
-        requests_total=counts["total"],
-        requests_completed=counts["completed"],
-        requests_failed=counts["failed"],
+        created_at=number_in(data, "created_at"),
+        expires_at=number_in(data, "expires_at"),
+        output_file_id=text_in(data, "output_file_id"),
+        error_file_id=text_in(data, "error_file_id"),
+        requests_total=int(number_in(counts, "total") or 0),
+        requests_completed=int(number_in(counts, "completed") or 0),
+        requests_failed=int(number_in(counts, "failed") or 0),
         error=short(first.get("message")) if isinstance(first, dict) else None,
     )
 
@@ -3840,6 +3843,57 @@ class Snapshot(NamedTuple):
 
     def show(self, batch_id: str, now: float, age: float) -> BatchSeen | None:
         return self.seen.get(batch_id) if now - self.at <= age else None
+
+
+class Sweep:
+    """A look through the list of a key's batches for those that are watched: `wanted`, with when
+    each was created, which checks ask for `worth` times."""
+
+    def __init__(self, wanted: Mapping[str, float | None], worth: int) -> None:
+        self.left, self._worth, self.pages = set(wanted), worth, 0
+        self.seen: dict[str, BatchSeen] = {}
+        self.finished: set[str] = set()
+        self._times = sorted((at for at in wanted.values() if at is not None), reverse=True)
+        self._share, self._unseen = worth / len(wanted), len(self._times) < len(wanted)
+        self._found = 0
+
+    def take(self, page: Sequence[BatchSeen]) -> bool:
+        """Take in a page; whether it was worth its request."""
+        self.pages += 1
+        found = [batch for batch in page if batch.batch_id in self.left]
+        self._found += len(found)
+        self.left.difference_update(batch.batch_id for batch in found)
+        self.seen.update((batch.batch_id, batch) for batch in found if outcome(batch) is None)
+        self.finished.update(batch.batch_id for batch in found if outcome(batch) is not None)
+        return self._share * len(found) >= WORTH
+
+    def goes_on(self, page: Sequence[BatchSeen], paid: bool) -> bool:
+        """Whether it pays to read on after this page: of batches that were never seen, nothing is
+        known but that they came together."""
+        as_new = self._unseen and paid
+        return self.affordable and (as_new or pays(page, self._times, self._share))
+
+    @property
+    def affordable(self) -> bool:
+        """Whether another page costs no more than single checks would, however little it brings."""
+        return bool(self.left) and WORTH * self.pages < self._worth
+
+    @property
+    def paid(self) -> bool:
+        return self._share * self._found >= self.pages
+
+    def useful(self, ends: Sequence[PageEnd]) -> list[PageEnd]:
+        """Of the ends of pages, those that something older than them is wanted after."""
+        oldest = self._times[-1] if self._times else math.inf
+        some = [end for end in ends if end.created_at > oldest]
+        return some[: max(0, self._worth // WORTH - 1)]
+
+
+class PageEnd(NamedTuple):
+    """The last batch of a page, after which the next one begins, whatever comes in before it."""
+
+    batch_id: str
+    created_at: float
 
 
 class Group(NamedTuple):
@@ -3919,7 +3973,9 @@ class KeyGate:
     snapshot: Snapshot = NOTHING
     finished: set[str] = field(default_factory=set)  # batches that were listed so, still to be told
     sweep: asyncio.Task[None] | None = None  # under way
-    pages: float = 1.0  # that a sweep took, or would take
+    ends: Sequence[PageEnd] = ()  # after which pages of the last sweep paid: the next one need not
+    in_turn: float = 1.0  # take its pages in turn; and how many there were when one did
+    pages: float = 1.0  # that a sweep took; infinite: the list does not pay
     measured: float = -math.inf  # when that was seen
     next_sweep: float = -math.inf  # none before, unless many ask
 
@@ -4048,43 +4104,59 @@ class OpenAI:
         worth = max(worth, group.checks)
         if not wanted or worth <= WORTH * max(gate.pages, math.ceil(len(wanted) / PAGE)):
             return
-        seen = dict[str, BatchSeen]()
+        sweep, in_turn = Sweep(wanted, worth), not gate.ends
         try:
-            await self._read_list(gate, seen, wanted, worth, group.rank)
+            await self._read_list(gate, sweep, group.rank)
+            slow = not in_turn and self._clock() - now > group.interval / 2
+            gate.pages = sweep.pages if sweep.paid and not slow else math.inf
+            gate.measured = now
         except OpenAIError as e:
             if e.status in (None, 401) or not (e.permanent or e.status == 200):
                 raise
             log.debug("batches are asked for singly: %s", e)
             gate.pages, gate.measured = math.inf, now
         finally:
-            if seen:  # some, where a later page failed
-                gate.snapshot = Snapshot(now, seen)
+            gate.finished |= sweep.finished
+            if sweep.seen:  # some, where a later page failed
+                gate.snapshot = Snapshot(now, sweep.seen)
 
-    async def _read_list(
-        self,
-        gate: KeyGate,
-        seen: dict[str, BatchSeen],
-        wanted: Mapping[str, float | None],
-        worth: int,
-        rank: Rank,
-    ) -> None:
-        """Put into `seen` what the list shows of `wanted`, which checks ask for `worth` times:
-        newest first, until all was found or a page is older than all of them, but not beyond what
-        that is worth."""
-        times = sorted((at for at in wanted.values() if at is not None), reverse=True)
-        share, left = worth / len(wanted), set(wanted)
-        pages, after, more = 0, None, True
-        while left and more:
-            page, more = await self._page(gate, after, rank)
-            pages, after = pages + 1, page[-1].batch_id if page else None
-            found = [batch for batch in page if batch.batch_id in left]
-            left.difference_update(batch.batch_id for batch in found)
-            seen.update((batch.batch_id, batch) for batch in found if outcome(batch) is None)
-            gate.finished.update(b.batch_id for b in found if outcome(b) is not None)
-            new = len(times) < len(wanted) and share * len(found) >= WORTH  # as their like
-            more = more and WORTH * pages < worth and (new or pays(page, times, share))
-        paid = share * (len(wanted) - len(left)) >= pages
-        gate.pages, gate.measured = pages if paid else math.inf, self._clock()
+    async def _read_list(self, gate: KeyGate, sweep: Sweep, rank: Rank) -> None:
+        """Newest first, until all was found, or a page is older than all of it. In turn at first,
+        later from where pages ended the last time, at once: 100 pages take 8 round trips, then.
+        What came in since makes pages overlap; when they are too many, in turn once more."""
+        ends = sweep.useful(gate.ends)
+        starts: list[PageEnd | None] = [None, *ends]
+        parts = zip(starts, [*ends, None], strict=True)
+        read = [self._read_part(gate, sweep, start, end, rank) for start, end in parts]
+        done = await asyncio.gather(*read, return_exceptions=True)
+        if errors := [part for part in done if isinstance(part, BaseException)]:
+            raise errors[0]
+        gate.ends = [end for part in done if not isinstance(part, BaseException) for end in part]
+        if not ends:
+            gate.in_turn = sweep.pages
+        elif sweep.pages > PAGES_GROW * gate.in_turn + 1:
+            gate.ends = ()
+
+    async def _read_part(
+        self, gate: KeyGate, sweep: Sweep, start: PageEnd | None, end: PageEnd | None, rank: Rank
+    ) -> list[PageEnd]:
+        """Pages after `start` up to `end`, or for as long as that pays; after what those begin that
+        paid, which the very first does after nothing."""
+        began, more, here = list[PageEnd](), sweep.affordable, start
+        while more and sweep.left:
+            page, more = await self._page(gate, here.batch_id if here else None, rank)
+            paid = sweep.take(page)
+            if paid and here is not None:
+                began.append(here)
+            if not page:
+                break
+            here = PageEnd(page[-1].batch_id, page[-1].created_at or 0.0)
+            if end is None:
+                more = more and sweep.goes_on(page, paid)
+            else:
+                met = any(batch.batch_id == end.batch_id for batch in page)
+                more = more and sweep.affordable and not met and here.created_at > end.created_at
+        return began
 
     async def _page(
         self, gate: KeyGate, after: str | None, rank: Rank
@@ -7007,7 +7079,8 @@ def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
     """Seconds from the start to a job's first check. Those of one key fall into half of the
     interval, less a little for delays, so that one list of its batches is young enough for all."""
     key = zlib.crc32(secret.encode())
-    return phase(key, interval / 2, jobs) + 0.9 * phase(job_id, interval / 2, jobs)
+    at = phase(key, interval / 2, jobs) + 0.9 * phase(job_id, interval / 2, jobs)
+    return math.floor(at) if jobs >= MANY else at
 
 
 async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]:

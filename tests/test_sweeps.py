@@ -278,6 +278,29 @@ async def test_from_done_to_triggered_in_one_step(world: World) -> None:
     assert (await world.get(ids[4])).status == "triggered" and len(world.keboola.created) == 1
 
 
+async def test_later_pages_do_not_wait_for_each_other(world: World) -> None:
+    """The first sweep takes its pages in turn, the next one all at once, also when new batches
+    came in or the last of a page was deleted; and it costs hardly more of them."""
+    ids = await watch(world, 450)
+    await world.steps.step_all(ids)
+    assert asked(world.openai) == (5, 0)
+    for came, gone, pages, singly in ((0, None, 5, 0), (30, None, 6, 0), (0, 350, 6, 100)):
+        world.openai.many(KEY, [f"batch_new_{n}" for n in range(came)], created_at_start=2**31)
+        if gone is not None:
+            world.openai.remove(f"batch_{gone}")
+        before = asked(world.openai)
+        gates = [world.openai.gate(LIST, after_acting=False) for _ in range(4)]
+        world.clock.turn(INTERVAL)
+        stepping = asyncio.create_task(world.steps.step_all(ids))
+        for gate in gates:
+            await gate.areached()
+        world.openai.release_all()
+        await stepping
+        after = asked(world.openai)
+        assert after[0] - before[0] <= pages and after[1] - before[1] <= singly
+    assert await missing(world, ids) == [ids[350]]
+
+
 async def test_whose_batch_is_listed_as_done_need_not_wait(world: World) -> None:
     """A list that others asked for shows it: its job is named, and the service checks it at once,
     an hour before it is due."""

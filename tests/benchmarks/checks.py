@@ -49,7 +49,7 @@ WINDOW = 20.0  # s of steady work that are measured at least, in whole intervals
 FLAT_OUT_WINDOW = 10.0  # s; a loop that never waits does as many checks in that
 FLAT_OUT_FROM = 10_000  # batches, from which on the plain loop is let run so
 TROUBLED = 100  # batches of each key that does not work
-FINISHED = 20  # batches that end, for the time from done to POST
+FINISHED = 5  # batches that end at once, for the time from done to POST
 PATIENCE = 60.0  # s beyond the intervals for a process to do what the next figure waits for
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -156,8 +156,8 @@ def percentile_99(values: Sequence[float] | deque[float]) -> float:
 
 
 def stand_in(load: Load) -> None:
-    """Serve the batches and Keboola until stdin ends. A line on it asks for the requests answered
-    so far, or ends some batches, or asks for the times from done to POST."""
+    """Serve the batches and Keboola until stdin ends. A line on it ends so many batches, and is
+    answered by the requests answered so far, and the times from done to POST."""
     sys.path.insert(0, str(ROOT / "tests"))
     import standins
 
@@ -189,9 +189,8 @@ def stand_in(load: Load) -> None:
                 server.fault("*", fault, times=None, key=key)
         print(server.base_url, keboola.url, flush=True)
         for line in sys.stdin:
-            if line.strip() == "finish":
-                for batch in made[0][:: max(1, len(made[0]) // FINISHED)][:FINISHED]:
-                    batch.become("completed")
+            for _ in range(int(line.strip() or 0)):
+                made[0].pop(len(made[0]) // 2).become("completed")
             posts = [r for r in keboola.requests if (r.method, r.path) == ("POST", "/jobs")]
             sent = {json.loads(values(r)["batch_ids_completed"])[0]: r.at for r in posts}
             took = [at - server.done[batch_id] for batch_id, at in sent.items()]
@@ -412,11 +411,12 @@ def measure_program(load: Load, urls: str, ask: Callable[[str], Any], folder: Pa
         figures = Figures(folder, env)
         row = measure("TeckoChecker", program, load, requests, figures.checks, load.window)
         late = [quantile(figures.before, figures.now, share) for share in (0.5, 0.99)]
-        ask("finish\n")
         program.patience = 2 * load.interval + PATIENCE
-        done = min(FINISHED, len(load.ids(0)))
-        program.wait_until(lambda: len(ask("\n")[1]) >= done, every=0.2)
-        post = statistics.median(ask("\n")[1])
+        ask("1\n")  # which opens connections, and is not counted
+        program.wait_until(lambda: len(ask("\n")[1]) == 1, every=0.2)
+        ask(f"{FINISHED}\n")
+        program.wait_until(lambda: len(ask("\n")[1]) == 1 + FINISHED, every=0.2)
+        post = statistics.median(ask("\n")[1][1:])
         return row._replace(late=late[0], late_p99=late[1], post=post)
 
 
