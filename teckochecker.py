@@ -7624,11 +7624,12 @@ class DataQuery(Query):
         None, ge=0, le=2**63 - 1, description="`next_after` of the page before; not with offset"
     )
 
-    @model_validator(mode="after")
-    def _one_way(self) -> DataQuery:
-        if self.offset and self.after is not None:
-            raise ValueError("offset or after, not both")
-        return self
+    @field_validator("after")
+    @classmethod
+    def _one_way(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("offset"):
+            raise ValueError("allowed: offset or after, not both")
+        return value
 
 
 class JobQuery(Query):
