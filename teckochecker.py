@@ -2752,7 +2752,9 @@ class Database:
         except sqlite3.Error as e:
             raise StoreError(f"database {self.path}: {e}") from e
 
-    async def _sql_many(self, sql: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    async def _many(
+        self, sql: str, rows: Sequence[Mapping[str, Any]] | Sequence[Sequence[Any]]
+    ) -> None:
         """Run one statement for each of `rows`, inside of a transaction."""
         if self._db is None:
             raise StoreError("the database is closed")
@@ -2788,15 +2790,6 @@ class Database:
         """Changes whenever another process has committed something."""
         [[version]] = await self._read("PRAGMA data_version")
         return int(version)
-
-    async def _many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Run one statement for many rows inside of a transaction."""
-        if self._db is None:
-            raise StoreError("the database is closed")
-        try:
-            await self._db.executemany(sql, rows)
-        except sqlite3.Error as e:
-            raise StoreError(f"database {self.path}: {e}") from e
 
     async def _insert(self, table: str, row: Mapping[str, Any]) -> Any:
         names, places = ", ".join(row), ", ".join(f":{name}" for name in row)
@@ -3549,7 +3542,7 @@ class Store(Records):
         await self._write_quiet(kept)
 
     async def _write_quiet(self, kept: Sequence[Quiet]) -> None:
-        await self._sql_many(
+        await self._many(
             "UPDATE polling_jobs SET last_check_at = :now, last_ok_at = :now, errors_in_row = 0,"
             " next_check_at = :next_check_at, pace = :pace WHERE id = :id AND revision = :revision"
             " AND round = :round AND status = 'active' AND removed_at IS NULL"
