@@ -7071,9 +7071,9 @@ def every(seconds: int) -> IntervalTrigger:
 def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
     """Seconds from the start to a job's first check. Those of one key fall into half of the
     interval, less a little for delays, so that one list of its batches is young enough for all."""
-    key = zlib.crc32(secret.encode())
-    at = phase(key, interval / 2, jobs) + 0.9 * phase(job_id, interval / 2, jobs)
-    return math.floor(at) if jobs >= MANY else at
+    key = phase(zlib.crc32(secret.encode()), interval / 2, jobs)
+    own = 0.9 * phase(job_id, interval / 2, jobs)
+    return key + (math.floor(own) if jobs >= MANY else own)
 
 
 async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]:
