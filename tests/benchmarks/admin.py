@@ -2,9 +2,10 @@
 
     .venv/bin/python tests/benchmarks/admin.py
 
-The stand-in for OpenAI, with batches that stay in progress, and `teckochecker.py start`, with a
-job for each of them, are processes of their own; so are the clients, who keep 32 connections open
-and on each send the next request when the last one is answered. Everything is on loopback. Each
+The stand-in for OpenAI, with batches that stay in progress and no list of them, and
+`teckochecker.py start`, with a job for each of them, are processes of their own; so are the
+clients, who keep 32 connections open and on each send the next request when the last one is
+answered. Everything is on loopback. Each
 path is asked for 10 s, after a stretch of the same checks without a client. How late a check is:
 the time from one retrieval of its batch to the next, as they reach the stand-in, less the interval;
 it is negative for the one after a late one. A stretch is as long as the interval, so its figures
@@ -28,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checks import JOB, JOBS, KEY, PATIENCE, PROGRAM, ROOT, Process, cpu_of, give_up
+from checks import PATIENCE, PROGRAM, ROOT, Process, cpu_of, give_up
 
 JOB_COUNT = 1000
 INTERVAL = 10  # s between two checks of a batch: 100 checks a second in all
@@ -36,6 +37,22 @@ CONNECTIONS = 32
 SECONDS = 10.0
 LIMIT = 240  # s for everything; it takes about 90
 PATHS = ("/health", "/stats", "/api/jobs?limit=100")
+KEY = "sk-standin-openai"
+JOBS = """\
+database: teckochecker.db
+admin: {host: 127.0.0.1, port: 0}
+secrets:
+  openai:  {type: openai,  env: BENCHMARK_OPENAI_KEY}
+  keboola: {type: keboola, env: BENCHMARK_KEBOOLA_TOKEN}
+jobs:
+"""
+JOB = """\
+  - name: watch-%s
+    poll_interval: %s
+    watch: {secret: openai, batch_ids: [%s]}
+    trigger:
+      {secret: keboola, stack_url: "http://127.0.0.1:9", component_id: c, configuration_id: c}
+"""  # nothing listens there: no batch ever ends
 
 
 class Row(NamedTuple):
@@ -67,6 +84,8 @@ def stand_in() -> None:
 
     with Timed(record=False) as server:
         server.many(KEY, ids())
+        no_list = standins.Fault.status(404)  # so that each batch is asked for, and seen to be late
+        server.fault("GET /v1/batches", no_list, times=None)
         print(server.base_url, flush=True)
         for line in sys.stdin:
             begun, ended = map(float, line.split())
