@@ -5,12 +5,11 @@
 The stand-in for OpenAI, with batches that stay in progress and no list of them, and
 `teckochecker.py start`, with a job for each of them, are processes of their own; so are the
 clients, who keep 32 connections open and on each send the next request when the last one is
-answered. Everything is on loopback. Each
-path is asked for 10 s, after a stretch of the same checks without a client. How late a check is:
-the time from one retrieval of its batch to the next, as they reach the stand-in, less the interval;
-it is negative for the one after a late one. A stretch is as long as the interval, so its figures
-are those of each batch's check in it, against the one before it, which no client delayed. All
-processes share the machine's cores, which bounds every figure.
+answered. Everything is on loopback. Each path is asked for 10 s, after a stretch of the same checks
+without a client. How late a check is: the time from one retrieval of its batch to the next, as they
+reach the stand-in, less the interval; it is negative for the one after a late one. A stretch is as
+long as the interval, so its figures are those of each batch's check in it, against the one before
+it, which no client delayed. All processes share the machine's cores, which bounds every figure.
 """
 
 from __future__ import annotations
