@@ -210,6 +210,7 @@ STORE_RETRY = 1.0  # s between attempts to write down what Keboola answered
 BUSY_TIMEOUT = 5000  # ms that SQLite waits for another process's lock
 
 CHUNK_ROWS = 2000  # records that commit together: beyond that a transaction only gets longer
+STATEMENT_ROWS = 500  # rows inserted by one statement, whose 3,000 values SQLite allows ten times
 BLOCK_BYTES = 1 << 19  # bytes of a file that are read at once
 CHUNK_BYTES = 4 << 20  # bytes of a file after which a chunk ends early, however few its records
 RECORD_BYTES = 16 << 20  # bytes of one line, or characters of one field; more is no record
@@ -2791,6 +2792,17 @@ class Database:
         [[version]] = await self._read("PRAGMA data_version")
         return int(version)
 
+    async def _upsert(
+        self, insert: str, values: Sequence[Any], conflict: str, *, columns: int
+    ) -> None:
+        """Insert rows, whose values stand one after the other, hundreds in a statement: a third
+        cheaper than a statement for each."""
+        step = columns * STATEMENT_ROWS
+        for start in range(0, len(values), step):
+            some = values[start : start + step]
+            rows = ", ".join([f"({', '.join('?' * columns)})"] * (len(some) // columns))
+            await self._sql(f"{insert} VALUES {rows} {conflict}", some)
+
     async def _insert(self, table: str, row: Mapping[str, Any]) -> Any:
         names, places = ", ".join(row), ", ".join(f":{name}" for name in row)
         sql = f"INSERT INTO {table} ({names}) VALUES ({places}) RETURNING *"
@@ -2905,20 +2917,21 @@ class Records(Database):
 
     async def _save_records(self, source: str, kind: str, chunk: Chunk, now: float) -> None:
         """Insert what is new, and change only rows that differ."""
-        await self._many(
-            f"INSERT INTO raw_data_{kind} (source, external_id, raw_data, ingested_at, processed)"
-            " VALUES (?, ?, ?, ?, ?) ON CONFLICT (source, external_id) DO UPDATE SET"
-            " raw_data = excluded.raw_data, ingested_at = excluded.ingested_at,"
-            " processed = excluded.processed"
+        await self._upsert(
+            f"INSERT INTO raw_data_{kind} (source, external_id, raw_data, ingested_at, processed)",
+            [v for key, raw, good in chunk.raws for v in (source, key, raw, now, good)],
+            "ON CONFLICT (source, external_id) DO UPDATE SET raw_data = excluded.raw_data,"
+            " ingested_at = excluded.ingested_at, processed = excluded.processed"
             f" WHERE raw_data_{kind}.raw_data <> excluded.raw_data"
             f" OR raw_data_{kind}.processed <> excluded.processed",
-            [(source, key, record, now, good) for key, record, good in chunk.raws],
+            columns=5,
         )
-        await self._many(
-            "INSERT INTO normalized_data (source, source_id, data, hash, created_at, updated_at)"
-            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (source, source_id) DO UPDATE SET"
-            " data = excluded.data, hash = excluded.hash, updated_at = excluded.updated_at",
-            [(source, key, data, digest, now, now) for key, data, digest in chunk.unified],
+        await self._upsert(
+            "INSERT INTO normalized_data (source, source_id, data, hash, created_at, updated_at)",
+            [v for key, data, h in chunk.unified for v in (source, key, data, h, now, now)],
+            "ON CONFLICT (source, source_id) DO UPDATE SET data = excluded.data,"
+            " hash = excluded.hash, updated_at = excluded.updated_at",
+            columns=6,
         )
         await self._many(  # so that a record that is mended counts as changed
             "UPDATE normalized_data SET hash = x'' WHERE source = ? AND source_id = ?",
