@@ -4810,7 +4810,7 @@ class Mapper:
         return text
 
     def hash(self, record: bytes) -> bytes:
-        return hashlib.blake2b(record, digest_size=16, salt=self._salt).digest()
+        return hashlib.sha256(self._salt + record).digest()[:16]
 
     def unify(self, record: Mapping[str, Any], source_id: str) -> bytes:
         """The record in the unified schema, as JSON. Raises BadRecord."""
@@ -4981,8 +4981,8 @@ def prepare(mapper: Mapper, fetched: Fetched) -> Prepared:
         if key in by_id:
             earlier.setdefault(key, []).append(by_id[key])
         by_id[key] = (number, record, text, mapper.hash(text))
-    objects = [record for _, record in fetched.records if isinstance(record, dict)]
-    return Prepared(by_id, rejects, fields_of(objects, fetched.columns), earlier)
+    fields = fields_of([record for _, record, _, _ in by_id.values()], fetched.columns)
+    return Prepared(by_id, rejects, fields, earlier)
 
 
 def rejected(fetched: Fetched, number: int, error: BadRecord, record: bytes) -> Rejected:
@@ -4997,22 +4997,23 @@ def finish(
     chunk = Chunk(
         [], [], [*prepared.rejects], Counter(), fetched.part, fetched.state, fetched.progress
     )
-    counts = chunk.counts
-    counts["processed"] = len(fetched.records) + len(fetched.rejects)
+    counts, unchanged, inserted = chunk.counts, 0, 0
     for key, found in prepared.by_id.items():
-        _, _, text, digest = found
-        if known.get(key) == digest:
-            counts["unchanged"] += 1
-        elif data := unified(mapper, fetched, chunk, key, found):
-            chunk.raws.append((key, text.decode(), True))
-            chunk.unified.append((key, data, digest))
-            counts["updated" if key in known else "inserted"] += 1
-        else:
-            chunk.raws.append((key, text.decode(), False))
-            fall_back(mapper, fetched, chunk, key, prepared.earlier.get(key, []), known)
+        if known.get(key) == found[3]:
+            unchanged += 1
             continue
-        counts["updated"] += len(prepared.earlier.get(key, ()))
+        data = unified(mapper, fetched, chunk, key, found)
+        chunk.raws.append((key, found[2].decode(), data is not None))
+        if data is None:
+            fall_back(mapper, fetched, chunk, key, prepared.earlier.pop(key, []), known)
+        else:
+            chunk.unified.append((key, data, found[3]))
+            inserted += key not in known
+    counts["processed"] = len(fetched.records) + len(fetched.rejects)
+    counts["unchanged"] = unchanged
+    counts["inserted"] += inserted
     counts["failed"] = len(chunk.rejects)
+    counts["updated"] = counts["processed"] - unchanged - counts["inserted"] - counts["failed"]
     chunk.rejects.sort(key=lambda rejected: rejected.number)
     return chunk
 
@@ -5043,8 +5044,7 @@ def fall_back(
         found = earlier.pop()
         if data := unified(mapper, fetched, chunk, key, found):
             chunk.unified.append((key, data, found[3]))
-            chunk.counts["updated" if key in known else "inserted"] += 1
-            chunk.counts["updated"] += len(earlier)
+            chunk.counts["inserted"] += key not in known
             return
 
 
