@@ -134,7 +134,6 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
-    SkipValidation,
     StrictStr,
     StringConstraints,
     TypeAdapter,
@@ -3840,6 +3839,9 @@ def parse_page(data: Any) -> tuple[list[BatchSeen], bool]:
     return page, data.get("has_more") is True
 
 
+Rank = tuple[bool, float]  # whether it may wait, and since when it is due: the least goes first
+
+
 class Snapshot(NamedTuple):
     """What a list of a key's batches showed of those that are watched and not finished. What is
     not in it was finished, or not shown: it has to be asked for singly."""
@@ -3911,7 +3913,6 @@ class Group(NamedTuple):
 
 
 NOTHING = Snapshot(-math.inf, MappingProxyType({}))
-Rank = tuple[bool, float]  # whether it may wait, and since when it is due: the least goes first
 Watched = Callable[[Collection[str], float], Awaitable[tuple[Mapping[str, float | None], int]]]
 NO_HURRY: Rank = (True, math.inf)
 
@@ -4750,14 +4751,12 @@ def known_zone(name: str | None, offset: int | None) -> int | None:
     return offset
 
 
-class DataRecord(TypedDict, total=False):
-    """A record in the schema that all sources share; a dict, since making models of a hundred
-    thousand rows costs twice as much as validating them."""
+class UnifiedFields(TypedDict, total=False):
+    """What a record has in the schema that all sources share, beside what identifies it; a dict,
+    since making models of a hundred thousand rows costs twice as much as validating them."""
 
     __pydantic_config__ = ConfigDict(coerce_numbers_to_str=True)  # type: ignore[misc]
 
-    source: SkipValidation[str]  # name of the ingest's job
-    source_id: SkipValidation[str]  # what identifies the record in its source
     title: str
     description: str
     content: str
@@ -4765,10 +4764,9 @@ class DataRecord(TypedDict, total=False):
     published_at: Annotated[str, BeforeValidator(utc_text)]  # ISO 8601 in UTC
     url: str
     category: str
-    metadata: SkipValidation[dict[str, Any]]  # what no field took
 
 
-VALIDATE = TypeAdapter(DataRecord).validator.validate_python
+VALIDATE = TypeAdapter(UnifiedFields).validator.validate_python
 
 
 class MappingPlan(NamedTuple):
@@ -4817,18 +4815,22 @@ class Mapper:
         if (keys := tuple(record)) != self._keys:
             self._keys, self._plan = keys, self._make_plan(keys)
         plan = self._plan
-        made = {name: v for name, key in plan.plain if (v := record[key]) is not None and v != ""}
-        made["source"], made["source_id"] = self.name, source_id
-        made["metadata"] = metadata = {key: record[key] for key in plan.rest}
-        if self.nested:
-            made |= {name: v for name, pick in plan.deep if (v := pick(record)) not in (None, "")}
+        metadata = {key: record[key] for key in plan.rest}
+        if not self.nested:  # all is text
+            made = {name: text for name, key in plan.plain if (text := record[key])}
+        else:
+            picks = [*((name, record[key]) for name, key in plan.plain)]
+            picks += ((name, pick(record)) for name, pick in plan.deep)
+            made = {name: value for name, value in picks if value not in (None, "")}
             for name, key in plan.matched:
                 if isinstance(made.get(name), dict | list | bool):  # meant by nobody
                     metadata[key] = made.pop(name)
         try:
             if self.source.dates and "published_at" in made:
                 made["published_at"] = utc_text(made["published_at"], self.source.dates)
-            return to_json(VALIDATE(made))
+            whole = {"source": self.name, "source_id": source_id, **VALIDATE(made)}
+            whole["metadata"] = metadata
+            return to_json(whole)
         except BadRecord:
             raise
         except ValidationError as e:
@@ -5002,7 +5004,7 @@ def finish(
         if known.get(key) == found[3]:
             unchanged += 1
             continue
-        data = unified(mapper, fetched, chunk, key, found)
+        data = unify_or_reject(mapper, fetched, chunk, key, found)
         chunk.raws.append((key, found[2].decode(), data is not None))
         if data is None:
             fall_back(mapper, fetched, chunk, key, prepared.earlier.pop(key, []), known)
@@ -5018,7 +5020,7 @@ def finish(
     return chunk
 
 
-def unified(
+def unify_or_reject(
     mapper: Mapper, fetched: Fetched, chunk: Chunk, key: str, found: tuple[int, Any, bytes, bytes]
 ) -> str | None:
     """The unified record; None where it had to be rejected."""
@@ -5042,7 +5044,7 @@ def fall_back(
     ended between them."""
     while earlier:
         found = earlier.pop()
-        if data := unified(mapper, fetched, chunk, key, found):
+        if data := unify_or_reject(mapper, fetched, chunk, key, found):
             chunk.unified.append((key, data, found[3]))
             chunk.counts["inserted"] += key not in known
             return
@@ -5098,6 +5100,14 @@ def is_unchanged(path: Path, state: Mapping[str, Any], now: float) -> bool:
     """Whether a file is surely the one that was read to its end."""
     known = state.get("identity")
     return known is not None and known == identity_of(path.stat(), now)
+
+
+def quote_error(error: csv.Error) -> str:
+    """The reader's complaints in words that help."""
+    said = str(error)
+    if "unexpected end of data" in said or "field larger" in said:
+        return "a quote is opened and never closed"
+    return said
 
 
 class LongLine(bytes):
@@ -5405,14 +5415,6 @@ class CsvFile:
     def _rejected(self, begin: tuple[int, int], reason: str, record: bytes) -> Rejected:
         text = record.decode(self._encoding, errors="backslashreplace").rstrip("\r\n")
         return Rejected(f"{self.part} line {begin[1] + 1}", reason, text, begin[1] + 1)
-
-
-def quote_error(error: csv.Error) -> str:
-    """The reader's complaints in words that help."""
-    said = str(error)
-    if "unexpected end of data" in said or "field larger" in said:
-        return "a quote is opened and never closed"
-    return said
 
 
 # pages
