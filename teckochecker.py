@@ -2617,13 +2617,10 @@ class Due(NamedTuple):
     """A job that is due, read with many others: its row becomes a `Job` only where there is news,
     since that costs as much as all the rest of a check."""
 
+    id: int
     row: Any  # of polling_jobs
     batches: list[Batch]
     has_open: bool  # a trigger that is not settled
-
-    @property
-    def id(self) -> int:
-        return int(self.row["id"])
 
 
 class Quiet(NamedTuple):
@@ -3245,10 +3242,11 @@ class Store(Records):
         )
         found: dict[int, Due] = {}
         for row in rows:  # a name of both tables is the job's, who stands first
-            due = found.setdefault(row["id"], Due(row, [], bool(row["has_open"])))
+            if (job_id := row["id"]) not in found:
+                found[job_id] = Due(job_id, row, [], bool(row["has_open"]))
             values = tuple(row)[-len(BATCH_COLUMNS) :]
             if values[0] is not None:  # an ingest has no batches
-                due.batches.append(Batch(*values))
+                found[job_id].batches.append(Batch(*values))
         return list(found.values())
 
     async def watched(
@@ -5749,10 +5747,10 @@ class Steps:
         share; and those that need a step of their own."""
         together: dict[str, list[Due]] = {}
         for due in await self.store.due(ids):
-            active = due.row["status"] == "active" and due.row["removed_at"] is None
-            ends = {outcome(batch) for batch in due.batches}
+            row, ends = due.row, [outcome(batch) for batch in due.batches]
+            active = row["status"] == "active" and row["removed_at"] is None
             if active and not due.has_open and None in ends and "failed" not in ends:
-                together.setdefault(due.row["openai_secret"], []).append(due)
+                together.setdefault(row["openai_secret"], []).append(due)
         taken = {due.id for group in together.values() for due in group}
         return together, [job_id for job_id in ids if job_id not in taken]
 
@@ -6853,7 +6851,7 @@ class Metrics:
         self.registry = prometheus_client.CollectorRegistry()
         self.steps = prometheus_client.Histogram(
             "teckochecker_check_duration_seconds",
-            "Time that a step of a job took, with its calls to OpenAI and Keboola.",
+            "Time that a step of a job took, or of many by one list, with all calls.",
             registry=self.registry,
         )
         self.writes = prometheus_client.Histogram(
@@ -7348,10 +7346,10 @@ class Service:
             pass
         except Exception:
             log.exception("a defect of TeckoChecker; checking %d jobs one by one", len(group))
-        took = time.perf_counter() - began
+        self.metrics.steps.observe(time.perf_counter() - began)
         for each in group:
             if each.id in done:
-                self._stepped(each.id, done[each.id], took)
+                self._stepped(each.id, done[each.id])
             else:
                 self._spawn(self._run(each.id, due[each.id]))
 
@@ -7371,11 +7369,11 @@ class Service:
         except Exception as e:
             stepped = Stepped(LONGEST_WAIT, "a defect", TeckoError(str(e)))
             log.exception("job %s: a defect of TeckoChecker; trying again in an hour", job_id)
-        self._stepped(job_id, stepped, time.perf_counter() - began)
+        self.metrics.steps.observe(time.perf_counter() - began)
+        self._stepped(job_id, stepped)
 
-    def _stepped(self, job_id: int, stepped: Stepped, took: float) -> None:
+    def _stepped(self, job_id: int, stepped: Stepped) -> None:
         """Count a step, and see to the next one."""
-        self.metrics.steps.observe(took)
         self.counters["steps"] += 1
         self.counters["errors"] += stepped.error is not None
         log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
