@@ -92,7 +92,7 @@ async def checked(
     verdict = tecko.Verdict(event, "why" if event == "give_up" else "", partial)
     facts: dict[str, Any] = {
         "error": verdict.reason or None,
-        "ok": True,
+        "errors": [],
         "wait": 60.0,
         "now": 7.0,
     } | told
@@ -506,7 +506,8 @@ async def test_a_check_is_written_down(store: tecko.Store) -> None:
     job = await made(store)
     for n, (ok, error) in enumerate([(True, None), (False, "no"), (False, "no"), (True, None)]):
         at = 10.0 + n
-        assert await checked(store, job, ok=ok, error=error, now=at)
+        errors = [] if ok else [tecko.OpenAIError("no")]
+        assert await checked(store, job, errors=errors, error=error, now=at)
         job = await get(store, job.id)
         assert (job.last_check_at, job.next_check_at, job.last_error) == (at, at + 60, error)
         assert job.errors_in_row == (0, 1, 2, 0)[n] and job.last_ok_at == (10, 10, 10, 13)[n]
