@@ -8459,6 +8459,8 @@ async def cmd_validate(args: argparse.Namespace, config: Config) -> int:
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
     if args.daemon:
         return start_daemon(args, config)
+    if __name__ == "__main__":
+        shed_syntax_tree()
     with RunLock(config.settings.database) as lock:
         asyncio.run(serve(config, lambda: config_of(args), lock))
     return 0
@@ -8480,6 +8482,15 @@ async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> No
             await service.run()
             notify("STOPPING=1")
             log.info("stopping")
+
+
+def shed_syntax_tree() -> None:
+    """Start over in the same process, by way of runpy: of a script that it runs, CPython keeps the
+    syntax tree until the end (`pyrun_file` in pythonrun.c), which is 15 MB of this one. Not where
+    Python was given options of its own, such as `-X dev`."""
+    if len(sys.orig_argv) == 1 + len(sys.argv):
+        run = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+        os.execv(sys.executable, [sys.executable, "-c", run, *sys.argv])  # noqa: S606 ourselves
 
 
 def start_daemon(args: argparse.Namespace, config: Config) -> int:
