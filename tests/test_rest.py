@@ -986,6 +986,7 @@ def test_figures(rest: Rest) -> None:
         "teckochecker_triggers_total": "counter",
         "teckochecker_upstream_errors_total": "counter",
         "teckochecker_check_duration_seconds": "histogram",
+        "teckochecker_check_lateness_seconds": "histogram",
         "teckochecker_jobs": "gauge",
         "teckochecker_overdue_jobs": "gauge",
         "teckochecker_loop_lag_seconds": "gauge",
@@ -1003,8 +1004,10 @@ def test_figures_grow(rest: Rest) -> None:
     """A job that fires counts as a check and as a trigger, each under what came of it; one that
     meets an error, as an error upstream."""
     families = ("teckochecker_checks_total", "teckochecker_triggers_total")
-    before = [total(rest.made, family) for family in families]
     fired = 'teckochecker_checks_total{outcome="fire"}'
+    [early] = rest.early["batch_done"]  # which may be under way
+    until(lambda: rest("GET", f"/api/jobs/{early['id']}").body.get("status") != "active")
+    before = [total(rest.made, family) for family in families]
     was = figures(rest.made).get(fired, 0.0)
     job = rest.create(batch_id="batch_done")
     until(lambda: rest.job(job["id"])["status"] == "triggered")
@@ -1012,6 +1015,11 @@ def test_figures_grow(rest: Rest) -> None:
     now = figures(rest.made)
     assert now[fired] == was + 1
     assert all(re.search(r'\{outcome="[a-z_]+"\}', name) for name in now if "checks_total" in name)
+    late = {k: v for k, v in now.items() if k.startswith("teckochecker_check_lateness_seconds")}
+    buckets = [value for name, value in late.items() if "_bucket" in name]
+    assert buckets == sorted(buckets) and buckets[-1] >= 1  # each counts those below it, too
+    assert late["teckochecker_check_lateness_seconds_count"] == buckets[-1]
+    assert 0 < late["teckochecker_check_lateness_seconds_sum"] < 60 * buckets[-1]
     errors = total(rest.made, "teckochecker_upstream_errors_total")
     rest.create(batch_id="batch_that_is_not_there")
     until(lambda: total(rest.made, "teckochecker_upstream_errors_total") > errors)

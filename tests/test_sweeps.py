@@ -10,6 +10,7 @@ import sqlite3
 import tempfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -320,18 +321,37 @@ async def test_whose_batch_is_listed_as_done_need_not_wait(world: World) -> None
     assert (await world.get(ids[15])).status == "triggered"
 
 
-async def test_a_job_that_changed_meanwhile_is_left_as_it_is(world: World) -> None:
-    """Paused while the page is read: no check is noted, whatever the page shows."""
-    ids = await watch(world, 10)
+async def other_batch(world: World, job_id: int) -> None:
+    spec = (await world.get(job_id)).watches
+    watched = spec.watch.model_copy(update={"batch_ids": ["batch_11"]})
+    await world.store.update_job(job_id, spec.model_copy(update={"watch": watched}), 0.0)
+
+
+Change = Callable[[World, int], Any]
+CHANGES: list[tuple[Change, str]] = [
+    (lambda world, job_id: world.store.pause_job(job_id, 0.0), "changed while it was checked"),
+    (lambda world, job_id: world.store.delete_job(job_id, 0.0), "nothing to do"),
+    (other_batch, "0 of 1 batches done"),  # of the one that it watches now
+]
+
+
+@Given("change, said", CHANGES, ids=["paused", "deleted", "changed"])
+async def test_a_job_that_changed_while_the_list_was_read(
+    world: World, change: Change, said: str
+) -> None:
+    """The page decides nothing about it, and what is written down is about the job as it is."""
+    ids = await watch(world, 12)
     gate = world.openai.gate(LIST, after_acting=True)
-    stepping = asyncio.create_task(world.steps.step_all(ids))
+    stepping = asyncio.create_task(world.steps.step_all(ids[:10]))
     await gate.areached()
-    await world.store.pause_job(ids[0], 0.0)
+    await change(world, ids[0])
     gate.release()
-    assert (await stepping)[ids[0]].wait == 0.0
+    assert (await stepping)[ids[0]].said == said
     await world.store.flush()
-    paused = await world.get(ids[0])
-    assert (paused.status, paused.last_check_at) == ("paused", None)
+    job = await world.store.job(ids[0])
+    batches = {batch.batch_id: batch.status for batch in await world.store.batches(ids[0])}
+    expected = {"paused": {"batch_0": ""}, "active": {"batch_11": "in_progress"}}
+    assert batches == (expected[job.status] if job else {})
 
 
 # ── Keys that fail ────────────────────────────────────────────────────────────────────────────
@@ -721,6 +741,17 @@ def test_jobs_of_a_key_are_due_within_half_an_interval(
     first = tecko.phase(zlib.crc32(secret.encode()), interval / 2, jobs)
     own = tecko.slot(secret, job_id, interval, jobs) - first
     assert -1e-6 <= own <= 0.45 * interval and first + own <= min(interval, jobs / 100)
+
+
+@given(st.integers(1, 10**6), st.sampled_from([30, 300, 3600]))
+def test_neighbours_of_many_are_due_together(first: int, interval: int) -> None:
+    """Whose rows lie together, at one whole second; and of 10,000 about as many at each."""
+    ids = range(first, first + 10_000)
+    slots = [tecko.slot("openai", job_id, interval, 10_000) for job_id in ids]
+    moves = sum(a != b for a, b in itertools.pairwise(slots))
+    assert moves <= len(ids) / tecko.NEIGHBOURS + 1
+    each = Counter(slots).values()
+    assert max(each) <= len(ids) / len(each) + 3 * tecko.NEIGHBOURS
 
 
 # ── The calendar of due times ─────────────────────────────────────────────────────────────────

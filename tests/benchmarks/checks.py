@@ -88,7 +88,10 @@ def key_of(number: int) -> str:
     return f"sk-standin-openai-{number}"
 
 
-LOADS = (Load(100, 1), Load(1000, 10), Load(1000, 10, 10), Load(1000, 10, 10, troubled=True))
+LOADS = (
+    *(Load(100, 1), Load(100, 1, 10), Load(1000, 10), Load(1000, 10, 10)),
+    Load(1000, 10, 10, troubled=True),
+)
 LARGE = (
     *(Load(10_000, 60), Load(10_000, 60, 10), Load(10_000, 60, 10, troubled=True)),
     *(Load(10_000, 60, latency=0.1), Load(100_000, 300), Load(100_000, 300, 10)),
