@@ -3584,7 +3584,7 @@ class Store(Records):
             "UPDATE polling_jobs SET last_check_at = ?4, last_ok_at = ?4, errors_in_row = 0,"
             " next_check_at = ?5, pace = ?6 WHERE id = ?1 AND revision = ?2 AND round = ?3"
             " AND status = 'active' AND removed_at IS NULL AND coalesce(last_check_at, 0) <= ?4",
-            kept,
+            kept,  # as they stand in Quiet: by name, each check would pay 1 µs more
         )
 
     @transactional
