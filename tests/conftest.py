@@ -169,6 +169,16 @@ async def world(
     await close()
 
 
+@pytest.fixture
+async def hasty(
+    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
+) -> AsyncIterator[World]:
+    """A world whose ingests try nothing twice in a run."""
+    made, close = await make_world(tmp_path, openai, keboola, {"MAX_RETRIES": "0"})
+    yield made
+    await close()
+
+
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment without what configures TeckoChecker, and `extra`."""
     dropped = {*tecko.ENVIRONMENT, "DATABASE_URL", "NOTIFY_SOCKET", "OPENAI_API_KEY", "COLUMNS"}

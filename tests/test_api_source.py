@@ -7,13 +7,13 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import standins
-from conftest import World, make_world
+from conftest import World
 from standins import Answer, Fault, Source
 
 import teckochecker as tecko
@@ -39,16 +39,6 @@ class Api(standins.StandIn):
         self.asked.append({name: values[-1] for name, values in request.query.items()})
         shown = self.shows(self.asked[-1])
         return shown if isinstance(shown, Answer) else Answer(200, standins.as_json(shown))
-
-
-@pytest.fixture
-async def hasty(
-    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
-) -> AsyncIterator[World]:
-    """A world that tries nothing twice in a run."""
-    made, close = await make_world(tmp_path, openai, keboola, {"MAX_RETRIES": "0"})
-    yield made
-    await close()
 
 
 @pytest.fixture

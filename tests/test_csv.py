@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -697,16 +697,6 @@ async def test_url_without_tags_is_known_by_its_hash(world: World, source: stand
         job_id = await world.ingest(name, type="csv", path=path)
         assert counts(await world.run(job_id)) == {"processed": 10, "inserted": 10}
         assert counts(await again(world, job_id)) == second
-
-
-@pytest.fixture
-async def hasty(
-    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
-) -> AsyncIterator[World]:
-    """A world that does not try again what failed."""
-    made, close = await make_world(tmp_path, openai, keboola, {"MAX_RETRIES": "0"})
-    yield made
-    await close()
 
 
 BROKEN = {
