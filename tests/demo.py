@@ -97,13 +97,14 @@ async def watch(store: tecko.Store, started: float) -> None:
     names: dict[int | None, str] = {}
     seen = 0
     while time.monotonic() - started < LIMIT:
+        done = await is_done(store)  # asked first, so that the last rows are printed, too
         for row in await store.logs(None, 100, after=seen):
             seen = row.id
             names = names or {job.id: job.name for job in await store.jobs()}
             at = time.monotonic() - started
             who = names.get(row.job_id, "")
             print(f"{at:5.1f} s  {who:12} {row.status:10} {row.message}")
-        if await is_done(store):
+        if done:
             return
         await asyncio.sleep(0.1)
 
