@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -52,12 +53,13 @@ Rows = list[dict[str, Any]]
 def query(folder: Path, sql: str) -> list[Any]:
     """Rows of the store in a folder, read from outside; [] where it has no such table yet."""
     uri = f"file:{folder / 'teckochecker.db'}?mode=ro"
-    with (
-        contextlib.suppress(sqlite3.OperationalError),
-        contextlib.closing(sqlite3.connect(uri, uri=True)) as db,
-    ):
-        return db.execute(sql).fetchall()
-    return []
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+            return db.execute(sql).fetchall()
+    except sqlite3.OperationalError as e:
+        if re.match("no such table|unable to open", str(e)) is None:
+            raise
+        return []
 
 
 class Content(NamedTuple):
@@ -249,7 +251,7 @@ class Site:
         if self.style is not None:
             return self._at_a_gate()
         before = self.so_far()
-        wanted = self.luck.randrange(200_000, 2_000_000)
+        wanted = self.luck.randrange(300_000, 2_000_000)  # the tables and the run take 250,000
 
         def reached() -> bool:
             now = self.so_far()
@@ -279,6 +281,8 @@ class Site:
         self.source.release_all()
 
     def kill_service(self) -> None:
+        if self.so_far()[1]:
+            return  # the run before ended as it was killed: none is due for an hour
         moment = self.moment()
         with RunningProgram(self.folder, ENV, wait=False) as program:
             moment()
