@@ -250,16 +250,16 @@ class Site:
         writes, and when a later one has committed a chunk; or when the run has ended before."""
         if self.style is not None:
             return self._at_a_gate()
-        before = self.so_far()
+        before, ended_before = self.so_far()
         wanted = self.luck.randrange(300_000, 2_000_000)  # the tables and the run take 250,000
 
         def reached() -> bool:
-            now = self.so_far()
-            return now[1] > before[1] or (
-                now[0] > before[0] if before[0] else self.log_size() >= wanted
-            )
+            records, ended = self.so_far()
+            written = records > before if before else self.log_size() >= wanted
+            return written or ended > ended_before
 
-        return lambda: until(reached, f"more than {before}, or {wanted} bytes of log", 0.004)
+        what = f"a record after {before}" if before else f"a log of {wanted} bytes"
+        return lambda: until(reached, f"{what}, or the run's end", 0.004)
 
     def _at_a_gate(self) -> Callable[[], Any]:
         gates: list[standins.Gate] = []
