@@ -6787,6 +6787,7 @@ class Stats(Answer):
     total_records_processed: int
     total_records_inserted: int
     total_records_updated: int
+    total_records_unchanged: int
     total_records_failed: int
     last_run_id: str | None
     last_run_status: str | None
@@ -7748,10 +7749,12 @@ class Service:
         self._stepped(job_id, stepped)
 
     async def _broke(self, job_id: int, timer: JobTimer, error: Exception) -> Stepped:
-        """A step met what nobody expected: told in the log and in the job's last_error."""
+        """A step met what nobody expected: told in the log and in the job's last_error, of which
+        all but the words of our own errors may name what no caller may read."""
         timer.failures += 1
         self.metrics.internal_errors.inc()
-        said = redact(cut(f"internal error; see the log: {type(error).__name__}: {error}"))
+        known = str(error) if isinstance(error, TeckoError) else ""
+        said = known or f"internal error; see the log: {type(error).__name__}"
         pace = (timer.plan.interval if timer.plan else 0) or self.settings.default_poll_interval
         wait = min(pace * 2.0 ** (timer.failures - 1), LONGEST_WAIT)
         log.error("job %s: %s; again in %.0f s", job_id, said, wait, exc_info=error)
