@@ -6706,9 +6706,9 @@ class Reloaded:
     error: str | None = None
 
 
-def counted(count: int, what: str) -> str:
+def counted(count: int, one: str, many: str = "") -> str:
     """`1 job`, `2 jobs`."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def judged(health: Health, file_problem: str | None, store_error: str | None) -> Health:
@@ -6860,24 +6860,41 @@ TRIGGER_MEANS: dict[TriggerState, str] = {
 }
 
 
+def explain(
+    job: Job,
+    batches: Sequence[Batch],
+    trigger: Trigger | None,
+    runs: Sequence[Run],
+    records: int,
+    now: float,
+) -> list[str]:
+    """In plain sentences: what a job waits for, what was seen, why it did or did not fire, and
+    what happens next."""
+    if isinstance(job.spec, IngestSpec):
+        said = explain_ingest(job.name, job.spec.ingest.place, runs, records, now)
+    else:
+        said = explain_watch(job, batches, now)
+    said += explain_trigger(trigger, now) if trigger is not None else []
+    said += [f"Last error: {job.last_error.rstrip('.')}."] if job.last_error else []
+    return [*said, f"Next: {next_step(job, trigger, now)}."]
+
+
 def explain_trigger(trigger: Trigger, now: float) -> list[str]:
-    """When a job fired, and where its trigger stands."""
     status, message = trigger.keboola_status, (trigger.message or "").rstrip(".")
-    searches = f"{trigger.searches} search" + ("es" if trigger.searches != 1 else "")
     means = TRIGGER_MEANS[trigger.state].format(
         job=trigger.keboola_job_id,
         which=f", which is {status}" if status else "",
         end=f" with {status}" if status else "",
         why=f": {message}" if message else "",
-        searches=searches,
+        searches=counted(trigger.searches, "search", "searches"),
     )
     return [f"It fired {span(now - trigger.created_at)} ago, as trigger {trigger.id}.", means]
 
 
-def explain_ingest(job: Job, runs: Sequence[Run], records: int, now: float) -> list[str]:
-    assert isinstance(job.spec, IngestSpec)
-    place = job.spec.ingest.place
-    said = [f"Job {job.name!r} ingests records from {place}; it has brought {records:,}."]
+def explain_ingest(
+    name: str, place: str, runs: Sequence[Run], records: int, now: float
+) -> list[str]:
+    said = [f"Job {name!r} ingests records from {place}; it has brought {records:,}."]
     if not runs:
         return [*said, "It has not run yet."]
     run, counts = runs[0], ", ".join(f"{n} {what}" for what, n in record_counts(runs[0]).items())
@@ -6891,25 +6908,23 @@ def record_counts(run: Run) -> dict[str, int]:
 
 
 def explain_watch(job: Job, batches: Sequence[Batch], now: float) -> list[str]:
-    ends, many = Counter(outcome(batch) for batch in batches), len(batches) > 1
-    whose = f"all its {len(batches)} batches have" if many else "its batch has"
     goal = {
         "all_completed": "completed",
         "all_finished": "finished, whether completed, failed, expired or cancelled",
-    }
-    said = f"Job {job.name!r} starts a Keboola job once {whose} "
-    said += f"{goal[job.watches.watch.trigger_when]}."
+    }[job.watches.watch.trigger_when]
+    whose = f"all its {len(batches)} batches have" if len(batches) > 1 else "its batch has"
+    said = f"Job {job.name!r} starts a Keboola job once {whose} {goal}."
     if job.last_check_at is None:
         return [said, "It has not been checked yet."]
-    seen = f"{ends['completed']} of {counted(len(batches), 'batch').replace('batchs', 'batches')}"
-    figures = [f"{seen} completed", *(f"{ends[None]} still running" for _ in [0] if ends[None])]
-    figures += [f"{ends['failed']} failed"] if ends["failed"] else []
-    checked = f"It was last checked {span(now - job.last_check_at)} ago: {', '.join(figures)}."
+    ends = Counter(outcome(batch) for batch in batches)
+    seen = f"{ends['completed']} of {counted(len(batches), 'batch', 'batches')} completed"
+    rest = {"still running": ends[None], "failed": ends["failed"]}
+    figures = ", ".join([seen, *(f"{n} {what}" for what, n in rest.items() if n)])
+    checked = f"It was last checked {span(now - job.last_check_at)} ago: {figures}."
     return [said, checked, *(f"  {describe_progress(b)}" for b in batches if b.status)]
 
 
 def next_step(job: Job, trigger: Trigger | None, now: float) -> str:
-    """What happens next with a job."""
     if job.removed_at is not None:
         carried = trigger is not None and is_open(trigger)
         rest = "; its trigger is still carried to its end" if carried else ""
@@ -7068,20 +7083,11 @@ class Desk:
         return Done(success=True, message=f"Job {job.name!r} deleted successfully")
 
     async def explain(self, ref: str) -> list[str]:
-        """In plain sentences: what the job waits for, what was seen, why it did or did not fire,
-        and what happens next."""
-        job, now, trigger = await self.store.find_job(ref), self.clock(), None
-        if isinstance(job.spec, IngestSpec):
-            runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
-            said = explain_ingest(job, runs, totals["records"], now)
-        else:
-            said = explain_watch(job, await self.store.batches(job.id), now)
-            triggers = await self.store.triggers(job.id)
-            trigger = next((t for t in triggers if t.round == job.round), None)
-            said += explain_trigger(trigger, now) if trigger is not None else []
-        if job.last_error:
-            said.append(f"Last error: {job.last_error.rstrip('.')}.")
-        return [*said, f"Next: {next_step(job, trigger, now)}."]
+        job, now = await self.store.find_job(ref), self.clock()
+        batches, triggers = await self.store.batches(job.id), await self.store.triggers(job.id)
+        trigger = next((t for t in triggers if t.round == job.round), None)
+        runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
+        return explain(job, batches, trigger, runs, totals["records"], now)
 
 
 # ── Run lock ──────────────────────────────────────────────────────────────────────────────────
