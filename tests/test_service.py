@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -586,6 +587,113 @@ async def test_unhealthy(world: World) -> None:
         said = await service.health()
         assert (said.status, said.database) == ("unhealthy", "disconnected")
         assert said.db_connected is False
+
+
+GOOD: dict[str, Any] = {
+    **{"timestamp": 1.0, "version": "1", "uptime_seconds": 1.0, "db_connected": True},
+    **{"scheduler": "running", "config_last_reload_successful": True},
+    **{"config_last_reload_at": 1.0, "config_last_reload_error": None},
+}
+JUDGED: list[tuple[dict[str, Any], str | None, str | None, str, str]] = [
+    ({}, None, None, "healthy", ""),
+    ({"db_connected": False}, None, None, "unhealthy", "the database does not answer"),
+    ({}, "it was deleted", None, "unhealthy", "it was deleted"),
+    ({}, None, "disk full", "unhealthy", "the database cannot be written"),
+    ({}, None, "database is locked", "degraded", "another process has locked the database"),
+    ({"scheduler": "stalled"}, None, None, "unhealthy", "the scheduler is stalled"),
+    ({"overdue_jobs": ["a"]}, None, None, "degraded", "1 active job without a successful"),
+    ({"undelivered_jobs": ["a", "b"]}, None, None, "degraded", "2 triggers not delivered"),
+    ({"config_last_reload_successful": False}, None, None, "degraded", "the last reload was"),
+    ({"overdue_jobs": ["a"]}, None, "disk full", "unhealthy", "the database cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("facts", "file", "store", "status", "said"), JUDGED)
+def test_judged(
+    facts: dict[str, Any], file: str | None, store: str | None, status: str, said: str
+) -> None:
+    """Unhealthy where nothing can go on, degraded where something does not; the worst first."""
+    health = tecko.judged(tecko.Health(**(GOOD | facts)), file, store)
+    assert (health.status, bool(health.problems)) == (status, status != "healthy")
+    assert not said or health.problems[0].startswith(said)
+    assert all(name not in "".join(health.problems) for name in ("'a'", "'b'"))
+
+
+async def test_a_trigger_that_is_not_delivered(world: World) -> None:
+    """Keboola's index answers 503 for longer than three intervals and the settle window: health
+    is degraded and names the job, and a metric tells the trigger's age."""
+    world.openai.batch("batch_1", "completed")
+    world.keboola.fault("GET /v2/storage", standins.Fault.status(503), times=None)
+    world.clock.turn(-1000)
+    await world.steps.step(await world.job("behind", poll_interval=60))
+    async with running(world) as service:
+        said = await service.health()
+        assert (said.status, said.undelivered_jobs) == ("degraded", ["behind"])
+        [age] = re.findall(
+            r"^teckochecker_oldest_open_trigger_seconds (\S+)$", await service.metrics_text(), re.M
+        )
+        assert 1000 <= float(age) < 2000
+        world.keboola.heal()
+        await service.check_now("behind")
+        await until(lambda: world.keboola.created)
+        assert (await service.health()).undelivered_jobs == []
+
+
+async def test_what_waits_for_a_person(world: World) -> None:
+    """A failed job is in `attention` with its reason, though nothing is wrong with the program;
+    a caller without a token sees neither."""
+    world.openai.batch("batch_1", "failed")
+    await world.steps.step(await world.job("nightly"))
+    async with running(world) as service:
+        said = await service.health()
+        assert said.status == "healthy" and said.attention[0].job == "nightly"
+        assert said.attention[0].what == "failed" and "batch_1" in str(said.attention[0].reason)
+        assert said.anonymous().attention == [] and said.anonymous().status == "healthy"
+
+
+@pytest.mark.parametrize("what", ["deleted", "replaced"])
+async def test_a_database_file_that_is_not_ours_any_more(world: World, what: str) -> None:
+    """One look a tick: unhealthy, and it says what happened."""
+    async with running(world) as service:
+        path = service.store.path
+        path.rename(path.with_name("moved.db"))
+        if what == "replaced":
+            path.touch()
+        said = await service.health()
+        assert (said.status, said.problems) == (
+            "unhealthy",
+            [f"the database file was {what} while it was in use"],
+        )
+
+
+async def test_health_waits_for_no_writer(world: World) -> None:
+    """Another process holds the store's lock and a write of ours waits for it: health answers
+    meanwhile, and says that the database is connected."""
+    await watch(world, "batch_1", poll_interval=1)
+    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as other:
+        async with running(world) as service:
+            other.execute("BEGIN IMMEDIATE")
+            write = asyncio.create_task(service.store.log_event("error", "", 0.0))
+            await asyncio.sleep(0)
+            async with asyncio.timeout(2):
+                said = await service.health()
+            assert said.database == "connected" and not write.done()
+            other.execute("ROLLBACK")
+            await write
+
+
+async def test_metrics(world: World) -> None:
+    """What Prometheus can read: by job, of the process, and of a job that has gone nothing."""
+    world.openai.batch("batch_1", "failed")
+    job_id = await world.job("nightly")
+    async with running(world) as service:
+        await until(lambda: service.metrics.total(service.metrics.checks))
+        text = await service.metrics_text()
+        assert 'teckochecker_job_state{job="nightly",status="failed"} 1.0' in text
+        assert 'teckochecker_job_last_success_timestamp_seconds{job="nightly"} ' in text
+        assert "process_open_fds" in text and "_created" not in text
+        await service.store.delete_job(job_id, 0.0)
+        assert "nightly" not in await service.metrics_text()
 
 
 async def test_stats(world: World) -> None:
