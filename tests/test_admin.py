@@ -507,7 +507,10 @@ def until(met: Callable[[], Any]) -> None:
 def test_an_error_that_nobody_expects(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """500 with the id under which the log has the traceback, and the end of the connection."""
     with surface(tmp_path) as made:
-        with contextlib.closing(sqlite3.connect(tmp_path / "teckochecker.db")) as database, database:
+        with (
+            contextlib.closing(sqlite3.connect(tmp_path / "teckochecker.db")) as database,
+            database,
+        ):
             database.execute("INSERT INTO normalized_data VALUES (1, 's', 'x', '{', x'', 0, 0)")
         two = request(made, "/data") + request(made, "/livez")
         came = exchange(made, two).decode()

@@ -73,7 +73,7 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
-REFUSALS = {"positive": {422}, "negative": {400, 404, 405, 415, 422}}
+REFUSALS = {"positive": {404, 409, 422}, "negative": {400, 404, 405, 409, 415, 422}}
 """What may be answered beside the statuses that an operation lists."""
 
 
