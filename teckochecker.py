@@ -7732,7 +7732,7 @@ class Route:
     method: str
     path: str  # {id} is a whole number
     does: str  # one line for the documentation
-    run: Callable[[Request], Awaitable[Any]]
+    run: Callable[[Request], Any]  # its answer, or a coroutine of it
     answer: Any  # an Answer, or the content type of a text
     body: Any = None  # what the body has to be
     example: Mapping[str, Any] | None = None  # of a body
@@ -7748,10 +7748,6 @@ class Route:
             return "" if path in (self.path, self.also) else None
         middle = path.removeprefix(head).removesuffix(tail)
         return middle if path == head + middle + tail and "/" not in middle and middle else None
-
-
-async def about(request: Request) -> About:
-    return About()
 
 
 async def show_health(request: Request) -> Health:
@@ -7781,27 +7777,16 @@ async def show_data(request: Request) -> DataPage:
     )
 
 
-async def update_job(request: Request) -> JobDetail:
-    return await request.desk.update_job(request.id, request.body.model_dump(exclude_unset=True))
-
-
-async def show_openapi(request: Request) -> str:
+def show_openapi(request: Request) -> str:
     return json.dumps(openapi())
 
 
-async def show_docs(request: Request) -> str:
+def show_docs(request: Request) -> str:
     return docs().replace(ADDRESS, html.escape(request.address))
 
 
-async def redirect_to_docs(request: Request) -> NoReturn:
+def redirect_to_docs(request: Request) -> NoReturn:
     raise Refused(307, "the description is at /docs", headers={"Location": "/docs"})
-
-
-def step_route(step: Literal["pause", "resume", "retry"], does: str) -> Route:
-    def run(request: Request) -> Awaitable[JobDetail]:
-        return request.desk.step_job(request.id, step)
-
-    return Route("POST", f"/api/jobs/{{id}}/{step}", does, run, JobDetail)
 
 
 SECRET_EXAMPLE = {"name": "openai-prod", "type": "openai", "value": "sk-..."}
@@ -7818,7 +7803,7 @@ JOB_EXAMPLE = {
 METRICS = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus text format
 HTML = "text/html; charset=utf-8"
 ROUTES: tuple[Route, ...] = (
-    Route("GET", "/", "Name and version", about, About),
+    Route("GET", "/", "Name and version", lambda r: About(), About),
     Route("GET", "/health", "Overall health, judged by recent checks; 503: unhealthy", show_health,
           Health, public=True, also="/api/health"),
     Route("GET", "/livez", "Liveness: the event loop responds", lambda r: r.service.alive(),
@@ -7848,13 +7833,17 @@ ROUTES: tuple[Route, ...] = (
           status=201),
     Route("GET", "/api/jobs/{id}", "A job with its triggers and log", show_job, JobDetail,
           query=JobQuery),
-    Route("PUT", "/api/jobs/{id}", "Change a job's name, interval or target", update_job,
-          JobDetail, body=JobChanges, example={"poll_interval_seconds": 300}),
+    Route("PUT", "/api/jobs/{id}", "Change a job's name, interval or target",
+          lambda r: r.desk.update_job(r.id, r.body.model_dump(exclude_unset=True)), JobDetail,
+          body=JobChanges, example={"poll_interval_seconds": 300}),
     Route("DELETE", "/api/jobs/{id}", "Delete a job with its history",
           lambda r: r.desk.delete_job(r.id), Done),
-    step_route("pause", "Stop checking a job"),
-    step_route("resume", "Continue checking a paused job"),
-    step_route("retry", "Re-arm a failed job"),
+    Route("POST", "/api/jobs/{id}/pause", "Stop checking a job",
+          lambda r: r.desk.step_job(r.id, "pause"), JobDetail),
+    Route("POST", "/api/jobs/{id}/resume", "Continue checking a paused job",
+          lambda r: r.desk.step_job(r.id, "resume"), JobDetail),
+    Route("POST", "/api/jobs/{id}/retry", "Re-arm a failed job",
+          lambda r: r.desk.step_job(r.id, "retry"), JobDetail),
     Route("POST", "/api/jobs/{id}/check", "Check a job now, without waiting for its interval",
           lambda r: r.service.check_now(r.id), Done, status=202),
 )  # fmt: skip
@@ -8412,7 +8401,8 @@ class Admin:
         async def run() -> Any:
             ACTOR.set(f"HTTP {request.request_id}")
             try:
-                return await route.run(request)
+                answer = route.run(request)
+                return await answer if isinstance(answer, Awaitable) else answer
             finally:
                 if route.method != "GET":
                     self.service.look_again()
