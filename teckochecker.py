@@ -8091,8 +8091,8 @@ async def read_head(reader: asyncio.StreamReader, begun: bytes) -> bytes:
             raise malformed(f"a head has at most {HTTP_HEAD} bytes", 431) from None
         if line != b"\r\n":
             if not (FIELD_LINE if head else REQUEST_LINE).fullmatch(line):
-                what = "header" if head else "request"
-                raise malformed(f"malformed {what} line; lines end in CR LF and are not folded")
+                header = "malformed header line; lines end in CR LF and are not folded"
+                raise malformed(header if head else "malformed request line; it is ASCII, in CR LF")
         elif not head:
             continue  # left over from the body before (RFC 9112, section 2.2)
         head += line
@@ -8241,7 +8241,7 @@ class Admin:
             try:
                 connection, _ = await asyncio.get_running_loop().sock_accept(listener)
                 streams = await asyncio.open_connection(sock=connection, limit=HTTP_HEAD)
-            except OSError as e:
+            except Exception as e:  # for lack of descriptors, mostly; nothing may end this loop
                 log.warning("cannot accept a connection: %s", e)
                 await asyncio.sleep(ACCEPT_PAUSE)
             else:
@@ -8364,7 +8364,7 @@ class Admin:
     def _has_token(self, exchange: Exchange) -> bool:
         token = self.service.settings.admin_token
         given = given_token(exchange.header("Authorization"))
-        return token is None or hmac.compare_digest(given, token.reveal().encode())
+        return token is None or hmac.compare_digest(given, os.fsencode(token.reveal()))
 
     def _route(self, exchange: Exchange, found: Mapping[str, Route]) -> Route:
         if not found:

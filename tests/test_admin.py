@@ -289,16 +289,6 @@ def test_other_methods(open_to_all: Surface, method: str) -> None:
     assert answer.status in (405, 501) and is_error(answer)
 
 
-def test_a_closed_store_is_an_error_in_shape(tmp_path: Path) -> None:
-    """Health says unhealthy, everything else the database's error, both with 503."""
-    with surface(tmp_path) as made:
-        made.on_loop(made.service.store.close())
-        health, stats = ask(made, "/health"), ask(made, "/stats")
-    assert health.status == 503 and health.body["status"] == "unhealthy"
-    assert health.body["database"] == "disconnected" and health.body.keys() >= set(HEALTH.split())
-    assert stats.status == 503 and is_error(stats) and stats.body["code"] == 3001
-
-
 def test_an_error_names_no_file_of_this_machine(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
