@@ -437,19 +437,13 @@ class IngestFailed(TeckoError):
 
 
 class Refused(TeckoError):
-    """A request that HTTP itself forbids: `http_status` says why; `close` ends the connection,
-    since what follows on it cannot be told from this request's body."""
+    """A request that HTTP itself forbids: `http_status` says why."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        close: bool = False,
-        headers: Mapping[str, str] = MappingProxyType({}),
+        self, status: int, message: str, *, headers: Mapping[str, str] = MappingProxyType({})
     ) -> None:
         super().__init__(message)
-        self.http_status, self.close, self.headers = status, close, headers
+        self.http_status, self.headers = status, headers
 
 
 class StoreError(TeckoError):
@@ -7659,9 +7653,7 @@ class ErrorAnswer(Answer):
     detail: str
     code: int
     request_id: str
-    details: list[FieldError] | None = Field(
-        None, description="with 422: every field that is wrong"
-    )
+    details: list[FieldError] | None = Field(None, description="with 422: each wrong field")
 
 
 class Accepted(Answer):
@@ -7686,9 +7678,7 @@ class JobsQuery(Query):
 
 
 class DataQuery(Query):
-    source: str | None = Field(
-        None, min_length=1, description="the name of an ingest's job; default: all"
-    )
+    source: str | None = Field(None, min_length=1, description="an ingest's job; default: all")
     limit: int = Field(10, ge=1, le=100, description="records a page, 1 to 100")
     offset: int = Field(0, ge=0, le=10**12, description="records to skip; costs as much as reading")
     after: int | None = Field(
@@ -8075,11 +8065,6 @@ CORS_HEADERS = {  # for pages of the origins that CORS_ORIGINS names
 }
 
 
-def malformed(message: str, status: int = 400) -> Refused:
-    """A request after which the connection cannot be read on."""
-    return Refused(status, message, close=True)
-
-
 async def read_head(reader: asyncio.StreamReader, begun: bytes) -> bytes:
     """A request's head, which begins with `begun`. Its lines are checked as they come: bare CR and
     LF, folded lines, control characters and odd names are refused at once."""
@@ -8088,16 +8073,18 @@ async def read_head(reader: asyncio.StreamReader, begun: bytes) -> bytes:
         try:
             line, begun = begun + await reader.readuntil(b"\n"), b""
         except asyncio.LimitOverrunError:
-            raise malformed(f"a head has at most {HTTP_HEAD} bytes", 431) from None
+            raise Refused(431, f"a head has at most {HTTP_HEAD} bytes") from None
         if line != b"\r\n":
             if not (FIELD_LINE if head else REQUEST_LINE).fullmatch(line):
                 header = "malformed header line; lines end in CR LF and are not folded"
-                raise malformed(header if head else "malformed request line; it is ASCII, in CR LF")
+                raise Refused(
+                    400, header if head else "malformed request line; it is ASCII, in CR LF"
+                )
         elif not head:
             continue  # left over from the body before (RFC 9112, section 2.2)
         head += line
         if len(head) > HTTP_HEAD:
-            raise malformed(f"a head has at most {HTTP_HEAD} bytes", 431)
+            raise Refused(431, f"a head has at most {HTTP_HEAD} bytes")
     return bytes(head)
 
 
@@ -8108,7 +8095,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
     wfile: io.BytesIO
     command, request_version, requestline = "", "HTTP/1.1", ""
     path = query = host = ""
-    close_connection, expects, length = True, False, 0
+    close_connection, length = True, 0
 
     def __init__(self) -> None:
         self.request_id, self.wfile = uuid.uuid4().hex, io.BytesIO()
@@ -8120,32 +8107,28 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         self.raw_requestline = self.rfile.readline()
         self.parse_request()
         if not self.request_version.startswith("HTTP/1."):
-            raise malformed("only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
+            raise Refused(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
         if twice := [name for name in SINGLE if len(self.headers.get_all(name, [])) > 1]:
-            raise malformed(f"duplicate header {twice[0]}")
+            raise Refused(400, f"duplicate header {twice[0]}")
         if "Transfer-Encoding" in self.headers:
-            raise malformed("a body needs a Content-Length; chunks are not accepted", 411)
+            raise Refused(411, "a body needs a Content-Length; chunks are not accepted")
         length = self.header("Content-Length", "0")
         if not re.fullmatch("[0-9]{1,15}", length):
-            raise malformed("Content-Length must be a number")
+            raise Refused(400, "Content-Length must be a number")
         if int(length) > HTTP_BODY:
-            raise malformed(f"a body has at most {HTTP_BODY} bytes", 413)
+            raise Refused(413, f"a body has at most {HTTP_BODY} bytes")
         self.host, target = self.header("Host"), TARGET.fullmatch(self.path)
         if target is None or (target["host"] or self.host).lower() != self.host.lower():
-            raise malformed("the target must be a path of the host that Host names")
+            raise Refused(400, "the target must be a path of the host that Host names")
         self.length, self.path, self.query = int(length), target["path"], target["query"] or ""
         self.close_connection |= self.request_version == "HTTP/1.0"
 
     def header(self, name: str, default: str = "") -> str:
         return str(self.headers.get(name, default)).strip(" \t")
 
-    def handle_expect_100(self) -> bool:
-        self.expects = True
-        return True
-
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class refuses: another version of HTTP, or too many headers."""
-        raise malformed(message or "malformed request", code)
+        raise Refused(code, message or "malformed request")
 
     def version_string(self) -> str:
         return f"TeckoChecker/{VERSION}"
@@ -8154,7 +8137,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         log.debug("request %s: %s", self.request_id, format % args)
 
     def answer(self, status: int, kind: str, text: str) -> None:
-        data = text.encode()
+        data, self.wfile = text.encode(), io.BytesIO()
         self.close_connection |= status >= 500
         self.request_version = "HTTP/1.1"  # the base class answers HTTP/0.9 without a head
         self.send_response(status)
@@ -8176,9 +8159,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
 
     def refuse(self, error: TeckoError) -> None:
         self.more_headers["X-Error-Code"] = str(error.code)
-        if isinstance(error, Refused):
-            self.close_connection |= error.close
-            self.more_headers |= error.headers
+        self.more_headers |= error.headers if isinstance(error, Refused) else {}
         name, detail = ERROR_NAMES.get(error.code), str(error)
         if isinstance(error, (StoreError, SecretError)):  # its words name files of this machine
             log.error("request %s: %s", self.request_id, error)
@@ -8216,10 +8197,6 @@ def given_token(authorization: str) -> bytes:
     with contextlib.suppress(ValueError):
         return base64.b64decode(raw, validate=True).partition(b":")[2]
     return b""
-
-
-def bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 class Admin:
@@ -8281,10 +8258,10 @@ class Admin:
                 first = await reader.readexactly(1)
                 limit.reschedule(asyncio.get_running_loop().time() + HTTP_DEADLINE)
                 exchange.read(await read_head(reader, first))
-                if exchange.expects:
-                    writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                writer.write(exchange.wfile.getvalue())  # 100 Continue, where it was asked for
                 body = await reader.readexactly(exchange.length)
-        except Refused as e:
+        except Refused as e:  # what follows on the connection cannot be told from its body
+            exchange.close_connection = True
             exchange.refuse(e)
         else:
             if writer not in self._waiting:
@@ -8337,7 +8314,8 @@ class Admin:
     def _check_host(self, exchange: Exchange, public: bool) -> bool:
         """Whether Host names this machine. Raises Refused where it does not but must."""
         name, s = bare_host(exchange.host), self.service.settings
-        ours = ["localhost", bracketed(s.api_host), socket.gethostname(), *s.admin_hosts.split(",")]
+        bound = self.url.removeprefix("http://")
+        ours = ["localhost", bound, socket.gethostname(), *s.admin_hosts.split(",")]
         address = re.fullmatch(r"\[[0-9a-f:.]+\]|[0-9.]+", name)
         if address or (name and name in map(bare_host, ours)):
             return True
@@ -8469,7 +8447,8 @@ async def serving(service: Service) -> AsyncIterator[Admin]:
         raise Conflict(f"cannot listen on {host}:{port}: {why}", hint=hint) from e
     with listener:
         listener.setblocking(False)
-        admin = Admin(service, f"http://{bracketed(host)}:{listener.getsockname()[1]}")
+        shown = f"[{host}]" if ":" in host else host
+        admin = Admin(service, f"http://{shown}:{listener.getsockname()[1]}")
         accepting = asyncio.create_task(admin.listen(listener))
         try:
             yield admin

@@ -138,6 +138,17 @@ def is_error(answer: Answer) -> bool:
     return bool(answer.headers["X-Request-ID"] == said["request_id"] != "")
 
 
+@contextlib.contextmanager
+def held_up(made: Surface) -> Iterator[None]:
+    """Whoever asks the store has to wait, until this ends."""
+    lock = made.service.store._lock
+    made.on_loop(lock.acquire())
+    try:
+        yield
+    finally:
+        made.loop.call_soon_threadsafe(lock.release)
+
+
 Slow = tuple[list[str], list[int]]  # whom the server cut off, in order; what others were answered
 BEGUN = {
     "drips a line": b"GET /",
@@ -213,10 +224,17 @@ def post_behind_a_lock(folder: Path) -> tuple[list[Answer], list[str]]:
     return answers, names
 
 
+def read_behind_a_lock(folder: Path) -> Answer:
+    """What is answered to who only looks, while the store does not answer."""
+    with surface(folder) as made, held_up(made):
+        return ask(made, "/api/jobs")
+
+
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Any]]]:
     """What has to wait for the server's own deadlines runs beside the other tests."""
-    works = {"slow": send_slowly, "late": begin_late, "locked": post_behind_a_lock}
+    works: dict[str, Callable[[Path], Any]] = {"slow": send_slowly, "late": begin_late}
+    works |= {"locked": post_behind_a_lock, "read": read_behind_a_lock}
     with ThreadPoolExecutor(len(works)) as beside:
         yield {
             name: beside.submit(work, tmp_path_factory.mktemp(name)) for name, work in works.items()
@@ -475,15 +493,13 @@ def test_who_waits_for_an_answer_is_not_cut_off(tmp_path: Path) -> None:
     """While each connection that there may be waits for the store, others are told to come again,
     slow ones included, and each of those is answered in the end."""
     with surface(tmp_path, API_MAX_CONNECTIONS="4") as made, ThreadPoolExecutor(4) as clients:
-        store = made.service.store
-        made.on_loop(store._lock.acquire())  # what holds up whoever asks the store
-        asked = [clients.submit(ask, made, "/api/jobs") for _ in range(4)]
-        until(lambda: made.service.connections() == 4)
-        with crowd(made, b"", 20):
-            refused = ask(made, "/api/jobs")
-            assert (refused.status, refused.headers["Retry-After"]) == (503, "1")
-            assert is_error(refused) and ask(made, "/livez").status == 200
-        made.loop.call_soon_threadsafe(store._lock.release)
+        with held_up(made):
+            asked = [clients.submit(ask, made, "/api/jobs") for _ in range(4)]
+            until(lambda: made.service.connections() == 4)
+            with crowd(made, b"", 20):
+                refused = ask(made, "/api/jobs")
+                assert (refused.status, refused.headers["Retry-After"]) == (503, "1")
+                assert is_error(refused) and ask(made, "/livez").status == 200
         assert [each.result(10).status for each in asked] == [200] * 4
 
 
@@ -747,6 +763,13 @@ def test_who_waits_for_a_change_is_told_the_truth(begun: dict[str, Future[Any]])
     assert all("GET /api/admin/secrets shows" in body["detail"] for body in late.values())
 
 
+def test_who_waits_for_an_answer_is_told_to_come_again(begun: dict[str, Future[Any]]) -> None:
+    """A look that takes too long is 503, in the published shape, and ends the connection."""
+    answer = begun["read"].result(40)
+    assert answer.status == 503 and is_error(answer) and int(answer.headers["Retry-After"]) > 0
+    assert answer.headers["Connection"] == "close"
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -821,15 +844,14 @@ def test_what_is_under_way_is_answered_before_the_end(tmp_path: Path) -> None:
     """The surface closes at once for others; who waits for a change hears that it goes on, before
     the store closes, and it is done."""
     with surface(tmp_path, SECRET_KEY=MASTER_KEY) as made, ThreadPoolExecutor(2) as clients:
-        store, secret = made.service.store, b'{"name": "x", "type": "api", "value": "a-value"}'
-        made.on_loop(store._lock.acquire())
+        secret = b'{"name": "x", "type": "api", "value": "a-value"}'
         lines = ["Content-Type: application/json", f"Content-Length: {len(secret)}"]
         post = b"POST" + request(made, "/api/admin/secrets", *lines)[3:] + secret
-        asked = clients.submit(exchange, made, post)
-        until(lambda: made.service.connections() == 1)
-        ended = clients.submit(made.on_loop, made.server.stop())
-        came = asked.result(10)
-        made.loop.call_soon_threadsafe(store._lock.release)
+        with held_up(made):
+            asked = clients.submit(exchange, made, post)
+            until(lambda: made.service.connections() == 1)
+            ended = clients.submit(made.on_loop, made.server.stop())
+            came = asked.result(10)
         ended.result(10)
     assert came.startswith(b"HTTP/1.1 202 ") and b"\r\nConnection: close\r\n" in came
     with contextlib.closing(sqlite3.connect(tmp_path / "teckochecker.db")) as database:

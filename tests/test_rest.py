@@ -78,6 +78,7 @@ def call(
 
 def look_at(method: str, path: str, answer: Answer) -> None:
     assert answer.headers["X-Request-ID"] and answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["Server"] == f"TeckoChecker/{tecko.VERSION}"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert answer.headers["X-Frame-Options"] == "DENY" and answer.headers["Referrer-Policy"]
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
