@@ -8024,7 +8024,7 @@ user name, which browsers ask for.</p>
 # - Who makes us wait, for a request or with its answer, has bounded time, and goes first when there
 #   are too many connections. Who waits for us is never cut off.
 # - A change that has begun is carried out, also when its caller has gone. One that takes long is
-#   answered 202 with where to look; 5xx says that nothing was done.
+#   answered 202 with where to look, never by an error.
 # - Host (a name may point here by DNS rebinding, an address cannot), Origin (pages of others, whose
 #   browser may add a password) and the token decide who may call.
 
@@ -8076,10 +8076,9 @@ async def read_head(reader: asyncio.StreamReader, begun: bytes) -> bytes:
             raise Refused(431, f"a head has at most {HTTP_HEAD} bytes") from None
         if line != b"\r\n":
             if not (FIELD_LINE if head else REQUEST_LINE).fullmatch(line):
-                header = "malformed header line; lines end in CR LF and are not folded"
-                raise Refused(
-                    400, header if head else "malformed request line; it is ASCII, in CR LF"
-                )
+                what = "header" if head else "request"
+                said = "lines are ASCII, end in CR LF, and are not folded"
+                raise Refused(400, f"malformed {what} line; {said}")
         elif not head:
             continue  # left over from the body before (RFC 9112, section 2.2)
         head += line
@@ -8122,6 +8121,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
             raise Refused(400, "the target must be a path of the host that Host names")
         self.length, self.path, self.query = int(length), target["path"], target["query"] or ""
         self.close_connection |= self.request_version == "HTTP/1.0"
+        self.close_connection |= "close" in self.header("Connection").lower()
 
     def header(self, name: str, default: str = "") -> str:
         return str(self.headers.get(name, default)).strip(" \t")

@@ -682,6 +682,13 @@ def test_origins_that_may_call(guarded: Surface) -> None:
     assert ask(guarded, "/health").headers["Vary"] == "Origin"
 
 
+@pytest.mark.parametrize("origins", ["https://a.b", "http://a, https://[::1]:3", '["http://a:3"]'])
+def test_origins_as_they_are_written(tmp_path: Path, origins: str) -> None:
+    """With commas between, or as the list that the user guide shows."""
+    settings = tecko.load_config(tmp_path / "jobs.yaml", {"CORS_ORIGINS": origins}).settings
+    assert settings.cors_origins == origins
+
+
 @pytest.mark.parametrize("origins", ["*", "evil.example", "https://x/path", "https://*.x", "null"])
 def test_origins_that_are_none(tmp_path: Path, origins: str) -> None:
     """The service does not start with them."""
