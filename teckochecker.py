@@ -8443,7 +8443,7 @@ async def serving(service: Service) -> AsyncIterator[Admin]:
         )
     except OSError as e:
         why = str(e.strerror).partition(" (while")[0]
-        hint = "API_PORT or admin.port chooses another one"
+        hint = "API_HOST and API_PORT, or admin: in jobs.yaml, choose another one"
         raise Conflict(f"cannot listen on {host}:{port}: {why}", hint=hint) from e
     with listener:
         listener.setblocking(False)
