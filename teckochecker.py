@@ -83,7 +83,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 import zlib
@@ -223,10 +222,7 @@ INGESTS_AT_ONCE = 2  # more would only take turns on the same processor and the 
 SINCE_OVERLAP = 300  # s that a source may be late to show a record under its own time stamp
 DELETE_ROWS = 5000  # of a deleted job's records in one transaction, so that it stays short
 
-HTTP_IDLE = 5.0  # s without a byte before a connection is closed
-HTTP_DEADLINE = 8.0  # s for one request to arrive in whole, however it drips
-HTTP_ANSWER = 5.0  # s that the loop has to compute an answer
-HTTP_BODY = 1 << 20  # bytes of a request's body
+HTTP_ANSWER = 5.0  # s that a route may take before its caller is answered without the result
 LOG_BYTES = 10_000_000  # per log file, five are kept
 PRUNE_ROWS = 1000  # of them are deleted in one transaction, so that it stays short
 
@@ -234,6 +230,8 @@ BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its 
 VALUE_TEXT = "printable ASCII, without control characters, not empty"
 PRINTABLE = r"^\s*[!-~][ -~]{4,}[!-~]\s*$"  # a short one would be redacted out of any text
 HOSTS = r"^\s*(([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:\d+)?\s*(,\s*|$))*$"
+ORIGIN = r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?"
+ORIGINS = rf'(?i)^\s*\[?\s*("?{ORIGIN}"?\s*(,\s*|\]?\s*$))*$'  # a JSON list will do, too
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 KEY_SHAPES = re.compile(  # OpenAI's, Keboola's, a password in a URL
     r"sk-[A-Za-z0-9_-]{12,}|\b\d+-\d+-[A-Za-z0-9]{20,}\b|(?<=://)[^/\s@]+(?=@)"
@@ -428,19 +426,13 @@ class IngestFailed(TeckoError):
 
 
 class Refused(TeckoError):
-    """A request that HTTP itself forbids: `http_status` says why; `close` ends the connection,
-    since what follows on it cannot be told from this request's body."""
+    """A request that HTTP itself forbids: `http_status` says why."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        close: bool = False,
-        headers: Mapping[str, str] = MappingProxyType({}),
+        self, status: int, message: str, *, headers: Mapping[str, str] = MappingProxyType({})
     ) -> None:
         super().__init__(message)
-        self.http_status, self.close, self.headers = status, close, headers
+        self.http_status, self.headers = status, headers
 
 
 class StoreError(TeckoError):
@@ -1077,6 +1069,9 @@ class Settings(BaseModel):
     api_max_connections: int = Field(32, ge=1, le=1000, description="1 to 1000")
     admin_hosts: Annotated[str, StringConstraints(pattern=HOSTS)] = Field(
         "", description="host names, separated by commas"
+    )
+    cors_origins: Annotated[str, StringConstraints(pattern=ORIGINS)] = Field(
+        "", description="origins like https://app.example.com, separated by commas; no *"
     )
     secret_key: SecretValue | None = None
     secret_key_file: Path | None = None
@@ -2112,7 +2107,7 @@ ENVIRONMENT = """
     API_HOST API_PORT ADMIN_TOKEN DEFAULT_POLL_INTERVAL MIN_POLL_INTERVAL MAX_POLL_INTERVAL
     MAX_RETRIES RETRY_DELAY TRIGGER_SETTLE_SECONDS MAX_REQUESTS_PER_MINUTE OPENAI_BASE_URL
     LOG_LEVEL LOG_FORMAT LOG_FILE
-    LOG_RETENTION_DAYS LOG_RETENTION_ROWS API_MAX_CONNECTIONS ADMIN_HOSTS
+    LOG_RETENTION_DAYS LOG_RETENTION_ROWS API_MAX_CONNECTIONS ADMIN_HOSTS CORS_ORIGINS
     SECRET_KEY SECRET_KEY_FILE CREDENTIALS_DIRECTORY
     """.split()
 
@@ -4645,7 +4640,7 @@ class Web:
                 wait = parse_retry_after(a.headers.get("retry-after"), time.time())
                 said = f"{shown_url(url)} said {a.status_code} {a.reason_phrase}".rstrip()
                 raise SourceError(said, status=a.status_code, retry_after=wait)
-            body = await self._sql(a, sink if a.status_code == 200 else None)
+            body = await self._read(a, sink if a.status_code == 200 else None)
             link = next_link(a.headers.get("link", ""))
             tags = (a.headers.get(name, "") for name in ("etag", "last-modified"))
             etag, modified = (t if t.isascii() and t.isprintable() else None for t in tags)
@@ -7947,15 +7942,15 @@ async def make_service(
                 await upstream.close()
 
 
-# ── Admin ─────────────────────────────────────────────────────────────────────────────────────
+# ── Routes ────────────────────────────────────────────────────────────────────────────────────
 
 
 class About(Answer):
-    name: str
-    version: str
-    description: str
-    docs: str
-    health: str
+    name: str = "TeckoChecker"
+    version: str = VERSION
+    description: str = "watches OpenAI batches and starts a Keboola job when they are done"
+    docs: str = "/docs"
+    health: str = "/health"
 
 
 class FieldError(Answer):
@@ -7970,9 +7965,14 @@ class ErrorAnswer(Answer):
     detail: str
     code: int
     request_id: str
-    details: list[FieldError] | None = Field(
-        None, description="with 422: every field that is wrong"
-    )
+    details: list[FieldError] | None = Field(None, description="with 422: each wrong field")
+
+
+class Accepted(Answer):
+    """A change that takes longer than a caller is kept waiting. It is carried out all the same."""
+
+    detail: str = Field(description="where its outcome will be seen")
+    request_id: str
 
 
 class Query(BaseModel):
@@ -7990,9 +7990,7 @@ class JobsQuery(Query):
 
 
 class DataQuery(Query):
-    source: str | None = Field(
-        None, min_length=1, description="the name of an ingest's job; default: all"
-    )
+    source: str | None = Field(None, min_length=1, description="an ingest's job; default: all")
     limit: int = Field(10, ge=1, le=100, description="records a page, 1 to 100")
     offset: int = Field(0, ge=0, le=10**12, description="records to skip; costs as much as reading")
     after: int | None = Field(
@@ -8021,6 +8019,8 @@ class Request:
     query: Any = None
     body: Any = None
     request_id: str = ""
+    trusted: bool = True  # may see names of jobs and keys
+    address: str = ""  # where the caller reached us, like http://127.0.0.1:8000
 
     @property
     def desk(self) -> Desk:
@@ -8034,13 +8034,13 @@ class Route:
     method: str
     path: str  # {id} is a whole number
     does: str  # one line for the documentation
-    run: Callable[[Request], Awaitable[Any]]
+    run: Callable[[Request], Any]  # its answer, or a coroutine of it
     answer: Any  # an Answer, or the content type of a text
     body: Any = None  # what the body has to be
+    example: Mapping[str, Any] | None = None  # of a body
     query: type[Query] | None = None
     status: int = 200
-    errors: tuple[int, ...] = ()  # beside those that any request may meet
-    public: bool = False  # no token is asked for
+    public: bool = False  # no token is asked for, and any Host will do: probes use addresses
     also: str = ""  # a second path
 
     def match(self, path: str) -> str | None:
@@ -8052,11 +8052,9 @@ class Route:
         return middle if path == head + middle + tail and "/" not in middle and middle else None
 
 
-async def about(request: Request) -> About:
-    what = "watches OpenAI batches and starts a Keboola job when they are done"
-    return About(
-        name="TeckoChecker", version=VERSION, description=what, docs="/docs", health="/health"
-    )
+async def show_health(request: Request) -> Health:
+    health = await request.service.health()
+    return health if request.trusted else health.anonymous()
 
 
 async def show_job(request: Request) -> JobDetail:
@@ -8081,149 +8079,149 @@ async def show_data(request: Request) -> DataPage:
     )
 
 
-async def list_jobs(request: Request) -> JobList:
-    return await request.desk.jobs(**request.query.model_dump())
-
-
-async def update_job(request: Request) -> JobDetail:
-    return await request.desk.update_job(request.id, request.body.model_dump(exclude_unset=True))
-
-
-async def show_openapi(request: Request) -> str:
+def show_openapi(request: Request) -> str:
     return json.dumps(openapi())
 
 
-async def show_docs(request: Request) -> str:
-    return docs()
+def show_docs(request: Request) -> str:
+    return docs().replace(ADDRESS, html.escape(request.address))
 
 
-async def check_job(request: Request) -> Done:
-    return await request.service.check_now(request.id)
+def redirect_to_docs(request: Request) -> NoReturn:
+    raise Refused(307, "the description is at /docs", headers={"Location": "/docs"})
 
 
-def step_route(step: Literal["pause", "resume", "retry"], does: str) -> Route:
-    def run(request: Request) -> Awaitable[JobDetail]:
-        return request.desk.step_job(request.id, step)
-
-    return Route("POST", f"/api/jobs/{{id}}/{step}", does, run, JobDetail, errors=(404, 409))
-
-
-TEXT = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus text format
+SECRET_EXAMPLE = {"name": "openai-prod", "type": "openai", "value": "sk-..."}
+JOB_EXAMPLE = {
+    "name": "nightly",
+    "batch_id": "batch_abc123",
+    "openai_secret_id": 1,
+    "keboola_secret_id": 2,
+    "keboola_stack_url": "https://connection.keboola.com",
+    "keboola_component_id": "kds-team.app-custom-python",
+    "keboola_configuration_id": "123456",
+    "poll_interval_seconds": 120,
+}
+METRICS = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus text format
 HTML = "text/html; charset=utf-8"
 ROUTES: tuple[Route, ...] = (
-    Route("GET", "/", "Name and version", about, About),
-    Route("GET", "/health", "How it is, out of work really done", lambda r: r.service.health(),
-          Health, errors=(503,), public=True, also="/api/health"),
-    Route("GET", "/livez", "Whether the loop turns", lambda r: r.service.alive(),
-          Done, errors=(503,), public=True),
-    Route("GET", "/readyz", "Whether the store is open and the scheduler runs",
-          lambda r: r.service.ready(), Done, errors=(503,), public=True),
-    Route("GET", "/stats", "How much there is, and what was done since the start",
+    Route("GET", "/", "Name and version", lambda r: About(), About),
+    Route("GET", "/health", "Overall health, judged by recent checks; 503: unhealthy", show_health,
+          Health, public=True, also="/api/health"),
+    Route("GET", "/livez", "Liveness: the event loop responds", lambda r: r.service.alive(),
+          Done, public=True),
+    Route("GET", "/readyz", "Readiness: the store is open and the scheduler runs; 503: not ready",
+          lambda r: r.service.ready(), Done, public=True),
+    Route("GET", "/stats", "Totals, and what was done since the start",
           lambda r: r.service.stats(), Stats, also="/api/stats"),
-    Route("GET", "/data", "Records that ingests brought, in one schema", show_data, DataPage,
+    Route("GET", "/data", "The records of all ingests, in one schema", show_data, DataPage,
           query=DataQuery, also="/api/data"),
-    Route("GET", "/metrics", "Figures for Prometheus", lambda r: r.service.metrics_text(), TEXT),
+    Route("GET", "/metrics", "Metrics for Prometheus", lambda r: r.service.metrics_text(), METRICS),
     Route("GET", "/openapi.json", "This description", show_openapi, "application/json"),
     Route("GET", "/docs", "This description, as a page", show_docs, HTML),
+    Route("GET", "/redoc", "Redirects to /docs", redirect_to_docs, HTML),
     Route("GET", "/api/admin/secrets", "The stored secrets, without their values",
           lambda r: r.desk.secrets(), SecretList),
     Route("POST", "/api/admin/secrets", "Store a secret", lambda r: r.desk.add_secret(r.body),
-          SecretAnswer, body=SecretBody, status=201, errors=(409,)),
+          SecretAnswer, body=SecretBody, example=SECRET_EXAMPLE, status=201),
     Route("GET", "/api/admin/secrets/{id}", "A stored secret, without its value",
-          lambda r: r.desk.secret(r.id), SecretAnswer, errors=(404,)),
+          lambda r: r.desk.secret(r.id), SecretAnswer),
     Route("DELETE", "/api/admin/secrets/{id}", "Delete a secret that no running job uses",
-          lambda r: r.desk.delete_secret(r.id), Done, errors=(404, 409)),
-    Route("GET", "/api/jobs", "A page of jobs, by id", list_jobs, JobList, query=JobsQuery),
+          lambda r: r.desk.delete_secret(r.id), Done),
+    Route("GET", "/api/jobs", "A page of jobs, by id",
+          lambda r: r.desk.jobs(**r.query.model_dump()), JobList, query=JobsQuery),
     Route("POST", "/api/jobs", "Create a job, as in jobs.yaml or flat",
-          lambda r: r.desk.create_job(r.body), JobDetail, body=JobSpec, status=201,
-          errors=(404, 409)),
+          lambda r: r.desk.create_job(r.body), JobDetail, body=JobSpec, example=JOB_EXAMPLE,
+          status=201),
     Route("GET", "/api/jobs/{id}", "A job with its triggers and log", show_job, JobDetail,
-          query=JobQuery, errors=(404,)),
-    Route("PUT", "/api/jobs/{id}", "Change a job's name, interval or target", update_job,
-          JobDetail, body=JobChanges, errors=(404, 409)),
+          query=JobQuery),
+    Route("PUT", "/api/jobs/{id}", "Change a job's name, interval or target",
+          lambda r: r.desk.update_job(r.id, r.body.model_dump(exclude_unset=True)), JobDetail,
+          body=JobChanges, example={"poll_interval_seconds": 300}),
     Route("DELETE", "/api/jobs/{id}", "Delete a job with its history",
-          lambda r: r.desk.delete_job(r.id), Done, errors=(404, 409)),
-    step_route("pause", "Stop checking a job"),
-    step_route("resume", "Go on checking a paused job"),
-    step_route("retry", "Re-arm a failed job"),
+          lambda r: r.desk.delete_job(r.id), Done),
+    Route("POST", "/api/jobs/{id}/pause", "Stop checking a job",
+          lambda r: r.desk.step_job(r.id, "pause"), JobDetail),
+    Route("POST", "/api/jobs/{id}/resume", "Continue checking a paused job",
+          lambda r: r.desk.step_job(r.id, "resume"), JobDetail),
+    Route("POST", "/api/jobs/{id}/retry", "Re-arm a failed job",
+          lambda r: r.desk.step_job(r.id, "retry"), JobDetail),
     Route("POST", "/api/jobs/{id}/check", "Check a job now, without waiting for its interval",
-          check_job, Done, status=202, errors=(404, 409)),
+          lambda r: r.service.check_now(r.id), Done, status=202),
 )  # fmt: skip
 
 
-EXAMPLES: dict[str, dict[str, Any]] = {
-    "SecretBody": {"name": "openai-prod", "type": "openai", "value": "sk-..."},
-    "JobSpec": {
-        "name": "nightly",
-        "batch_id": "batch_abc123",
-        "openai_secret_id": 1,
-        "keboola_secret_id": 2,
-        "keboola_stack_url": "https://connection.keboola.com",
-        "keboola_component_id": "kds-team.app-custom-python",
-        "keboola_configuration_id": "123456",
-        "poll_interval_seconds": 120,
-    },
-    "JobChanges": {"poll_interval_seconds": 300},
-}
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise UnclearJson("an object has a duplicate key")
+    return dict(pairs)
 
-REFUSALS = (400, 401, 403, 411, 413, 421, 503)  # that any request may meet
+
+def json_body(body: bytes) -> Any:
+    """What a body says. What is JSON only to Python, or can be read in two ways, is refused."""
+    try:
+        return json.loads(body, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        said = f": {e}" if isinstance(e, UnclearJson) else ""
+        raise Refused(400, f"the body is not JSON{said}") from None
+
+
+# ── OpenAPI ───────────────────────────────────────────────────────────────────────────────────
+
+
+def json_of(*models: str) -> dict[str, Any]:
+    """The content of a body or an answer that is one of these models."""
+    forms = [{"$ref": f"#/components/schemas/{model}"} for model in models]
+    return {"application/json": {"schema": {"anyOf": forms} if len(forms) > 1 else forms[0]}}
+
+
+def responses(route: Route) -> dict[str, Any]:
+    """What a route answers, by status; what refuses a request is `default`."""
+    if isinstance(route.answer, str):
+        shape = "object" if route.answer == "application/json" else "string"
+        done: Any = {route.answer.partition(";")[0]: {"schema": {"type": shape}}}
+    else:
+        done = json_of(route.answer.__name__)
+    made = {str(route.status): {"description": "Done", "content": done}}
+    if route.method != "GET":
+        models = [route.answer.__name__] * (route.status == 202)
+        made["202"] = {"description": "Under way", "content": json_of(*models, "Accepted")}
+    if route.answer in (Health, Done) and route.public:  # bad news has the same shape
+        both = json_of(route.answer.__name__, "ErrorAnswer")
+        made["503"] = {"description": "Not well", "content": both}
+    return made | {"default": {"description": "Not done", "content": json_of("ErrorAnswer")}}
 
 
 def operation(route: Route) -> dict[str, Any]:
     """A route in the words of OpenAPI 3.1."""
     parameters: list[dict[str, Any]] = []
     if "{id}" in route.path:
-        number = {"type": "integer", "minimum": 1}
+        number = {"type": "integer", "minimum": 1, "description": "the number of it"}
         parameters.append({"name": "id", "in": "path", "required": True, "schema": number})
     if route.query:
         for name, schema in route.query.model_json_schema()["properties"].items():
             parameters.append({"name": name, "in": "query", "schema": schema})
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
-    refusals = {*route.errors, *REFUSALS} - ({401} if route.public else set())
-    refusals |= {415, 422} if route.body is not None else set()
-    refusals |= {422} if parameters else set()
-    answers = {
-        str(s): {"description": HTTPStatus(s).phrase, "content": error} for s in sorted(refusals)
-    }
-    kind = "application/json" if not isinstance(route.answer, str) else route.answer.split(";")[0]
-    shape: Any = {"type": "object" if kind == "application/json" else "string"}
-    if not isinstance(route.answer, str):
-        shape = {"$ref": f"#/components/schemas/{route.answer.__name__}"}
-    done = {kind: {"schema": shape}}
-    if route.answer is Health:
-        done["application/health+json"] = {"schema": {"type": "object"}}
-    answers[str(route.status)] = {"description": "done", "content": done}
-    if route.answer in (Health, Done) and route.public:  # bad news has the same shape
-        both = [shape, {"$ref": "#/components/schemas/ErrorAnswer"}]
-        answers["503"]["content"] = done | {"application/json": {"schema": {"anyOf": both}}}
     made: dict[str, Any] = {
         "summary": route.does,
         "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
         "parameters": parameters,
-        "responses": answers,
+        "responses": responses(route),
     }
     if route.public:
         made["security"] = []
     if route.body is not None:
-        name = "Job" if route.body is JobSpec else route.body.__name__
-        schema = {"$ref": f"#/components/schemas/{name}"}
-        made["requestBody"] = {
-            "required": True,
-            "content": {
-                "application/json": {"schema": schema, "example": EXAMPLES[route.body.__name__]}
-            },
-        }
+        content = json_of("Job" if route.body is JobSpec else route.body.__name__)
+        content["application/json"]["example"] = route.example
+        made["requestBody"] = {"required": True, "content": content}
     return made
 
 
 @cache
 def openapi() -> dict[str, Any]:
     """The surface as an OpenAPI 3.1 document, out of ROUTES and the models."""
-    models: set[type[BaseModel]] = {ErrorAnswer, FlatJob, IngestSpec}
-    for route in ROUTES:
-        models |= {m for m in (route.answer, route.body) if isinstance(m, type)}
-    inputs = {JobSpec, IngestSpec, FlatJob, JobChanges, SecretBody}
-    wanted = [(m, "validation" if m in inputs else "serialization") for m in models]
+    inputs: set[Any] = {JobSpec, IngestSpec, FlatJob, JobChanges, SecretBody}
+    answers = {r.answer for r in ROUTES if isinstance(r.answer, type)} | {ErrorAnswer, Accepted}
+    wanted = [(m, "validation" if m in inputs else "serialization") for m in inputs | answers]
     wanted.sort(key=lambda pair: pair[0].__name__)
     place = "#/components/schemas/{model}"
     _, schemas = models_json_schema(cast(Any, wanted), ref_template=place)
@@ -8235,58 +8233,131 @@ def openapi() -> dict[str, Any]:
             described = operation(route)
             described["operationId"] += "_api" if path == route.also else ""
             paths.setdefault(path, {})[route.method.lower()] = described
+    schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
     return {
         "openapi": "3.1.0",
         "info": {"title": "TeckoChecker", "version": VERSION, "summary": "Admin surface"},
         "paths": paths,
-        "components": {
-            "schemas": schemas["$defs"],
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-        },
-        "security": [{"token": []}, {}],
+        "components": {"schemas": schemas["$defs"], "securitySchemes": schemes},
+        "security": [{"bearer": []}, {"basic": []}, {}],
     }
 
 
-DOCS_HEAD = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>TeckoChecker</title><style>
+DOCS_STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
 pre{background:#f4f4f4;padding:.6rem;overflow-x:auto}h2 code{background:#def;padding:.1rem .4rem}
+nav{columns:20rem}input,textarea,button{font:inherit}textarea{width:100%;height:8rem}
 @media(prefers-color-scheme:dark){body{background:#111;color:#ddd}pre{background:#222}
-h2 code{background:#135}a{color:#8bf}}</style>"""
+h2 code{background:#135}a{color:#8bf}}
+"""
+DOCS_SCRIPT = """
+"use strict";
+async function send(form) {
+  const {method, path} = form.dataset, headers = {}, query = new URLSearchParams();
+  let target = path, body;
+  for (const {name, value} of form.querySelectorAll("input, textarea")) {
+    if (name === "body") { body = value; headers["Content-Type"] = "application/json"; }
+    else if (name === "id") target = target.replace("{id}", encodeURIComponent(value));
+    else if (value) query.set(name, value);
+  }
+  const token = document.getElementById("token").value;
+  if (token) headers.Authorization = `Bearer ${token}`;
+  const answer = await fetch(`${target}?${query}`, {method, headers, body});
+  return `${answer.status} ${answer.statusText}\\n${await answer.text()}`;
+}
+for (const form of document.forms) form.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  form.lastElementChild.hidden = false;
+  form.lastElementChild.textContent = await send(form).catch(String);
+});
+"""
+ADDRESS = "{address}"  # in the page: where the caller reached us
+
+
+def docs_section(method: str, path: str, described: Mapping[str, Any]) -> str:
+    """A route of the page: what it does, its models, a curl line, and a form that sends it."""
+    esc, method = html.escape, method.upper()
+    names = dict.fromkeys(re.findall(r"schemas/(\w+)", json.dumps(described)))
+    models = ", ".join(f'<a href="#{name}">{name}</a>' for name in names)
+    curl = f"curl {'' if method == 'GET' else f'-X {method} '}{ADDRESS}{path.format(id=1)}"
+    fields = "".join(
+        f'<p><label><code>{p["name"]}</code> <input name="{p["name"]}"> '
+        f"{esc(p['schema']['description'])}</label></p>"
+        for p in described["parameters"]
+    )
+    if body := described.get("requestBody"):
+        example = body["content"]["application/json"]["example"]
+        curl += f" \\\n  -H 'Content-Type: application/json' \\\n  -d '{json.dumps(example)}'"
+        text = esc(json.dumps(example, indent=1))
+        fields += f'<p><label>Body <textarea name="body">{text}</textarea></label></p>'
+    return f"""<section id="{described["operationId"]}"><h2><code>{method}</code> {esc(path)}</h2>
+<p>{esc(described["summary"])}. Models: {models}</p><pre>{esc(curl)}</pre>
+<form data-method="{method}" data-path="{esc(path)}">{fields}<button>Send {method}</button>
+<pre hidden></pre></form></section>"""
 
 
 @cache
 def docs() -> str:
-    """/docs: every route with its models and a curl line, with nothing from another host."""
-    api, parts = openapi(), [DOCS_HEAD, f"<h1>TeckoChecker {VERSION}</h1>"]
-    parts.append('<p>The same as <a href="/openapi.json">OpenAPI 3.1</a>. Models are below.</p>')
-    for route in ROUTES:
-        line = f"curl {'' if route.method == 'GET' else '-X ' + route.method + ' '}"
-        line += "http://127.0.0.1:8000" + route.path.replace("{id}", "1")
-        if route.body is not None:
-            example = json.dumps(EXAMPLES[route.body.__name__])
-            line += f" \\\n  -H 'Content-Type: application/json' \\\n  -d '{example}'"
-        answer = route.answer if isinstance(route.answer, str) else route.answer.__name__
-        takes = f"Takes {model_link(route.body.__name__)}. " if route.body else ""
-        gives = model_link(answer) if not isinstance(route.answer, str) else html.escape(answer)
-        parts.append(f"<h2><code>{route.method}</code> {html.escape(route.path)}</h2>")
-        parts.append(f"<p>{html.escape(route.does)}. {takes}Answers {route.status}, {gives}.</p>")
-        if route.query:
-            fields_ = route.query.model_fields.items()
-            listed = [
-                f"<li><code>{n}</code>: {html.escape(str(f.description))}" for n, f in fields_
-            ]
-            parts.append("<ul>" + "".join(listed) + "</ul>")
-        parts.append(f"<pre>{html.escape(line)}</pre>")
-    for name, schema in api["components"]["schemas"].items():
-        shown = html.escape(json.dumps(schema, indent=1))
-        details = f"<details><summary>schema</summary><pre>{shown}</pre></details>"
-        parts.append(f'<h3 id="{name}">{name}</h3>{details}')
-    return "\n".join(parts)
+    """/docs: the OpenAPI document as a page, with nothing from another host. It reads without
+    JavaScript; with it, each route can be tried."""
+    api, esc = openapi(), html.escape
+    operations = [(m, path, d) for path, ways in api["paths"].items() for m, d in ways.items()]
+    contents = "".join(
+        f'<a href="#{d["operationId"]}">{method.upper()} {esc(path)}</a><br>'
+        for method, path, d in operations
+    )
+    models = "".join(
+        f'<h3 id="{name}">{name}</h3><p>{esc(schema.get("description", ""))}</p><details>'
+        f"<summary>Schema</summary><pre>{esc(json.dumps(schema, indent=1))}</pre></details>"
+        for name, schema in api["components"]["schemas"].items()
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>TeckoChecker</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{DOCS_STYLE}</style></head><body><h1>TeckoChecker {VERSION}</h1>
+<p>Served at <code>{ADDRESS}</code>. The same as <a href="/openapi.json">OpenAPI 3.1</a>.</p>
+<p>Where ADMIN_TOKEN is set, every route but the health checks needs it: as the header
+<code>Authorization: Bearer ADMIN_TOKEN</code>, or as the password of Basic authentication with any
+user name, which browsers ask for.</p>
+<pre>curl -H "Authorization: Bearer $ADMIN_TOKEN" {ADDRESS}/stats</pre>
+<p><label>Token for the forms below: <input id="token" type="password"></label></p>
+<h2>Contents</h2><nav>{contents}<a href="#models">Models</a></nav>
+{"".join(docs_section(*each) for each in operations)}
+<h2 id="models">Models</h2>{models}
+<script>{DOCS_SCRIPT}</script></body></html>"""
 
 
-def model_link(name: str) -> str:
-    return f'<a href="#{name}">{name}</a>'
+# ── HTTP ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Streams of asyncio wait; the standard library's handler reads each request and writes each answer,
+# in memory. So no client costs a thread, and none holds up another:
+# - A head is taken only if every parser reads it the same way. What is refused for its form closes
+#   the connection, so that nothing behind it passes for a request (RFC 9112, section 11.2).
+# - Who makes us wait, for a request or with its answer, has bounded time, and goes first when there
+#   are too many connections. Who waits for us is never cut off.
+# - A change that has begun is carried out, also when its caller has gone. One that takes long is
+#   answered 202 with where to look, never by an error.
+# - Host (a name may point here by DNS rebinding, an address cannot), Origin (pages of others, whose
+#   browser may add a password) and the token decide who may call.
+
+HTTP_IDLE = 5.0  # s that a connection is kept between requests
+HTTP_DEADLINE = 8.0  # s from a request's first byte to its last, and for its answer to be taken
+HTTP_STOP = 1.5  # s for requests under way when the surface closes; 8 of the 10 s are the steps'
+HTTP_HEAD = 1 << 16  # bytes before a request's body
+HTTP_BODY = 1 << 20  # bytes of a request's body
+ACCEPT_PAUSE = 1.0  # s after a connection that could not be accepted, for lack of descriptors
+
+REQUEST_LINE = re.compile(rb"[!-~]+ [!-~]+ HTTP/\d\.\d\r\n")
+FIELD_LINE = re.compile(rb"[\w!#$%&'*+.^`|~-]+:[\t -~\x80-\xff]*\r\n")  # RFC 9110, section 5.5
+TARGET = re.compile(
+    r"(?:(?i:https?)://(?P<host>[^/?#@]+))?(?P<path>/[^?#]*)(?:\?(?P<query>[^#]*))?"
+)
+SINGLE = ("Host", "Origin", "Content-Length", "Content-Type", "Authorization", "Sec-Fetch-Site")
+
+
+def source_hash(text: str) -> str:
+    """What a Content-Security-Policy calls an inline script or style."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 SECURITY_HEADERS = {
@@ -8294,337 +8365,410 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; base-uri 'none';"
+    f" script-src {source_hash(DOCS_SCRIPT)}; style-src {source_hash(DOCS_STYLE)};"
+    " form-action 'none'; frame-ancestors 'none'",
+}
+CORS_HEADERS = {  # for pages of the origins that CORS_ORIGINS names
+    "Access-Control-Allow-Credentials": "true",
+    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Expose-Headers": "X-Request-ID, X-Error-Code, Retry-After",
 }
 
 
-def too_many() -> bytes:
-    """The answer to a connection for which there is no thread."""
-    request_id = uuid.uuid4().hex
-    detail = "too many connections at once"
-    body = {"error": "too_many_connections", "detail": detail, "code": 1000}
-    text = json.dumps(body | {"request_id": request_id})
-    head = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
-    headers = {"X-Error-Code": "1000", "X-Request-ID": request_id, **SECURITY_HEADERS}
-    head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    head += "Content-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode()
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise UnclearJson("a key stands twice in an object")
-    return dict(pairs)
-
-
-def bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def health_json(health: Health) -> dict[str, Any]:
-    """/health as draft-inadarei-api-health-check-06 has it."""
-    status = {"healthy": "pass", "degraded": "warn", "unhealthy": "fail"}[health.status]
-    shown = health.model_dump(mode="json")
-    checks = {name: [{"status": shown[name]}] for name in ("database", "scheduler")}
-    return {"status": status, "version": VERSION, "output": health.status, "checks": checks}
-
-
-class AdminServer(http.server.ThreadingHTTPServer):
-    """Standard-library HTTP in threads of its own: bounded in connections, and every request in
-    time and size, so that no client holds up another, let alone the loop."""
-
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 128
-
-    def __init__(self, service: Service, loop: asyncio.AbstractEventLoop) -> None:
-        self.service, self.loop, settings = service, loop, service.settings
-        self._slots = threading.BoundedSemaphore(settings.api_max_connections)
-        self._deadlines: dict[socket.socket, float] = {}
-        if ":" in settings.api_host:
-            self.address_family = socket.AF_INET6
+async def read_head(reader: asyncio.StreamReader, begun: bytes) -> bytes:
+    """A request's head, which begins with `begun`. Its lines are checked as they come: bare CR and
+    LF, folded lines, control characters and odd names are refused at once."""
+    head = bytearray()
+    while not head.endswith(b"\r\n\r\n"):
         try:
-            super().__init__((settings.api_host, settings.api_port), AdminHandler)
-        except OSError as e:
-            raise Conflict(
-                f"cannot listen on {settings.api_host}:{settings.api_port}: {e.strerror}",
-                hint="API_PORT or admin.port chooses another one",
-            ) from e
-        port = self.server_address[1]
-        self.url = f"http://{bracketed(settings.api_host)}:{port}"
-        self.hosts = {f"{bracketed(name)}:{port}" for name in self._names(settings)}
-        self.hosts |= {name.strip().lower() for name in settings.admin_hosts.split(",")} - {""}
-        service.connections = lambda: len(self._deadlines)
-
-    @staticmethod
-    def _names(settings: Settings) -> set[str]:
-        """What this host may be called in a Host header; ADMIN_HOSTS adds to it."""
-        names = {*LOOPBACK, settings.api_host.lower()}
-        return names if settings.api_host in LOOPBACK else names | {socket.gethostname().lower()}
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._slots.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                request.sendall(too_many())
-            self.shutdown_request(request)
-            return
-        self.expect(request)
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._deadlines.pop(request, None)
-            self._slots.release()
-
-    def expect(self, request: socket.socket) -> None:
-        """From now on the next request has HTTP_DEADLINE seconds to arrive and be answered."""
-        self._deadlines[request] = time.monotonic() + HTTP_DEADLINE
-
-    def service_actions(self) -> None:
-        """Cut off who drips: `timeout` counts from byte to byte, this from start to end."""
-        now = time.monotonic()
-        for request, deadline in list(self._deadlines.items()):
-            if now > deadline:
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("a connection of the admin surface broke", exc_info=True)
-
-    def ask(self, route: Route, request: Request, request_id: str) -> Any:
-        """Run a route on the loop, in bounded time. Raises TimeoutError."""
-
-        async def run() -> Any:
-            ACTOR.set(f"HTTP {request_id}")
-            try:
-                return await route.run(request)
-            finally:
-                if route.method != "GET":
-                    self.service.look_again()
-
-        future = asyncio.run_coroutine_threadsafe(run(), self.loop)
-        try:
-            return future.result(HTTP_ANSWER)
-        except TimeoutError:
-            future.cancel()
-            raise
+            line, begun = begun + await reader.readuntil(b"\n"), b""
+        except asyncio.LimitOverrunError:
+            raise Refused(431, f"a head has at most {HTTP_HEAD} bytes") from None
+        if line != b"\r\n":
+            if not (FIELD_LINE if head else REQUEST_LINE).fullmatch(line):
+                what = "header" if head else "request"
+                said = "lines are ASCII, end in CR LF, and are not folded"
+                raise Refused(400, f"malformed {what} line; {said}")
+        elif not head:
+            continue  # left over from the body before (RFC 9112, section 2.2)
+        head += line
+        if len(head) > HTTP_HEAD:
+            raise Refused(431, f"a head has at most {HTTP_HEAD} bytes")
+    return bytes(head)
 
 
-INTERNAL = {  # errors whose own words name files of this machine: those go to the log
-    StoreError.code: "the database cannot be used; the log has more under this id",
-    SecretError.code: "secrets cannot be sealed or opened; the log has more under this id",
-}
+class Exchange(http.server.BaseHTTPRequestHandler):
+    """One request and its answer, both in memory."""
 
-
-class AdminHandler(http.server.BaseHTTPRequestHandler):
-    """One connection: check who asks, find the route, validate, ask the loop, answer."""
-
-    server: AdminServer
     protocol_version = "HTTP/1.1"
-    server_version = f"TeckoChecker/{VERSION}"
-    sys_version = ""
-    timeout = HTTP_IDLE
-    wbufsize = 16384  # head and body in one segment: else Nagle and delayed ACK cost 40 ms
-    disable_nagle_algorithm = True
+    wfile: io.BytesIO
+    command, request_version, requestline = "", "HTTP/1.1", ""
+    path = query = host = ""
+    close_connection, length = True, 0
 
-    def handle_one_request(self) -> None:
-        self.request_id, self.unread = uuid.uuid4().hex, False
-        super().handle_one_request()
-        if self.unread:
-            self._linger()
-        self.server.expect(self.connection)
+    def __init__(self) -> None:
+        self.request_id, self.wfile = uuid.uuid4().hex, io.BytesIO()
+        self.more_headers: dict[str, str] = {}  # of the answer
 
-    def _linger(self) -> None:
-        """Read on what is not wanted, until the client has read its refusal (RFC 9112, 9.6): a
-        close at once would reset the connection and lose the answer. The deadline bounds it."""
-        with contextlib.suppress(OSError):
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_WR)
-            while self.rfile.read(65536):
-                pass
-
-    def handle_any(self) -> None:
-        route = None
-        try:
-            if self.request_version == "HTTP/0.9":  # its answers have neither status nor headers
-                self.request_version = "HTTP/1.1"
-                raise Refused(505, "HTTP/0.9 is not spoken here", close=True)
-            body = self._body()
-            path = self._path()
-            self._admit(path)
-            route, ref = self._route(path)
-            answer = self.server.ask(route, self._request(route, ref, body), self.request_id)
-            self._answer(route, answer)
-        except TimeoutError:
-            late = Refused(
-                503, "the program is too busy to answer in time", headers={"Retry-After": "5"}
-            )
-            self._error(late)
-        except TeckoError as e:
-            self._error(e)
-        except OSError:  # the client has gone
-            self.close_connection = True
-        except Exception:
-            log.exception("request %s met a defect of TeckoChecker", self.request_id)
-            self._error(Refused(500, "a defect of TeckoChecker; its log has the request's id"))
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = handle_any
-
-    def _body(self) -> bytes:
-        """The request's body, or Refused: one that is left unread would pass for a request."""
-        if self.headers.defects or self.headers.get_payload():
-            raise Refused(400, "headers that can be read in two ways", close=True)
-        lengths = self.headers.get_all("Content-Length") or ["0"]
+    def read(self, head: bytes) -> None:
+        """Take in the head. Raises Refused for what could be read in two ways."""
+        self.rfile = io.BytesIO(head)
+        self.raw_requestline = self.rfile.readline()
+        self.parse_request()
+        if not self.request_version.startswith("HTTP/1."):
+            raise Refused(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+        if twice := [name for name in SINGLE if len(self.headers.get_all(name, [])) > 1]:
+            raise Refused(400, f"duplicate header {twice[0]}")
         if "Transfer-Encoding" in self.headers:
-            raise Refused(411, "a body needs a Content-Length; chunks are not taken", close=True)
-        if len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit()):
-            raise Refused(400, "a Content-Length that is no number, or two", close=True)
-        if int(lengths[0]) > HTTP_BODY:
-            self.unread = True
-            raise Refused(413, f"a body has at most {HTTP_BODY} bytes", close=True)
-        body = self.rfile.read(int(lengths[0]))
-        if len(body) < int(lengths[0]):
-            raise Refused(400, "the body is shorter than its Content-Length", close=True)
-        return body
+            raise Refused(411, "a body needs a Content-Length; chunks are not accepted")
+        length = self.header("Content-Length", "0")
+        if not re.fullmatch("[0-9]{1,15}", length):
+            raise Refused(400, "Content-Length must be a number")
+        if int(length) > HTTP_BODY:
+            raise Refused(413, f"a body has at most {HTTP_BODY} bytes")
+        self.host, target = self.header("Host"), TARGET.fullmatch(self.path)
+        if target is None or (target["host"] or self.host).lower() != self.host.lower():
+            raise Refused(400, "the target must be a path of the host that Host names")
+        self.length, self.path, self.query = int(length), target["path"], target["query"] or ""
+        self.close_connection |= self.request_version == "HTTP/1.0"
+        self.close_connection |= "close" in self.header("Connection").lower()
 
-    def _path(self) -> str:
-        try:
-            return urlsplit(self.path).path
-        except ValueError:
-            raise Refused(400, "no path that can be read", close=True) from None
+    def header(self, name: str, default: str = "") -> str:
+        return str(self.headers.get(name, default)).strip(" \t")
 
-    def _admit(self, path: str) -> None:
-        """Refuse DNS rebinding, pages of another origin, and strangers."""
-        host, origin = self.headers.get_all("Host") or [], self.headers.get("Origin")
-        if len(host) > 1:
-            raise Refused(400, "two Host headers", close=True)
-        if not host or host[0].lower() not in self.server.hosts:
-            raise Refused(421, "this is not the host you named; ADMIN_HOSTS adds names")
-        if origin is not None and origin.lower() != f"http://{host[0].lower()}":
-            raise Refused(403, "pages of another origin are not served")
-        token = self.server.service.settings.admin_token
-        if token is None or any(r.public for r in ROUTES if r.match(path) is not None):
-            return
-        given = self.headers.get("Authorization", "").encode()
-        if not hmac.compare_digest(given, f"Bearer {token.reveal()}".encode()):
-            wanted = {"WWW-Authenticate": "Bearer"}
-            raise Refused(401, "this needs Authorization: Bearer ADMIN_TOKEN", headers=wanted)
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class refuses: another version of HTTP, or too many headers."""
+        raise Refused(code, message or "malformed request")
 
-    def _route(self, path: str) -> tuple[Route, str]:
-        found = [(route, ref) for route in ROUTES if (ref := route.match(path)) is not None]
-        if not found:
-            raise Refused(
-                404, f"there is no {redact(path)[:100]!r} here; /docs shows what there is"
-            )
-        method = "GET" if self.command == "HEAD" else self.command
-        for route, ref in found:
-            if route.method == method:
-                return route, ref
-        allowed = sorted({route.method for route, _ in found})
-        allowed += ["HEAD"] if "GET" in allowed else []
-        raise Refused(405, f"allowed: {', '.join(allowed)}", headers={"Allow": ", ".join(allowed)})
+    def version_string(self) -> str:
+        return f"TeckoChecker/{VERSION}"
 
-    def _request(self, route: Route, ref: str, body: bytes) -> Request:
-        service = self.server.service
-        if "{id}" in route.path and not (ref.isascii() and ref.isdigit() and len(ref) < 19):
-            raise Invalid(["id: found no whole number"], fields=[("id", "a whole number")])
-        given = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
-        query = None
-        if route.query:
-            query = parse(route.query, {name: values[-1] for name, values in given.items()})
-        data = None
-        if route.body is not None:
-            if self.headers.get_content_type() != "application/json":
-                raise Refused(415, "the body has to be application/json")
-            try:
-                loaded = json.loads(
-                    body, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique
-                )
-            except (ValueError, RecursionError) as e:
-                said = f": {e}" if isinstance(e, UnclearJson) else ""
-                raise Refused(400, f"the body is not JSON{said}") from None
-            model = spec_model(loaded) if route.body is JobSpec else route.body
-            data = parse(model, loaded, service.settings.job_context)
-        return Request(service, ref, query, data, self.request_id)
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("request %s: %s", self.request_id, format % args)
 
-    def _answer(self, route: Route, answer: Any) -> None:
-        status, kind = route.status, "application/json"
-        if isinstance(route.answer, str):
-            kind = route.answer
-        if isinstance(answer, Health):
-            status = 503 if answer.status == "unhealthy" else 200
-            if "application/health+json" in self.headers.get("Accept", ""):
-                kind, answer = "application/health+json", health_json(answer)
-        if isinstance(answer, Done) and not answer.success:
-            status = 503
-        if isinstance(answer, BaseModel):
-            text = answer.model_dump_json()
-        else:
-            text = answer if isinstance(answer, str) else json.dumps(answer)
-        self._send(status, kind, text)
-
-    def _error(self, error: TeckoError) -> None:
-        if isinstance(error, Refused):
-            self.close_connection = self.close_connection or error.close
-        name = ERROR_NAMES.get(error.code) or HTTPStatus(error.http_status).phrase
-        fields_ = error.fields if isinstance(error, Invalid) else []
-        detail = INTERNAL.get(error.code, str(error))
-        if error.code in INTERNAL:
-            log.error("http %s: %s", self.request_id, error)
-        answer = ErrorAnswer(
-            error=name.lower().replace(" ", "_"),
-            detail=detail,
-            code=error.code,
-            request_id=self.request_id,
-            details=[FieldError(field=f, message=m) for f, m in fields_] or None,
-        )
-        headers = {"X-Error-Code": str(error.code)}
-        headers |= error.headers if isinstance(error, Refused) else {}
-        text = answer.model_dump_json(exclude_none=True)
-        self._send(error.http_status, "application/json", text, headers)
-
-    def _send(
-        self, status: int, kind: str, text: str, headers: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
-        data = text.encode()
+    def answer(self, status: int, kind: str, text: str) -> None:
+        data, self.wfile = text.encode(), io.BytesIO()
+        self.close_connection |= status >= 500
+        self.request_version = "HTTP/1.1"  # the base class answers HTTP/0.9 without a head
         self.send_response(status)
-        all_headers = {
+        headers = {
             "Content-Type": kind,
             "Content-Length": str(len(data)),
             "X-Request-ID": self.request_id,
-            **SECURITY_HEADERS,
-            **headers,
-            **({"Connection": "close"} if self.close_connection else {}),
         }
-        for name, value in all_headers.items():
+        if self.close_connection:
+            headers["Connection"] = "close"
+        for name, value in (headers | SECURITY_HEADERS | self.more_headers).items():
             self.send_header(name, value)
+        if status == 401:  # with Basic, a browser asks for the token
+            self.send_header("WWW-Authenticate", "Bearer")
+            self.send_header("WWW-Authenticate", 'Basic realm="TeckoChecker", charset="UTF-8"')
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses (a bad request line, an unknown method), in our shape."""
-        self.request_version = "HTTP/1.1"  # else a bad version would be answered as HTTP/0.9
-        self._error(Refused(code, message or "bad request", close=True))
+    def refuse(self, error: TeckoError) -> None:
+        self.more_headers["X-Error-Code"] = str(error.code)
+        self.more_headers |= error.headers if isinstance(error, Refused) else {}
+        name, detail = ERROR_NAMES.get(error.code), str(error)
+        if isinstance(error, (StoreError, SecretError)):  # its words name files of this machine
+            log.error("request %s: %s", self.request_id, error)
+            detail = f"{name}; see the log for request ID {self.request_id}"
+        wrong = error.fields if isinstance(error, Invalid) else []
+        shown = ErrorAnswer(
+            error=name or re.sub(r"\W+", "_", HTTPStatus(error.http_status).phrase.lower()),
+            detail=detail,
+            code=error.code,
+            request_id=self.request_id,
+            details=[FieldError(field=f, message=m) for f, m in wrong] or None,
+        )
+        text = shown.model_dump_json(exclude_none=True)
+        self.answer(error.http_status, "application/json", text)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug("http %s %s", self.request_id, format % args)
+
+def bare_host(host: str) -> str:
+    """A Host header, or an entry of ADMIN_HOSTS, without its port, case and final dot."""
+    return re.sub(r"\.?(:\d*)?$", "", host.strip().lower())
 
 
-@contextlib.contextmanager
-def serving(service: Service) -> Iterator[AdminServer]:
-    """The admin surface, in a thread, for as long as the context lasts."""
-    server = AdminServer(service, asyncio.get_running_loop())
-    thread = threading.Thread(target=server.serve_forever, name="admin", daemon=True)
-    thread.start()
+def same_place(origin: str, host: str) -> bool:
+    """Whether a page's origin is the host that it asks. Schemes are not compared, for a proxy may
+    have taken the TLS off, and so the ports 80 and 443 count as none."""
+    found = re.fullmatch(r"https?://(.+?)(?::(?:80|443))?", origin)
+    return found is not None and found[1] == re.sub(":(80|443)$", "", host.lower())
+
+
+def given_token(authorization: str) -> bytes:
+    """The token out of `Bearer TOKEN`, or out of Basic authentication, whatever its user name."""
+    scheme, _, value = authorization.partition(" ")
+    raw = value.strip().encode("latin-1")  # as http.client decoded it
+    if scheme.lower() != "basic":
+        return raw if scheme.lower() == "bearer" else b""
+    with contextlib.suppress(ValueError):
+        return base64.b64decode(raw, validate=True).partition(b":")[2]
+    return b""
+
+
+class Admin:
+    """The admin surface: its connections, who may call, and the work of routes."""
+
+    def __init__(self, service: Service, url: str) -> None:
+        self.service, self.url = service, url
+        self._talks: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
+        # those whose client we wait for, the longest first; whether to take its answer
+        self._waiting: dict[asyncio.StreamWriter, bool] = {}
+        self._late: set[asyncio.Task[Any]] = set()  # work that goes on after its caller's answer
+        self._stopping = False
+        self._hurry = asyncio.get_running_loop().create_future()  # done when no one waits longer
+        service.connections = lambda: len(self._talks)
+
+    async def listen(self, listener: socket.socket) -> None:
+        """Accept connections, until cancelled."""
+        while True:
+            try:
+                connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+                streams = await asyncio.open_connection(sock=connection, limit=HTTP_HEAD)
+            except Exception as e:  # for lack of descriptors, mostly; nothing may end this loop
+                log.warning("cannot accept a connection: %s", e)
+                await asyncio.sleep(ACCEPT_PAUSE)
+            else:
+                self._talks[streams[1]] = asyncio.create_task(self._talk(*streams))
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, until either side has enough. One more than there may be is heard out,
+        since it may ask for health."""
+        most = self.service.settings.api_max_connections
+        while len(self._talks) > most and self._waiting:
+            self._drop(next(iter(self._waiting)))
+        spare, full = len(self._talks) > most, len(self._talks) > 2 * most
+        writer.transport.set_write_buffer_limits(0)  # so that drain() waits for all of it
+        try:
+            while not (full or self._stopping) and await self._exchange(reader, writer, spare):
+                pass
+        except (OSError, EOFError) as e:  # TimeoutError is an OSError
+            log.debug("a connection ended: %r", e)
+        except Exception:
+            log.exception("a connection failed")
+        finally:
+            self._drop(writer)
+
+    def _drop(self, writer: asyncio.StreamWriter) -> None:
+        self._talks.pop(writer, None)
+        self._waiting.pop(writer, None)
+        writer.transport.abort()
+
+    async def _exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, spare: bool
+    ) -> bool:
+        """One request and its answer; whether another may follow."""
+        exchange, body = Exchange(), b""
+        self._waiting[writer] = False
+        try:
+            async with asyncio.timeout(HTTP_IDLE) as limit:
+                first = await reader.readexactly(1)
+                limit.reschedule(asyncio.get_running_loop().time() + HTTP_DEADLINE)
+                exchange.read(await read_head(reader, first))
+                writer.write(exchange.wfile.getvalue())  # 100 Continue, where it was asked for
+                body = await reader.readexactly(exchange.length)
+        except Refused as e:  # what follows on the connection cannot be told from its body
+            exchange.close_connection = True
+            exchange.refuse(e)
+        else:
+            if writer not in self._waiting:
+                return False  # it was dropped just before its last byte was seen
+            del self._waiting[writer]
+            await self._respond(exchange, body, spare)
+        return await self._send(exchange, reader, writer)
+
+    async def _send(
+        self, exchange: Exchange, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
+        """Have the client take its answer; whether the connection stays open."""
+        self._waiting[writer] = True
+        async with asyncio.timeout(HTTP_DEADLINE):
+            writer.write(exchange.wfile.getvalue())
+            await writer.drain()
+            self._waiting[writer] = False
+            if exchange.close_connection and not self._stopping:
+                writer.write_eof()  # to close at once could lose the answer (RFC 9112, 9.6)
+                while await reader.read(HTTP_HEAD):
+                    pass
+        return not exchange.close_connection
+
+    async def _respond(self, exchange: Exchange, body: bytes, spare: bool) -> None:
+        """Answer a request that has come in whole, whatever happens."""
+        try:
+            found = {r.method: r for r in ROUTES if r.match(exchange.path) is not None}
+            public = any(route.public for route in found.values())
+            if spare and not public:
+                raise Refused(503, "too many connections", headers={"Retry-After": "1"})
+            here = self._check_host(exchange, public)
+            if self._check_origin(exchange) and exchange.command == "OPTIONS":
+                exchange.answer(200, "text/plain", "")  # the browser asks whether it may ask
+                return
+            trusted = here and self._has_token(exchange)
+            if not trusted and not public:
+                raise Refused(401, "this needs ADMIN_TOKEN, as Bearer token or as Basic password")
+            route = self._route(exchange, found)
+            request = self._request(exchange, route, body, trusted)
+            done = await self._carry_out(route, request)
+            exchange.close_connection |= self._stopping
+            self._answer(exchange, route, done)
+        except TeckoError as e:
+            exchange.refuse(e)
+        except Exception:
+            log.exception("request %s: internal error", exchange.request_id)
+            said = f"internal error; see the log for request ID {exchange.request_id}"
+            exchange.refuse(Refused(500, said))
+
+    def _check_host(self, exchange: Exchange, public: bool) -> bool:
+        """Whether Host names this machine. Raises Refused where it does not but must."""
+        name, s = bare_host(exchange.host), self.service.settings
+        bound = self.url.removeprefix("http://")
+        ours = ["localhost", bound, socket.gethostname(), *s.admin_hosts.split(",")]
+        address = re.fullmatch(r"\[[0-9a-f:.]+\]|[0-9.]+", name)
+        if address or (name and name in map(bare_host, ours)):
+            return True
+        if not public:
+            said = f"Host header {cut(exchange.host)} is not allowed; add it to ADMIN_HOSTS"
+            raise Refused(421, said)
+        return False
+
+    def _check_origin(self, exchange: Exchange) -> bool:
+        """Whether a page of CORS_ORIGINS asks. Raises Refused for pages of other hosts."""
+        named = re.findall(ORIGIN, self.service.settings.cors_origins.lower())
+        exchange.more_headers |= {"Vary": "Origin"} if named else {}
+        origin = exchange.header("Origin").lower()
+        if origin in named:
+            exchange.more_headers |= CORS_HEADERS | {"Access-Control-Allow-Origin": origin}
+            return True
+        if "Origin" in exchange.headers and not same_place(origin, exchange.host):
+            raise Refused(403, f"Origin {cut(origin)} is not allowed; add it to CORS_ORIGINS")
+        elsewhere = exchange.header("Sec-Fetch-Site").lower() == "cross-site"
+        if elsewhere and exchange.command not in ("GET", "HEAD"):
+            raise Refused(403, "pages of other sites may change nothing here")
+        return False
+
+    def _has_token(self, exchange: Exchange) -> bool:
+        token = self.service.settings.admin_token
+        given = given_token(exchange.header("Authorization"))
+        return token is None or hmac.compare_digest(given, os.fsencode(token.reveal()))
+
+    def _route(self, exchange: Exchange, found: Mapping[str, Route]) -> Route:
+        if not found:
+            raise Refused(404, f"there is no {cut(exchange.path)} here; /docs lists the routes")
+        found = {**found, "HEAD": found["GET"]} if "GET" in found else found
+        if exchange.command not in found:
+            allowed = ", ".join(sorted(found))
+            raise Refused(405, f"allowed: {allowed}", headers={"Allow": allowed})
+        return found[exchange.command]
+
+    def _request(self, exchange: Exchange, route: Route, body: bytes, trusted: bool) -> Request:
+        """What the route's function gets. Raises Invalid and Refused."""
+        ref, query, data = route.match(exchange.path) or "", None, None
+        if "{id}" in route.path and not re.fullmatch("[0-9]{1,18}", ref):
+            said = f"must be a number; GET {route.path.partition('/{id}')[0]} lists them"
+            raise Invalid([f"id {said}"], fields=[("id", said)])
+        if route.query:
+            given = parse_qs(exchange.query, keep_blank_values=True)
+            query = parse(route.query, {name: values[-1] for name, values in given.items()})
+        if route.body:
+            if exchange.headers.get_content_type() != "application/json":
+                raise Refused(415, "the body must be application/json")
+            given = json_body(body)
+            model = spec_model(given) if route.body is JobSpec else route.body
+            data = parse(model, given, self.service.settings.job_context)
+        scheme = "https" if exchange.header("X-Forwarded-Proto") == "https" else "http"
+        address, request_id = f"{scheme}://{exchange.host}", exchange.request_id
+        return Request(self.service, ref, query, data, request_id, trusted, address)
+
+    async def _carry_out(self, route: Route, request: Request) -> Any:
+        """What the route's function returns within HTTP_ANSWER seconds. A change that takes longer
+        goes on, since half of one would be worse, and its caller is told Accepted."""
+
+        async def run() -> Any:
+            ACTOR.set(f"HTTP {request.request_id}")
+            try:
+                answer = route.run(request)
+                return await answer if isinstance(answer, Awaitable) else answer
+            finally:
+                if route.method != "GET":
+                    self.service.look_again()
+
+        work = asyncio.create_task(run(), name=f"request {request.request_id}")
+        first = asyncio.FIRST_COMPLETED
+        await asyncio.wait({work, self._hurry}, timeout=HTTP_ANSWER, return_when=first)
+        if work.cancelled():
+            raise RuntimeError("the work of a route was cancelled")
+        if work.done():
+            return work.result()
+        self._late.add(work)
+        work.add_done_callback(self._ended_late)
+        if route.method == "GET":
+            work.cancel()
+            raise Refused(503, "no answer in time", headers={"Retry-After": "5"})
+        place = route.path.partition("/{id}")[0] + (f"/{request.id}" if request.id else "")
+        said = f"still being carried out; GET {place} shows the outcome"
+        return Accepted(detail=said, request_id=request.request_id)
+
+    def _ended_late(self, work: asyncio.Task[Any]) -> None:
+        self._late.discard(work)
+        if work.cancelled():
+            log.warning("%s was cut off", work.get_name())
+        elif error := work.exception():
+            log.error("%s failed after its caller was answered: %s", work.get_name(), error)
+
+    def _answer(self, exchange: Exchange, route: Route, answer: Any) -> None:
+        bad = isinstance(answer, Health) and answer.status == "unhealthy"
+        bad |= isinstance(answer, Done) and not answer.success
+        status = 503 if bad else 202 if isinstance(answer, Accepted) else route.status
+        text = answer if isinstance(answer, str) else answer.model_dump_json()
+        kind = route.answer if isinstance(route.answer, str) else "application/json"
+        exchange.answer(status, kind, text)
+
+    async def stop(self) -> None:
+        """Take no new requests, and see to it that those under way are answered; then a change
+        that takes longer goes on while the service drains."""
+        self._stopping = True
+        for writer in [w for w, answering in self._waiting.items() if not answering]:
+            self._drop(writer)
+        for share in (0.8, 0.2):
+            if under_way := {*self._talks.values(), *self._late}:
+                await asyncio.wait(under_way, timeout=share * HTTP_STOP)
+            if not self._hurry.done():
+                self._hurry.set_result(None)
+        for writer in list(self._talks):
+            self._drop(writer)
+
+
+@contextlib.asynccontextmanager
+async def serving(service: Service) -> AsyncIterator[Admin]:
+    """The admin surface, for as long as the context lasts."""
+    host, port = service.settings.api_host, service.settings.api_port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        listener = socket.create_server(
+            (host, port), family=family, backlog=1024, dualstack_ipv6=both
+        )
+    except OSError as e:
+        why = str(e.strerror).partition(" (while")[0]
+        hint = "API_HOST and API_PORT, or admin: in jobs.yaml, choose another one"
+        raise Conflict(f"cannot listen on {host}:{port}: {why}", hint=hint) from e
+    with listener:
+        listener.setblocking(False)
+        shown = f"[{host}]" if ":" in host else host
+        admin = Admin(service, f"http://{shown}:{listener.getsockname()[1]}")
+        accepting = asyncio.create_task(admin.listen(listener))
+        try:
+            yield admin
+        finally:
+            accepting.cancel()
+            await asyncio.wait({accepting})
+            listener.close()
+            await admin.stop()
 
 
 # ── Command line ──────────────────────────────────────────────────────────────────────────────
@@ -8787,7 +8931,7 @@ async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> No
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.stop.set)
         loop.add_signal_handler(signal.SIGHUP, service.reload.set)
-        with serving(service) as admin:
+        async with serving(service) as admin:
             lock.write(admin.url, service.started_at)
             log.info(
                 "TeckoChecker %s, pid %s, admin surface at %s", VERSION, os.getpid(), admin.url

@@ -257,7 +257,7 @@ def use(aviary: Aviary, program: RunningProgram) -> None:
     folder = aviary.folder
     wait_for(lambda: all(errors_of(folder).values()), "an error for every job")
     listen(program)
-    assert ask_everything(aviary, program.url) == [200, 200, 401, 401, 404, 501]
+    assert ask_everything(aviary, program.url) == [200, 200, 401, 401, 404, 404]
     pid = program.process.pid
     aviary.said["cmdline"] = Path(f"/proc/{pid}/cmdline").read_bytes()
     with ThreadPoolExecutor(3) as pool:

@@ -117,7 +117,8 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
         GOING[:0],
         None,
         [
-            f"{OPENING[: -len('completed.')]}finished, whether completed, failed, expired or cancelled.",
+            OPENING.removesuffix("completed.")
+            + "finished, whether completed, failed, expired or cancelled.",
             "It was last checked 30 s ago: 0 of 2 batches completed, 2 still running.",
             "Next: it is checked in 90 s, every 300 s, while the service runs.",
         ],
