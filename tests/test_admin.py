@@ -140,13 +140,21 @@ def is_error(answer: Answer) -> bool:
 
 @contextlib.contextmanager
 def held_up(made: Surface) -> Iterator[None]:
-    """Whoever asks the store has to wait, until this ends."""
-    lock = made.service.store._lock
-    made.on_loop(lock.acquire())
+    """Whoever asks the store has to wait, until this ends: the thread of the connection for reads
+    has something else to do."""
+    busy, free = threading.Event(), threading.Event()
+
+    def occupy() -> None:
+        busy.set()
+        free.wait(60)
+
+    reader: Any = made.service.store._reader
+    asyncio.run_coroutine_threadsafe(reader._execute(occupy), made.loop)
+    assert busy.wait(10)
     try:
         yield
     finally:
-        made.loop.call_soon_threadsafe(lock.release)
+        free.set()
 
 
 Slow = tuple[list[str], list[int]]  # whom the server cut off, in order; what others were answered

@@ -1001,11 +1001,13 @@ def test_figures(rest: Rest) -> None:
         "teckochecker_overdue_jobs": "gauge",
         "teckochecker_loop_lag_seconds": "gauge",
         "teckochecker_build_info": "gauge",
-        "teckochecker_start_timestamp_seconds": "gauge",
+        "teckochecker_oldest_open_trigger_seconds": "gauge",
+        "teckochecker_job_state": "gauge",
+        "process_start_time_seconds": "gauge",
         "teckochecker_http_connections": "gauge",
         "teckochecker_store_write_duration_seconds": "histogram",
     }.items()  # fmt: skip
-    assert all(name.startswith("teckochecker_") for name in types)
+    assert all(name.startswith(("teckochecker_", "process_")) for name in types)
     stats = rest("GET", "/stats").body
     assert figures(rest.made)['teckochecker_jobs{status="active"}'] == stats["active_jobs"]
 
