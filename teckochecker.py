@@ -2514,6 +2514,7 @@ PACES = (  # each interval that is in use, found by as many steps through its in
 )
 
 ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the audit: who asks
+INSIDE: ContextVar[object] = ContextVar("inside", default=None)  # whose transaction this task runs
 
 
 class Plan(NamedTuple):
@@ -2613,6 +2614,8 @@ def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[An
     @wraps(method)
     async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         store = cast(Database, args[0])
+        if INSIDE.get() is store:  # part of the transaction that goes on
+            return await method(*args, **kwargs)
         return await asyncio.shield(
             asyncio.ensure_future(store.transact(partial(method, *args, **kwargs)))
         )
@@ -2677,48 +2680,63 @@ class Checked:
 
 
 class Database:
-    """The SQLite file: one connection, one writer, migrations, and transactions that end.
+    """The SQLite file: a connection that writes and one that reads, migrations, and transactions
+    that end. Readers never wait, whoever holds the lock for writing.
 
     Raises StoreError when the file cannot be used, Conflict where one of its rules forbids a
-    change.
+    change. `read_only` makes no file and no tables.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = asyncio.Lock()
-        self._db: aiosqlite.Connection | None = None
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path, self.read_only = path, read_only
+        self._lock = asyncio.Lock()  # held by the transaction that goes on
+        self._writer: aiosqlite.Connection | None = None
+        self._reader: aiosqlite.Connection | None = None
+        self._version = -1
         self._news: list[tuple[int, str]] = []  # log lines of the transaction under way
         self.on_write: Callable[[float], None] = lambda seconds: None  # told of each transaction
 
     async def __aenter__(self) -> Self:
-        import aiosqlite
-
         try:
             if not self.path.exists():
+                if self.read_only:
+                    raise StoreError(
+                        f"there is no database at {self.path}", hint="`init` makes one"
+                    )
                 self.path.touch(mode=0o600)
-            self._db = await aiosqlite.connect(self.path, isolation_level=None)
-        except (OSError, sqlite3.Error) as e:
-            raise StoreError(f"cannot open the database {self.path}: {e}") from e
-        try:
-            self._db.row_factory = sqlite3.Row
-            await self._sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
-            await self._use_wal()
-            await self._sql("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits
-            await self._sql("PRAGMA foreign_keys = ON")
+            if not self.read_only:
+                self._writer = await self._connect("rw")
+                await self._use_wal(self._writer)
+                await self._writer.execute("PRAGMA synchronous = FULL")  # NORMAL may lose commits
+                await self._writer.execute("PRAGMA foreign_keys = ON")
+            self._reader = await self._connect("ro" if self.read_only else "rw")
+            await self._reader.execute("PRAGMA query_only = ON")
             await self._migrate()
+        except (OSError, sqlite3.Error) as e:
+            await self.close()
+            raise StoreError(f"cannot open the database {self.path}: {e}") from e
         except BaseException:
             await self.close()
             raise
         return self
 
-    async def _use_wal(self) -> None:
+    async def _connect(self, mode: str) -> aiosqlite.Connection:
+        import aiosqlite
+
+        uri = f"file:{quote(str(self.path.absolute()))}?mode={mode}"
+        db = await aiosqlite.connect(uri, uri=True, isolation_level=None)
+        db.row_factory = sqlite3.Row
+        await db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+        return db
+
+    async def _use_wal(self, db: aiosqlite.Connection) -> None:
         """Two processes that make the file at once: SQLite tells one of them at once that it is
         locked, busy_timeout or not."""
         for tries_left in reversed(range(BUSY_TIMEOUT // 50)):
             try:
-                await self._sql("PRAGMA journal_mode = WAL")
+                await db.execute("PRAGMA journal_mode = WAL")
                 return
-            except StoreError:
+            except sqlite3.OperationalError:
                 if not tries_left:
                     raise
                 await asyncio.sleep(0.05)
@@ -2733,12 +2751,14 @@ class Database:
 
     async def close(self) -> None:
         async with self._lock:  # a transaction under way ends first
-            if self._db is not None:  # an open connection would keep the interpreter from exiting
-                await self._db.close()
-                self._db = None
+            opened = self._writer, self._reader
+            self._writer = self._reader = None
+            for db in filter(None, opened):  # an open one would keep the interpreter from exiting
+                await db.close()
 
     async def transact(self, work: Callable[[], Awaitable[T]]) -> T:
         async with self._lock:
+            INSIDE.set(self)
             begun = time.perf_counter()
             await self._sql("BEGIN IMMEDIATE")  # a deferred one that reads first gets BUSY at once
             try:
@@ -2753,15 +2773,25 @@ class Database:
                 self._news.clear()
                 raise
 
+    def _connection(self) -> aiosqlite.Connection:
+        db = self._writer if INSIDE.get() is self else self._reader
+        if db is None:
+            only = self.read_only and self._reader is not None
+            raise StoreError(f"the database is {'open for reading only' if only else 'closed'}")
+        return db
+
     async def _sql(
         self, sql: str, values: Mapping[str, Any] | Sequence[Any] = MappingProxyType({})
     ) -> list[Any]:
-        """Run one statement inside of a transaction or under the lock; all its rows."""
-        if self._db is None:
-            raise StoreError("the database is closed")
+        """Run one statement, in this task's transaction or for reading; all its rows."""
+        return await self._run(self._connection(), sql, values)
+
+    async def _run(
+        self, db: aiosqlite.Connection, sql: str, values: Mapping[str, Any] | Sequence[Any] = ()
+    ) -> list[Any]:
         given = {**values} if isinstance(values, Mapping) else values
         try:
-            return list(await self._db.execute_fetchall(sql, given))
+            return list(await db.execute_fetchall(sql, given))
         except sqlite3.IntegrityError as e:
             raise Conflict(f"the database refuses this: {e}") from e
         except sqlite3.Error as e:
@@ -2771,25 +2801,21 @@ class Database:
         self, sql: str, rows: Sequence[Mapping[str, Any]] | Sequence[Sequence[Any]]
     ) -> None:
         """Run one statement for each of `rows`, inside of a transaction."""
-        if self._db is None:
-            raise StoreError("the database is closed")
         try:
-            await (await self._db.executemany(sql, rows)).close()
+            await (await self._connection().executemany(sql, rows)).close()
         except sqlite3.Error as e:
             raise StoreError(f"database {self.path}: {e}") from e
 
-    async def _read(self, sql: str, values: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
-        async with self._lock:
-            return await self._sql(sql, values)
-
     async def _migrate(self) -> None:
-        [[version]] = await self._read("PRAGMA user_version")
+        [[version]] = await self._sql("PRAGMA user_version")
+        if self.read_only and version == 0:
+            raise StoreError(f"{self.path} is no database of TeckoChecker", hint="`init` makes one")
         if version > len(MIGRATIONS):
             raise StoreError(
                 f"{self.path} was written by a newer TeckoChecker (schema {version})",
                 hint="run that version, or restore a backup made before it",
             )
-        if version < len(MIGRATIONS):
+        if version < len(MIGRATIONS) and not self.read_only:
             await self._apply_migrations()
 
     @transactional
@@ -2802,9 +2828,13 @@ class Database:
         await self._sql(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     async def data_version(self) -> int:
-        """Changes whenever another process has committed something."""
-        [[version]] = await self._read("PRAGMA data_version")
-        return int(version)
+        """Changes whenever another process has committed something. While a transaction of our own
+        goes on, or waits for another's lock, the last one known: readers never wait."""
+        if not self._lock.locked():
+            [[self._version]] = await self._run(
+                self._writer or self._connection(), "PRAGMA data_version"
+            )
+        return self._version
 
     async def _upsert(
         self, insert: str, values: Sequence[Any], conflict: str, *, columns: int
@@ -2867,18 +2897,17 @@ class Records(Database):
         return run_of(row)
 
     async def checkpoint(self, source: str) -> Checkpoint:
-        async with self._lock:
-            rows = await self._sql(
-                "SELECT * FROM etl_checkpoint WHERE source = :source", {"source": source}
-            )
-            parts = await self._sql(
-                "SELECT part, state FROM etl_part WHERE source = :source", {"source": source}
-            )
-            whole = await self._sql(
-                "SELECT 1 FROM etl_run WHERE source = :source AND status = 'success'"
-                " AND job_id IS NOT NULL LIMIT 1",
-                {"source": source},
-            )
+        rows = await self._sql(
+            "SELECT * FROM etl_checkpoint WHERE source = :source", {"source": source}
+        )
+        parts = await self._sql(
+            "SELECT part, state FROM etl_part WHERE source = :source", {"source": source}
+        )
+        whole = await self._sql(
+            "SELECT 1 FROM etl_run WHERE source = :source AND status = 'success'"
+            " AND job_id IS NOT NULL LIMIT 1",
+            {"source": source},
+        )
         states = {row["part"]: json.loads(row["state"]) for row in parts}
         if not rows:
             return Checkpoint(0, None, {}, False, states)
@@ -2889,12 +2918,11 @@ class Records(Database):
     async def hashes(self, source: str, ids: Sequence[str]) -> dict[str, bytes]:
         """The hashes of those records that are there already, by id."""
         marks = ", ".join("?" * len(ids))
-        async with self._lock:
-            rows = await self._sql(
-                f"SELECT source_id, hash FROM normalized_data WHERE source = ?"
-                f" AND source_id IN ({marks})",
-                (source, *ids),
-            )
+        rows = await self._sql(
+            f"SELECT source_id, hash FROM normalized_data WHERE source = ?"
+            f" AND source_id IN ({marks})",
+            (source, *ids),
+        )
         return {row[0]: row[1] for row in rows}
 
     @transactional
@@ -3024,19 +3052,19 @@ class Records(Database):
     async def runs(self, source: str | None, limit: int) -> list[Run]:
         """The last runs of a source, or of all (None), newest first."""
         where = "" if source is None else "WHERE source = :source AND job_id IS NOT NULL"
-        rows = await self._read(
+        rows = await self._sql(
             f"SELECT * FROM etl_run {where} ORDER BY id DESC LIMIT :limit",
             {"limit": limit} | ({} if source is None else {"source": source}),
         )
         return [run_of(row) for row in rows]
 
     async def run(self, run_id: int) -> Run | None:
-        rows = await self._read("SELECT * FROM etl_run WHERE id = :id", {"id": run_id})
+        rows = await self._sql("SELECT * FROM etl_run WHERE id = :id", {"id": run_id})
         return run_of(rows[0]) if rows else None
 
     async def last_failure(self) -> float | None:
         """When the last failed run ended."""
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT end_time FROM etl_run WHERE status = 'failed' ORDER BY id DESC LIMIT 1"
         )
         return rows[0]["end_time"] if rows else None
@@ -3045,7 +3073,7 @@ class Records(Database):
         """How many records there are (`records`), and what became of all those that were ever
         read, of a source or of all; kept with each chunk, so that nothing is counted here."""
         names = ("records", *(f"records_{name}" for name in COUNTED))
-        rows = await self._read(
+        rows = await self._sql(
             f"SELECT {', '.join(names)} FROM etl_checkpoint WHERE source = :source",
             {"source": source},
         )
@@ -3055,7 +3083,7 @@ class Records(Database):
         """Unified records with ids beyond `after`, by id: found by key, at the same cost however
         deep; `offset` skips some, which costs what reading them would."""
         where = "id > :after" + ("" if source is None else " AND source = :source")
-        return await self._read(
+        return await self._sql(
             "SELECT id, data, created_at, updated_at FROM normalized_data"
             f" WHERE {where} ORDER BY id LIMIT :limit OFFSET :offset",
             {"limit": limit, "after": after, "offset": offset}
@@ -3065,7 +3093,7 @@ class Records(Database):
     async def rejects(self, source: str | None, limit: int) -> list[Any]:
         """The rejected records met last, of a source or of all (None), newest first."""
         where = "" if source is None else "WHERE source = :source"
-        return await self._read(
+        return await self._sql(
             "SELECT source, place, reason, record, created_at FROM etl_reject"
             f" {where} ORDER BY id DESC LIMIT :limit",
             {"limit": limit} | ({} if source is None else {"source": source}),
@@ -3120,8 +3148,8 @@ class Store(Records):
     process sees their times by then, this one at once.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        super().__init__(path, read_only=read_only)
         self._quiet: dict[int, Quiet] = {}  # by job
 
     async def close(self) -> None:
@@ -3163,11 +3191,11 @@ class Store(Records):
         return {row.name: row.type for row in rows} | {row.id: row.type for row in rows}
 
     async def secrets(self) -> list[SealedSecret]:
-        rows = await self._read("SELECT * FROM secrets ORDER BY name")
+        rows = await self._sql("SELECT * FROM secrets ORDER BY name")
         return [SealedSecret(**row) for row in rows]
 
     async def secret(self, name: str) -> SealedSecret | None:
-        rows = await self._read("SELECT * FROM secrets WHERE name = :name", {"name": name})
+        rows = await self._sql("SELECT * FROM secrets WHERE name = :name", {"name": name})
         return SealedSecret(**rows[0]) if rows else None
 
     @transactional
@@ -3221,7 +3249,7 @@ class Store(Records):
         self, status: str | None = None, limit: int = sys.maxsize, after: int = 0
     ) -> list[Job]:
         """Jobs of a shown status, or all (None), with ids beyond `after`, by id."""
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT * FROM polling_jobs WHERE id > :after AND (:status IS NULL OR :status ="
             " CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END)"
             " ORDER BY id LIMIT :limit",
@@ -3238,13 +3266,13 @@ class Store(Records):
         return replace(job, last_check_at=at, last_ok_at=at, next_check_at=quiet.next_check_at)
 
     async def job(self, job_id: int) -> Job | None:
-        rows = await self._read("SELECT * FROM polling_jobs WHERE id = :id", {"id": job_id})
+        rows = await self._sql("SELECT * FROM polling_jobs WHERE id = :id", {"id": job_id})
         return self._job_of(rows[0]) if rows else None
 
     async def job_with_batches(self, job_id: int) -> tuple[Job | None, list[Batch], bool]:
         """A job, its batches, and whether it has an open trigger: all that a check wants to know,
         in one question."""
-        rows = await self._read(
+        rows = await self._sql(
             f"SELECT j.*, {HAS_OPEN} AS has_open, {OF_BATCH} FROM polling_jobs j LEFT JOIN"
             " polling_batches b ON b.job_id = j.id WHERE j.id = :id ORDER BY b.position",
             {"id": job_id},
@@ -3256,7 +3284,7 @@ class Store(Records):
 
     async def due(self, ids: Iterable[int]) -> list[Due]:
         """Of these jobs, those that are there, with their batches; in one question."""
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT j.id, revision, round, openai_secret, poll_interval_seconds, pace,"
             " last_check_at, last_error, j.status = 'active' AND removed_at IS NULL,"
             f" {HAS_OPEN}, {OF_BATCH} FROM polling_jobs j LEFT JOIN polling_batches b"
@@ -3272,7 +3300,7 @@ class Store(Records):
 
     async def jobs_among(self, ids: Iterable[int]) -> dict[int, Job]:
         """Those of these jobs that are there, by id."""
-        rows = await self._read(
+        rows = await self._sql(
             f"SELECT * FROM polling_jobs WHERE id IN ({', '.join(map(str, ids))})"
         )
         return {row["id"]: self._job_of(row) for row in rows}
@@ -3284,7 +3312,7 @@ class Store(Records):
         created (None: not seen yet), and how many looks at them fall due before `until`."""
         names = {f"name{n}": name for n, name in enumerate(secrets)}
         ended = ", ".join(f"'{status}'" for status in FINISHED_BATCH)
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT b.batch_id, b.created_at, coalesce(j.next_check_at, 0) < :until"
             " FROM polling_jobs j JOIN polling_batches b ON b.job_id = j.id"
             f" WHERE j.openai_secret IN ({', '.join(':' + name for name in names)})"
@@ -3296,19 +3324,23 @@ class Store(Records):
     async def find_job(self, ref: str) -> Job:
         """The job with this id or name."""
         column = "id" if ref.isdigit() else "name"
-        rows = await self._read(f"SELECT * FROM polling_jobs WHERE {column} = :ref", {"ref": ref})
+        rows = await self._sql(f"SELECT * FROM polling_jobs WHERE {column} = :ref", {"ref": ref})
         if not rows:
             what = f"ID {ref}" if column == "id" else f"name {ref!r}"
             raise NotFound(f"Job with {what} not found", hint="teckochecker.py job list shows them")
         return self._job_of(rows[0])
 
     async def batches(self, job_id: int) -> list[Batch]:
-        async with self._lock:
-            return await self._batches(job_id)
+        rows = await self._sql(
+            f"SELECT {', '.join(BATCH_COLUMNS)} FROM polling_batches"
+            " WHERE job_id = :job_id ORDER BY position",
+            {"job_id": job_id},
+        )
+        return [Batch(**row) for row in rows]
 
     async def batches_of(self, first: int, last: int) -> dict[int, list[Batch]]:
         """The batches of all jobs from one id to another, by job."""
-        rows = await self._read(
+        rows = await self._sql(
             f"SELECT job_id, {', '.join(BATCH_COLUMNS)} FROM polling_batches"
             " WHERE job_id BETWEEN :first AND :last ORDER BY job_id, position",
             {"first": first, "last": last},
@@ -3322,7 +3354,7 @@ class Store(Records):
         """The active jobs that watch one of these batches with one of these secrets."""
         names = {f"name{n}": name for n, name in enumerate(secrets)}
         batches = {f"batch{n}": batch_id for n, batch_id in enumerate(batch_ids)}
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT DISTINCT j.id FROM polling_batches b JOIN polling_jobs j ON j.id = b.job_id"
             f" WHERE b.batch_id IN ({', '.join(':' + name for name in batches)})"
             f" AND j.openai_secret IN ({', '.join(':' + name for name in names)})"
@@ -3334,7 +3366,7 @@ class Store(Records):
     async def schedule(self, ids: Collection[int] | None = None) -> dict[int, Plan]:
         """The jobs that have something left to do: all (None), or those of `ids`."""
         some = "" if ids is None else f" AND id IN ({', '.join(map(str, ids))})"
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT id, poll_interval_seconds, revision, round, openai_secret FROM polling_jobs"
             " WHERE (status = 'active' AND removed_at IS NULL OR id IN (SELECT job_id FROM triggers"
             f" WHERE finished_at IS NULL AND state <> 'held')){some}"
@@ -3387,13 +3419,16 @@ class Store(Records):
             await self._insert("polling_batches", row)
 
     @transactional
-    async def update_job(self, job_id: int, spec: Spec, now: float) -> None:
-        job = await self._job(job_id)
+    async def update_job(self, ref: str | int, change: Callable[[Job], Spec], now: float) -> int:
+        """Give a job the definition that `change` makes of it: read, changed and written in one
+        transaction, so that two changes of different fields both count. Its id."""
+        job = await self.find_job(str(ref))
         if job.origin == "file":
             raise Conflict(
                 f"Cannot update {job.name!r}: it comes from jobs.yaml", hint="edit it there"
             )
-        await self._update(job, spec, now)
+        await self._update(job, change(job), now)
+        return job.id
 
     async def _update(self, job: Job, spec: Spec, now: float) -> bool:
         """Give a job its new definition; True when that changed anything.
@@ -3552,7 +3587,7 @@ class Store(Records):
             return bool(await self.record_checks([check]))
         job, now = check.job, check.now
         quiet = Quiet(job.id, job.revision, job.round, now, now + check.wait, check.pace)
-        if not await self._read(
+        if not await self._sql(
             "SELECT 1 FROM polling_jobs WHERE id = :id AND revision = :revision AND round = :round"
             " AND status = 'active' AND removed_at IS NULL",
             quiet._asdict(),
@@ -3631,14 +3666,6 @@ class Store(Records):
         )
         return bool(rows)
 
-    async def _batches(self, job_id: int) -> list[Batch]:
-        rows = await self._sql(
-            f"SELECT {', '.join(BATCH_COLUMNS)} FROM polling_batches"
-            " WHERE job_id = :job_id ORDER BY position",
-            {"job_id": job_id},
-        )
-        return [Batch(**row) for row in rows]
-
     async def _save_batch(self, job_id: int, batch: Batch) -> None:
         values = asdict(batch)
         columns = ", ".join(f"{name} = :{name}" for name in values if name != "batch_id")
@@ -3648,13 +3675,11 @@ class Store(Records):
         )
 
     async def triggers(self, job_id: int) -> list[Trigger]:
-        async with self._lock:
-            return await self._triggers(job_id, "TRUE")
+        return await self._triggers(job_id, "TRUE")
 
     async def open_triggers(self, job_id: int) -> list[Trigger]:
         """Those with something left to do."""
-        async with self._lock:
-            return await self._triggers(job_id, "finished_at IS NULL AND state <> 'held'")
+        return await self._triggers(job_id, "finished_at IS NULL AND state <> 'held'")
 
     async def _triggers(self, job_id: int, condition: str) -> list[Trigger]:
         rows = await self._sql(
@@ -3735,7 +3760,7 @@ class Store(Records):
 
     async def logs(self, job_id: int | None, limit: int, after: int = 0) -> list[LogRow]:
         """The last rows of a job, or of all (None); oldest first; only ids beyond `after`."""
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT * FROM polling_logs WHERE (job_id = :job_id OR :job_id IS NULL) AND id > :after"
             " ORDER BY id DESC LIMIT :limit",
             {"job_id": job_id, "limit": limit, "after": after},
@@ -3756,7 +3781,7 @@ class Store(Records):
 
     async def counts(self) -> dict[str, Any]:
         """Jobs by shown status, and how many secrets, triggers and log rows there are."""
-        counts = {row[0]: row[1] for row in await self._read("SELECT what, n FROM counts")}
+        counts = {row[0]: row[1] for row in await self._sql("SELECT what, n FROM counts")}
         jobs = {what.removeprefix("job:"): n for what, n in counts.items() if ":" in what and n}
         return {"jobs": jobs} | {what: n for what, n in counts.items() if ":" not in what}
 
@@ -3764,7 +3789,7 @@ class Store(Records):
         """Of active jobs: the longest time since a successful check (or `since`, when the service
         started), in seconds, and how many had none for three intervals. Costs a look at an index
         for each interval in use, and for each of those jobs."""
-        [row] = await self._read(
+        [row] = await self._sql(
             f"{PACES} SELECT min((SELECT min(last_ok_at) FROM polling_jobs WHERE {ACTIVE}"
             f" AND {PACE} = seconds)), coalesce(sum((SELECT count(*) FROM polling_jobs WHERE"
             f" {ACTIVE} AND {PACE} = seconds AND last_ok_at < :now - 3 * seconds"
@@ -3776,7 +3801,7 @@ class Store(Records):
     async def overdue(self, now: float, since: float) -> list[str]:
         """Active jobs without a successful check for three intervals, none counted from before
         `since` (when the service started); at most 100 names."""
-        rows = await self._read(
+        rows = await self._sql(
             f"{PACES} SELECT id, name FROM paces JOIN polling_jobs ON {PACE} = seconds"
             f" WHERE {ACTIVE} AND last_ok_at < :now - 3 * seconds AND :since < :now - 3 * seconds"
             " LIMIT 100",
@@ -3786,7 +3811,7 @@ class Store(Records):
 
     async def due_next(self, limit: int) -> list[tuple[str, float]]:
         """Names and planned times of the checks that come next."""
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT name, next_check_at FROM polling_jobs WHERE status = 'active' AND removed_at IS"
             " NULL AND next_check_at IS NOT NULL ORDER BY next_check_at LIMIT :limit",
             {"limit": limit},
@@ -6772,7 +6797,7 @@ class Desk:
     async def create_job(self, spec: Spec) -> JobDetail:
         if isinstance(spec, IngestSpec):
             self._check_path(spec.ingest)
-        await self._check_secrets(spec)
+        self._check_secrets(spec, await self.store.secret_types())
         return await self.job(str(await self.store.create_job(spec, "store", self.clock())))
 
     def _check_path(self, source: Source) -> None:
@@ -6788,24 +6813,29 @@ class Desk:
 
     async def update_job(self, ref: str, changes: Mapping[str, Any]) -> JobDetail:
         """Change what `changes` names in the flat form."""
-        job = await self.store.find_job(ref)
         if not changes:
+            await self.store.find_job(ref)
             raise Invalid(["nothing to change was named"], hint="job update --help lists it")
-        data = job.spec.model_dump()
-        for name, value in changes.items():
-            path = FLAT_FIELDS.get(name, (name,))
-            if len(path) > 1 and path[0] not in data:
-                text = "an ingest has no such field; allowed: poll_interval_seconds"
-                raise Invalid([f"{name}: {text}"], fields=[(name, text)])
-            (data if len(path) == 1 else data[path[0]])[path[-1]] = value
-        context = self.config().settings.job_context
-        spec: Spec = parse(spec_model(data), data, context, flat=changes.keys())
-        await self._check_secrets(spec, changes.keys())
-        await self.store.update_job(job.id, spec, self.clock())
-        return await self.job(str(job.id))
-
-    async def _check_secrets(self, spec: Spec, given: Collection[str] = ()) -> None:
         stored = await self.store.secret_types()
+
+        def changed(job: Job) -> Spec:
+            data = job.spec.model_dump()
+            for name, value in changes.items():
+                path = FLAT_FIELDS.get(name, (name,))
+                if len(path) > 1 and path[0] not in data:
+                    text = "an ingest has no such field; allowed: poll_interval_seconds"
+                    raise Invalid([f"{name}: {text}"], fields=[(name, text)])
+                (data if len(path) == 1 else data[path[0]])[path[-1]] = value
+            context = self.config().settings.job_context
+            spec: Spec = parse(spec_model(data), data, context, flat=changes.keys())
+            self._check_secrets(spec, stored, changes.keys())
+            return spec
+
+        return await self.job(str(await self.store.update_job(ref, changed, self.clock())))
+
+    def _check_secrets(
+        self, spec: Spec, stored: Mapping[str | int, str], given: Collection[str] = ()
+    ) -> None:
         if problems := secret_problems(spec.model_dump(), stored, self.config()):
             said = "; ".join(text for _, text in problems)
             if "there is no secret" not in said:
