@@ -2557,7 +2557,6 @@ class Sqlite:
         import aiosqlite
 
         self._db = await aiosqlite.connect(self._uri, uri=True, isolation_level=None)
-        self._db.row_factory = sqlite3.Row
         await self.run(f"PRAGMA busy_timeout = {int(1000 * TURN)}")
         if not self._writes:
             await self.run("PRAGMA query_only = ON")
@@ -2623,30 +2622,6 @@ class Sqlite:
             self._db = None
 
 
-class Row(tuple[Any, ...]):
-    """A row of PostgreSQL, by position and by name, as sqlite3.Row is."""
-
-    names: ClassVar[dict[str, int]] = {}
-
-    def keys(self) -> Iterable[str]:
-        return self.names
-
-    def __getitem__(self, key: Any) -> Any:
-        return tuple.__getitem__(self, self.names[key] if isinstance(key, str) else key)
-
-
-@cache
-def row_type(names: tuple[bytes | None, ...]) -> type[Row]:
-    places = {str(name, "utf-8"): at for at, name in enumerate(names) if name is not None}
-    return type("Row", (Row,), {"names": places})
-
-
-def named_rows(cursor: Any) -> Callable[[Sequence[Any]], Row]:
-    """psycopg's way to be told what a row becomes."""
-    result = cursor.pgresult
-    return row_type(tuple(map(result.fname, range(result.nfields))) if result else ())
-
-
 @lru_cache(maxsize=1024)
 def spoken(sql: str) -> str:
     """A statement with psycopg's marks for its parameters."""
@@ -2680,7 +2655,7 @@ class Postgres:
         self._url, self._psycopg = url, psycopg
         self.errors: type[Exception] = psycopg.Error
         self.refused: type[Exception] = psycopg.IntegrityError
-        self._db: AsyncConnection[Row] | None = None
+        self._db: AsyncConnection | None = None
         self._opening = asyncio.Lock()
         self._commits = 0
         self._sole = self.superseded = False
@@ -2699,7 +2674,7 @@ class Postgres:
         ours: Any = {f"keepalives_{name}": value for name, value in KEEPALIVES.items()}
         theirs = "; ".join(f"SET tcp_keepalives_{n} = {v}" for n, v in KEEPALIVES.items())
         db = await self._psycopg.AsyncConnection.connect(
-            self._url, autocommit=True, row_factory=named_rows, connect_timeout=5, **ours
+            self._url, autocommit=True, connect_timeout=5, **ours
         )
         try:
             db.adapters.register_dumper(str, TextDumper)
@@ -2713,7 +2688,7 @@ class Postgres:
             raise
         self._db, self.superseded = db, False
 
-    async def _got_lock(self, db: AsyncConnection[Row]) -> bool:
+    async def _got_lock(self, db: AsyncConnection) -> bool:
         [[got]] = await (await db.execute(self.claim_sql)).fetchall()
         return bool(got)
 
@@ -2735,13 +2710,13 @@ class Postgres:
         await self._open_again(db)
         return await work()
 
-    async def _execute(self, sql: str, values: Values | None = None) -> list[Row]:
+    async def _execute(self, sql: str, values: Values | None = None) -> list[Any]:
         if self._db is None:
             raise StoreError("the database is closed")
         cursor = await self._db.execute(spoken(sql) if values else sql, values)
         return await cursor.fetchall() if cursor.description else []
 
-    async def run(self, sql: str, values: Values = MappingProxyType({})) -> list[Row]:
+    async def run(self, sql: str, values: Values = MappingProxyType({})) -> list[Any]:
         if INSIDE.get() is not None:  # a transaction that lost its connection is over
             return await self._execute(sql, values or None)
         return await self._steady(partial(self._execute, sql, values or None))
@@ -2805,6 +2780,9 @@ class Postgres:
         if self._db is not None:
             await self._db.close()
             self._db = None
+
+
+# ── Transactions ──────────────────────────────────────────────────────────────────────────────
 
 
 def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -3012,6 +2990,11 @@ class Database:
         given = {n: min(v, LARGEST) if type(v) is int else v for n, v in values.items()}
         return await self._told(self._engine().run(sql, given))
 
+    async def _named(self, sql: str, values: Values) -> list[dict[str, Any]]:
+        """What a SELECT finds, by the names of its columns."""
+        names = sql.removeprefix("SELECT ").partition(" FROM ")[0].split(", ")
+        return [dict(zip(names, row, strict=True)) for row in await self._sql(sql, values)]
+
     async def _many(self, sql: str, rows: Sequence[Values]) -> None:
         """Run one statement for each of `rows`, inside of a transaction."""
         await self._told(self._engine().many(sql, rows))
@@ -3073,6 +3056,11 @@ class Database:
         self._news.append((level, f"{who}{status}: {message}".rstrip(": ") + by))
 
 
+def columns_of(kind: type) -> str:
+    """The columns that make one of these, in order."""
+    return ", ".join(field.name for field in fields(kind))
+
+
 def numbers(ids: Iterable[int]) -> str:
     """The list of an IN with these numbers."""
     return f"({', '.join(map(str, ids)) or 'NULL'})"
@@ -3086,6 +3074,7 @@ def among(name: str, values: Collection[str]) -> tuple[str, dict[str, str]]:
 
 # ── Stored records ────────────────────────────────────────────────────────────────────────────
 
+RUN_COLUMNS = columns_of(Run)
 DELETE_ROWS = 5000  # of a deleted job's records in one transaction, so that it stays short
 
 
@@ -3095,8 +3084,8 @@ def digest_of(text: str | bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def run_of(row: Any) -> Run:
-    return Run(**{**row, "notes": json.loads(row["notes"])})
+def run_of(row: Sequence[Any]) -> Run:
+    return Run(*(*row[:-1], json.loads(row[-1])))
 
 
 class Records(Database):
@@ -3120,28 +3109,26 @@ class Records(Database):
             {"source": job.name, "now": now},
         )
         for row in left:
-            said = f"run {row['run_id']} was interrupted; going on from its checkpoint"
+            said = f"run {row[0]} was interrupted; going on from its checkpoint"
             await self._log(job.id, "error", said, now)
         made = {"run_id": uuid.uuid4().hex, "job_id": job.id, "source": job.name}
         run_id = await self._insert("etl_run", made | {"status": "in_progress", "start_time": now})
-        [row] = await self._sql("SELECT * FROM etl_run WHERE id = :id", {"id": run_id})
-        return run_of(row)
+        run = await self.run(run_id)
+        assert run is not None
+        return run
 
     async def checkpoint(self, source: str) -> Checkpoint:
         mine = {"source": source}
-        rows = await self._sql("SELECT * FROM etl_checkpoint WHERE source = :source", mine)
         parts = await self._sql("SELECT part, state FROM etl_part WHERE source = :source", mine)
-        whole = await self._sql(
-            "SELECT 1 FROM etl_run WHERE source = :source AND status = 'success'"
-            " AND job_id IS NOT NULL LIMIT 1",
+        states = {part: json.loads(state) for part, state in parts}
+        for records, watermark, known, whole in await self._sql(
+            "SELECT records, watermark, fields, EXISTS (SELECT 1 FROM etl_run r WHERE"
+            " r.source = c.source AND r.status = 'success' AND r.job_id IS NOT NULL)"
+            " FROM etl_checkpoint c WHERE c.source = :source",
             mine,
-        )
-        states = {row["part"]: json.loads(row["state"]) for row in parts}
-        if not rows:
-            return Checkpoint(0, None, {}, False, states)
-        [row] = rows
-        known = json.loads(row["fields"])
-        return Checkpoint(row["records"], row["watermark"], known, bool(whole), states)
+        ):
+            return Checkpoint(records, watermark, json.loads(known), bool(whole), states)
+        return Checkpoint(0, None, {}, False, states)
 
     async def hashes(self, source: str, ids: Sequence[str]) -> dict[str, bytes]:
         """The hashes of those records that are there already, by id."""
@@ -3151,7 +3138,7 @@ class Records(Database):
             f" AND source_id IN {known}",
             values | {"source": source},
         )
-        return {row[0]: row[1] for row in rows}
+        return dict(rows)
 
     @transactional
     async def save_chunk(
@@ -3238,7 +3225,8 @@ class Records(Database):
         ended = await self._sql(
             "UPDATE etl_run SET status = :status, end_time = :now, error_message = :error,"
             " notes = :notes, progress = CASE :status WHEN 'success' THEN 1.0 ELSE progress END"
-            " WHERE id = :id AND status = 'in_progress' RETURNING *",
+            " WHERE id = :id AND status = 'in_progress'"
+            f" RETURNING {RUN_COLUMNS}",
             {
                 **{"status": end.status, "error": end.error, "now": now, "id": run.id},
                 "notes": json.dumps(end.notes),
@@ -3296,13 +3284,13 @@ class Records(Database):
         """The last runs of a source, or of all (None), newest first."""
         where = "" if source is None else "WHERE source = :source AND job_id IS NOT NULL"
         rows = await self._sql(
-            f"SELECT * FROM etl_run {where} ORDER BY id DESC LIMIT :limit",
+            f"SELECT {RUN_COLUMNS} FROM etl_run {where} ORDER BY id DESC LIMIT :limit",
             {"limit": limit, "source": source},
         )
         return [run_of(row) for row in rows]
 
     async def run(self, run_id: int) -> Run | None:
-        rows = await self._sql("SELECT * FROM etl_run WHERE id = :id", {"id": run_id})
+        rows = await self._sql(f"SELECT {RUN_COLUMNS} FROM etl_run WHERE id = :id", {"id": run_id})
         return run_of(rows[0]) if rows else None
 
     async def last_failure(self) -> float | None:
@@ -3310,7 +3298,7 @@ class Records(Database):
         rows = await self._sql(
             "SELECT end_time FROM etl_run WHERE status = 'failed' ORDER BY id DESC LIMIT 1"
         )
-        return rows[0]["end_time"] if rows else None
+        return rows[0][0] if rows else None
 
     async def totals(self, source: str = "") -> dict[str, int]:
         """How many records there are (`records`), and what became of all those that were ever
@@ -3320,13 +3308,13 @@ class Records(Database):
             f"SELECT {', '.join(names)} FROM etl_checkpoint WHERE source = :source",
             {"source": source},
         )
-        return {name: rows[0][name] if rows else 0 for name in names}
+        return dict(zip(names, rows[0] if rows else [0] * len(names), strict=True))
 
     async def data(self, source: str | None, limit: int, after: int, offset: int) -> list[Any]:
         """Unified records with ids beyond `after`, by id: found by key, at the same cost however
         deep; `offset` skips some, which costs what reading them would."""
         where = "id > :after" + ("" if source is None else " AND source = :source")
-        return await self._sql(
+        return await self._named(
             "SELECT id, data, created_at, updated_at FROM normalized_data"
             f" WHERE {where} ORDER BY id LIMIT :limit OFFSET :offset",
             {"limit": limit, "after": after, "offset": offset, "source": source},
@@ -3335,7 +3323,7 @@ class Records(Database):
     async def rejects(self, source: str | None, limit: int) -> list[Any]:
         """The rejected records met last, of a source or of all (None), newest first."""
         where = "" if source is None else "WHERE source = :source"
-        return await self._sql(
+        return await self._named(
             "SELECT source, place, reason, record, created_at FROM etl_reject"
             f" {where} ORDER BY id DESC LIMIT :limit",
             {"limit": limit, "source": source},
@@ -3379,6 +3367,111 @@ class Records(Database):
         await self._sql("UPDATE etl_run SET job_id = NULL WHERE source = :source", mine)
 
 
+# ── Stored secrets ────────────────────────────────────────────────────────────────────────────
+
+SECRET_COLUMNS = columns_of(SealedSecret)
+
+
+class Secrets(Records):
+    """Sealed secrets. `seal` gives a value and the id of its key; it is called with the lock held,
+    so that no rotation comes between."""
+
+    @transactional
+    async def add_secret(
+        self, name: str, kind: str, seal: Callable[[], tuple[bytes, str]], now: float
+    ) -> int:
+        if await self._sql("SELECT 1 FROM secrets WHERE name = :name", {"name": name}):
+            raise Conflict(
+                f"there is a secret {name!r} already",
+                hint="delete it first, or choose another name",
+            )
+        value, key_id = seal()
+        row = {"name": name, "type": kind, "value": value, "key_id": key_id, "created_at": now}
+        secret_id: int = await self._insert("secrets", row)
+        await self._log(None, "created", f"secret {name!r} of type {kind}", now)
+        return secret_id
+
+    @transactional
+    async def replace_secret(
+        self, name: str, kind: str, seal: Callable[[], tuple[bytes, str]], now: float
+    ) -> int:
+        value, key_id = seal()
+        rows = await self._sql(
+            "UPDATE secrets SET value = :value, key_id = :key_id"
+            " WHERE name = :name AND type = :kind RETURNING id",
+            {"name": name, "kind": kind, "value": value, "key_id": key_id},
+        )
+        if not rows:
+            raise NotFound(f"there is no secret {name!r} of type {kind} to replace", code=1001)
+        await self._log(None, "updated", f"secret {name!r} has a new value", now)
+        return int(rows[0][0])
+
+    async def secret_types(self) -> dict[str | int, str]:
+        """The type of each secret, by its name and by its id."""
+        rows = await self.secrets()
+        return {row.name: row.type for row in rows} | {row.id: row.type for row in rows}
+
+    async def secrets(self) -> list[SealedSecret]:
+        rows = await self._sql(f"SELECT {SECRET_COLUMNS} FROM secrets ORDER BY name")
+        return [SealedSecret(*row) for row in rows]
+
+    async def secret(self, name: str) -> SealedSecret | None:
+        sql = f"SELECT {SECRET_COLUMNS} FROM secrets WHERE name = :name"
+        rows = await self._sql(sql, {"name": name})
+        return SealedSecret(*rows[0]) if rows else None
+
+    @transactional
+    async def note_use(self, secret: SealedSecret, now: float) -> None:
+        """Write down that a secret was used for the first time."""
+        rows = await self._sql(
+            "UPDATE secrets SET first_used_at = :now WHERE id = :id AND first_used_at IS NULL"
+            " RETURNING id",
+            {"id": secret.id, "now": now},
+        )
+        if rows:
+            await self._log(None, "used", f"secret {secret.name!r}, for the first time", now)
+
+    @transactional
+    async def delete_secret(self, name: str, now: float) -> None:
+        users = await self._sql(
+            "SELECT name FROM polling_jobs"
+            " WHERE :name IN (openai_secret, keboola_secret, api_secret)"
+            " AND (status IN ('triggering', 'triggered')"
+            " OR status IN ('active', 'paused') AND removed_at IS NULL)"
+            " OR id IN (SELECT job_id FROM triggers WHERE secret = :name AND finished_at IS NULL)",
+            {"name": name},
+        )
+        if users:
+            names = ", ".join(repr(row[0]) for row in users[:5])
+            raise Conflict(f"secret {name!r} is in use by {names}", hint="delete those jobs first")
+        if not await self._sql(
+            "DELETE FROM secrets WHERE name = :name RETURNING id", {"name": name}
+        ):
+            raise NotFound(f"there is no stored secret {name!r}", code=1001)
+        await self._log(None, "deleted", f"secret {name!r}", now)
+
+    @transactional
+    async def reseal_secrets(
+        self, reseal: Callable[[SealedSecret], tuple[bytes, str]], now: float
+    ) -> int:
+        """Replace every secret's value and key id by what `reseal` makes of its row; how many."""
+        rows = await self.secrets()
+        for row in rows:
+            value, key_id = reseal(row)
+            await self._sql(
+                "UPDATE secrets SET value = :value, key_id = :key_id WHERE id = :id",
+                {"value": value, "key_id": key_id, "id": row.id},
+            )
+        await self._log(None, "rotated", f"{len(rows)} secrets sealed anew", now)
+        return len(rows)
+
+    @transactional
+    async def drop_keys(self, drop: Callable[[Collection[str]], None]) -> None:
+        """Let `drop` forget master keys while nobody can seal; it is told the ids of those that
+        rows still need."""
+        drop({row.key_id for row in await self.secrets()})
+
+
 # ── Stored jobs ───────────────────────────────────────────────────────────────────────────────
 
 AUTO_PACE = 120.0  # s between checks of `poll_interval: auto` until its first check says better
@@ -3388,7 +3481,7 @@ OF_JOB = (
     " j.removed_at, j.revision, j.round, j.errors_in_row, j.last_error, j.last_check_at,"
     " j.last_ok_at, j.next_check_at, j.created_at, j.completed_at"
 )
-OF_BATCH = ", ".join(f"b.{f.name}" for f in fields(Batch))
+OF_BATCH = f"b.{columns_of(Batch).replace(', ', ', b.')}"
 TRIGGER_COLUMNS = tuple(f.name for f in fields(Trigger))
 HAS_OPEN = f"EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND {OPEN_TRIGGER})"
 COLUMNS_OF_JOB = len(fields(Job))
@@ -3472,8 +3565,8 @@ def changes(old: Spec, new: Spec) -> str:
     return ", ".join(sorted(parts))
 
 
-class Jobs(Records):
-    """Secrets, jobs and their batches. Every change checks the state it starts from, since the
+class Jobs(Secrets):
+    """Jobs, their batches and triggers. Every change checks the state it starts from, since the
     command line may write while the service runs. `now` is unix seconds.
 
     Good checks without news are kept until `flush`, which the service calls each second: another
@@ -3483,103 +3576,6 @@ class Jobs(Records):
     def __init__(self, place: Path | str, *, read_only: bool = False) -> None:
         super().__init__(place, read_only=read_only)
         self._quiet: dict[int, Quiet] = {}  # by job
-
-    # secrets; `seal` is called with the lock held and gives a value and the id of its key, so that
-    # no rotation comes between
-
-    @transactional
-    async def add_secret(
-        self, name: str, kind: str, seal: Callable[[], tuple[bytes, str]], now: float
-    ) -> int:
-        if await self._sql("SELECT 1 FROM secrets WHERE name = :name", {"name": name}):
-            raise Conflict(
-                f"there is a secret {name!r} already",
-                hint="delete it first, or choose another name",
-            )
-        value, key_id = seal()
-        row = {"name": name, "type": kind, "value": value, "key_id": key_id, "created_at": now}
-        secret_id: int = await self._insert("secrets", row)
-        await self._log(None, "created", f"secret {name!r} of type {kind}", now)
-        return secret_id
-
-    @transactional
-    async def replace_secret(
-        self, name: str, kind: str, seal: Callable[[], tuple[bytes, str]], now: float
-    ) -> int:
-        value, key_id = seal()
-        rows = await self._sql(
-            "UPDATE secrets SET value = :value, key_id = :key_id"
-            " WHERE name = :name AND type = :kind RETURNING id",
-            {"name": name, "kind": kind, "value": value, "key_id": key_id},
-        )
-        if not rows:
-            raise NotFound(f"there is no secret {name!r} of type {kind} to replace", code=1001)
-        await self._log(None, "updated", f"secret {name!r} has a new value", now)
-        return int(rows[0]["id"])
-
-    async def secret_types(self) -> dict[str | int, str]:
-        """The type of each secret, by its name and by its id."""
-        rows = await self.secrets()
-        return {row.name: row.type for row in rows} | {row.id: row.type for row in rows}
-
-    async def secrets(self) -> list[SealedSecret]:
-        rows = await self._sql("SELECT * FROM secrets ORDER BY name")
-        return [SealedSecret(**row) for row in rows]
-
-    async def secret(self, name: str) -> SealedSecret | None:
-        rows = await self._sql("SELECT * FROM secrets WHERE name = :name", {"name": name})
-        return SealedSecret(**rows[0]) if rows else None
-
-    @transactional
-    async def note_use(self, secret: SealedSecret, now: float) -> None:
-        """Write down that a secret was used for the first time."""
-        rows = await self._sql(
-            "UPDATE secrets SET first_used_at = :now WHERE id = :id AND first_used_at IS NULL"
-            " RETURNING id",
-            {"id": secret.id, "now": now},
-        )
-        if rows:
-            await self._log(None, "used", f"secret {secret.name!r}, for the first time", now)
-
-    @transactional
-    async def delete_secret(self, name: str, now: float) -> None:
-        users = await self._sql(
-            "SELECT name FROM polling_jobs"
-            " WHERE :name IN (openai_secret, keboola_secret, api_secret)"
-            " AND (status IN ('triggering', 'triggered')"
-            " OR status IN ('active', 'paused') AND removed_at IS NULL)"
-            " OR id IN (SELECT job_id FROM triggers WHERE secret = :name AND finished_at IS NULL)",
-            {"name": name},
-        )
-        if users:
-            names = ", ".join(repr(row["name"]) for row in users[:5])
-            raise Conflict(f"secret {name!r} is in use by {names}", hint="delete those jobs first")
-        if not await self._sql(
-            "DELETE FROM secrets WHERE name = :name RETURNING id", {"name": name}
-        ):
-            raise NotFound(f"there is no stored secret {name!r}", code=1001)
-        await self._log(None, "deleted", f"secret {name!r}", now)
-
-    @transactional
-    async def reseal_secrets(
-        self, reseal: Callable[[SealedSecret], tuple[bytes, str]], now: float
-    ) -> int:
-        """Replace every secret's value and key id by what `reseal` makes of its row; how many."""
-        rows = await self.secrets()
-        for row in rows:
-            value, key_id = reseal(row)
-            await self._sql(
-                "UPDATE secrets SET value = :value, key_id = :key_id WHERE id = :id",
-                {"value": value, "key_id": key_id, "id": row.id},
-            )
-        await self._log(None, "rotated", f"{len(rows)} secrets sealed anew", now)
-        return len(rows)
-
-    @transactional
-    async def drop_keys(self, drop: Callable[[Collection[str]], None]) -> None:
-        """Let `drop` forget master keys while nobody can seal; it is told the ids of those that
-        rows still need."""
-        drop({row.key_id for row in await self.secrets()})
 
     # reading jobs
 
@@ -3611,12 +3607,9 @@ class Jobs(Records):
     async def job(self, job_id: int) -> Job | None:
         return (await self.jobs_among([job_id])).get(job_id)
 
-    async def _job(self, job_id: int) -> Job:
-        return await self.find_job(str(job_id))
-
-    async def find_job(self, ref: str) -> Job:
+    async def find_job(self, ref: str | int) -> Job:
         """The job with this id or name."""
-        is_id = ref.isdigit()
+        is_id = str(ref).isdigit()
         found = await self._jobs(
             "j.id = :ref" if is_id else "j.name = :ref", {"ref": int(ref) if is_id else ref}
         )
@@ -3734,7 +3727,7 @@ class Jobs(Records):
                 )
                 if not rows:
                     raise NotFound(f"Secret with ID {block.secret} not found", code=1001)
-                blocks[key] = block.model_copy(update={"secret": rows[0]["name"]})
+                blocks[key] = block.model_copy(update={"secret": rows[0][0]})
         return spec.model_copy(update=blocks)
 
     async def _renew_batches(self, job_id: int, spec: JobSpec, now: float) -> None:
@@ -3752,7 +3745,7 @@ class Jobs(Records):
     async def update_job(self, ref: str | int, change: Callable[[Job], Spec], now: float) -> int:
         """Give a job the definition that `change` makes of it: read, changed and written in one
         transaction, so that two changes of different fields both count. Its id."""
-        job = await self.find_job(str(ref))
+        job = await self.find_job(ref)
         if job.origin == "file":
             raise Conflict(
                 f"Cannot update {job.name!r}: it comes from jobs.yaml", hint="edit it there"
@@ -3864,7 +3857,7 @@ class Jobs(Records):
 
     @transactional
     async def _step(self, job_id: int, event: Literal["pause", "resume"], now: float) -> None:
-        job = await self._job(job_id)
+        job = await self.find_job(job_id)
         if job.removed_at is not None or event not in JOB_STEPS[job.status]:
             raise Conflict(f"Cannot {event} job {job.name!r}: it is {job.shown_status}")
         status = JOB_STEPS[job.status][event]
@@ -3878,7 +3871,7 @@ class Jobs(Records):
         A trigger that is held is settled once more and then sent with the id it had; otherwise
         the batches are checked afresh, and a new trigger may follow.
         """
-        job = await self._job(job_id)
+        job = await self.find_job(job_id)
         if job.removed_at is not None or job.status != "failed":
             raise Conflict(f"Cannot retry job {job.name!r}: it is {job.shown_status}")
         held = await self._triggers(job.id, "state = 'held'")
@@ -3910,7 +3903,7 @@ class Jobs(Records):
 
     @transactional
     async def _stop_for_good(self, job_id: int) -> Job:
-        job = await self._job(job_id)
+        job = await self.find_job(job_id)
         if job.origin == "file" and job.removed_at is None:
             raise Conflict(
                 f"Cannot delete job {job.name!r}: it is in jobs.yaml and would come back",
@@ -3922,7 +3915,7 @@ class Jobs(Records):
 
     @transactional
     async def _delete_job(self, job_id: int, now: float) -> None:
-        job = await self._job(job_id)
+        job = await self.find_job(job_id)
         await self._sql("DELETE FROM polling_jobs WHERE id = :id", {"id": job_id})
         await self._log(None, "deleted", f"job {job.name!r} (ID {job.id})", now)
 
@@ -3941,7 +3934,8 @@ class Jobs(Records):
             f" WHERE job_id = :job_id AND {condition} ORDER BY round",
             {"job_id": job_id},
         )
-        return [Trigger(**{**row, "partial": bool(row["partial"])}) for row in rows]
+        found = [dict(zip(TRIGGER_COLUMNS, row, strict=True)) for row in rows]
+        return [Trigger(**row | {"partial": bool(row["partial"])}) for row in found]
 
     async def _save_trigger(self, before: Trigger, after: Trigger) -> bool:
         columns = ", ".join(f"{name} = :{name}" for name in TRIGGER_COLUMNS if name != "id")
@@ -4160,7 +4154,7 @@ class Checks(Jobs):
         after = moved(trigger, event, now, **facts)
         if not await self._save_trigger(trigger, after):
             return None
-        job = await self._job(trigger.job_id)
+        job = await self.find_job(trigger.job_id)
         if event == "postpone" and after.unknown_at is None and not job.damage:
             after = retargeted(after, job.watches)  # the target may have changed since
             await self._save_trigger(replace(trigger, state="pending"), after)
@@ -4181,7 +4175,7 @@ class Checks(Jobs):
         or an error; a job in another round by now is not told."""
         if not await self._save_trigger(trigger, replace(trigger, **facts)):
             return
-        job = await self._job(trigger.job_id)
+        job = await self.find_job(trigger.job_id)
         if job.round == trigger.round:
             if error and error != job.last_error:
                 await self._log(job.id, "error", error, now)
@@ -4270,7 +4264,7 @@ class Store(Checks):
         """The last rows of a job, or of all (None); oldest first; only ids beyond `after`."""
         mine = "" if job_id is None else " AND job_id = :job_id"
         rows = await self._sql(
-            "SELECT id, job_id, status, message, actor, created_at FROM polling_logs"
+            f"SELECT {columns_of(LogRow)} FROM polling_logs"
             f" WHERE id > :after{mine} ORDER BY id DESC LIMIT :limit",
             {"job_id": job_id, "limit": limit, "after": after},
         )

@@ -179,8 +179,7 @@ COLUMNS = {
 async def test_tables_are_named_as_published(store: tecko.Store) -> None:
     """The data model that others read: its tables and columns have the names that were given."""
     for table, columns in COLUMNS.items():
-        [row] = await store._sql(f"SELECT * FROM (SELECT 1) one LEFT JOIN {table} ON TRUE")
-        assert {*row.keys()} >= set(columns.split())
+        assert await store._sql(f"SELECT {', '.join(columns.split())} FROM {table}") == []
 
 
 @pytest.mark.sqlite
