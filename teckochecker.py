@@ -6659,6 +6659,7 @@ class Steps:
             wait=wait,
             watermark=ingesting.watermark() if status == "success" else None,
             whole=status == "success" and ingesting.kind == "api",
+            there=ingesting.there if status == "success" else None,
             forget=isinstance(error, IngestFailed) and error.forget,
         )
         run = await self.store.end_run(ingesting.run, end, self.clock())
@@ -6738,6 +6739,7 @@ class Ingesting:
         self.mapper = Mapper(job.name, self.source)
         self.fields: Mapping[str, Any] = checkpoint.fields
         self.notes: list[str] = []
+        self.there: Collection[str] | None = None  # the parts that there are
         self._processed = self._failed = 0
         self._latest: tuple[str, float] | None = None
         self.fingerprint = digest_of(self.source.model_dump_json(exclude={*LIMITS})).hex()
@@ -6749,7 +6751,9 @@ class Ingesting:
         elif self.source.remote:
             await self._read_download(self.source)
         else:
-            for path, part in await asyncio.to_thread(self._files, self.source.path):
+            files = await asyncio.to_thread(self._files, self.source.path)
+            self.there = {part for _, part in files}
+            for path, part in files:
                 await self._read_file(self.source, path, part, self._state(part), {})
         self._judge(ended=True)
 
