@@ -153,12 +153,13 @@ async def stock(folder: Path) -> None:
     vault = tecko.Vault(config.settings)
     async with tecko.Store(config.settings.database) as store:
         for kind in ("openai", "keboola"):
-            sealed, key_id = vault.seal(kind, kind, tecko.SecretValue(f"value-of-{kind}-secret"))
-            await store.add_secret(kind, kind, sealed, key_id, 1.0)
+            seal = partial(vault.seal, kind, kind, tecko.SecretValue(f"value-of-{kind}-secret"))
+            await store.add_secret(kind, kind, seal, 1.0)
         [from_file] = config.jobs or []
         assert isinstance(from_file, tecko.JobSpec)
         for name in ("from-file", "gone"):
-            changed = from_file.model_copy(update={"name": name})
+            watch = from_file.watch.model_copy(update={"batch_ids": [f"batch_{name}"]})
+            changed = from_file.model_copy(update={"name": name, "watch": watch})
             await store.sync_file_jobs([changed], 1.0)
         await store.sync_file_jobs([from_file], 1.0)
         for name in ("active", "paused", "failed", "completed", LONG):
