@@ -224,7 +224,10 @@ async def test_an_internal_error_is_told(world: World, caplog: pytest.LogCapture
     await service.start()
     try:
         await until(lambda: f"job {job_id}: error: internal error" in caplog.text)
-        assert "Traceback" in caplog.text and f"job {job_id}: internal error; see the log: KeyError; again in 1 s" in caplog.text
+        assert (
+            "Traceback" in caplog.text
+            and f"job {job_id}: internal error; see the log: KeyError; again in 1 s" in caplog.text
+        )
         [row] = await world.store.logs(job_id, 1)
         assert (row.status, row.message) == ("error", "internal error; see the log: KeyError")
         assert (await service.stats()).errors == 1
