@@ -107,7 +107,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache, partial, wraps
 from http import HTTPStatus
-from operator import attrgetter, neg
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import (
@@ -120,6 +120,7 @@ from typing import (
     NamedTuple,
     NoReturn,
     ParamSpec,
+    Protocol,
     Self,
     TypeVar,
     cast,
@@ -176,14 +177,6 @@ CALL_DEADLINE = 20.0  # s for a whole call: a server that drips bytes never hits
 IN_FLIGHT = 64  # calls to OpenAI at once: beyond some dozens each only gets slower
 IN_FLIGHT_PER_KEY = 8  # of those, so that a key whose calls hang leaves room for the others
 KEEPALIVE = 300.0  # s an idle connection is kept: longer than common poll intervals
-CIRCUIT_FAILURES = 5  # calls in a row that failed before a key of a host is left alone
-CIRCUIT_PAUSE = 10.0  # s that this lasts first; doubles with each trial call that fails
-CIRCUIT_LONGEST = 300.0  # s, to which it grows
-PAGE = 100  # batches asked for in one page of OpenAI's list, the most there is
-WORTH = 2  # answers that a page has to bring: it costs as much CPU as one and a half retrieves
-PAGES_GROW = 1.1  # times as many pages read at once as in turn, before they are read in turn again
-SWEEP_AGAIN = 600.0  # s until a list that did not pay is tried again, or its length forgotten
-SWEEP_PAUSE = 0.9  # intervals between sweeps, unless many checks ask for one
 
 BACKOFF_FIRST = 1.0  # s before the first retry; doubles
 LONGEST_WAIT = 3600.0  # s, the most that a Retry-After or a refused key makes us wait
@@ -191,8 +184,6 @@ MISSING_CHECKS = 3  # times that OpenAI has to deny a batch, since young ones ca
 MISSING_SECONDS = 600.0  # and the least time between the first denial and the last
 STALLED_SECONDS = 3 * 3600.0  # s without any progress after which a batch is worth a remark
 SETTLE_SEARCHES = 3  # successful searches at least before a trigger counts as not arrived
-SEARCH_SLACK = 300.0  # s that Keboola's clock may be behind ours
-SEARCH_PAGE = 500  # Keboola jobs asked for in one page of a search
 FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the batches were
 
 AUTO_SHARE = 0.08  # of a batch's age, `auto` waits at most: half of that is the latency to expect
@@ -200,7 +191,6 @@ AUTO_STEP = 1.25  # between the intervals of `auto`: few of them, so that jobs a
 START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
 STOP_SECONDS = 2.0  # that a run has after Ctrl-C to write its chunk
 FOLLOW_SECONDS = 0.2  # s between looks at a run that is shown on a terminal
-NEWS = 20  # checks with news that are written in one transaction, which takes some 5 ms
 TOGETHER = 500  # jobs read by one query of those due in one tick
 MANY = 1000  # jobs, from which on their times lie on a grid of whole seconds: each tick has a cost
 NEIGHBOURS = 32  # jobs due together then whose rows lie together: alone, each would cost a page
@@ -407,7 +397,7 @@ class UpstreamError(TeckoError):
         self.retry_after = retry_after
         self.sent = sent
         self.permanent = (
-            status is not None and 300 <= status < 500 and status not in (408, 409, 429)
+            status is not None and 300 <= status < 500 and status not in (408, 409, 425, 429)
         )
 
 
@@ -1343,6 +1333,7 @@ TRIGGER_STEPS: dict[TriggerState, dict[Event, TriggerState]] = {
     "rejected": {},
 }
 
+OUTPUT_SECONDS = 300.0  # s that OpenAI may take to name a finished batch's output file
 EXPECTED_BATCH = ("validating", "in_progress", "finalizing", "cancelling")
 FINISHED_BATCH = ("completed", "failed", "expired", "cancelled")
 KNOWN_BATCH = EXPECTED_BATCH + FINISHED_BATCH
@@ -1350,8 +1341,10 @@ KEBOOLA_STATUSES = (  # of a job, as its queue's description lists them
     *("created", "waiting", "processing", "success", "warning"),
     *("error", "terminating", "terminated", "cancelled"),
 )
-REFUSED = (400, 401, 403, 404, 422)  # Keboola understood and said no: nothing was started
 BAD_KEY = (401, 403)
+CONFIRM = 10  # checks of a batch by a list, at least, to each that asks for it singly; and at most,
+CONFIRM_RARELY = 500  # which holds from
+MANY_BATCHES = 1000  # of a key on, so that a thousand checks cost no more than two such requests
 
 
 def next_state(table: dict[S, dict[Event, S]], state: S, event: Event) -> S:
@@ -1390,6 +1383,13 @@ def outcome(batch: BatchSeen) -> Literal["completed", "failed"] | None:
     if batch.status not in FINISHED_BATCH:
         return None
     return "completed" if batch.status == "completed" and has_data(batch) else "failed"
+
+
+def lacks_output(batch: Batch, now: float) -> bool:
+    """Whether a finished batch has output by its counts, and its file may still be named: the two
+    need not become visible at once."""
+    named = batch.output_file_id is not None or not batch.requests_completed
+    return outcome(batch) is not None and not named and 0 <= now - batch.changed_at < OUTPUT_SECONDS
 
 
 def describe_end(batch: BatchSeen) -> str:
@@ -1441,15 +1441,19 @@ def decide(watch: OpenAIBatches, batches: Sequence[Batch], now: float) -> Verdic
     failed = [b for b, end in zip(batches, ends, strict=True) if end == "failed"]
     if failed and watch.trigger_when == "all_completed":
         return Verdict("give_up", "; ".join(map(describe_end, failed)))
-    if all(ends):
-        return Verdict("fire", partial=bool(failed))
-    return Verdict(None)
+    if not all(ends) or any(lacks_output(b, now) for b in batches):
+        return Verdict(None)
+    nameless = [b.batch_id for b in batches if b.requests_completed and not b.output_file_id]
+    said = f"fired though OpenAI names no output file of {', '.join(nameless)}" if nameless else ""
+    return Verdict("fire", said, partial=bool(failed))
 
 
 def remarks(batches: Sequence[Batch], now: float) -> list[str]:
     """What a person should know of batches that go on being checked."""
     said = []
     for b in batches:
+        if lacks_output(b, now):
+            said.append(f"{b.batch_id} is {b.status}, and OpenAI has yet to name its output file")
         if outcome(b) is not None:
             continue
         if b.status and b.status not in EXPECTED_BATCH:
@@ -1521,19 +1525,25 @@ def retargeted(trigger: Trigger, spec: JobSpec) -> Trigger:
     )
 
 
-def after_post(error: KeboolaError) -> Event:
+def is_refusal(error: UpstreamError) -> bool:
+    """Whether the other side understood and said no, so that nothing was started and to ask again
+    is no use."""
+    return error.permanent and (error.status or 0) >= 400
+
+
+def after_post(error: UpstreamError) -> Event:
     """What a POST that brought no job id means for the trigger (INTERFACE, Triggering once)."""
     if not error.sent or error.status == 429:
         return "postpone"
-    return "reject" if error.status in REFUSED else "lose"
+    return "reject" if is_refusal(error) else "lose"
 
 
-def after_search(trigger: Trigger, now: float, window: float) -> Event | None:
-    """What one more successful search without our trigger means; None: search again later.
+def after_search(trigger: Trigger, waited: float, window: float) -> Event | None:
+    """What one more successful search without our trigger means, so many seconds after the window
+    began; None: search again later.
 
     The index lags, so only a search made at the end of the window proves an absence.
     """
-    waited = now - (trigger.unknown_at or now)
     if trigger.searches + 1 < SETTLE_SEARCHES or waited < window:
         return None
     return "hold" if trigger.on_ambiguous == "hold" else "resend"
@@ -1546,9 +1556,9 @@ def after_follow(job: KeboolaJob) -> Event | None:
     return "succeed" if job.status in ("success", "warning") else "fail"
 
 
-def settle_wait(trigger: Trigger, now: float, window: float) -> float:
+def settle_wait(waited: float, window: float) -> float:
     """Seconds until the next search: four in a window, the last one at its very end."""
-    step, left = window / 4, (trigger.unknown_at or now) + window - now
+    step, left = window / 4, window - waited
     return left if 0 < left < step else step
 
 
@@ -1604,70 +1614,31 @@ def auto_wait(batch: Batch, now: float) -> float:
     return min(waits)
 
 
-@dataclass(frozen=True, slots=True)
-class Circuit:
-    """How calls with one key to one host went lately: `closed` lets all through, `open` none until
-    `until` (monotonic seconds), and then one, whose outcome decides."""
-
-    failures: int = 0  # in a row
-    pause: float = 0.0  # s that it was opened for last; 0: it is closed
-    until: float = 0.0
-
-    @property
-    def state(self) -> Literal["closed", "open"]:
-        return "open" if self.pause else "closed"
+def is_turn(job_id: int, interval: float, batches: int, now: float) -> bool:
+    """Whether a job's batches are to be asked for singly this time, of those that a list of so many
+    shows: each at least once in CONFIRM checks or in an hour, unless there are so many that this
+    would cost more than the list. Jobs take turns."""
+    period = max(CONFIRM, min(batches // 2, int(3600 / interval)))
+    period = CONFIRM_RARELY if batches >= MANY_BATCHES else period
+    return (job_id + int(now / interval)) % period == 0
 
 
-def fails_circuit(error: UpstreamError) -> bool:
-    """Whether an error says that the host does not work; 401, 404 and 429 say that it does."""
-    return error.status is None or error.status >= 500
-
-
-def call_begun(circuit: Circuit, now: float) -> Circuit:
-    """The circuit once a call was let through: while it is open, that is the one trial."""
-    return replace(circuit, until=now + CALL_DEADLINE) if circuit.pause else circuit
-
-
-def call_ended(circuit: Circuit, before: Circuit, failed: bool, now: float) -> Circuit:
-    """The circuit after a call that began when it was as `before`. Of calls under way when it
-    opened, a failure says nothing new."""
-    if not failed:
-        return Circuit()
-    if circuit.pause and not before.pause:
-        return circuit
-    failures = circuit.failures + 1
-    if failures < CIRCUIT_FAILURES:
-        return replace(circuit, failures=failures)
-    pause = min(2 * circuit.pause, CIRCUIT_LONGEST) or CIRCUIT_PAUSE
-    return Circuit(failures, pause, now + pause)
-
-
-def pays(page: Sequence[BatchSeen], wanted: Sequence[float], share: float) -> bool:
-    """Whether it pays to read on after this page of a list, newest first: whether the next pages
-    down to some batch of `wanted` (when each was created, newest first) bring WORTH answers each,
-    if batches lie as close as on this page. `share`: answers that a found batch makes."""
-    times = [batch.created_at for batch in page if batch.created_at is not None]
-    if not times:
-        return False
-    span, older = max(times[0] - times[-1], 1.0), bisect.bisect(wanted, -times[-1], key=neg)
-    return any(
-        share * found >= WORTH * max(1.0, (times[-1] - wanted[at]) / span)
-        for found, at in enumerate(range(older, len(wanted)), 1)
-    )
+def unix_time(header: str | None) -> float | None:
+    """The date of a header (RFC 9110, section 5.6.7) of this century; None where it is no such."""
+    try:
+        date = parsedate_to_datetime(header or "")
+    except (ValueError, OverflowError):
+        return None
+    at = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    return at if 946_684_800 <= at < 4_102_444_800 else None
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
     """Seconds out of a Retry-After header: a number or a date (RFC 9110, section 10.2.3)."""
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-            return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now)
-        except (ValueError, OverflowError):
-            return None
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(value or ""))
+    at = unix_time(value)
+    return None if at is None else max(0.0, at - now)
 
 
 # ── Secrets ───────────────────────────────────────────────────────────────────────────────────
@@ -2622,7 +2593,7 @@ def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[An
     return wrapper
 
 
-class Due(NamedTuple):
+class CheckRow(NamedTuple):
     """What a check by a list has to know of a job. The whole `Job` is read only where there is
     news, since to make one costs as much as all the rest of a check."""
 
@@ -2639,7 +2610,7 @@ class Due(NamedTuple):
     batches: list[Batch]
 
 
-class Quiet(NamedTuple):
+class UnchangedCheck(NamedTuple):
     """A good check that saw nothing new, still to be written down."""
 
     id: int
@@ -2651,7 +2622,7 @@ class Quiet(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CheckResult:
     """A check of a job's batches, and what follows from it."""
 
     job: Job
@@ -3124,7 +3095,7 @@ class Store(Records):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._quiet: dict[int, Quiet] = {}  # by job
+        self._quiet: dict[int, UnchangedCheck] = {}  # by job
 
     async def close(self) -> None:
         with contextlib.suppress(StoreError):  # only times of checks are lost
@@ -3256,7 +3227,7 @@ class Store(Records):
         found = [Batch(*row[-len(BATCH_COLUMNS) :]) for row in rows if row["batch_id"] is not None]
         return self._job_of(rows[0]), found, bool(rows[0]["has_open"])
 
-    async def due(self, ids: Iterable[int]) -> list[Due]:
+    async def due(self, ids: Iterable[int]) -> list[CheckRow]:
         """Of these jobs, those that are there, with their batches; in one question."""
         rows = await self._read(
             "SELECT j.id, revision, round, openai_secret, poll_interval_seconds, pace,"
@@ -3264,10 +3235,10 @@ class Store(Records):
             f" {HAS_OPEN}, {OF_BATCH} FROM polling_jobs j LEFT JOIN polling_batches b"
             f" ON b.job_id = j.id WHERE j.id IN ({', '.join(map(str, ids))}) ORDER BY 1, position"
         )
-        found: dict[int, Due] = {}
+        found: dict[int, CheckRow] = {}
         for row in rows:
             if (job_id := row[0]) not in found:
-                found[job_id] = Due(*(*row[:10], []))
+                found[job_id] = CheckRow(*(*row[:10], []))
             if row[10] is not None:  # an ingest has no batches
                 found[job_id].batches.append(Batch(*row[10:]))
         return list(found.values())
@@ -3543,7 +3514,7 @@ class Store(Records):
 
     # checks and triggers
 
-    async def record_check(self, check: Checked) -> bool:
+    async def record_check(self, check: CheckResult) -> bool:
         """Write down a check and what was decided on it, all or nothing.
 
         False, and nothing written, when the job was paused, removed, deleted or changed while
@@ -3553,7 +3524,7 @@ class Store(Records):
         if not check.is_quiet():
             return bool(await self.record_checks([check]))
         job, now = check.job, check.now
-        quiet = Quiet(job.id, job.revision, job.round, now, now + check.wait, check.pace)
+        quiet = UnchangedCheck(job.id, job.revision, job.round, now, now + check.wait, check.pace)
         if not await self._read(
             "SELECT 1 FROM polling_jobs WHERE id = :id AND revision = :revision AND round = :round"
             " AND status = 'active' AND removed_at IS NULL",
@@ -3563,7 +3534,7 @@ class Store(Records):
         self.note(quiet)
         return True
 
-    def note(self, quiet: Quiet) -> None:
+    def note(self, quiet: UnchangedCheck) -> None:
         """Keep a quiet check until the next `flush`."""
         self._quiet[quiet.id] = quiet
 
@@ -3578,23 +3549,23 @@ class Store(Records):
             raise
 
     @transactional
-    async def _flush(self, kept: Sequence[Quiet]) -> None:
+    async def _flush(self, kept: Sequence[UnchangedCheck]) -> None:
         await self._write_quiet(kept)
 
-    async def _write_quiet(self, kept: Sequence[Quiet]) -> None:
+    async def _write_quiet(self, kept: Sequence[UnchangedCheck]) -> None:
         await self._many(
             "UPDATE polling_jobs SET last_check_at = ?4, last_ok_at = ?4, errors_in_row = 0,"
             " next_check_at = ?5, pace = ?6 WHERE id = ?1 AND revision = ?2 AND round = ?3"
             " AND status = 'active' AND removed_at IS NULL AND coalesce(last_check_at, 0) <= ?4",
-            kept,  # as they stand in Quiet: by name, each check would pay 1 µs more
+            kept,  # as they stand in UnchangedCheck: by name, each check would pay 1 µs more
         )
 
     @transactional
-    async def record_checks(self, checks: Sequence[Checked]) -> set[int]:
+    async def record_checks(self, checks: Sequence[CheckResult]) -> set[int]:
         """Write down these checks in one transaction; the jobs of which that was done."""
         return {check.job.id for check in checks if await self._record(check)}
 
-    async def _record(self, check: Checked) -> bool:
+    async def _record(self, check: CheckResult) -> bool:
         if earlier := self._quiet.get(check.job.id):
             await self._write_quiet([earlier])
         if not await self._stamp(check):
@@ -3614,7 +3585,7 @@ class Store(Records):
             await self._log(job.id, "error", check.error, now)
         return True
 
-    async def _stamp(self, check: Checked) -> bool:
+    async def _stamp(self, check: CheckResult) -> bool:
         event, job = check.verdict.event, check.job
         status: JobStatus = next_state(JOB_STEPS, "active", event) if event else "active"
         rows = await self._sql(
@@ -4008,180 +3979,102 @@ def json_of(answer: httpx2.Response, error: type[UpstreamError], who: str) -> An
     raise error(f"{who}'s answer cannot be read: {page_in(answer, error) or 'it is empty'}")
 
 
-# ── Upstreams ─────────────────────────────────────────────────────────────────────────────────
+# ── Upstreams: OpenAI ─────────────────────────────────────────────────────────────────────────
+
+# A batch is checked by a list of its key's batches where that takes fewer requests than asking for
+# each (100 batches cost one page), else singly. A list only ever says that a batch goes on: one
+# that is finished, or not shown, is asked for singly before anything follows from it. So a list
+# that fails, lies or stands still costs requests or time, and never a wrong conclusion:
+# - it fails, or brings few of the wanted batches: all are asked for singly for some minutes
+# - it stands still: some batches are asked for singly all the time (`Steps`), and once a finished
+#   one is listed as unfinished, all are
+# A key rests as a whole after a 429 or an outage: a failure that says that nobody is there (no
+# answer, 502, 503, 504), met five times in a row about different things. Then one call alone
+# tries, and what had failed waits longer than the rest: one broken batch stops no other.
+
+ANSWER_BYTES = 4 << 20  # bytes of an answer of OpenAI or Keboola: a page of batches has 100 KB
+PAGE = 100  # batches in one page of a list, the most there is
+BARE_PAGES = 2  # pages without a wanted batch, after which a list is read no further
+LIST_AGAIN = 600.0  # s until a list that failed, lied or did not pay is tried again
+THE_LIST = "the list of batches"  # as what a call is about
+NOBODY_THERE = (None, 502, 503, 504)  # statuses of errors that say nothing of what was asked for
+OUTAGE_FAILURES = 5  # of these in a row, about different things, before a key rests
+OUTAGE_PAUSE = 10.0  # s that it does so first; doubles with each trial that fails
+OUTAGE_LONGEST = 300.0  # s, to which that grows
 
 
-def not_sent() -> tuple[type[Exception], ...]:
-    """What is raised before a request is written: nothing can have happened on the other side."""
-    import httpx2
+class Provider(NamedTuple):
+    """How a provider of batches speaks: its statuses as ours, and where its Batch object has what
+    a BatchSeen holds, as dotted paths. A status that is not listed stands for itself."""
 
-    return (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
+    statuses: Mapping[str, str]
+    numbers: Mapping[str, str]
+    texts: Mapping[str, str]
 
 
-def number_in(source: Any, name: str) -> float | None:
-    value = source.get(name) if isinstance(source, dict) else None
+# https://platform.openai.com/docs/api-reference/batch/object
+OPENAI = Provider(
+    statuses={status: status for status in KNOWN_BATCH},
+    numbers={
+        "created_at": "created_at",
+        "expires_at": "expires_at",
+        "requests_total": "request_counts.total",
+        "requests_completed": "request_counts.completed",
+        "requests_failed": "request_counts.failed",
+    },
+    texts={
+        "output_file_id": "output_file_id",
+        "error_file_id": "error_file_id",
+        "error": "errors.data.0.message",
+    },
+)
+
+
+def value_at(data: Any, path: str) -> Any:
+    """What stands at a dotted path; None where nothing does."""
+    for name in path.split("."):
+        if isinstance(data, list):
+            data = data[int(name)] if name.isdecimal() and int(name) < len(data) else None
+        else:
+            data = data.get(name) if isinstance(data, dict) else None
+    return data
+
+
+def number_at(data: Any, path: str) -> float | None:
+    value = value_at(data, path)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if abs(value) < 1e15 else None  # and not NaN, nor what SQLite cannot keep
 
 
-def text_in(source: dict[str, Any], name: str) -> str | None:
-    value = source.get(name)
-    return short(value) or None if isinstance(value, str) else None
+def parse_batch(batch_id: str, data: Any, provider: Provider = OPENAI) -> BatchSeen:
+    """A Batch object as BatchSeen. An answer without a status, or about another batch, is no
+    answer: the SDK does not validate, so that any JSON with 200 would pass for a batch."""
+    status, given = value_at(data, "status"), value_at(data, "id")
+    if given != batch_id or not isinstance(status, str):
+        said = f"it is about {short(given, 80)!r}" if isinstance(given, str) else "it has no id"
+        said = "it has no status" if given == batch_id else said
+        raise OpenAIError(f"OpenAI's answer is not batch {batch_id}: {said}")
+    facts: dict[str, Any] = {o: number_at(data, path) for o, path in provider.numbers.items()}
+    facts |= {o: int(n or 0) for o, n in facts.items() if o.startswith("requests_")}
+    for ours, path in provider.texts.items():
+        said = value_at(data, path)
+        facts[ours] = short(said) or None if isinstance(said, str) else None
+    return BatchSeen(batch_id, provider.statuses.get(status) or short(status), **facts)
 
 
-def parse_batch(batch_id: str, data: Any) -> BatchSeen:
-    """OpenAI's Batch object as BatchSeen. An answer without a status, or about another batch, is
-    no answer: the SDK does not validate, so that any JSON with 200 would pass for a batch."""
-    if (
-        not isinstance(data, dict)
-        or data.get("id") != batch_id
-        or not isinstance(data.get("status"), str)
-    ):
-        raise OpenAIError(f"OpenAI's answer is not batch {batch_id}: {short(data)[:80]}")
-
-    counts = data.get("request_counts")
-    errors = data.get("errors")
-    messages = errors.get("data") if isinstance(errors, dict) else None
-    first = messages[0] if isinstance(messages, list) and messages else None
-    return BatchSeen(
-        batch_id=batch_id,
-        status=data["status"] if data["status"] in KNOWN_BATCH else short(data["status"]),
-        created_at=number_in(data, "created_at"),
-        expires_at=number_in(data, "expires_at"),
-        output_file_id=text_in(data, "output_file_id"),
-        error_file_id=text_in(data, "error_file_id"),
-        requests_total=int(number_in(counts, "total") or 0),
-        requests_completed=int(number_in(counts, "completed") or 0),
-        requests_failed=int(number_in(counts, "failed") or 0),
-        error=short(first.get("message")) if isinstance(first, dict) else None,
-    )
-
-
-def parse_page(data: Any) -> tuple[list[BatchSeen], bool]:
-    """The batches of a page of OpenAI's list, without those that cannot be read, and whether more
-    follow. An answer that is no page is an OpenAIError."""
-    items = data.get("data") if isinstance(data, dict) else None
+def parse_page(data: Any) -> tuple[list[BatchSeen], str | None]:
+    """The batches of a page of a list, without those that cannot be read; and the id after which
+    the next page begins, if one follows. An answer that is no page is an OpenAIError."""
+    items = value_at(data, "data")
     if not isinstance(items, list):
-        raise OpenAIError(f"OpenAI's answer is no list of batches: {short(data)[:80]}", status=200)
-    page = []
+        raise OpenAIError("OpenAI's answer is no list of batches")
+    page, last = [], value_at(items[-1], "id") if items else None
     for item in items:
         with contextlib.suppress(OpenAIError):
-            page.append(parse_batch(str(item.get("id")) if isinstance(item, dict) else "", item))
-    return page, data.get("has_more") is True
-
-
-Rank = tuple[bool, float]  # whether it may wait, and since when it is due: the least goes first
-
-
-class Snapshot(NamedTuple):
-    """What a list of a key's batches showed of those that are watched and not finished. What is
-    not in it was finished, or not shown: it has to be asked for singly."""
-
-    at: float  # monotonic, when its first page was asked for
-    seen: Mapping[str, BatchSeen]
-
-
-class Sweep:
-    """A look through the list of a key's batches for those that are watched: `wanted`, with when
-    each was created, which checks ask for `worth` times."""
-
-    def __init__(self, wanted: Mapping[str, float | None], worth: int) -> None:
-        self.left, self._worth, self.pages = set(wanted), worth, 0
-        self.seen: dict[str, BatchSeen] = {}
-        self.finished: set[str] = set()
-        self._times = sorted((at for at in wanted.values() if at is not None), reverse=True)
-        self._share, self._unseen = worth / len(wanted), len(self._times) < len(wanted)
-        self._found = 0
-
-    def take(self, page: Sequence[BatchSeen]) -> bool:
-        """Take in a page; whether it was worth its request."""
-        self.pages += 1
-        found = [batch for batch in page if batch.batch_id in self.left]
-        self._found += len(found)
-        self.left.difference_update(batch.batch_id for batch in found)
-        self.seen.update((batch.batch_id, batch) for batch in found if outcome(batch) is None)
-        self.finished.update(batch.batch_id for batch in found if outcome(batch) is not None)
-        return self._share * len(found) >= WORTH
-
-    def goes_on(self, page: Sequence[BatchSeen], paid: bool) -> bool:
-        """Whether it pays to read on after this page: of batches that were never seen, nothing is
-        known but that they came together."""
-        as_new = self._unseen and paid
-        return self.affordable and (as_new or pays(page, self._times, self._share))
-
-    @property
-    def affordable(self) -> bool:
-        """Whether another page costs no more than single checks would, however little it brings."""
-        return bool(self.left) and WORTH * self.pages < self._worth
-
-    @property
-    def paid(self) -> bool:
-        return self._share * self._found >= self.pages
-
-    def useful(self, ends: Sequence[PageEnd]) -> list[PageEnd]:
-        """Of the ends of pages, those that something older than them is wanted after."""
-        oldest = self._times[-1] if self._times else math.inf
-        some = [end for end in ends if end.created_at > oldest]
-        return some[: max(0, self._worth // WORTH - 1)]
-
-
-class PageEnd(NamedTuple):
-    """The last batch of a page, after which the next one begins, whatever comes in before it."""
-
-    batch_id: str
-    created_at: float
-
-
-class Group(NamedTuple):
-    """Checks of batches of one key that are due together."""
-
-    checks: int
-    interval: float  # s, the least of theirs
-    rank: Rank  # the first one's
-
-
-NOTHING = Snapshot(-math.inf, MappingProxyType({}))
-Watched = Callable[[Collection[str], float], Awaitable[tuple[Mapping[str, float | None], int]]]
-NO_HURRY: Rank = (True, math.inf)
-
-
-class Slots:
-    """A bounded number of calls at once. A free slot goes to the least rank that waits."""
-
-    def __init__(self, free: int) -> None:
-        self._free = free
-        self._waiting: list[tuple[Rank, int, asyncio.Future[None]]] = []
-        self._count = itertools.count()  # of equals, the first
-
-    @contextlib.asynccontextmanager
-    async def turn(self, rank: Rank) -> AsyncIterator[None]:
-        if self._free:
-            self._free -= 1
-        else:
-            await self._wait(rank)
-        try:
-            yield
-        finally:
-            self._pass_on()
-
-    async def _wait(self, rank: Rank) -> None:
-        turn = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (rank, next(self._count), turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # it was given the slot a moment before
-                self._pass_on()
-            raise
-
-    def _pass_on(self) -> None:
-        while self._waiting:
-            turn = heapq.heappop(self._waiting)[2]
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
+            page.append(parse_batch(str(value_at(item, "id")), item))
+    more = value_at(data, "has_more") is True and isinstance(last, str)
+    return page, last if more else None
 
 
 def budget(per_minute: int | None) -> AsyncLimiter | None:
@@ -4194,51 +4087,70 @@ def budget(per_minute: int | None) -> AsyncLimiter | None:
     return AsyncLimiter(at_once, 60 * at_once / max(per_minute - at_once, per_minute / 2))
 
 
+class Pause(NamedTuple):
+    """A key that is not asked for now."""
+
+    secret: str  # its name
+    until: float  # unix time
+    reason: str
+
+
 @dataclass(slots=True)
-class KeyGate:
-    """One key: its calls, and what it may do: a bounded number at once and a minute, none while
-    rate-limited or its circuit is open. And what its list showed. Times are monotonic."""
+class Listing:
+    """What a list of a key's batches showed of those that were wanted. Of what is not in it, it
+    says nothing."""
 
-    retrieve: Callable[..., Awaitable[Any]]  # made once: a fresh client costs as much as a request
-    list: Callable[..., Awaitable[Any]]
-    slots: Slots
+    at: float = -math.inf  # monotonic seconds, when its first page was asked for
+    seen: dict[str, BatchSeen] = field(default_factory=dict)
+    wanted: int = 0
+
+
+@dataclass(slots=True)
+class Key:
+    """One key: what it may do, and what its list showed. Times are monotonic seconds."""
+
+    batches: Any  # the SDK's, made once: a fresh one costs as much as a request
     budget: AsyncLimiter | None
-    circuit: Circuit = Circuit()
-    held_until: float = 0.0
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT_PER_KEY))
     names: set[str] = field(default_factory=set)  # of the secrets with this value
-    snapshot: Snapshot = NOTHING
-    finished: set[str] = field(default_factory=set)  # batches that were listed so, still to be told
-    sweep: asyncio.Task[None] | None = None  # under way
-    ends: Sequence[PageEnd] = ()  # after which pages of the last sweep paid: the next one need not
-    in_turn: float = 1.0  # take its pages in turn; and how many there were when one did
-    pages: float = 1.0  # that a sweep took; infinite: the list does not pay
-    measured: float = -math.inf  # when that was seen
-    next_sweep: float = -math.inf  # none before, unless many ask
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # the list
+    list: Listing = field(default_factory=Listing)
+    pages: float = 1.0  # that the list took
+    list_from: float = -math.inf  # no list is read before
+    finished: deque[str] = field(default_factory=lambda: deque(maxlen=PAGE))  # seen so singly
+    failed: dict[str, None] = field(default_factory=dict)  # what nobody was there for, in a row
+    good: str = ""  # a batch that the last single answer was about
+    until: float = -math.inf  # it rests; then one call tries
+    pause: float = 0.0  # s that it last rested for; 0: it works
+    error: OpenAIError | None = None  # why
+    trial: asyncio.Event | None = None  # set when the call that tries is over
 
+    def learn(self, about: str, error: OpenAIError | None, now: float, *, trial: bool) -> None:
+        """Take in how a call went. Of those that were under way when a rest began, how they end
+        says nothing new; whatever OpenAI itself says of one thing (404, 500), it is there."""
+        if error is not None and error.status == 429:
+            self._rest(now, min(error.retry_after or BACKOFF_FIRST, LONGEST_WAIT), error)
+        elif self.pause and not trial:
+            return
+        elif error is not None and error.status in NOBODY_THERE:
+            self.failed[about] = None
+            if trial or len(self.failed) >= OUTAGE_FAILURES:
+                longer = min(max(OUTAGE_PAUSE, 2 * self.pause), OUTAGE_LONGEST)
+                self._rest(now, longer, error)
+        else:
+            if self.failed and self.pause:  # nor was the list there
+                self.list_from = -math.inf
+            self.failed, self.pause, self.error = {}, 0.0, None
 
-def openai_error(error: openai.APIStatusError, batch_id: str) -> OpenAIError:
-    """The SDK's error as ours, with the wait that the answer asks for."""
-    status, headers = error.status_code, error.response.headers
-    body = error.body if isinstance(error.body, dict) else {}
-    said = short(body.get("message") or http.client.responses.get(status, ""))
-    if status == 404:
-        said += " (a key of another project sees 404 too)"
-    if 300 <= status < 400:
-        said = (
-            f"a redirect to {headers.get('location', 'nowhere')}; a key is not sent to another host"
-        )
-    return OpenAIError(
-        f"OpenAI said {status} about {batch_id}: {said}",
-        status=status,
-        retry_after=parse_retry_after(headers.get("retry-after"), time.time()),
-    )
+    def _rest(self, now: float, seconds: float, error: OpenAIError) -> None:
+        self.pause, self.until, self.error = seconds, now + seconds, error
 
 
 class OpenAI:
     """OpenAI's batches through the official SDK: one client and one pool for all keys.
 
-    The SDK does transport and authentication; retries are the scheduler's, deadlines ours, and
-    an answer is read raw and believed only as far as `parse_batch` does.
+    The SDK knows the API; bounds and errors are `ask`'s, retries the scheduler's, and an answer is
+    believed only as far as `parse_batch` does.
     """
 
     def __init__(
@@ -4248,424 +4160,393 @@ class OpenAI:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._base_url, self._per_minute, self._clock = base_url, per_minute, clock
-        self._client: openai.AsyncOpenAI | None = None
-        self._slots = Slots(IN_FLIGHT)
+        self._client: httpx2.AsyncClient | None = None
+        self._sdk: openai.AsyncOpenAI | None = None
+        self._slots = asyncio.Semaphore(IN_FLIGHT)
         self.requests: Counter[str] = Counter()  # made so far: retrieve, list
-        self._gates: dict[str, KeyGate] = {}
+        self._keys: dict[str, Key] = {}
 
-    def _for_key(self, key: SecretValue) -> openai.AsyncOpenAI:
-        import httpx2
-        import openai
-
-        if self._client is None:
-            limits = httpx2.Limits(
-                max_connections=IN_FLIGHT,
-                max_keepalive_connections=IN_FLIGHT,
-                keepalive_expiry=KEEPALIVE,
-            )
-            timeout = httpx2.Timeout(CALL_TIMEOUT, connect=CONNECT_TIMEOUT)
-            self._client = openai.AsyncOpenAI(
-                api_key="set per call",
+    def _key(self, key: SecretValue) -> Key:
+        if (found := self._keys.get(key.reveal())) is None:
+            try:
+                import httpx2
+                import openai
+            except (ImportError, OSError) as e:  # no file descriptor left, for one
+                raise OpenAIError(f"the SDK cannot be loaded: {short(e)}", sent=False) from e
+            self._client = self._client or make_client(OpenAIError)
+            self._sdk = self._sdk or openai.AsyncOpenAI(
+                api_key="set for each key",
                 base_url=self._base_url,
                 max_retries=0,
-                timeout=timeout,
-                http_client=openai.DefaultAsyncHttpxClient(
-                    limits=limits, timeout=timeout, follow_redirects=False
-                ),
+                # a transport that is a function, whatever the name of its class
+                http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(self._carry)),
             )
-        return self._client.with_options(api_key=key.reveal())
+            batches = self._sdk.with_options(api_key=key.reveal()).batches.with_raw_response
+            found = self._keys[key.reveal()] = Key(batches, budget(self._per_minute))
+        return found
 
-    def _gate(self, key: SecretValue) -> KeyGate:
-        if key.reveal() not in self._gates:
-            calls, slots = self._for_key(key).batches.with_raw_response, Slots(IN_FLIGHT_PER_KEY)
-            gate = KeyGate(calls.retrieve, calls.list, slots, budget(self._per_minute))
-            self._gates[key.reveal()] = gate
-        return self._gates[key.reveal()]
+    async def _carry(self, request: httpx2.Request) -> httpx2.Response:
+        """Ask what the SDK wants asked. Of its headers only the key goes along: it would add what
+        OPENAI_ORG_ID and the like say, which is not meant for every key."""
+        assert self._client is not None
+        last = request.url.path.rpartition("/")[2]
+        return await ask(
+            self._client,
+            OpenAIError,
+            "OpenAI",
+            request.method,
+            str(request.url),
+            deadline=CALL_DEADLINE,
+            limit=ANSWER_BYTES,
+            about=THE_LIST if last == "batches" else last,
+            headers={"Authorization": request.headers["Authorization"]},
+        )
 
-    async def retrieve(self, key: SecretValue, batch_id: str, rank: Rank = NO_HURRY) -> BatchSeen:
+    def known_as(self, key: SecretValue, name: str) -> Collection[str]:
+        """Say which secret this is the value of; all that have it. A value that no secret has any
+        more is forgotten."""
+        if name not in (mine := self._key(key)).names:
+            for value, other in [*self._keys.items()]:
+                other.names.discard(name)
+                if not other.names and other is not mine:
+                    del self._keys[value]
+            mine.names.add(name)
+        return mine.names
+
+    def pauses(self) -> list[Pause]:
+        """The keys that rest."""
+        now, wall, keys = self._clock(), time.time(), [*self._keys.values()]  # also from a thread
+        return [
+            Pause(name, wall + max(0.0, key.until - now), str(key.error))
+            for key in keys
+            if key.pause
+            for name in sorted(key.names)
+        ]
+
+    async def retrieve(self, key: SecretValue, batch_id: str) -> BatchSeen:
         """One batch as it is now (GET /batches/{batch_id}). Raises OpenAIError."""
-        gate = self._gate(key)
-        call = partial(gate.retrieve, batch_id)
-        data = await self._call(gate, "retrieve", call, batch_id, rank)
-        return parse_batch(batch_id, data)
+        mine = self._key(key)
+        seen = parse_batch(batch_id, await self._call(mine, "retrieve", batch_id, batch_id))
+        mine.good = batch_id
+        if outcome(seen) is not None:
+            mine.finished.append(batch_id)
+        if batch_id in mine.list.seen:
+            mine.list.seen[batch_id] = seen  # which is newer
+        return seen
 
-    def known_as(self, key: SecretValue, name: str) -> None:
-        """Say which secret this is the value of."""
-        names = self._gate(key).names
-        if name not in names:
-            for gate in self._gates.values():  # it had another value until now
-                gate.names.discard(name)
-            names.add(name)
+    def listing(self, key: SecretValue) -> tuple[float, Listing]:
+        """How many seconds ago the key's batches were listed, and what that showed."""
+        found = self._key(key).list
+        return self._clock() - found.at, found
 
-    def shown(self, key: SecretValue) -> tuple[float, Mapping[str, BatchSeen]]:
-        """How many seconds ago the key's batches were listed, and which were unfinished then."""
-        at, seen = self._gate(key).snapshot
-        return self._clock() - at, seen
+    def may_list(self, key: SecretValue, checks: int) -> bool:
+        """Whether a list may take fewer requests than so many single checks."""
+        mine, now = self._key(key), self._clock()
+        pages = mine.pages if now - mine.list.at < LIST_AGAIN else 1
+        return checks > 2 * pages and now >= mine.list_from
 
-    def finished(self, key: SecretValue) -> tuple[Collection[str], Collection[str]]:
-        """Batches that a sweep found to be finished, each told once, at most PAGE at a time; and
-        the names of their key."""
-        gate = self._gate(key)
-        some = list(itertools.islice(gate.finished, PAGE))
-        gate.finished.difference_update(some)
-        return some, gate.names
+    async def read_list(
+        self, key: SecretValue, wanted: Collection[str], checks: int
+    ) -> Collection[str]:
+        """Read the list of a key's batches, for `listing`: newest first, until all that are wanted
+        were found, or two pages brought none, or half as many pages were read as there are checks.
+        Those of which it shows that they are finished. Who asks while that goes on waits for it.
+        Raises OpenAIError where single calls would fail just so: the key is refused, or rests."""
+        mine = self._key(key)
+        if mine.reading.locked():
+            async with mine.reading:
+                return ()
+        async with mine.reading:
+            if mine.pause:  # one batch is asked for before hundreds; it is told in its own turn
+                others = (batch_id for batch_id in wanted if batch_id not in mine.failed)
+                first = mine.good if mine.good in wanted else next(others, None)
+                with contextlib.suppress(OpenAIError):
+                    await self.retrieve(key, first or next(iter(wanted)))
+            try:
+                await self._read_list(mine, {*wanted}, checks)
+            except OpenAIError as e:
+                if e.status == 401 or not e.sent:
+                    raise
+                mine.list_from = self._clock() + LIST_AGAIN
+                if mine.pause:
+                    raise
+                log.info("batches are asked for singly, since their list fails: %s", e)
+            return [i for i, seen in mine.list.seen.items() if outcome(seen) is not None]
 
-    async def look(self, key: SecretValue, group: Group, watched: Watched) -> None:
-        """Sweep through the list of a key's batches for `shown`, where that pays: with fewer
-        requests than checks that it answers. Who asks during a sweep waits for that one.
-
-        `watched` tells, for names of secrets and an age in seconds, which batches to look for and
-        when they were created, and how many checks fall due within the age. Raises OpenAIError,
-        and whatever `watched` raises.
-        """
-        gate = self._gate(key)
-        if gate.sweep is None:
-            if group.checks <= WORTH * gate.pages and self._clock() < gate.next_sweep:
-                return
-            gate.sweep = asyncio.create_task(self._sweep(gate, group, watched))
-            gate.sweep.add_done_callback(partial(self._swept, gate))
-        await asyncio.shield(gate.sweep)
-
-    @staticmethod
-    def _swept(gate: KeyGate, sweep: asyncio.Task[None]) -> None:
-        gate.sweep = None
-        if not sweep.cancelled():
-            sweep.exception()  # whoever waits is told; that nobody does any more is no news
-
-    async def _sweep(self, gate: KeyGate, group: Group, watched: Watched) -> None:
-        now = self._clock()
-        gate.next_sweep = now + SWEEP_PAUSE * group.interval
-        if now - gate.measured > SWEEP_AGAIN:
-            gate.pages = 1.0
-        wanted, worth = await watched(gate.names, group.interval / 2)
-        worth = max(worth, group.checks)
-        if not wanted or worth <= WORTH * max(gate.pages, math.ceil(len(wanted) / PAGE)):
-            return
-        sweep, in_turn = Sweep(wanted, worth), not gate.ends
-        try:
-            await self._read_list(gate, sweep, group.rank)
-            slow = not in_turn and self._clock() - now > group.interval / 2
-            gate.pages = sweep.pages if sweep.paid and not slow else math.inf
-            gate.measured = now
-        except OpenAIError as e:
-            if e.status in (None, 401) or not (e.permanent or e.status == 200):
-                raise
-            log.debug("batches are asked for singly: %s", e)
-            gate.pages, gate.measured = math.inf, now
-        finally:
-            gate.finished |= sweep.finished
-            if sweep.seen:  # some, where a later page failed
-                gate.snapshot = Snapshot(now, sweep.seen)
-
-    async def _read_list(self, gate: KeyGate, sweep: Sweep, rank: Rank) -> None:
-        """Newest first, until all was found, or a page is older than all of it. In turn at first,
-        later from where pages ended the last time, at once: 100 pages take 8 round trips, then.
-        What came in since makes pages overlap; when they are too many, in turn once more."""
-        ends = sweep.useful(gate.ends)
-        starts: list[PageEnd | None] = [None, *ends]
-        parts = zip(starts, [*ends, None], strict=True)
-        read = [self._read_part(gate, sweep, start, end, rank) for start, end in parts]
-        done = await asyncio.gather(*read, return_exceptions=True)
-        if errors := [part for part in done if isinstance(part, BaseException)]:
-            raise errors[0]
-        gate.ends = [end for part in done if not isinstance(part, BaseException) for end in part]
-        if not ends:
-            gate.in_turn = sweep.pages
-        elif sweep.pages > PAGES_GROW * gate.in_turn + 1:
-            gate.ends = ()
-
-    async def _read_part(
-        self, gate: KeyGate, sweep: Sweep, start: PageEnd | None, end: PageEnd | None, rank: Rank
-    ) -> list[PageEnd]:
-        """Pages after `start` up to `end`, or for as long as that pays; after what those begin that
-        paid, which the very first does after nothing."""
-        began, more, here = list[PageEnd](), sweep.affordable, start
-        while more and sweep.left:
-            page, more = await self._page(gate, here.batch_id if here else None, rank)
-            paid = sweep.take(page)
-            if paid and here is not None:
-                began.append(here)
-            if not page:
+    async def _read_list(self, mine: Key, left: set[str], checks: int) -> None:
+        at, wanted, seen, pages, bare = self._clock(), len(left), dict[str, BatchSeen](), 0, 0
+        query: dict[str, Any] = {"limit": PAGE}
+        while left and bare < BARE_PAGES and 2 * pages < checks:
+            page, after = parse_page(await self._call(mine, "list", THE_LIST, **query))
+            if any(b.batch_id in mine.finished and outcome(b) is None for b in page):
+                mine.list = Listing()
+                raise OpenAIError("it shows a finished batch as unfinished")
+            here = {batch.batch_id: batch for batch in page if batch.batch_id in left}
+            left, pages, bare = left - here.keys(), pages + 1, 0 if here else bare + 1
+            seen |= here
+            mine.list = Listing(at, seen, wanted)  # what came counts where a later page fails
+            if after is None:
                 break
-            here = PageEnd(page[-1].batch_id, page[-1].created_at or 0.0)
-            if end is None:
-                more = more and sweep.goes_on(page, paid)
-            else:
-                met = any(batch.batch_id == end.batch_id for batch in page)
-                more = more and sweep.affordable and not met and here.created_at > end.created_at
-        return began
-
-    async def _page(
-        self, gate: KeyGate, after: str | None, rank: Rank
-    ) -> tuple[list[BatchSeen], bool]:
-        """A page of the list (GET /batches). Where the batch that it comes after was deleted, the
-        list ends for us."""
-        call = partial(gate.list, limit=PAGE, **({"after": after} if after else {}))
-        try:
-            return parse_page(await self._call(gate, "list", call, "the list of batches", rank))
-        except OpenAIError as e:
-            if after is not None and e.status in (400, 404):
-                return [], False
-            raise
+            query["after"] = after
+        mine.pages = pages
+        if checks * len(seen) < pages * wanted:  # so many calls would have done as much
+            mine.list_from = at + LIST_AGAIN
 
     async def _call(
-        self,
-        gate: KeyGate,
-        kind: Literal["retrieve", "list"],
-        call: Callable[[], Awaitable[Any]],
-        about: str,
-        rank: Rank,
+        self, mine: Key, kind: Literal["retrieve", "list"], about: str, *args: str, **query: Any
     ) -> Any:
-        """The JSON that a call brings, within what its key may do. Raises OpenAIError."""
-        async with gate.slots.turn(rank):
-            if gate.budget is not None:
-                self._admit(gate)
-                await gate.budget.acquire()
-            async with self._slots.turn(rank):
-                self._admit(gate)
-                self.requests[kind] += 1
-                content = await self._judged(gate, call, about)
-        try:
-            return orjson.loads(content)
-        except ValueError as e:
-            said = f"OpenAI's answer about {about} cannot be read: {short(e)}"
-            raise OpenAIError(said) from e
-
-    def _admit(self, gate: KeyGate) -> None:
-        now = self._clock()
-        if (wait := gate.held_until - now) > 0:
-            raise OpenAIError("OpenAI rate-limits this key", status=429, retry_after=wait)
-        if (wait := gate.circuit.until - now) > 0 and gate.circuit.pause:
-            until = iso(time.time() + wait)
-            said = f"OpenAI is not asked until {until}: {gate.circuit.failures} failures in a row"
-            raise OpenAIError(said, retry_after=wait, sent=False)
-
-    async def _judged(self, gate: KeyGate, call: Callable[[], Awaitable[Any]], about: str) -> bytes:
-        """The answer's body; the gate learns from how it went."""
-        before = gate.circuit
-        gate.circuit = call_begun(before, self._clock())
-        try:
-            content = await self._answer(call, about)
-        except OpenAIError as e:
-            if e.status == 429:
-                wait = min(e.retry_after or BACKOFF_FIRST, LONGEST_WAIT)
-                gate.held_until = self._clock() + wait
-            gate.circuit = call_ended(gate.circuit, before, fails_circuit(e), self._clock())
-            raise
-        gate.circuit = call_ended(gate.circuit, before, False, self._clock())
-        return content
-
-    async def _answer(self, call: Callable[[], Awaitable[Any]], about: str) -> bytes:
+        """The JSON that a call brings, within what its key may do: so many at once and a minute,
+        none while it rests, and then one alone. Raises OpenAIError."""
         import openai
 
-        try:
-            async with asyncio.timeout(CALL_DEADLINE):
-                answer = await call()
-                return bytes(answer.http_response.content)
-        except openai.APIStatusError as e:
-            raise openai_error(e, about) from e
-        except (openai.APITimeoutError, TimeoutError) as e:
-            raise OpenAIError(f"OpenAI did not answer in time for {about}") from e
-        except openai.APIConnectionError as e:
-            cause = e.__cause__ or e
-            said = f"OpenAI cannot be reached: {short(cause) or type(cause).__name__}"
-            raise OpenAIError(said, sent=not isinstance(cause, not_sent())) from e
-        except (openai.OpenAIError, ValueError, RecursionError) as e:
-            raise OpenAIError(f"OpenAI's answer about {about} cannot be read: {short(e)}") from e
+        async with mine.slots:
+            if mine.budget is not None:
+                self._admit(mine, about)
+                await mine.budget.acquire()
+            while mine.trial is not None:
+                await mine.trial.wait()
+            self._admit(mine, about)
+            mine.trial = trial = asyncio.Event() if mine.pause else None
+            try:
+                async with self._slots:
+                    self.requests[kind] += 1
+                    answer = await getattr(mine.batches, kind)(*args, **query)
+                data = json_of(answer.http_response, OpenAIError, f"OpenAI's answer about {about}")
+            except (openai.OpenAIError, OpenAIError) as e:
+                found = [x for x in (e, e.__cause__) if isinstance(x, OpenAIError)]
+                error = found[0] if found else OpenAIError(f"OpenAI about {about}: {short(e)}")
+                mine.learn(about, error, self._clock(), trial=trial is not None)
+                raise error from e
+            finally:
+                if trial is not None:
+                    mine.trial = None
+                    trial.set()
+            mine.learn(about, None, self._clock(), trial=trial is not None)
+            return data
 
-    def open_circuits(self) -> list[tuple[str, Circuit, float]]:
-        """Keys that are not asked for now: name of the secret, circuit, seconds until a trial."""
-        now, gates = self._clock(), list(self._gates.values())  # also asked from another thread
-        return [
-            (name, gate.circuit, max(0.0, gate.circuit.until - now))
-            for gate in gates
-            if gate.circuit.state == "open"
-            for name in sorted(gate.names)
-        ]
+    def _admit(self, mine: Key, about: str) -> None:
+        """Raises OpenAIError while the key rests, which for what failed is twice as long."""
+        wait = mine.until - self._clock() + mine.pause * (about in mine.failed)
+        if mine.pause and wait > 0:
+            names = " and ".join(sorted(mine.names)) or "this key"
+            said = f"OpenAI is not asked with {names} for now: {mine.error}"
+            status = mine.error.status if mine.error else None
+            raise OpenAIError(said, status=status, retry_after=wait, sent=False)
 
     @property
     def host(self) -> str:
         return urlsplit(self._base_url or "https://api.openai.com/v1").netloc
 
     async def close(self) -> None:
-        sweeps = [gate.sweep for gate in self._gates.values() if gate.sweep is not None]
-        for sweep in sweeps:
-            sweep.cancel()
-        await asyncio.gather(*sweeps, return_exceptions=True)
         if self._client is not None:
-            await self._client.close()
+            await self._client.aclose()
 
 
-def same_trust(stack: str, url: str) -> bool:
-    """Whether a token may go to a queue that the stack's index names: not to plain http, unless
-    the stack itself is on this machine."""
-    try:
-        return clean_stack_url(url).startswith(("https:", stack.partition("//")[0]))
-    except ValueError:
-        return False
+# ── Upstreams: Keboola ────────────────────────────────────────────────────────────────────────
+
+# Keboola has no idempotency key, so what may have arrived is searched for by our trigger id before
+# it is sent again. The search asks for what was created since the first POST, by Keboola's own
+# clock: ours may be wrong. Its time comes from the Date header of its answers and goes on by the
+# monotonic clock. Before a trigger is sent again, one search more looks without that bound. The
+# index lags: that it shows nothing proves something only after the settle window (`Steps`).
+
+AT_ONCE = 8  # calls to a stack: one that hangs costs no other anything
+SEARCH_SLACK = 300.0  # s before the first POST that a search begins
+SEARCH_PAGE = 200  # jobs in one page of a search; of these ANSWER_BYTES hold 20 KB each
+SEARCH_PAGES = 20  # of one search
+UNBOUNDED = 86_400.0  # s before the first POST, where a search without bound in time ends
 
 
-def keboola_answer(answer: httpx2.Response, what: str) -> Any:
-    """The JSON of a good answer; any other becomes a KeboolaError with Keboola's own words."""
-    try:
-        data = answer.json()
-    except (ValueError, RecursionError):
-        data = None
-    status = answer.status_code
-    if 200 <= status < 300:
-        if data is None:
-            raise KeboolaError(
-                f"Keboola's answer to {what} cannot be read: {short(answer.text)[:80]}"
-            )
-        return data
-    said = short(data.get("error", "")) if isinstance(data, dict) else ""
-    if isinstance(data, dict) and data.get("exceptionId"):
-        said += f" (exceptionId {short(data['exceptionId'])})"
-    if 300 <= status < 400:
-        said = (
-            f"a redirect to {answer.headers.get('location')}; a token is not sent to another host"
-        )
-    wait = parse_retry_after(answer.headers.get("retry-after"), time.time())
-    raise KeboolaError(f"Keboola said {status} to {what}: {said}", status=status, retry_after=wait)
+class Action(Protocol):
+    """What a trigger starts. `target` is the trigger's address. Each raises an UpstreamError."""
+
+    async def prepare(self, target: str) -> float | None:
+        """All that can fail before a claim; the other side's time, in unix seconds, if known."""
+        ...
+
+    async def send(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
+        """Start it, once; the error's `sent` and `status` say what is known otherwise."""
+        ...
+
+    async def find(
+        self, trigger: Trigger, secret: SecretValue, *, anytime: bool = False
+    ) -> KeboolaJob | None:
+        """What was started for this trigger. That none is found is no proof."""
+
+    async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
+        """What has become of it."""
+        ...
 
 
 def keboola_job(data: Any) -> KeboolaJob:
     """A Job of the queue's description; one without id, status and isFinished is unreadable."""
-    job = data if isinstance(data, dict) else {}
-    given, status, ended = job.get("id"), job.get("status"), job.get("isFinished")
-    known = type(given) is int or (isinstance(given, str) and given.isprintable())
-    job_id = str(given) if known else ""
-    if not job_id or not isinstance(status, str) or not isinstance(ended, bool):
-        raise KeboolaError(f"Keboola's answer is not a job: {short(data)[:80]}")
-    result = job.get("result")
-    message = result.get("message") if isinstance(result, dict) else None
+    given, status, ended = (value_at(data, name) for name in ("id", "status", "isFinished"))
+    known = type(given) is int or (isinstance(given, str) and given.isprintable() and given)
+    if not known or not isinstance(status, str) or not isinstance(ended, bool):
+        raise KeboolaError("Keboola's answer is not a job: it has no id, status and isFinished")
+    message = value_at(data, "result.message")
     listed = status if status in KEBOOLA_STATUSES else short(status)
-    return KeboolaJob(job_id, listed, ended, short(message) if message else None)
+    return KeboolaJob(str(given), listed, ended, short(message) if message else None)
 
 
 def trigger_id_of(job: Any) -> str | None:
     """The value of our variable teckochecker_trigger_id in a found job."""
-    data = job.get("variableValuesData") if isinstance(job, dict) else None
-    values = data.get("values") if isinstance(data, dict) else None
+    values = value_at(job, "variableValuesData.values")
     for item in values if isinstance(values, list) else []:
-        if isinstance(item, dict) and item.get("name") == "teckochecker_trigger_id":
+        if value_at(item, "name") == "teckochecker_trigger_id":
             return str(item.get("value"))
     return None
 
 
+def keboola_time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+
+
+def queue_url(stack: str, index: Any) -> str:
+    """The job queue that a stack's index names, if a token may go there: over https, or within
+    this machine where the stack is here too."""
+    services = value_at(index, "services")
+    listed = services if isinstance(services, list) else []
+    urls = [value_at(service, "url") for service in listed if value_at(service, "id") == "queue"]
+    with contextlib.suppress(ValueError):
+        found = clean_url(str(urls[0]) if urls else "")
+        parts = urlsplit(found)
+        local = parts.hostname in LOOPBACK and stack.startswith("http:")
+        if not parts.query and (parts.scheme == "https" or local):
+            return found.rstrip("/")
+    said = f"found {short(urls[0], 100)!r}" if urls else "found no service with the id queue"
+    raise KeboolaError(f"{stack} names no job queue that a token may go to: {said}", sent=False)
+
+
 class Keboola:
-    """Keboola's job queue (its OpenAPI description, version 1.3.8), one connection pool a stack.
+    """Keboola's job queue (its OpenAPI description, version 1.3.8), an `Action`. Its address comes
+    from the stack's own service index, asked without a token."""
 
-    The queue's address comes from the stack's own service index, asked without a token. No
-    redirect is followed: a token goes to the host it was given for and to no other.
-    """
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._client: httpx2.AsyncClient | None = None
+        self._slots: dict[str, asyncio.Semaphore] = {}
+        self._queues: dict[str, asyncio.Task[str]] = {}
+        self._ahead: dict[str, float] = {}  # s by which a stack's clock is ahead of the monotonic
 
-    def __init__(self) -> None:
-        self._clients: dict[str, httpx2.AsyncClient] = {}
-        self._queues: dict[str, str] = {}
+    def turn(self, stack: str) -> asyncio.Semaphore:
+        """A place among the calls to a stack, to be taken before a trigger is claimed: it would
+        count as sent while it waits."""
+        return self._slots.setdefault(stack, asyncio.Semaphore(AT_ONCE))
 
-    async def queue(self, stack: str) -> str:
-        """The URL of the stack's job queue (GET /v2/storage, services); asked once a stack."""
-        if stack not in self._queues:
-            index = await self._call(stack, "GET", f"{stack}/v2/storage")
-            services = index.get("services") if isinstance(index, dict) else None
-            listed = (
-                [s for s in services if isinstance(s, dict)] if isinstance(services, list) else []
-            )
-            urls = [s.get("url") for s in listed if s.get("id") == "queue"]
-            if not urls or not same_trust(stack, str(urls[0])):
-                raise KeboolaError(f"{stack} names no job queue in its service index", sent=False)
-            self._queues[stack] = str(urls[0]).rstrip("/")
-        return self._queues[stack]
+    async def prepare(self, target: str) -> float | None:
+        await self._queue(target)
+        ahead = self._ahead.get(target)
+        return None if ahead is None else ahead + self._clock()
 
-    async def create_job(self, stack: str, token: SecretValue, body: str) -> KeboolaJob:
-        """POST /jobs, once. Raises KeboolaError, whose `sent` and `status` say what is known."""
-        queue = await self.queue(stack)
-        data = await self._call(stack, "POST", f"{queue}/jobs", token=token, body=body)
-        return keboola_job(data)
-
-    async def job(self, stack: str, token: SecretValue, job_id: str) -> KeboolaJob:
-        """GET /jobs/{jobId}."""
-        queue = await self.queue(stack)
+    async def send(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
+        headers = {"Content-Type": "application/json"}
         return keboola_job(
-            await self._call(stack, "GET", f"{queue}/jobs/{quote(job_id, safe='')}", token=token)
+            await self._call(
+                "POST", trigger.stack_url, "jobs", secret, content=trigger.body, headers=headers
+            )
         )
 
-    async def find(self, trigger: Trigger, token: SecretValue) -> KeboolaJob | None:
-        """The job that carries this trigger's id, from the search index (GET /search/jobs), which
-        lags: that it shows none is no proof. Asked oldest first, so that the first one wins."""
-        queue = await self.queue(trigger.stack_url)
-        body = json.loads(trigger.body)
-        since = (trigger.sent_at or trigger.created_at) - SEARCH_SLACK
+    async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
+        wanted = str(trigger.keboola_job_id)
+        path = f"jobs/{quote(wanted, safe='')}"
+        job = keboola_job(await self._call("GET", trigger.stack_url, path, secret))
+        if job.id != wanted:
+            raise KeboolaError(f"Keboola's answer about job {wanted} is about {short(job.id, 80)}")
+        return job
+
+    async def find(
+        self, trigger: Trigger, secret: SecretValue, *, anytime: bool = False
+    ) -> KeboolaJob | None:
+        """Asked oldest first, so that the first one wins; `anytime`, newest first."""
+        try:
+            async with asyncio.timeout(CALL_DEADLINE):
+                return await self._find(trigger, secret, anytime)
+        except TimeoutError as e:
+            raise KeboolaError("Keboola's search did not answer in time") from e
+
+    async def _find(
+        self, trigger: Trigger, secret: SecretValue, anytime: bool
+    ) -> KeboolaJob | None:
+        body, since = json.loads(trigger.body), trigger.sent_at or trigger.created_at
         query = {
             "componentId": body["component"],
             "configId": body["config"],
-            "createdTimeFrom": datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds"),
             "sortBy": "createdTime",
-            "sortOrder": "asc",
+            "sortOrder": "desc" if anytime else "asc",
             "limit": str(SEARCH_PAGE),
         }
-        offset, page = 0, SEARCH_PAGE
-        while page == SEARCH_PAGE:
-            url = f"{queue}/search/jobs"
-            jobs = await self._call(
-                trigger.stack_url, "GET", url, token=token, query=query | {"offset": str(offset)}
-            )
+        if not anytime:
+            query["createdTimeFrom"] = keboola_time(since - SEARCH_SLACK)
+        met: set[str] = set()
+        for page in range(SEARCH_PAGES):
+            query["offset"] = str(page * SEARCH_PAGE)
+            jobs = await self._call("GET", trigger.stack_url, "search/jobs", secret, params=query)
             if not isinstance(jobs, list):
                 raise KeboolaError("Keboola's search answered with something else than a list")
             for job in jobs:
                 if trigger_id_of(job) == trigger.id:
                     return keboola_job(job)
-            page = len(jobs)
-            offset += page
-        return None
+            oldest = str(value_at(jobs[-1], "createdTime")) if jobs else ""
+            if len(jobs) < SEARCH_PAGE or (anytime and oldest < keboola_time(since - UNBOUNDED)):
+                return None
+            if not (new := {str(value_at(job, "id")) for job in jobs} - met):
+                raise KeboolaError("Keboola's search repeats its pages")
+            met |= new
+        raise KeboolaError(f"Keboola's search did not end within {SEARCH_PAGES} pages")
+
+    async def _queue(self, stack: str) -> str:
+        """The URL of the stack's job queue (GET /v2/storage, services); asked once a stack."""
+        if (asked := self._queues.get(stack)) is None or (asked.done() and asked.exception()):
+            asked = self._queues[stack] = asyncio.create_task(self._ask_for_queue(stack))
+        return await asyncio.shield(asked)
+
+    async def _ask_for_queue(self, stack: str) -> str:
+        try:
+            return queue_url(stack, await self._ask("GET", stack, f"{stack}/v2/storage"))
+        except KeboolaError as e:
+            e.sent = False  # the index was asked, nothing else
+            raise
 
     async def _call(
-        self,
-        stack: str,
-        method: str,
-        url: str,
-        *,
-        token: SecretValue | None = None,
-        body: str | None = None,
-        query: Mapping[str, str] | None = None,
+        self, method: str, stack: str, path: str, token: SecretValue, **request: Any
     ) -> Any:
-        import httpx2
+        url = f"{await self._queue(stack)}/{path}"
+        headers = {"X-StorageApi-Token": token.reveal(), **request.pop("headers", {})}
+        return await self._ask(method, stack, url, headers=headers, **request)
 
-        headers = {"X-StorageApi-Token": token.reveal()} if token else {}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
+    async def _ask(self, method: str, stack: str, url: str, **request: Any) -> Any:
+        """The JSON of an answer, whose Date tells the stack's time. Raises KeboolaError."""
+        self._client = self._client or make_client(KeboolaError)
+        bounds: dict[str, Any] = {"deadline": CALL_DEADLINE, "limit": ANSWER_BYTES}
+        about = f"{method} {urlsplit(url).path}"
         try:
-            async with asyncio.timeout(CALL_DEADLINE):
-                answer = await self._client(stack).request(
-                    method, url, headers=headers, content=body, params=query
-                )
-        except not_sent() as e:
-            self._queues.pop(stack, None)  # the index may name another host by now
-            raise KeboolaError(
-                f"{url} cannot be reached: {short(e) or type(e).__name__}", sent=False
-            ) from e
-        except (httpx2.TimeoutException, TimeoutError) as e:
-            raise KeboolaError(f"{method} {url}: no answer in time") from e
-        except httpx2.HTTPError as e:
-            raise KeboolaError(f"{method} {url}: {short(e) or type(e).__name__}") from e
-        return keboola_answer(answer, f"{method} {urlsplit(url).path}")
-
-    def _client(self, stack: str) -> httpx2.AsyncClient:
-        import httpx2
-
-        if stack not in self._clients:
-            self._clients[stack] = httpx2.AsyncClient(
-                timeout=httpx2.Timeout(CALL_TIMEOUT, connect=CONNECT_TIMEOUT),
-                limits=httpx2.Limits(max_connections=IN_FLIGHT_PER_KEY, keepalive_expiry=KEEPALIVE),
-                follow_redirects=False,
-                headers={"User-Agent": f"TeckoChecker/{VERSION}"},
+            answer = await ask(
+                self._client, KeboolaError, "Keboola", method, url, about=about, **bounds, **request
             )
-        return self._clients[stack]
+        except KeboolaError as e:
+            if not e.sent:
+                self._queues.pop(stack, None)  # the index may name another host by now
+            raise
+        if (date := unix_time(answer.headers.get("date"))) is not None:
+            self._ahead[stack] = date - self._clock()
+        return json_of(answer, KeboolaError, f"Keboola's answer about {about}")
 
     async def close(self) -> None:
-        for client in self._clients.values():
-            await client.aclose()
+        for asked in self._queues.values():
+            asked.cancel()
+        if self._client is not None:
+            await self._client.aclose()
+
+
+# ── Upstreams: sources ────────────────────────────────────────────────────────────────────────
+
+
+def not_sent() -> tuple[type[Exception], ...]:
+    """What is raised before a request is written: nothing can have happened on the other side."""
+    import httpx2
+
+    return (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -5877,19 +5758,26 @@ def failed_too_many(limit: str | None, failed: int, processed: int, *, ended: bo
 
 # ── Steps ─────────────────────────────────────────────────────────────────────────────────────
 
-
-MEND_IT = "mend it, then: job retry"
-HELD = "left for you: job retry asks once more, and sends it only if it is still not there"
+FIX_IT = "fix the cause, then run `job retry`"
+HELD = "on hold: run `job retry` to search again and resend if missing"
+TOGETHER_NEWS = 20  # checks with news that are written in one transaction, which takes some 5 ms
+OUTPUT_AGAIN = 15.0  # s until a batch without its output file is looked at again
+REFUSED_LONG = 4 * 3600.0  # s that Keboola may refuse to search for a trigger before it is held
 
 
 @dataclass(frozen=True, slots=True)
-class Stepped:
+class StepResult:
     """What a step did: the seconds until the next one (None: nothing is left to do), what it saw
     in a few words, and the error that kept it from more."""
 
     wait: float | None
     said: str
     error: TeckoError | None = None
+
+
+def open_batches(batches: Sequence[Batch], now: float) -> list[Batch]:
+    """Those that are still to be asked for."""
+    return [b for b in batches if outcome(b) is None or lacks_output(b, now)]
 
 
 class Steps:
@@ -5906,20 +5794,23 @@ class Steps:
         web: Web,
         clock: Callable[[], float] = time.time,
         luck: Callable[[], float] = random.random,
+        steady: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.store, self.vault = config, store, vault
         self.openai, self.keboola, self.web = openai, keboola, web
         self.ingesting: set[int] = set()  # ids of jobs whose run goes on
         self.stopping = False  # runs end at their next chunk
         self._ingest_slots = asyncio.Semaphore(INGESTS_AT_ONCE)
-        self.clock, self.luck = clock, luck
+        self.clock, self.luck, self._steady = clock, luck, steady
         self.tally: Counter[tuple[str, str]] = Counter()  # (what, outcome), for the metrics
         self.on_finished: Callable[[Collection[int]], None] = lambda job_ids: None
         self._first_used: dict[int, SealedSecret] = {}  # still to be noted
+        self._unknown: dict[str, float] = {}  # triggers, and since when on the steady clock
+        self._singly: set[int] = set()  # jobs whose batches are to be asked for without a list
 
-    async def step(self, job_id: int, rank: Rank = NO_HURRY) -> Stepped:
-        """Advance a job's open triggers, then check its batches if it is active; singly if someone
-        asked for that (`rank`). Raises StoreError when the store cannot be used; then nothing was
+    async def step(self, job_id: int, *, asked: bool = False) -> StepResult:
+        """Advance a job's open triggers, then check its batches if it is active; each singly if
+        someone `asked` for that. Raises StoreError when the store cannot be used; then nothing was
         sent."""
         job, batches, has_open = await self.store.job_with_batches(job_id)
         steps = []
@@ -5931,17 +5822,18 @@ class Steps:
             if isinstance(job.spec, IngestSpec):
                 steps.append(await self._ingest(job))
             else:
-                steps.append(await self._check(job, batches, rank))
+                singly = asked or job_id in self._singly
+                steps.append(await self._check(job, batches, singly))
         waits = [s.wait for s in steps if s.wait is not None]
         await self._note_uses()
-        last = steps[-1] if steps else Stepped(None, "nothing to do")
+        last = steps[-1] if steps else StepResult(None, "nothing to do")
         return replace(last, wait=min(waits, default=None))
 
-    async def step_all(self, ids: Sequence[int]) -> dict[int, Stepped]:
+    async def step_all(self, ids: Sequence[int]) -> dict[int, StepResult]:
         """A step of each of these jobs, and the lists of batches for those that they answer."""
-        together, _ = await self.sort_out(ids)
-        done: dict[int, Stepped] = {}
-        for found in await asyncio.gather(*(self.glance(*group) for group in together.items())):
+        rows, _ = await self.by_key(ids)
+        done: dict[int, StepResult] = {}
+        for found in await asyncio.gather(*(self.check(*group) for group in rows.items())):
             done |= found
         rest = [job_id for job_id in ids if job_id not in done]
         return done | dict(zip(rest, await asyncio.gather(*map(self.step, rest)), strict=True))
@@ -5965,65 +5857,9 @@ class Steps:
             )
         return read_reference(name, self.config.secrets[name], self.config)
 
-    # checking
-
-    async def sort_out(self, ids: Collection[int]) -> tuple[dict[str, list[Due]], list[int]]:
-        """Of jobs that are due: those that a list of batches may answer, by the secret that they
-        share; and those that need a step of their own."""
-        together: dict[str, list[Due]] = {}
-        for due in await self.store.due(ids):
-            ends = [outcome(batch) for batch in due.batches]
-            if due.is_active and not due.has_open and None in ends and "failed" not in ends:
-                together.setdefault(due.secret, []).append(due)
-        taken = {due.id for group in together.values() for due in group}
-        return together, [job_id for job_id in ids if job_id not in taken]
-
-    async def glance(
-        self, secret: str, group: Sequence[Due], since: float = math.inf
-    ) -> dict[int, Stepped]:
-        """Check jobs of one key, due `since` then, by a list of its batches: those of which it
-        shows that all goes on. The others need a step of their own, which asks singly for what
-        looks finished or is not in the list, and decides."""
-        try:
-            key = await self._secret(secret)
-        except SecretError:
-            return {}
-        self.openai.known_as(key, secret)
-        shown, error = self._shown(key, group), None
-        if stale := [due for due in group if shown[due.id] is None]:
-            try:
-                await self.openai.look(key, self._group(stale, since), self._watched)
-            except OpenAIError as e:
-                error = e
-            while (told := self.openai.finished(key))[0]:
-                batch_ids, names = told  # their jobs need not wait until they are due
-                self.on_finished(await self.store.watchers(names, batch_ids))
-            shown |= self._shown(key, stale)
-        await self._note_uses()
-        return await self._take_in(group, shown, error)
-
-    def _shown(self, key: SecretValue, group: Sequence[Due]) -> dict[int, list[Batch] | None]:
-        """The batches as the last list has them, by job; None where it does not show that they go
-        on, is too old, or older than what we know."""
-        now, (old, seen) = self.clock(), self.openai.shown(key)
-
-        def shown(due: Due) -> list[Batch] | None:
-            batches = []
-            if old > min(self._interval(due) / 2, now - (due.last_check_at or 0.0)):
-                return None
-            for batch in due.batches:
-                if outcome(batch) is None:
-                    if batch.batch_id not in seen:
-                        return None
-                    batch = merged(batch, seen[batch.batch_id], now)
-                batches.append(batch)
-            return batches
-
-        return {due.id: shown(due) for due in group}
-
-    def _interval(self, due: Due) -> float:
+    def _interval(self, row: CheckRow) -> float:
         """The time since its last check that a job was given."""
-        return due.interval or due.pace or self.config.settings.min_poll_interval
+        return row.interval or row.pace or self.config.settings.min_poll_interval
 
     def _pace(self, auto: bool, batches: Sequence[Batch], now: float) -> float | None:
         """Until the next check, where a job leaves that to us."""
@@ -6036,133 +5872,186 @@ class Steps:
         own = job.spec.poll_interval if job is not None else "auto"
         return float(self.config.settings.default_poll_interval if own == "auto" else own)
 
-    def _group(self, dues: Sequence[Due], since: float) -> Group:
-        batches = [b for due in dues for b in due.batches if outcome(b) is None]
-        rank = all(batch.status != "finalizing" for batch in batches), since
-        return Group(len(batches), min(map(self._interval, dues)), rank)
+    def _count_error(self, error: TeckoError) -> None:
+        status = getattr(error, "status", None)
+        self.tally["upstream_errors", f"{ERROR_NAMES[error.code]} {status or 'no answer'}"] += 1
 
-    async def _watched(
-        self, secrets: Collection[str], age: float
-    ) -> tuple[Mapping[str, float | None], int]:
-        return await self.store.watched(secrets, self.clock() + age)
+    # checking
 
-    async def _take_in(
-        self,
-        group: Sequence[Due],
-        shown: Mapping[int, list[Batch] | None],
-        error: OpenAIError | None,
-    ) -> dict[int, Stepped]:
-        """Write down what the list showed, and the error of those that waited for it."""
-        done, told, now = dict[int, Stepped](), list[Due](), self.clock()
-        quiet = cache(lambda wait: Stepped(wait, "no news"))
-        for due in group:
-            batches = shown[due.id]
-            if batches == due.batches and not due.last_error and not remarks(batches, now):
-                pace = self._pace(not due.interval, batches, now)
-                wait = pace or self._interval(due)
-                self.store.note(Quiet(due.id, due.revision, due.round, now, now + wait, pace))
-                done[due.id] = quiet(wait)
+    async def by_key(self, ids: Collection[int]) -> tuple[dict[str, list[CheckRow]], list[int]]:
+        """Of jobs that are due: those that only have to be checked, by the secret of their key;
+        and those that need a step alone."""
+        rows: dict[str, list[CheckRow]] = {}
+        for row in await self.store.due(ids):
+            if row.is_active and not row.has_open and row.batches:
+                rows.setdefault(row.secret, []).append(row)
+        taken = {row.id for group in rows.values() for row in group}
+        return rows, [job_id for job_id in ids if job_id not in taken]
+
+    async def check(self, secret: str, rows: Sequence[CheckRow]) -> dict[int, StepResult]:
+        """Check jobs of one key by a list of its batches. One that is missing in the answer needs
+        a step alone: the list does not show that all its batches go on, or it is its turn to be
+        asked for singly."""
+        try:
+            key = await self._secret(secret)
+            names = self.openai.known_as(key, secret)
+        except (SecretError, OpenAIError):
+            return {}  # each tells it in its own step
+        now, listing = self.clock(), self.openai.listing(key)[1]
+        for row in rows:
+            if is_turn(row.id, self._interval(row), listing.wanted, now):
+                self._singly.add(row.id)
+        rows = [row for row in rows if row.id not in self._singly]
+        error = await self._refresh_list(key, names, rows) if rows else None
+        done, news, now = dict[int, StepResult](), dict[int, tuple[CheckRow, Any]](), self.clock()
+        for row in rows:
+            batches = self._listed(key, row, now)
+            if batches == row.batches and not row.last_error and not remarks(batches, now):
+                pace = self._pace(not row.interval, batches, now)
+                wait = pace or self._interval(row)
+                self.store.note(
+                    UnchangedCheck(row.id, row.revision, row.round, now, now + wait, pace)
+                )
+                done[row.id] = StepResult(wait, "no news")
             elif batches is not None or error is not None:
-                told.append(due)
+                news[row.id] = row, batches
         self.tally["checks", "waiting"] += len(done)
-        for at in range(0, len(told), NEWS):  # others take their turns at the store in between
-            done |= await self._take_news(told[at : at + NEWS], shown, error)
+        ids = [*news]
+        for at in range(0, len(ids), TOGETHER_NEWS):  # others take their turns in between
+            jobs = await self.store.jobs_among(some := ids[at : at + TOGETHER_NEWS])
+            done |= await self._record_news(jobs, [news[i] for i in some], error)
+        await self._note_uses()
         return done
 
-    async def _take_news(
+    async def _record_news(
         self,
-        group: Sequence[Due],
-        shown: Mapping[int, list[Batch] | None],
+        jobs: Mapping[int, Job],
+        news: Iterable[tuple[CheckRow, Sequence[Batch] | None]],
         error: OpenAIError | None,
-    ) -> dict[int, Stepped]:
+    ) -> dict[int, StepResult]:
         """Write down, in one transaction, checks that saw something. What would end a job is left
-        to a step of its own, and so is a job that was changed meanwhile."""
-        jobs, checks = await self.store.jobs_among(due.id for due in group), list[Checked]()
-        for due in group:
-            job, batches = jobs.get(due.id), shown[due.id]
-            if job is None or (job.revision, job.round) != (due.revision, due.round):
-                continue
-            errors = [error] if batches is None and error is not None else []
-            check = self._concluded(job, due.batches, batches, errors)
-            if check.verdict.event is None:
-                checks.append(check)
+        to a step alone, and so is a job that was changed meanwhile."""
+        checks = list[CheckResult]()
+        for row, batches in news:
+            job = jobs.get(row.id)
+            if job is not None and (job.revision, job.round) == (row.revision, row.round):
+                errors = [error] if batches is None and error is not None else []
+                check = self._concluded(job, row.batches, batches or row.batches, errors)
+                checks += [check] * (check.verdict.event is None)
         recorded = await self.store.record_checks(checks)
         return {c.job.id: self._told(c, c.job.id in recorded) for c in checks}
 
-    async def _check(self, job: Job, known: Sequence[Batch], rank: Rank) -> Stepped:
-        batches, errors = await self._look(job, known, rank)
+    async def _refresh_list(
+        self, key: SecretValue, names: Collection[str], rows: Sequence[CheckRow]
+    ) -> OpenAIError | None:
+        """Read the list of the key's batches, unless the last one will do, or single requests are
+        fewer; the error, if these would meet it too."""
+        now = self.clock()
+        stale = [row for row in rows if self._listed(key, row, now) is None]
+        checks = sum(len(open_batches(row.batches, now)) for row in stale)
+        if not self.openai.may_list(key, checks):
+            return None
+        until = now + min(map(self._interval, stale)) / 2
+        wanted, worth = await self.store.watched(names, until)
+        try:
+            finished = await self.openai.read_list(key, wanted, max(checks, worth))
+        except OpenAIError as e:
+            return e
+        if finished:  # their jobs need not wait until they are due
+            self.on_finished(await self.store.watchers(names, finished))
+        return None
+
+    def _listed(self, key: SecretValue, row: CheckRow, now: float) -> list[Batch] | None:
+        """The batches as the last list has them; None where it is too old, or does not show that
+        all of them go on."""
+        age, listing = self.openai.listing(key)
+        seen = {b.batch_id: listing.seen.get(b.batch_id) for b in open_batches(row.batches, now)}
+        if not seen or age > self._interval(row) / 2:
+            return None
+        if any(s is None or outcome(s) is not None for s in seen.values()):
+            return None
+        return [merged(b, s, now) if (s := seen.get(b.batch_id)) else b for b in row.batches]
+
+    async def _check(self, job: Job, known: Sequence[Batch], singly: bool) -> StepResult:
+        batches, errors = await self._ask(job, known, singly)
+        self._singly.discard(job.id)
         check = self._concluded(job, known, batches, errors)
         recorded = await self.store.record_check(check)
-        stepped = self._told(check, recorded)
+        result = self._told(check, recorded)
         if recorded and check.trigger is not None:
             return await self._advance(check.trigger)
-        return stepped
+        return result
+
+    async def _ask(
+        self, job: Job, known: Sequence[Batch], singly: bool
+    ) -> tuple[list[Batch], list[TeckoError]]:
+        """The batches as they are now, and the errors met; a finished one is not asked again."""
+        name = str(job.watches.watch.secret)
+        try:
+            key = await self._secret(name)
+            self.openai.known_as(key, name)
+        except (SecretError, OpenAIError) as e:
+            return [*known], [e]
+        age, listing = self.openai.listing(key)
+        going_on = {i: s for i, s in listing.seen.items() if outcome(s) is None}
+        listed = {} if singly or age > self.usual(job) / 2 else going_on
+        asked = open_batches(known, self.clock())
+        found = dict(
+            zip(
+                [b.batch_id for b in asked],
+                await asyncio.gather(*(self._ask_for(key, b, listed) for b in asked)),
+                strict=True,
+            )
+        )
+        batches = [found[b.batch_id][0] if b.batch_id in found else b for b in known]
+        return batches, [error for _, error in found.values() if error is not None]
+
+    async def _ask_for(
+        self, key: SecretValue, batch: Batch, listed: Mapping[str, BatchSeen]
+    ) -> tuple[Batch, TeckoError | None]:
+        try:
+            seen = listed.get(batch.batch_id) or await self.openai.retrieve(key, batch.batch_id)
+            return merged(batch, seen, self.clock()), None
+        except OpenAIError as e:
+            if e.status == 404:  # `decide` says when to believe it
+                return denied(batch, self.clock()), e
+            return batch, e
 
     def _concluded(
         self,
         job: Job,
         known: Sequence[Batch],
-        batches: Sequence[Batch] | None,
+        batches: Sequence[Batch],
         errors: Sequence[TeckoError],
-    ) -> Checked:
-        """What follows from a look at the batches; None where there was none."""
+    ) -> CheckResult:
+        """What follows from how the batches are now."""
         now, settings = self.clock(), self.config.settings
-        batches = known if batches is None else batches
         verdict = decide(job.watches.watch, batches, now)
         trigger = self._intent(job, batches, verdict, now) if verdict.event == "fire" else None
         pace = self._pace(job.spec.poll_interval == "auto", batches, now)
         interval, row = pace or self.usual(job), job.errors_in_row + 1
         waits = [wait_after_error(e, row, interval, settings, self.luck()) for e in errors]
         wait = max(waits, default=interval)
+        if not errors and any(lacks_output(batch, now) for batch in batches):
+            wait = min(wait, OUTPUT_AGAIN)
         said = [verdict.reason] if verdict.event else [*map(str, errors), *remarks(batches, now)]
         last_error = "; ".join(dict.fromkeys(filter(None, said))) or None
-        return Checked(job, known, batches, verdict, trigger, last_error, errors, wait, now, pace)
+        return CheckResult(
+            job, known, batches, verdict, trigger, last_error, errors, wait, now, pace
+        )
 
-    def _told(self, check: Checked, recorded: bool) -> Stepped:
+    def _told(self, check: CheckResult, recorded: bool) -> StepResult:
         """Count a check, and say what came of it."""
         if not recorded:
             self.tally["checks", "dropped"] += 1
-            return Stepped(0.0, "changed while it was checked")
+            return StepResult(0.0, "changed while it was checked")
         event, errors = check.verdict.event, check.errors
         self.tally["checks", event or ("error" if errors else "waiting")] += 1
         for error in errors:
             self._count_error(error)
         done = sum(outcome(b) is not None for b in check.batches)
         text = check.error or f"{done} of {len(check.batches)} batches done"
-        return Stepped(None if event else check.wait, text, errors[0] if errors else None)
-
-    async def _look(
-        self, job: Job, known: Sequence[Batch], rank: Rank
-    ) -> tuple[list[Batch], list[TeckoError]]:
-        """The batches as they are now, and the errors met; a finished one is not asked again."""
-        name = str(job.watches.watch.secret)
-        try:
-            key = await self._secret(name)
-        except SecretError as e:
-            return [*known], [e]
-        self.openai.known_as(key, name)
-        age = self.clock() - (job.last_check_at or 0.0)
-        asked, age = not rank[0], min(self.usual(job) / 2, age)
-        if any(batch.status == "finalizing" for batch in known):
-            rank = False, rank[1]
-        old, listed = self.openai.shown(key)
-        look = partial(self._look_at, key, {} if asked or old > age else listed, rank)
-        looked = await asyncio.gather(*map(look, known))
-        return [batch for batch, _ in looked], [error for _, error in looked if error is not None]
-
-    async def _look_at(
-        self, key: SecretValue, listed: Mapping[str, BatchSeen], rank: Rank, batch: Batch
-    ) -> tuple[Batch, TeckoError | None]:
-        if outcome(batch) is not None:
-            return batch, None
-        try:
-            seen = listed.get(batch.batch_id)  # an unfinished one
-            seen = seen or await self.openai.retrieve(key, batch.batch_id, rank)
-            return merged(batch, seen, self.clock()), None
-        except OpenAIError as e:
-            if e.status == 404:  # `decide` says when to believe it
-                return denied(batch, self.clock()), e
-            return batch, e
+        return StepResult(None if event else check.wait, text, errors[0] if errors else None)
 
     def _intent(self, job: Job, batches: Sequence[Batch], verdict: Verdict, now: float) -> Trigger:
         """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
@@ -6183,26 +6072,21 @@ class Steps:
 
     # triggering
 
-    async def _advance(self, trigger: Trigger) -> Stepped:
+    async def _advance(self, trigger: Trigger) -> StepResult:
         """One step for a trigger; a wait of 0 where the next follows at once."""
         try:
-            if trigger.state == "pending":
-                return await self._send(trigger)
-            if trigger.state == "unknown":
-                return await self._settle(trigger)
-            if trigger.state == "running":
-                return await self._follow(trigger)
-            said = "the program died while it sent the trigger; asking Keboola whether it arrived"
-            await self._record(trigger, "lose", said)  # steps of a job never overlap
-            return Stepped(0.0, said)
+            if trigger.state == "sending":  # steps of a job never overlap
+                said = "the program died while it sent the trigger; asking Keboola's search for it"
+                await self._record(trigger, "lose", said)
+                return StepResult(0.0, said)
+            token = await self._secret(trigger.secret)
+            act = {"pending": self._send, "unknown": self._settle, "running": self._follow}
+            async with self.keboola.turn(trigger.stack_url):
+                return await act[trigger.state](trigger, token)
         except (UpstreamError, SecretError) as e:
             self._count_error(e)
             await self.store.note_trigger(trigger, self.clock(), error=str(e))
-            return Stepped(await self._wait(trigger, e), str(e), e)
-
-    def _count_error(self, error: TeckoError) -> None:
-        status = getattr(error, "status", None)
-        self.tally["upstream_errors", f"{ERROR_NAMES[error.code]} {status or 'no answer'}"] += 1
+            return StepResult(await self._wait(trigger, e), str(e), e)
 
     async def _wait(self, trigger: Trigger, error: TeckoError) -> float:
         job = await self.store.job(trigger.job_id)
@@ -6217,6 +6101,7 @@ class Steps:
         """Write down what is known to have happened, however long the store stays locked: a
         Keboola job that is not written down would be searched for, or started again."""
         self.tally["triggers", event] += 1
+        self._unknown.pop(trigger.id, None)
         while True:
             try:
                 return await self.store.move_trigger(trigger, event, said, self.clock(), **facts)
@@ -6224,78 +6109,89 @@ class Steps:
                 log.error("trigger %s: cannot write down %r, trying on: %s", trigger.id, event, e)
                 await asyncio.sleep(STORE_RETRY)
 
-    async def _send(self, trigger: Trigger) -> Stepped:
-        token = await self._secret(trigger.secret)
+    async def _send(self, trigger: Trigger, token: SecretValue) -> StepResult:
         try:
-            await self.keboola.queue(trigger.stack_url)
+            theirs = await self.keboola.prepare(trigger.stack_url)
         except KeboolaError as e:
-            if e.status not in REFUSED:
+            if not is_refusal(e):
                 raise
-            said = f"{e}; {MEND_IT}"
+            said = f"{e}; {FIX_IT}"
             await self._record(trigger, "reject", said, message=str(e))
-            return Stepped(None, said, e)
-        claimed = await self.store.move_trigger(trigger, "claim", "", self.clock())
+            return StepResult(None, said, e)
+        now = self.clock()
+        at = trigger.sent_at or theirs or now
+        claimed = await self.store.move_trigger(trigger, "claim", "", now, sent_at=at)
         if claimed is None:
-            return Stepped(0.0, "changed while it was triggered")
+            return StepResult(0.0, "changed while it was triggered")
         try:
-            job = await self.keboola.create_job(trigger.stack_url, token, trigger.body)
+            job = await self.keboola.send(claimed, token)
         except KeboolaError as e:
             return await self._not_accepted(claimed, e)
         return await self._accepted(claimed, job, f"Keboola job {job.id} started")
 
-    async def _not_accepted(self, trigger: Trigger, error: KeboolaError) -> Stepped:
+    async def _not_accepted(self, trigger: Trigger, error: KeboolaError) -> StepResult:
         self._count_error(error)
         event = after_post(error)
         said = str(error)
         if event == "lose":
             said = f"whether Keboola took the trigger is unknown, asking its search: {said}"
         if event == "reject":
-            said = f"{said}; {MEND_IT}"
+            said = f"{said}; {FIX_IT}"
         after = await self._record(trigger, event, said, message=str(error))
         if event == "postpone" and after is not None:
-            return Stepped(await self._wait(after, error), said, error)
-        return Stepped(None if event == "reject" else 0.0, said, error)
+            return StepResult(await self._wait(after, error), said, error)
+        return StepResult(None if event == "reject" else 0.0, said, error)
 
-    async def _accepted(self, trigger: Trigger, job: KeboolaJob, said: str) -> Stepped:
+    async def _accepted(self, trigger: Trigger, job: KeboolaJob, said: str) -> StepResult:
         facts = {"keboola_job_id": job.id, "keboola_status": job.status, "message": None}
         running = await self._record(trigger, "accept", said, **facts)
         if running is not None and job.is_finished:
             return await self._finish(running, job)
-        return Stepped(await self._follow_wait(trigger), said)
+        return StepResult(await self._follow_wait(trigger), said)
 
-    async def _settle(self, trigger: Trigger) -> Stepped:
-        """Ask Keboola's search whether a trigger arrived; one that fails counts for nothing."""
-        token = await self._secret(trigger.secret)
-        job = await self.keboola.find(trigger, token)
+    async def _settle(self, trigger: Trigger, token: SecretValue) -> StepResult:
+        """Ask Keboola's search whether a trigger arrived; one that fails counts for nothing. The
+        window is counted on the steady clock, from when this process first saw the trigger so: a
+        wall clock that is set would end it early, or never."""
+        window, searches = float(self.config.settings.trigger_settle_seconds), trigger.searches + 1
+        since = self._unknown.setdefault(trigger.id, self._steady())
+        try:
+            job = await self.keboola.find(trigger, token)
+            waited = self._steady() - since
+            event = after_search(trigger, waited, window)
+            if job is None and event is not None:
+                job = await self.keboola.find(trigger, token, anytime=True)
+        except KeboolaError as e:
+            if not is_refusal(e) or self._steady() - since < REFUSED_LONG:
+                raise
+            said = f"{e}, for {span(REFUSED_LONG)}; {HELD}"
+            await self._record(trigger, "hold", said, message=str(e))
+            return StepResult(None, said, e)
         if job is not None:
             return await self._accepted(trigger, job, f"found Keboola job {job.id} of this trigger")
-        window = float(self.config.settings.trigger_settle_seconds)
-        now, searches = self.clock(), trigger.searches + 1
-        event = after_search(trigger, now, window)
         if event is None:
             said = f"Keboola's search does not show the trigger (search {searches})"
-            await self.store.note_trigger(trigger, now, error=said, searches=searches)
-            return Stepped(settle_wait(trigger, now, window), said)
+            await self.store.note_trigger(trigger, self.clock(), error=said, searches=searches)
+            return StepResult(settle_wait(waited, window), said)
         said = f"Keboola's search did not show the trigger in {searches} searches; "
         said += HELD if event == "hold" else "sending it again"
         await self._record(trigger, event, said, searches=searches)
-        return Stepped(None if event == "hold" else 0.0, said)
+        return StepResult(None if event == "hold" else 0.0, said)
 
-    async def _follow(self, trigger: Trigger) -> Stepped:
-        token = await self._secret(trigger.secret)
-        job = await self.keboola.job(trigger.stack_url, token, str(trigger.keboola_job_id))
+    async def _follow(self, trigger: Trigger, token: SecretValue) -> StepResult:
+        job = await self.keboola.follow(trigger, token)
         if after_follow(job) is not None:
             return await self._finish(trigger, job)
         await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)
-        return Stepped(await self._follow_wait(trigger), f"Keboola job {job.id} is {job.status}")
+        return StepResult(await self._follow_wait(trigger), f"Keboola job {job.id} is {job.status}")
 
-    async def _finish(self, trigger: Trigger, job: KeboolaJob) -> Stepped:
+    async def _finish(self, trigger: Trigger, job: KeboolaJob) -> StepResult:
         event = after_follow(job)
         assert event is not None
         said = f"Keboola job {job.id} ended with {job.status}"
         said += f": {job.message}" if job.message else ""
         await self._record(trigger, event, said, keboola_status=job.status, message=job.message)
-        return Stepped(None, said)
+        return StepResult(None, said)
 
     async def _follow_wait(self, trigger: Trigger) -> float:
         job = await self.store.job(trigger.job_id)
@@ -6303,10 +6199,10 @@ class Steps:
 
     # ingesting
 
-    async def _ingest(self, job: Job) -> Stepped:
+    async def _ingest(self, job: Job) -> StepResult:
         """One run of an ingest, from its checkpoint to the end of its source."""
         if job.id in self.ingesting:
-            return Stepped(float(job.spec.poll_interval), "a run goes on already")
+            return StepResult(float(job.spec.poll_interval), "a run goes on already")
         self.ingesting.add(job.id)
         try:
             async with self._ingest_slots:
@@ -6316,7 +6212,7 @@ class Steps:
         finally:
             self.ingesting.discard(job.id)
 
-    async def _run_ingest(self, job: Job, ingesting: Ingesting) -> Stepped:
+    async def _run_ingest(self, job: Job, ingesting: Ingesting) -> StepResult:
         status: RunStatus = "failed"
         error: BaseException | None = None
         try:
@@ -6347,7 +6243,7 @@ class Steps:
             raise error
         counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
         failure = error if isinstance(error, TeckoError) else None
-        return Stepped(wait, f"{said}; {counts}" if said else counts, failure)
+        return StepResult(wait, f"{said}; {counts}" if said else counts, failure)
 
     def _ingest_wait(self, job: Job, error: BaseException | None) -> float:
         interval = float(job.spec.poll_interval)
@@ -6701,13 +6597,11 @@ class Done(Answer):
 SchedulerState = Literal["running", "stopped", "stalled"]
 
 
-class CircuitAnswer(Answer):
-    """A key that is left alone for a while, since calls with it failed in a row."""
+class PausedKey(Answer):
+    """A key that is not asked for now: it is rate-limited, or nobody answers."""
 
     secret: str
-    host: str
-    state: Literal["closed", "open"]
-    failures: int
+    reason: str
     until: At = Field(description="then one call is tried")
 
 
@@ -6720,7 +6614,7 @@ class Health(Answer):
     db_connected: bool
     scheduler: SchedulerState
     overdue_jobs: list[str] = Field(description="no successful check for three intervals")
-    circuits: list[CircuitAnswer] = Field(description="keys of OpenAI that are not asked for now")
+    circuits: list[PausedKey] = Field(description="keys of OpenAI that are not asked for now")
     etl_last_run: At | None = Field(description="when the last ingest began; null: none did")
     etl_status: str | None = Field(description="in_progress, success, failed or interrupted")
 
@@ -7574,14 +7468,14 @@ class Service:
         """Steps for jobs that fell due together: by a list of batches where one may answer, else
         one by one. Whatever goes wrong with many is met again by each, and told there."""
         ACTOR.set(None)  # a timer inherits the context of whoever set it
-        together, alone = dict[str, list[Due]](), list(due)
+        rows, alone = dict[str, list[CheckRow]](), list(due)
         singly = (self._asked | self._ready) & due.keys()
         self._ready -= singly
         with contextlib.suppress(StoreError):
-            together, alone = await self.steps.sort_out([i for i in due if i not in singly])
+            rows, alone = await self.steps.by_key([i for i in due if i not in singly])
             alone += singly
-        for secret, group in together.items():
-            self._spawn(self._glance(secret, group, due))
+        for secret, group in rows.items():
+            self._spawn(self._check(secret, group, due))
         for job_id in alone:
             self._spawn(self._run(job_id, due[job_id]))
 
@@ -7591,10 +7485,12 @@ class Service:
         for job_id in ready:
             self._move(job_id, time.time())
 
-    async def _glance(self, secret: str, group: Sequence[Due], due: Mapping[int, float]) -> None:
-        done, began = dict[int, Stepped](), time.perf_counter()
+    async def _check(
+        self, secret: str, group: Sequence[CheckRow], due: Mapping[int, float]
+    ) -> None:
+        done, began = dict[int, StepResult](), time.perf_counter()
         try:
-            done = await self.steps.glance(secret, group, min(due[each.id] for each in group))
+            done = await self.steps.check(secret, group)
         except StoreError:
             pass
         except Exception:
@@ -7612,20 +7508,20 @@ class Service:
         self._asked.discard(job_id)
         began = time.perf_counter()
         try:
-            stepped = await self.steps.step(job_id, (not asked, since))
+            stepped = await self.steps.step(job_id, asked=asked)
         except asyncio.CancelledError:
             log.warning("job %s: its step was cut off by the end of the service", job_id)
             return
         except StoreError as e:
-            stepped = Stepped(STORE_RETRY, str(e), e)
+            stepped = StepResult(STORE_RETRY, str(e), e)
             log.error("job %s: %s", job_id, e)
         except Exception as e:
-            stepped = Stepped(LONGEST_WAIT, "a defect", TeckoError(str(e)))
+            stepped = StepResult(LONGEST_WAIT, "a defect", TeckoError(str(e)))
             log.exception("job %s: a defect of TeckoChecker; trying again in an hour", job_id)
         self.metrics.steps.observe(time.perf_counter() - began)
         self._stepped(job_id, stepped)
 
-    def _stepped(self, job_id: int, stepped: Stepped) -> None:
+    def _stepped(self, job_id: int, stepped: StepResult) -> None:
         """Count a step, and see to the next one."""
         self.counters["steps"] += 1
         self.counters["errors"] += stepped.error is not None
@@ -7699,18 +7595,9 @@ class Service:
             circuits=self._circuits(),
         )
 
-    def _circuits(self) -> list[CircuitAnswer]:
-        openai, now = self.steps.openai, time.time()
-        return [
-            CircuitAnswer(
-                secret=name,
-                host=openai.host,
-                state=circuit.state,
-                failures=circuit.failures,
-                until=now + wait,
-            )
-            for name, circuit, wait in openai.open_circuits()
-        ]
+    def _circuits(self) -> list[PausedKey]:
+        pauses = self.steps.openai.pauses()
+        return [PausedKey(secret=p.secret, reason=p.reason, until=p.until) for p in pauses]
 
     def _scheduler_state(self) -> SchedulerState:
         stalled = time.monotonic() - self._ticked > STALLED_TICKS
@@ -7789,7 +7676,7 @@ class Service:
                 "open_circuits": (
                     "1: this key of OpenAI is not asked for now.",
                     "secret",
-                    {name: 1.0 for name, *_ in self.steps.openai.open_circuits()},
+                    {pause.secret: 1.0 for pause in self.steps.openai.pauses()},
                 ),
                 "loop_lag_seconds": ("How late the last tick was.", "", {"": self._lag}),
                 "http_connections": ("Open connections.", "", {"": self.connections()}),
@@ -8800,7 +8687,7 @@ async def cmd_check(args: argparse.Namespace, config: Config) -> int:
     return int(any(s.error is not None for s in results))
 
 
-async def check_once(service: Service, job_id: int, stepped: Stepped) -> Stepped:
+async def check_once(service: Service, job_id: int, stepped: StepResult) -> StepResult:
     """What comes of a job's step and those that follow it at once."""
     while True:
         job = await service.store.job(job_id)
@@ -9060,7 +8947,7 @@ def ask_service(address: str, path: str, settings: Settings) -> None:
         raise Conflict(f"the service says {answer.status}: {detail}")
 
 
-async def step_over(step: asyncio.Task[Stepped]) -> str:
+async def step_over(step: asyncio.Task[StepResult]) -> str:
     """Wait a little for a step: what it said, or "" while it goes on; raises what it raised."""
     done, _ = await asyncio.wait([step], timeout=FOLLOW_SECONDS)
     return "".join(one.result().said for one in done)

@@ -241,7 +241,7 @@ class Histories(RuleBasedStateMachine):
     async def step_until(self, gate: standins.Gate) -> bool:
         """Step, and break it off where it stands when its request reaches the gate."""
         task = asyncio.create_task(self.world.steps.step(JOB))
-        done: set[asyncio.Task[tecko.Stepped]] = set()
+        done: set[asyncio.Task[tecko.StepResult]] = set()
         while not done and not is_reached(gate):
             done, _ = await asyncio.wait([task], timeout=0.002)
         broken = task.cancel()

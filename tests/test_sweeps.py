@@ -730,7 +730,7 @@ async def decide(store: tecko.Store, job: tecko.Job, known: list[tecko.Batch], o
     )
     verdict = tecko.Verdict("fire" if op == "fire" else "give_up", "why")
     fired = trigger if op == "fire" else None
-    check = tecko.Checked(job, known, known, verdict, fired, None, [], 1.0, 1.0)
+    check = tecko.CheckResult(job, known, known, verdict, fired, None, [], 1.0, 1.0)
     await store.record_check(check)
 
 
