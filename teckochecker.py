@@ -1620,7 +1620,7 @@ def is_turn(job_id: int, interval: float, batches: int, now: float) -> bool:
     would cost more than the list. Jobs take turns."""
     period = max(CONFIRM, min(batches // 2, int(3600 / interval)))
     period = CONFIRM_RARELY if batches >= MANY_BATCHES else period
-    return (job_id + int(now / interval)) % period == 0
+    return batches > 0 and (job_id + int(now / interval)) % period == 0
 
 
 def unix_time(header: str | None) -> float | None:
@@ -7474,6 +7474,7 @@ class Service:
         with contextlib.suppress(StoreError):
             rows, alone = await self.steps.by_key([i for i in due if i not in singly])
             alone += singly
+        self._asked |= singly  # by a list that shows it, or by someone: it is asked for singly
         for secret, group in rows.items():
             self._spawn(self._check(secret, group, due))
         for job_id in alone:
