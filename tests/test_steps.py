@@ -1161,6 +1161,135 @@ async def test_the_trigger_of_a_removed_job_is_carried_to_its_end(
     assert len(world.keboola.created) == 1
 
 
+# --- Clocks --------------------------------------------------------------------------------------
+
+
+@Given("ahead", [-40_000_000.0, -3600.0, -400.0, 250.0, 400.0, 3600.0, 40_000_000.0])
+async def test_a_clock_that_is_wrong_doubles_no_trigger(world: World, ahead: float) -> None:
+    """Keboola's time counts in its search, and we know it from its answers."""
+    world.clock.set_by(ahead)
+    job_id = await lost(world, Fault.act_then_reset())
+    await world.step_until_waiting(job_id)
+    assert (len(posts(world.keboola)), await status(world, job_id)) == (1, "completed")
+
+
+@Given("code", [None, 500], ids=["arrived", "not-arrived"])
+async def test_keboolas_clock_need_not_be_known(world: World, code: int | None) -> None:
+    """Without a Date, and with a clock of ours that is far ahead: the search before a resend has
+    no bound in time."""
+    world.keboola.dated = lambda answer: answer  # type: ignore[method-assign]
+    world.clock.set_by(7200.0)
+    job_id = await lost(world, Fault.status(code) if code else Fault.drop_reply())
+    await world.step_until_waiting(job_id)
+    assert (len(world.keboola.created), len(posts(world.keboola))) == (1, 2 if code else 1)
+    assert await status(world, job_id) == "completed"
+
+
+@Given("step", [-86_400.0, -3600.0, 60.0, 3600.0, 86_400.0])
+async def test_a_clock_set_in_the_settle_window_changes_nothing(world: World, step: float) -> None:
+    """As many searches over as long a time, and one effect."""
+    world.keboola.search_lag = 1e6
+    job_id, start = await lost(world, Fault.drop_reply()), world.clock.steady()
+    await waits(world, job_id, 1)
+    world.clock.set_by(step)
+    while (rest := start + WINDOW - world.clock.steady()) > 0:
+        stepped = await world.steps.step(job_id)
+        assert stepped.wait is not None and stepped.wait <= rest
+        world.clock.turn(stepped.wait)
+    assert len(posts(world.keboola)) == 1 and 3 <= world.keboola.count(SEARCH) <= 6
+    world.keboola.search_lag = 0.0
+    await world.step_until_waiting(job_id)
+    assert (len(world.keboola.created), await status(world, job_id)) == (1, "completed")
+
+
+# --- What others say, and what is missing --------------------------------------------------------
+
+
+@Given("code", [400, 401, 404, 405, 410])
+async def test_what_a_router_says_ends_nothing(world: World, code: int) -> None:
+    """A page that is not in the API's own form says nothing of batch or trigger: asked again, and
+    searched for, until those are there that know."""
+    job_id = await ready(world)
+    page = Fault.status(code, body="404 page not found")
+    world.openai.fault(CHECK, page, times=9)
+    world.keboola.fault(INDEX, page, times=3)
+    world.keboola.fault(POST, page, times=1)
+    world.keboola.fault(SEARCH, page, times=3)
+    world.keboola.fault(FOLLOW, page, times=3)
+    world.clock.turn(3600)
+    await world.step_until_waiting(job_id, 60)
+    assert (await status(world, job_id), len(world.keboola.created)) == ("completed", 1)
+
+
+async def test_a_search_that_is_refused_for_hours_leaves_the_trigger_on_hold(world: World) -> None:
+    """Not for a day in silence: a person is told, and retry asks once more."""
+    job_id = await lost(world, Fault.drop_reply())
+    world.keboola.fault(SEARCH, Fault.status(403), times=None)
+    start = world.clock.steady()
+    await world.step_until_waiting(job_id)
+    assert 4 * 3600 <= world.clock.steady() - start <= 6 * 3600
+    held = await trigger_of(world, job_id)
+    assert (held.state, await status(world, job_id)) == ("held", "failed")
+    assert "403" in await last_error(world, job_id) and "retry" in await last_error(world, job_id)
+    world.keboola.heal()
+    await world.store.retry_job(job_id, world.clock())
+    await world.step_until_waiting(job_id)
+    assert (len(posts(world.keboola)), await status(world, job_id)) == (1, "completed")
+
+
+async def test_a_stop_leaves_no_trigger_as_sending_that_never_left(world: World) -> None:
+    """More triggers than a stack has connections: who waits for one is still to be sent."""
+    ids = [await ready(world)]
+    ids += [await world.job(f"job-{n}") for n in range(2 * tecko.AT_ONCE)]
+    await asyncio.to_thread(world.keboola.fault, POST, Fault.hang(), None)
+    steps = [asyncio.create_task(world.steps.step(job_id)) for job_id in ids]
+    await until(lambda: world.keboola.count(POST) == tecko.AT_ONCE)
+    await until(lambda: world.openai.count(CHECK) == len(ids))
+    for step in steps:
+        step.cancel()
+    await asyncio.wait(steps)
+    states = [(await trigger_of(world, job_id)).state for job_id in ids]
+    assert states.count("sending") == world.keboola.count(POST)
+    assert set(states) == {"sending", "pending"}
+
+
+@Given("late", [60, 10**6], ids=["comes", "never-comes"])
+async def test_a_batch_with_output_waits_for_its_file(world: World, late: int) -> None:
+    """Its counts are there before the file's name: looked at again soon, and fired without it only
+    after some minutes, which is said."""
+    batch = world.openai.batch("batch_1", "completed", output_file_id=None)
+    job_id, start = await world.job(), world.clock()
+    stepped = await world.steps.step(job_id)
+    assert stepped.wait is not None and stepped.wait <= 30 and posts(world.keboola) == []
+    assert "has yet to name its output file" in await last_error(world, job_id)
+    while not posts(world.keboola):
+        world.clock.turn(15)
+        if world.clock() - start >= late:
+            batch.become("completed", output_file_id="file-late")
+        await world.steps.step(job_id)
+    waited, files = world.clock() - start, made_variables(world.keboola)["output_file_ids"]
+    assert (waited, files) == ((60, '["file-late"]') if late == 60 else (300, "[]"))
+
+
+@Given("name", ["ALL_PROXY", "SSL_CERT_FILE"])
+async def test_an_environment_without_a_client_is_told_and_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """At the job's pace, by its last error: no silent hour, no search for what was never sent."""
+    job_id = await ready(world)
+    with monkeypatch.context() as broken:
+        broken.setenv(name, "socks5://127.0.0.1:9" if name == "ALL_PROXY" else "/nowhere.pem")
+        assert await waits(world, job_id, 4) == BACKOFF[:4]
+        assert "no HTTP client can be made" in await last_error(world, job_id)
+    await world.steps.openai.retrieve(tecko.SecretValue(standins.OPENAI_KEY), "batch_1")
+    with monkeypatch.context() as broken:
+        broken.setenv(name, "socks5://127.0.0.1:9" if name == "ALL_PROXY" else "/nowhere.pem")
+        assert await waits(world, job_id, 2) == [1.0, 2.0]
+        assert "no HTTP client can be made" in await last_error(world, job_id)
+    await world.step_until_waiting(job_id)
+    assert (len(posts(world.keboola)), world.keboola.count(SEARCH)) == (1, 0)
+
+
 # --- Nobody waits for others ---------------------------------------------------------------------
 
 
