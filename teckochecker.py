@@ -159,6 +159,7 @@ if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK 
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
     from apscheduler.triggers.interval import IntervalTrigger
     from prometheus_client.core import HistogramMetricFamily
+    from psycopg import AsyncConnection
     from rich.console import RenderableType
 
 P = ParamSpec("P")
@@ -201,10 +202,8 @@ TICK = 1.0  # s between looks at what other processes changed in the store
 STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
 DRAIN_SECONDS = 8.0  # s that work in flight may take after SIGTERM, of the 10 s promised
 STORE_RETRY = 1.0  # s between attempts to write down what Keboola answered
-BUSY_TIMEOUT = 5000  # ms that SQLite waits for another process's lock
 
 CHUNK_ROWS = 2000  # records that commit together: beyond that a transaction only gets longer
-STATEMENT_ROWS = 500  # rows inserted by one statement, whose 3,000 values SQLite allows ten times
 BLOCK_BYTES = 1 << 19  # bytes of a file that are read at once
 CHUNK_BYTES = 4 << 20  # bytes of a file after which a chunk ends early, however few its records
 RECORD_BYTES = 16 << 20  # bytes of one line, or characters of one field; more is no record
@@ -223,7 +222,6 @@ SOURCE_DEADLINE = 120.0  # s for one page of a source
 DOWNLOAD_DEADLINE = 3600.0  # s for a file behind a URL
 INGESTS_AT_ONCE = 2  # more would only take turns on the same processor and the same store
 SINCE_OVERLAP = 300  # s that a source may be late to show a record under its own time stamp
-DELETE_ROWS = 5000  # of a deleted job's records in one transaction, so that it stays short
 
 HTTP_IDLE = 5.0  # s without a byte before a connection is closed
 HTTP_DEADLINE = 8.0  # s for one request to arrive in whole, however it drips
@@ -231,7 +229,6 @@ HTTP_ANSWER = 5.0  # s that the loop has to compute an answer
 HTTP_BODY = 1 << 20  # bytes of a request's body
 LOG_BYTES = 10_000_000  # per log file, five are kept
 PRUNE_SECONDS = 3600.0  # s between looks for log rows past their time
-PRUNE_ROWS = 1000  # of them are deleted in one transaction, so that it stays short
 
 BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
 VALUE_TEXT = "printable ASCII, without control characters, not empty"
@@ -1158,14 +1155,25 @@ class Trigger:
     finished_at: At | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@lru_cache(maxsize=1024)
+def spec_of(text: str) -> Spec:
+    """A job's definition from its row; it was validated when it came in, under the bounds of
+    then, and is the same at each check."""
+    data = json.loads(text)
+    return spec_model(data).model_validate(data, context={"bounds": (0, sys.maxsize)})
+
+
+@dataclass(slots=True)  # not frozen: to make one would take as long as all the rest of a check
 class Job:
-    """A job as the store has it."""
+    """A job as the store has it; its definition is read when someone asks for it."""
 
     id: int
     name: str
     origin: str  # file or store
-    spec: Spec
+    text: str  # its definition, JSON
+    secret: str  # that it watches batches with; empty: an ingest
+    interval: int  # s; 0: auto
+    pace: float  # s between checks at present
     status: JobStatus
     removed_at: float | None
     revision: int
@@ -1179,6 +1187,25 @@ class Job:
     completed_at: float | None
 
     @property
+    def spec(self) -> Spec:
+        """Raises TeckoError where today's model refuses it, or it is damaged."""
+        try:
+            return spec_of(self.text)
+        except ValueError as e:  # pydantic's is one
+            reason = str(e).replace("\n", " ")
+            raise TeckoError(
+                f"the definition of job {self.name!r} (ID {self.id}) cannot be used: {reason}"
+            ) from e
+
+    @property
+    def damage(self) -> str | None:
+        """Why its definition cannot be used; None: it can."""
+        try:
+            return None if self.spec else ""
+        except TeckoError as e:
+            return str(e)
+
+    @property
     def watches(self) -> JobSpec:
         """The definition of a job that watches batches; an ingest never gets to where it is
         asked for."""
@@ -1186,8 +1213,28 @@ class Job:
         return self.spec
 
     @property
+    def is_ingest(self) -> bool:
+        return not self.secret
+
+    @property
+    def is_active(self) -> bool:
+        return self.status == "active" and self.removed_at is None
+
+    @property
     def shown_status(self) -> str:
         return "removed" if self.removed_at is not None else self.status
+
+    def differs(self, spec: Spec) -> bool:
+        """Whether `spec` is another definition; texts alike spare the reading."""
+        return self.text != spec.model_dump_json() and (bool(self.damage) or self.spec != spec)
+
+
+@dataclass(slots=True)
+class CheckRow(Job):
+    """A job with what a check has to know beside it."""
+
+    has_open: bool  # a trigger that is not settled
+    batches: list[Batch] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1272,6 +1319,7 @@ class RunEnd:
     wait: float  # s until the next run
     watermark: str | None = None  # None: as it was
     whole: bool = False  # every part was seen, so that others are gone
+    there: Collection[str] | None = None  # the parts that there are; None: as they were
     forget: bool = False  # what this run read has to be read again
 
 
@@ -2260,233 +2308,1156 @@ def all_problems(config: Config, stored: Mapping[str | int, str]) -> list[str]:
     return config.text.told(problems)
 
 
-# ── Store ─────────────────────────────────────────────────────────────────────────────────────
+# ── Schema ────────────────────────────────────────────────────────────────────────────────────
 
-# Times are unix seconds, UTC. For PostgreSQL: AUTOINCREMENT becomes GENERATED ALWAYS AS IDENTITY,
-# BLOB becomes BYTEA, REAL becomes DOUBLE PRECISION; the statements further down stay.
-MIGRATIONS = (
-    """
-    CREATE TABLE secrets (
-        id INTEGER PRIMARY KEY AUTOINCREMENT,
-        name TEXT NOT NULL UNIQUE,
-        type TEXT NOT NULL,                  -- openai, keboola or api
-        value BLOB NOT NULL,                 -- nonce, ciphertext and tag
-        key_id TEXT NOT NULL,                -- the master key that sealed it
-        created_at REAL NOT NULL
-    );
-    CREATE TABLE polling_jobs (
-        id INTEGER PRIMARY KEY AUTOINCREMENT,
-        name TEXT NOT NULL UNIQUE,
-        origin TEXT NOT NULL,                -- file (jobs.yaml) or store (command line, REST)
-        spec TEXT NOT NULL,                  -- the job as its author wrote it, JSON
-        openai_secret TEXT NOT NULL,         -- name of the secret that spec uses
-        keboola_secret TEXT NOT NULL,        -- likewise
-        poll_interval_seconds INTEGER NOT NULL,
-        status TEXT NOT NULL,                -- see JOB_STEPS
-        removed_at REAL,                     -- when it left jobs.yaml; NULL: it is there
-        revision INTEGER NOT NULL DEFAULT 1, -- grows with each change of spec
-        round INTEGER NOT NULL DEFAULT 1,    -- a round fires at most once: see triggers
-        errors_in_row INTEGER NOT NULL DEFAULT 0,
-        last_error TEXT,                     -- NULL: nothing to say
-        last_check_at REAL,                  -- NULL: never checked
-        last_ok_at REAL NOT NULL,            -- last successful check, or since when one is awaited
-        next_check_at REAL,                  -- NULL: none is planned
-        created_at REAL NOT NULL,
-        completed_at REAL                    -- NULL: it has not ended
-    );
-    CREATE TABLE polling_batches (
-        job_id INTEGER NOT NULL REFERENCES polling_jobs (id) ON DELETE CASCADE,
-        position INTEGER NOT NULL,           -- its place in batch_ids
-        batch_id TEXT NOT NULL,
-        status TEXT NOT NULL DEFAULT '',     -- as OpenAI says; empty: not seen yet
-        created_at REAL,                     -- NULL, here and below: OpenAI did not say
-        expires_at REAL,
-        output_file_id TEXT,
-        error_file_id TEXT,
-        requests_total INTEGER NOT NULL DEFAULT 0,
-        requests_completed INTEGER NOT NULL DEFAULT 0,
-        requests_failed INTEGER NOT NULL DEFAULT 0,
-        error TEXT,                          -- why its input was refused
-        changed_at REAL NOT NULL,            -- when we last saw it make progress
-        missing_since REAL,                  -- first of the 404s in a row; NULL: the last was none
-        missing_checks INTEGER NOT NULL DEFAULT 0,
-        PRIMARY KEY (job_id, position)
-    );
-    CREATE TABLE triggers (
-        id TEXT PRIMARY KEY,                 -- also in the body, for Keboola's search
-        job_id INTEGER NOT NULL REFERENCES polling_jobs (id) ON DELETE CASCADE,
-        round INTEGER NOT NULL,
-        state TEXT NOT NULL,                 -- see TRIGGER_STEPS
-        stack_url TEXT NOT NULL,
-        secret TEXT NOT NULL,                -- name of the Keboola token
-        body TEXT NOT NULL,                  -- of POST /jobs, frozen with the decision
-        partial BOOLEAN NOT NULL,            -- some batch did not complete
-        on_ambiguous TEXT NOT NULL,          -- resend or hold
-        created_at REAL NOT NULL,
-        attempts INTEGER NOT NULL,           -- POSTs begun
-        searches INTEGER NOT NULL,           -- successful ones since unknown_at
-        sent_at REAL,                        -- first POST that may have arrived; NULL: none
-        unknown_at REAL,                     -- when last an answer was lost; NULL: never
-        keboola_job_id TEXT,                 -- NULL until Keboola named it
-        keboola_status TEXT,
-        message TEXT,                        -- Keboola's, on a failure
-        finished_at REAL,                    -- NULL while open or held
-        UNIQUE (job_id, round)               -- once: a second trigger of a round cannot exist
-    );
-    CREATE TABLE polling_logs (
-        id INTEGER PRIMARY KEY AUTOINCREMENT,
-        job_id INTEGER REFERENCES polling_jobs (id) ON DELETE CASCADE,
-        status TEXT NOT NULL,                -- created, checking, triggered, failed, error ...
-        message TEXT NOT NULL,
-        created_at REAL NOT NULL
-    );
-    CREATE INDEX logs_of_a_job ON polling_logs (job_id, id);
-    CREATE INDEX open_triggers ON triggers (job_id) WHERE finished_at IS NULL;
-    """,
-    """
-    -- who asked for what the row says; NULL: the program itself
-    ALTER TABLE polling_logs ADD COLUMN actor TEXT;
-    -- NULL: not used yet
-    ALTER TABLE secrets ADD COLUMN first_used_at REAL;
-    CREATE INDEX logs_by_age ON polling_logs (created_at);
-    """,
-    """
-    -- name of the secret that an ingest sends; NULL: none. An ingest's other two are empty
-    ALTER TABLE polling_jobs ADD COLUMN api_secret TEXT;
-    CREATE TABLE raw_data_csv (
-        id INTEGER PRIMARY KEY,
-        source TEXT NOT NULL,                -- name of the job
-        external_id TEXT NOT NULL,           -- what the record says it is
-        raw_data TEXT NOT NULL,              -- the record as received, JSON
-        ingested_at REAL NOT NULL,
-        processed BOOLEAN NOT NULL,          -- false: it could not be normalized, see etl_reject
-        UNIQUE (source, external_id)
-    );
-    CREATE TABLE raw_data_api (
-        id INTEGER PRIMARY KEY,
-        source TEXT NOT NULL,
-        external_id TEXT NOT NULL,
-        raw_data TEXT NOT NULL,
-        ingested_at REAL NOT NULL,
-        processed BOOLEAN NOT NULL,
-        UNIQUE (source, external_id)
-    );
-    CREATE TABLE normalized_data (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, -- never given twice: what `after` counts by
-        source TEXT NOT NULL,
-        source_id TEXT NOT NULL,
-        data TEXT NOT NULL,                  -- the unified record, JSON
-        hash BLOB NOT NULL,                  -- of the record as received and of how it is mapped
-        created_at REAL NOT NULL,
-        updated_at REAL NOT NULL,
-        UNIQUE (source, source_id)
-    );
-    CREATE INDEX data_of_a_source ON normalized_data (source);
-    CREATE TABLE etl_checkpoint (
-        source TEXT PRIMARY KEY,             -- empty: the sums of all
-        watermark TEXT,                      -- the greatest `since` of a whole run; NULL: none yet
-        fields TEXT NOT NULL DEFAULT '{}',   -- the fields met and their types, JSON
-        records INTEGER NOT NULL DEFAULT 0,  -- rows of normalized_data
-        records_processed INTEGER NOT NULL DEFAULT 0,
-        records_inserted INTEGER NOT NULL DEFAULT 0,
-        records_updated INTEGER NOT NULL DEFAULT 0,
-        records_unchanged INTEGER NOT NULL DEFAULT 0,
-        records_failed INTEGER NOT NULL DEFAULT 0,
-        checkpoint_timestamp REAL            -- NULL: no chunk was committed yet
-    );
-    CREATE TABLE etl_part (
-        source TEXT NOT NULL,
-        part TEXT NOT NULL,                  -- a file, or the URL of a page
-        state TEXT NOT NULL,                 -- how far it was read, and what tells a change; JSON
-        run_id INTEGER NOT NULL,             -- the run that last saw it
-        PRIMARY KEY (source, part)
-    );
-    CREATE TABLE etl_run (
-        id INTEGER PRIMARY KEY AUTOINCREMENT,
-        run_id TEXT NOT NULL UNIQUE,
-        job_id INTEGER,                      -- NULL: that job was deleted
-        source TEXT NOT NULL,
-        status TEXT NOT NULL,                -- in_progress, success, failed or interrupted
-        records_processed INTEGER NOT NULL DEFAULT 0,
-        records_inserted INTEGER NOT NULL DEFAULT 0,
-        records_updated INTEGER NOT NULL DEFAULT 0,
-        records_unchanged INTEGER NOT NULL DEFAULT 0,
-        records_failed INTEGER NOT NULL DEFAULT 0,
-        progress REAL,                       -- 0 to 1; NULL: nobody knows how much there is
-        start_time REAL NOT NULL,
-        end_time REAL,                       -- NULL: it goes on
-        error_message TEXT,                  -- NULL: none
-        notes TEXT NOT NULL DEFAULT '[]'     -- what drifted and what else is worth a word, JSON
-    );
-    CREATE INDEX runs_of_a_source ON etl_run (source, id);
-    CREATE INDEX runs_by_status ON etl_run (status, id);
-    CREATE TABLE etl_reject (
-        id INTEGER PRIMARY KEY AUTOINCREMENT,
-        source TEXT NOT NULL,
-        place TEXT NOT NULL,                 -- file and line, or page and number
-        reason TEXT NOT NULL,
-        record TEXT NOT NULL,                -- as received, as far as it could be read
-        digest BLOB NOT NULL,                -- of the record
-        run_id INTEGER NOT NULL,             -- the run that last met it
-        created_at REAL NOT NULL,
-        UNIQUE (source, place, digest)       -- read again, it is the same one
-    );
-    CREATE INDEX runs_by_age ON etl_run (start_time);
-    CREATE INDEX rejects_by_age ON etl_reject (created_at);
-    CREATE INDEX rejects_of_a_source ON etl_reject (source, id);
-    """,
-    """
-    -- s between checks at present; NULL: poll_interval_seconds, which is 0 where it is auto
-    ALTER TABLE polling_jobs ADD COLUMN pace REAL;
-    CREATE INDEX jobs_by_pace ON polling_jobs (coalesce(pace, poll_interval_seconds), last_ok_at)
-        WHERE status = 'active' AND removed_at IS NULL;
-    CREATE INDEX jobs_by_key ON polling_jobs (openai_secret)
-        WHERE status = 'active' AND removed_at IS NULL;
-    CREATE INDEX batches_by_id ON polling_batches (batch_id);
-    CREATE TABLE counts (                    -- kept by triggers: to count would read every row
-        what TEXT PRIMARY KEY,               -- secrets, triggers, logs, or job: and a shown status
-        n INTEGER NOT NULL
-    );
-    INSERT INTO counts SELECT 'job:' || CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END,
-        count(*) FROM polling_jobs GROUP BY 1;
-    INSERT INTO counts SELECT 'secrets', count(*) FROM secrets;
-    INSERT INTO counts SELECT 'triggers', count(*) FROM triggers;
-    INSERT INTO counts SELECT 'logs', count(*) FROM polling_logs;
-    CREATE TRIGGER job_comes AFTER INSERT ON polling_jobs BEGIN
-        INSERT INTO counts VALUES ('job:' || CASE WHEN NEW.removed_at IS NULL THEN NEW.status
-        ELSE 'removed' END, 1) ON CONFLICT (what) DO UPDATE SET n = n + 1; END;
-    CREATE TRIGGER job_goes AFTER DELETE ON polling_jobs BEGIN
-        UPDATE counts SET n = n - 1 WHERE what = 'job:' || CASE WHEN OLD.removed_at IS NULL
-        THEN OLD.status ELSE 'removed' END; END;
-    CREATE TRIGGER job_moves AFTER UPDATE OF status, removed_at ON polling_jobs
-        WHEN OLD.status <> NEW.status OR (OLD.removed_at IS NULL) <> (NEW.removed_at IS NULL) BEGIN
-        UPDATE counts SET n = n - 1 WHERE what = 'job:' || CASE WHEN OLD.removed_at IS NULL
-        THEN OLD.status ELSE 'removed' END; INSERT INTO counts VALUES ('job:' || CASE WHEN
-        NEW.removed_at IS NULL THEN NEW.status ELSE 'removed' END, 1)
-        ON CONFLICT (what) DO UPDATE SET n = n + 1; END;
-    CREATE TRIGGER secret_comes AFTER INSERT ON secrets BEGIN
-        UPDATE counts SET n = n + 1 WHERE what = 'secrets'; END;
-    CREATE TRIGGER secret_goes AFTER DELETE ON secrets BEGIN
-        UPDATE counts SET n = n - 1 WHERE what = 'secrets'; END;
-    CREATE TRIGGER trigger_comes AFTER INSERT ON triggers BEGIN
-        UPDATE counts SET n = n + 1 WHERE what = 'triggers'; END;
-    CREATE TRIGGER trigger_goes AFTER DELETE ON triggers BEGIN
-        UPDATE counts SET n = n - 1 WHERE what = 'triggers'; END;
-    CREATE TRIGGER log_comes AFTER INSERT ON polling_logs BEGIN
-        UPDATE counts SET n = n + 1 WHERE what = 'logs'; END;
-    CREATE TRIGGER log_goes AFTER DELETE ON polling_logs BEGIN
-        UPDATE counts SET n = n - 1 WHERE what = 'logs'; END;
-    """,
-)
-ACTIVE = "status = 'active' AND removed_at IS NULL"
-PACE = "coalesce(pace, poll_interval_seconds)"
-PACES = (  # each interval that is in use, found by as many steps through its index
-    f"WITH RECURSIVE paces (seconds) AS (SELECT min({PACE}) FROM polling_jobs WHERE {ACTIVE}"
-    f" UNION ALL SELECT (SELECT min({PACE}) FROM polling_jobs WHERE {ACTIVE} AND {PACE} > seconds)"
-    " FROM paces WHERE seconds IS NOT NULL)"
-)
+# For both engines: SQLite takes any name of a type. {id} becomes each engine's own words for a
+# number that is never given twice. Times are unix seconds, UTC.
+SCHEMA_VERSION = 1
+RAW_TABLE = """
+CREATE TABLE raw_data_{kind} (
+    id {id},
+    source TEXT NOT NULL,                    -- name of the job
+    external_id TEXT NOT NULL,               -- what the record says it is
+    raw_data TEXT NOT NULL,                  -- the record as received, JSON
+    ingested_at DOUBLE PRECISION NOT NULL,
+    processed BOOLEAN NOT NULL,              -- false: it could not be normalized, see etl_reject
+    UNIQUE (source, external_id)
+);
+"""
+COUNTED_COLUMNS = ",\n    ".join(f"records_{n} BIGINT NOT NULL DEFAULT 0" for n in COUNTED)
+SCHEMA = f"""
+CREATE TABLE schema_version (
+    version BIGINT NOT NULL,
+    changes BIGINT NOT NULL                  -- transactions so far; on SQLite a pragma tells
+);
+CREATE TABLE secrets (
+    id {{id}},
+    name TEXT NOT NULL UNIQUE,
+    type TEXT NOT NULL,                      -- openai, keboola or api
+    value BYTEA NOT NULL,                    -- nonce, ciphertext and tag
+    key_id TEXT NOT NULL,                    -- the master key that sealed it
+    created_at DOUBLE PRECISION NOT NULL,
+    first_used_at DOUBLE PRECISION           -- NULL: not used yet
+);
+CREATE TABLE polling_jobs (
+    id {{id}},
+    name TEXT NOT NULL UNIQUE,
+    origin TEXT NOT NULL,                    -- file (jobs.yaml) or store (command line, REST)
+    spec TEXT NOT NULL,                      -- the job as its author wrote it, JSON
+    openai_secret TEXT NOT NULL,             -- name of the secret that spec uses; empty: an ingest
+    keboola_secret TEXT NOT NULL,            -- likewise
+    api_secret TEXT,                         -- of an ingest; NULL: none
+    poll_interval_seconds BIGINT NOT NULL,   -- 0: auto
+    pace DOUBLE PRECISION NOT NULL,          -- s between checks at present, also where it is auto
+    status TEXT NOT NULL,                    -- see JOB_STEPS
+    removed_at DOUBLE PRECISION,             -- when it left jobs.yaml; NULL: it is there
+    revision BIGINT NOT NULL DEFAULT 1,      -- grows with each change of spec
+    round BIGINT NOT NULL DEFAULT 1,         -- a round fires at most once: see triggers
+    fires_again BOOLEAN NOT NULL DEFAULT FALSE, -- someone asked for this round: see _decide
+    errors_in_row BIGINT NOT NULL DEFAULT 0,
+    last_error TEXT,                         -- NULL: nothing to say
+    last_check_at DOUBLE PRECISION,          -- NULL: never checked
+    last_ok_at DOUBLE PRECISION NOT NULL,    -- last good check, or since when one is awaited
+    next_check_at DOUBLE PRECISION,          -- NULL: none is planned
+    created_at DOUBLE PRECISION NOT NULL,
+    completed_at DOUBLE PRECISION            -- NULL: it has not ended
+);
+CREATE INDEX jobs_by_key ON polling_jobs (openai_secret, id)
+    WHERE status = 'active' AND removed_at IS NULL;
+CREATE TABLE polling_batches (
+    job_id BIGINT NOT NULL REFERENCES polling_jobs (id) ON DELETE CASCADE,
+    position BIGINT NOT NULL,                -- its place in batch_ids
+    batch_id TEXT NOT NULL,
+    status TEXT NOT NULL DEFAULT '',         -- as OpenAI says; empty: not seen yet
+    created_at DOUBLE PRECISION,             -- NULL, here and below: OpenAI did not say
+    expires_at DOUBLE PRECISION,
+    output_file_id TEXT,
+    error_file_id TEXT,
+    requests_total BIGINT NOT NULL DEFAULT 0,
+    requests_completed BIGINT NOT NULL DEFAULT 0,
+    requests_failed BIGINT NOT NULL DEFAULT 0,
+    error TEXT,                              -- why its input was refused
+    changed_at DOUBLE PRECISION NOT NULL,    -- when we last saw it make progress
+    missing_since DOUBLE PRECISION,          -- first of the 404s in a row; NULL: the last was none
+    missing_checks BIGINT NOT NULL DEFAULT 0,
+    PRIMARY KEY (job_id, position)
+);
+CREATE INDEX batches_by_id ON polling_batches (batch_id);
+CREATE TABLE triggers (
+    id TEXT PRIMARY KEY,                     -- also in the body, for Keboola's search
+    job_id BIGINT NOT NULL REFERENCES polling_jobs (id) ON DELETE CASCADE,
+    round BIGINT NOT NULL,
+    state TEXT NOT NULL,                     -- see TRIGGER_STEPS
+    stack_url TEXT NOT NULL,
+    secret TEXT NOT NULL,                    -- name of the Keboola token
+    body TEXT NOT NULL,                      -- of POST /jobs, frozen with the decision
+    aim TEXT NOT NULL,                       -- names its batches and its target: see aim_of
+    partial BOOLEAN NOT NULL,                -- some batch did not complete
+    on_ambiguous TEXT NOT NULL,              -- resend or hold
+    created_at DOUBLE PRECISION NOT NULL,
+    attempts BIGINT NOT NULL,                -- POSTs begun
+    searches BIGINT NOT NULL,                -- successful ones since unknown_at
+    sent_at DOUBLE PRECISION,                -- first POST that may have arrived; NULL: none
+    unknown_at DOUBLE PRECISION,             -- when last an answer was lost; NULL: never
+    keboola_job_id TEXT,                     -- NULL until Keboola named it
+    keboola_status TEXT,
+    message TEXT,                            -- Keboola's, on a failure
+    finished_at DOUBLE PRECISION,            -- NULL while open or held
+    UNIQUE (job_id, round)                   -- once: a second trigger of a round cannot exist
+);
+CREATE INDEX open_triggers ON triggers (job_id) WHERE finished_at IS NULL;
+CREATE INDEX triggers_by_aim ON triggers (aim);
+CREATE TABLE polling_logs (
+    id {{id}},
+    job_id BIGINT REFERENCES polling_jobs (id) ON DELETE CASCADE,
+    status TEXT NOT NULL,                    -- created, checking, triggered, failed, error ...
+    message TEXT NOT NULL,
+    actor TEXT,                              -- who asked for it; NULL: the program itself
+    created_at DOUBLE PRECISION NOT NULL
+);
+CREATE INDEX logs_of_a_job ON polling_logs (job_id, id);
+CREATE INDEX logs_by_age ON polling_logs (created_at, id);
+{RAW_TABLE.replace("{kind}", "csv")}
+{RAW_TABLE.replace("{kind}", "api")}
+CREATE TABLE normalized_data (
+    id {{id}},                               -- what `after` counts by
+    source TEXT NOT NULL,
+    source_id TEXT NOT NULL,
+    data TEXT NOT NULL,                      -- the unified record, JSON
+    hash BYTEA NOT NULL,                     -- of the record as received and of how it is mapped
+    created_at DOUBLE PRECISION NOT NULL,
+    updated_at DOUBLE PRECISION NOT NULL,
+    UNIQUE (source, source_id)
+);
+CREATE INDEX data_of_a_source ON normalized_data (source, id);
+CREATE TABLE etl_checkpoint (
+    source TEXT PRIMARY KEY,                 -- empty: the sums of all
+    watermark TEXT,                          -- the greatest `since` of a whole run; NULL: none yet
+    fields TEXT NOT NULL DEFAULT '{{}}',     -- the fields met and their types, JSON
+    records BIGINT NOT NULL DEFAULT 0,       -- rows of normalized_data
+    {COUNTED_COLUMNS},
+    checkpoint_timestamp DOUBLE PRECISION    -- NULL: no chunk was committed yet
+);
+CREATE TABLE etl_part (
+    source TEXT NOT NULL,
+    part TEXT NOT NULL,                      -- a file, or the URL of a page
+    state TEXT NOT NULL,                     -- how far it was read, and what tells a change; JSON
+    run_id BIGINT NOT NULL,                  -- the run that last saw it
+    PRIMARY KEY (source, part)
+);
+CREATE TABLE etl_run (
+    id {{id}},
+    run_id TEXT NOT NULL UNIQUE,
+    job_id BIGINT,                           -- NULL: that job was deleted
+    source TEXT NOT NULL,
+    status TEXT NOT NULL,                    -- in_progress, success, failed or interrupted
+    {COUNTED_COLUMNS},
+    progress DOUBLE PRECISION,               -- 0 to 1; NULL: total unknown
+    start_time DOUBLE PRECISION NOT NULL,
+    end_time DOUBLE PRECISION,               -- NULL: it goes on
+    error_message TEXT,                      -- NULL: none
+    notes TEXT NOT NULL DEFAULT '[]'         -- what drifted and what else is worth a word, JSON
+);
+CREATE INDEX runs_of_a_source ON etl_run (source, id);
+CREATE INDEX runs_by_status ON etl_run (status, id);
+CREATE INDEX runs_by_age ON etl_run (start_time, id);
+CREATE TABLE etl_reject (
+    id {{id}},
+    source TEXT NOT NULL,
+    place TEXT NOT NULL,                     -- file and line, or page and number
+    reason TEXT NOT NULL,
+    record TEXT NOT NULL,                    -- as received, as far as it could be read
+    digest BYTEA NOT NULL,                   -- of the record
+    run_id BIGINT NOT NULL,                  -- the run that last met it
+    created_at DOUBLE PRECISION NOT NULL,
+    UNIQUE (source, place, digest)           -- read again, it is the same one
+);
+CREATE INDEX rejects_by_age ON etl_reject (created_at, id);
+CREATE INDEX rejects_of_a_source ON etl_reject (source, id);
+INSERT INTO schema_version VALUES ({SCHEMA_VERSION}, 0);
+"""
+ACTIVE = "j.status = 'active' AND j.removed_at IS NULL"
+OPEN_TRIGGER = "finished_at IS NULL AND state <> 'held'"
+
+# ── Database ──────────────────────────────────────────────────────────────────────────────────
+
+# What holds, and why:
+# - One connection writes and one reads, on both engines. A reader sees what was committed and
+#   waits for nobody (SQLite: WAL; PostgreSQL: MVCC), so that a lock that another process holds
+#   stops no check's reading, no health and no watchdog.
+# - Every transaction holds the lock for writing from its first statement on: BEGIN IMMEDIATE, or
+#   an advisory lock. So what it reads cannot change before it commits, in any process. It waits
+#   `patience` seconds for others, in short turns, and then fails with nothing written.
+# - A transaction runs to its end even when its caller is cancelled: one cancelled between BEGIN and
+#   COMMIT would leave the database locked.
+# - SQLite: synchronous = FULL, since NORMAL may lose the last commits at a power loss. A file that
+#   was deleted or replaced under us takes no more writes: they would be gone at the next start.
+# - PostgreSQL: whoever works alone (`sole`) holds a session's advisory lock on the very connection
+#   that writes. A node that lost its connection has lost both, and writes again only if it gets the
+#   lock back. So of two nodes only one can claim a trigger, and the other takes over once the
+#   server has seen the first one's connection end: at once when its process dies, after
+#   KEEPALIVES when its machine does.
+# Not promised: that a transaction whose connection broke while it was committed was not committed.
+# Each change starts from the state that it expects, so trying it again does nothing twice.
+PATIENCE = 5.0  # s that a transaction waits for another process's lock
+TURN = 0.05  # s that it waits at a time, so that the end of the program need not wait for longer
+WAL_BYTES = 8 << 20  # to which the log is cut after a reader has kept it from being written back
+SOLE_SECONDS = 1.0  # s between attempts to get the lock of a node that has gone
+KEEPALIVES = {"idle": 10, "interval": 5, "count": 2}  # s; both ends give up a silent peer after 20
+STATEMENT_ROWS = 500  # rows inserted by one statement, whose 3,000 values SQLite allows ten times
+LARGEST = (1 << 63) - 1  # integer of both engines
+SQLITE_NEEDED = (3, 35, 0)  # for RETURNING
 
 ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the audit: who asks
+INSIDE: ContextVar[object] = ContextVar("inside", default=None)  # whose transaction this task runs
+Values = Mapping[str, Any]
+
+
+class Sqlite:
+    """One connection to an SQLite file."""
+
+    errors: type[Exception] = sqlite3.Error
+    refused: type[Exception] = sqlite3.IntegrityError
+    id = "INTEGER PRIMARY KEY AUTOINCREMENT"
+    has_schema = "SELECT 1 FROM sqlite_master WHERE name = 'schema_version'"
+    superseded = False  # a run lock beside the file sees to that
+
+    def __init__(self, path: Path, *, mode: Literal["ro", "rw"], writes: bool) -> None:
+        self._uri, self._writes = f"file:{quote(str(path))}?mode={mode}", writes
+        self._db: aiosqlite.Connection | None = None
+
+    async def open(self) -> None:
+        import aiosqlite
+
+        self._db = await aiosqlite.connect(self._uri, uri=True, isolation_level=None)
+        await self.run(f"PRAGMA busy_timeout = {int(1000 * TURN)}")
+        if not self._writes:
+            await self.run("PRAGMA query_only = ON")
+            return
+        for turns_left in reversed(range(int(PATIENCE / TURN))):
+            try:  # of two processes that make the file at once, one is told at once: locked
+                await self.run("PRAGMA journal_mode = WAL")
+                break
+            except sqlite3.OperationalError:
+                if not turns_left:
+                    raise
+                await asyncio.sleep(TURN)
+        await self.run("PRAGMA synchronous = FULL")
+        await self.run("PRAGMA foreign_keys = ON")
+        await self.run(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+
+    async def run(self, sql: str, values: Values | Sequence[Any] = ()) -> list[Any]:
+        if self._db is None:
+            raise StoreError("the database is closed")
+        return list(await self._db.execute_fetchall(sql, values))
+
+    async def many(self, sql: str, rows: Sequence[Values]) -> None:
+        assert self._db is not None
+        await (await self._db.executemany(sql, rows)).close()
+
+    async def upsert(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
+    ) -> None:
+        """Hundreds of rows in a statement: a third cheaper than a statement for each."""
+        row = f"({', '.join('?' * len(columns))})"
+        for start in range(0, len(rows), STATEMENT_ROWS):
+            some = rows[start : start + STATEMENT_ROWS]
+            values = ", ".join([row] * len(some))
+            sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES {values} {conflict}"
+            await self.run(sql, [value for given in some for value in given])
+
+    async def begin(self) -> None:
+        await self.run("BEGIN IMMEDIATE")  # a deferred one that reads first gets BUSY at once
+
+    async def commit(self) -> None:
+        await self.run("COMMIT")
+
+    async def changes(self) -> int:
+        [[version]] = await self.run("PRAGMA data_version")
+        return int(version)
+
+    async def claim(self) -> bool:
+        return True
+
+    @staticmethod
+    def is_busy(error: Exception) -> bool:
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+
+    @staticmethod
+    def cannot_write(error: Exception) -> bool:
+        """Whether it is full, read-only or broken, which lasts until someone sees to it."""
+        lasting = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF in lasting
+
+    async def close(self) -> None:
+        if self._db is not None:  # an open one would keep the interpreter from exiting
+            await self._db.close()
+            self._db = None
+
+
+@lru_cache(maxsize=1024)
+def spoken(sql: str) -> str:
+    """A statement with psycopg's marks for its parameters."""
+    return re.sub(r"(?<!:):([a-z]\w*)", r"%(\1)s", sql.replace("%", "%%"))
+
+
+class Postgres:
+    """One connection to PostgreSQL, opened again when it was lost. psycopg is imported here alone,
+    so that only who asks for it needs it."""
+
+    id = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
+    has_schema = (
+        "SELECT 1 FROM pg_tables WHERE schemaname = current_schema()"
+        " AND tablename = 'schema_version'"
+    )
+    begin_sql = (  # the lock is of this schema; two programs may share a database
+        f"BEGIN; SET LOCAL lock_timeout = {int(1000 * TURN)};"
+        " SELECT pg_advisory_xact_lock(7238, hashtext(current_schema()));"
+        " SET LOCAL lock_timeout = 0"
+    )
+    claim_sql = "SELECT pg_try_advisory_lock(7239, hashtext(current_schema()))"
+
+    def __init__(self, url: str) -> None:
+        try:
+            import psycopg
+        except ImportError as e:
+            raise StoreError(
+                "the driver for PostgreSQL is not installed",
+                hint="pip install 'psycopg[binary]', or use an SQLite file",
+            ) from e
+        self._url, self._psycopg = url, psycopg
+        self.errors: type[Exception] = psycopg.Error
+        self.refused: type[Exception] = psycopg.IntegrityError
+        self._db: AsyncConnection | None = None
+        self._opening = asyncio.Lock()
+        self._commits = 0
+        self._sole = self.superseded = False
+
+    async def open(self) -> None:
+        from psycopg.types.string import StrDumper
+
+        class TextDumper(StrDumper):
+            """PostgreSQL's texts hold no NUL; type unknown, as psycopg's own dumper of texts."""
+
+            oid = 0
+
+            def dump(self, obj: str) -> Any:
+                return super().dump(obj.replace("\0", "\ufffd"))
+
+        ours: Any = {f"keepalives_{name}": value for name, value in KEEPALIVES.items()}
+        theirs = "; ".join(f"SET tcp_keepalives_{n} = {v}" for n, v in KEEPALIVES.items())
+        db = await self._psycopg.AsyncConnection.connect(
+            self._url, autocommit=True, connect_timeout=5, **ours
+        )
+        try:
+            db.adapters.register_dumper(str, TextDumper)
+            db.prepare_threshold = None  # so that a pooler may stand in between
+            await db.execute(theirs)
+            if self._sole and not await self._got_lock(db):
+                self.superseded = True
+                raise StoreError("another TeckoChecker has taken over this database")
+        except BaseException:
+            await db.close()
+            raise
+        self._db, self.superseded = db, False
+
+    async def _got_lock(self, db: AsyncConnection) -> bool:
+        [[got]] = await (await db.execute(self.claim_sql)).fetchall()
+        return bool(got)
+
+    async def _open_again(self, lost: object) -> None:
+        async with self._opening:  # of several that met the loss, one opens for all
+            if self._db is lost and self._db is not None:
+                await self._db.close()
+                await self.open()
+
+    async def _steady(self, work: Callable[[], Awaitable[T]]) -> T:
+        """`work`, and once more on a new connection where this one was lost; for what may be done
+        twice: a read, or the beginning of a transaction."""
+        db = self._db
+        try:
+            return await work()
+        except self._psycopg.OperationalError as e:
+            if (e.sqlstate or "08")[:2] not in ("08", "57"):  # lost, or the server shuts down
+                raise
+        await self._open_again(db)
+        return await work()
+
+    async def _execute(self, sql: str, values: Values | None = None) -> list[Any]:
+        if self._db is None:
+            raise StoreError("the database is closed")
+        cursor = await self._db.execute(spoken(sql) if values else sql, values)
+        return await cursor.fetchall() if cursor.description else []
+
+    async def run(self, sql: str, values: Values = MappingProxyType({})) -> list[Any]:
+        if INSIDE.get() is not None:  # a transaction that lost its connection is over
+            return await self._execute(sql, values or None)
+        return await self._steady(partial(self._execute, sql, values or None))
+
+    async def many(self, sql: str, rows: Sequence[Values]) -> None:
+        assert self._db is not None
+        async with self._db.cursor() as cursor:
+            await cursor.executemany(spoken(sql), rows)
+
+    async def upsert(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
+    ) -> None:
+        """By COPY, at a fifth of what executemany takes of our processor."""
+        assert self._db is not None
+        names = ", ".join(columns)
+        await self._execute(
+            f"CREATE TEMP TABLE IF NOT EXISTS new_{table} ON COMMIT DELETE ROWS"
+            f" AS SELECT {names} FROM {table} LIMIT 0"
+        )
+        async with (
+            self._db.cursor() as cursor,
+            cursor.copy(f"COPY new_{table} ({names}) FROM STDIN") as copy,
+        ):
+            for row in rows:
+                await copy.write_row(row)
+        await self._execute(
+            f"INSERT INTO {table} ({names}) SELECT {names} FROM new_{table} {conflict}"
+        )
+
+    async def begin(self) -> None:
+        await self._steady(partial(self._execute, self.begin_sql))
+
+    async def commit(self) -> None:
+        await self._execute("UPDATE schema_version SET changes = changes + 1; COMMIT")
+        self._commits += 1
+
+    async def changes(self) -> int:
+        [[changes]] = await self._steady(
+            partial(self._execute, "SELECT changes FROM schema_version")
+        )
+        return int(changes) - self._commits
+
+    async def claim(self) -> bool:
+        async def got() -> bool:
+            assert self._db is not None
+            return await self._got_lock(self._db)
+
+        self._sole = self._sole or await self._steady(got)
+        return self._sole
+
+    @staticmethod
+    def is_busy(error: Exception) -> bool:
+        return getattr(error, "sqlstate", "") == "55P03"  # lock_not_available
+
+    @staticmethod
+    def cannot_write(error: Exception) -> bool:
+        """Whether it is full or read-only, which lasts until someone sees to it."""
+        return getattr(error, "sqlstate", "") in ("53100", "25006")
+
+    async def close(self) -> None:
+        if self._db is not None:
+            await self._db.close()
+            self._db = None
+
+
+# ── Transactions ──────────────────────────────────────────────────────────────────────────────
+
+
+def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The method is one transaction, or part of the one that its caller has begun; see above why
+    it is shielded."""
+
+    @wraps(method)
+    async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        database = cast(Database, args[0])
+        if INSIDE.get() is database:
+            return await method(*args, **kwargs)
+        task = asyncio.ensure_future(database.transact(partial(method, *args, **kwargs)))
+        # If the caller was cancelled, nobody else asks how it ended.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(task)
+
+    return wrapper
+
+
+class Database:
+    """A database in an SQLite file or, where `place` is a URL, in PostgreSQL: its schema, and
+    transactions that end.
+
+    `read_only` makes no file and no tables. Raises StoreError when it cannot be used, Conflict
+    where one of its rules forbids a change.
+    """
+
+    def __init__(self, place: Path | str, *, read_only: bool = False) -> None:
+        self.is_file = not str(place).startswith(("postgresql:", "postgres:"))
+        self.place = Path(place) if self.is_file else str(place)
+        self.path = Path(place)  # means nothing where it is a URL
+        self.read_only, self.patience = read_only, PATIENCE
+        self._writer: Sqlite | Postgres | None = None
+        self._reader: Sqlite | Postgres | None = None
+        self._identity: tuple[int, int] | None = None  # device and number of the open file
+        self._lock = asyncio.Lock()  # held by the transaction that goes on
+        self._end = math.inf  # when transactions are no longer begun (monotonic seconds)
+        self._blocked_since: float | None = None  # since when another process holds the lock
+        self._cannot_write: str | None = None
+        self._version = -1
+        self._news: list[tuple[int, str]] = []  # log lines of the transaction under way
+        self.on_write: Callable[[float], None] = lambda seconds: None  # told of each transaction
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._reader, self._writer = self._engines()
+            if self._writer is not None:
+                await self._told(self._writer.open())
+            await self._told(self._reader.open())
+            await self._check_schema()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    def _engines(self) -> tuple[Sqlite | Postgres, Sqlite | Postgres | None]:
+        """What reads, and what writes."""
+        if isinstance(self.place, str):
+            return Postgres(self.place), None if self.read_only else Postgres(self.place)
+        path = self._find_file(self.path)
+        if self.read_only:
+            return Sqlite(path, mode="ro", writes=False), None
+        return Sqlite(path, mode="rw", writes=False), Sqlite(path, mode="rw", writes=True)
+
+    def _find_file(self, path: Path) -> Path:
+        """The file that is meant, made if need be."""
+        if sqlite3.sqlite_version_info < SQLITE_NEEDED:
+            needed = ".".join(map(str, SQLITE_NEEDED[:2]))
+            raise StoreError(
+                f"SQLite {sqlite3.sqlite_version} is too old; needed: {needed} or newer",
+                hint="use a Python with a newer SQLite",
+            )
+        try:
+            if not path.exists():
+                if self.read_only:
+                    raise StoreError(f"there is no database at {path}", hint="`init` makes one")
+                path.touch(mode=0o600)
+            path = path.resolve()
+            found = path.stat()
+        except OSError as e:
+            raise StoreError(f"cannot open the database {path}: {e.strerror}") from e
+        if found.st_nlink > 1:
+            raise StoreError(
+                f"{path} has {found.st_nlink} names, of which each would have a log of its own",
+                hint="remove the other hard links, or copy the file",
+            )
+        self._identity = found.st_dev, found.st_ino
+        return path
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def touch(self) -> None:
+        """Make the file and its tables where they are not."""
+        async with self:
+            pass
+
+    async def close(self) -> None:
+        async with self._lock:  # a transaction under way ends first
+            engines = [engine for engine in (self._writer, self._reader) if engine is not None]
+            self._writer = self._reader = None
+            for engine in engines:
+                await engine.close()
+
+    def close_soon(self, seconds: float) -> None:
+        """From now on transactions wait no longer than until then, and none begins later: whatever
+        holds the lock, the program can end. What is not written then is as after a kill."""
+        self._end = time.monotonic() + seconds
+
+    @contextlib.asynccontextmanager
+    async def sole(self) -> AsyncIterator[None]:
+        """Work on this database alone, which may take until another node has gone; on SQLite the
+        run lock sees to that. When the lock is lost, and another node has it, `superseded` is true
+        and every write fails."""
+        assert self._writer is not None
+        while not await self._told(self._writer.claim()):  # noqa: ASYNC110 - it is the server's
+            await asyncio.sleep(SOLE_SECONDS)
+        yield  # the lock goes with the connection
+
+    @property
+    def superseded(self) -> bool:
+        return self._writer is not None and self._writer.superseded
+
+    def file_problem(self) -> str | None:
+        """What keeps the open file from being written, which someone has to see to: one stat."""
+        if self._identity is not None:
+            try:
+                found = self.path.stat()
+            except OSError as e:
+                return f"the database {self.path} is gone: {e.strerror}"
+            if (found.st_dev, found.st_ino) != self._identity:
+                return f"another file has taken the place of the database {self.path}"
+        return self._cannot_write
+
+    async def transact(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run `work` in a transaction of its own."""
+        async with self._lock:
+            inside, began = INSIDE.set(self), time.perf_counter()
+            try:
+                await self._begin()
+                try:
+                    result = await work()
+                    await self._told(self._engine().commit())
+                except BaseException:
+                    with contextlib.suppress(StoreError):  # it may have been rolled back already
+                        await self._sql("ROLLBACK")
+                    raise
+                self._cannot_write = None
+                self.on_write(time.perf_counter() - began)
+                for level, text in self._news:  # of what was committed, and of that alone
+                    log.log(level, "%s", text)
+                return result
+            finally:
+                self._news.clear()
+                INSIDE.reset(inside)
+
+    async def _begin(self) -> None:
+        """Take the lock for writing. Time in which another process held it counts once, for all
+        that wait here in a row."""
+        engine = self._engine()
+        if (problem := self.file_problem()) and problem != self._cannot_write:
+            raise StoreError(problem, hint="put it back, or restart")
+        while time.monotonic() < self._end:
+            try:
+                await engine.begin()
+                self._blocked_since = None
+                return
+            except engine.errors as e:
+                busy = engine.is_busy(e)
+                if not isinstance(engine, Sqlite):
+                    with contextlib.suppress(engine.errors):
+                        await engine.run("ROLLBACK")
+                now = time.monotonic()
+                self._blocked_since = self._blocked_since or now
+                if not busy or now - self._blocked_since >= self.patience:
+                    raise self._store_error(e) from e
+        raise StoreError("the program ends: nothing more is written")
+
+    def _engine(self) -> Sqlite | Postgres:
+        engine = self._writer if INSIDE.get() is self else self._reader
+        if engine is None:
+            only = self.read_only and self._reader is not None
+            raise StoreError(f"the database is {'open for reading only' if only else 'closed'}")
+        return engine
+
+    async def _told(self, answer: Awaitable[T]) -> T:
+        """An engine's answer, its errors as ours."""
+        engine = self._reader
+        assert engine is not None
+        try:
+            return await answer
+        except engine.refused as e:
+            raise Conflict(f"the database refuses this: {e}") from e
+        except (engine.errors, OSError) as e:
+            raise self._store_error(e) from e
+
+    def _store_error(self, error: Exception) -> StoreError:
+        said = f"database {self.place}: {error}"
+        if self._reader is not None and self._reader.cannot_write(error):
+            self._cannot_write = said
+        return StoreError(said)
+
+    async def _sql(self, sql: str, values: Values = MappingProxyType({})) -> list[Any]:
+        """Run one statement, in this task's transaction or for reading; all its rows."""
+        given = {n: min(v, LARGEST) if type(v) is int else v for n, v in values.items()}
+        return await self._told(self._engine().run(sql, given))
+
+    async def _named(self, sql: str, values: Values) -> list[dict[str, Any]]:
+        """What a SELECT finds, by the names of its columns."""
+        names = sql.removeprefix("SELECT ").partition(" FROM ")[0].split(", ")
+        return [dict(zip(names, row, strict=True)) for row in await self._sql(sql, values)]
+
+    async def _many(self, sql: str, rows: Sequence[Values]) -> None:
+        """Run one statement for each of `rows`, inside of a transaction."""
+        await self._told(self._engine().many(sql, rows))
+
+    async def _upsert(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
+    ) -> None:
+        """Insert rows; `conflict` says what becomes of those that are there."""
+        await self._told(self._engine().upsert(table, columns, rows, conflict))
+
+    async def _check_schema(self) -> None:
+        version = await self._schema_version()
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.place} was written by a newer TeckoChecker (schema {version})",
+                hint="run that version, or restore a backup made before it",
+            )
+        if version == 0 and self.read_only:
+            raise StoreError(
+                f"{self.place} is no database of TeckoChecker", hint="`init` makes one"
+            )
+        if version == 0:
+            await self._make_schema()
+
+    async def _schema_version(self) -> int:
+        if not await self._sql(self._engine().has_schema):
+            return 0
+        [[version]] = await self._sql("SELECT version FROM schema_version")
+        return int(version)
+
+    @transactional
+    async def _make_schema(self) -> None:
+        if await self._schema_version():  # another process was first
+            return
+        for statement in SCHEMA.split(";\n"):
+            if statement.strip():
+                await self._sql(statement.replace("{id}", self._engine().id))
+
+    async def data_version(self) -> int:
+        """Changes whenever another process has committed something. While a transaction of our own
+        goes on, or waits for another's lock, the last one known: readers never wait."""
+        if not self._lock.locked():
+            self._version = await self._told((self._writer or self._engine()).changes())
+        return self._version
+
+    async def _insert(self, table: str, row: Values) -> Any:
+        """Insert a row; its id."""
+        names, places = ", ".join(row), ", ".join(f":{name}" for name in row)
+        sql = f"INSERT INTO {table} ({names}) VALUES ({places}) RETURNING id"
+        [[key]] = await self._sql(sql, row)
+        return key
+
+    async def _log(self, job_id: int | None, status: str, message: str, now: float) -> None:
+        row = {"job_id": job_id, "status": status, "message": redact(message), "created_at": now}
+        await self._insert("polling_logs", row | {"actor": ACTOR.get()})
+        level = {"error": logging.WARNING, "failed": logging.ERROR}.get(status, logging.INFO)
+        who = f"job {job_id}: " if job_id is not None else ""
+        by = f" (by {ACTOR.get()})" if ACTOR.get() else ""
+        self._news.append((level, f"{who}{status}: {message}".rstrip(": ") + by))
+
+
+def columns_of(kind: type) -> str:
+    """The columns that make one of these, in order."""
+    return ", ".join(field.name for field in fields(kind))
+
+
+def numbers(ids: Iterable[int]) -> str:
+    """The list of an IN with these numbers."""
+    return f"({', '.join(map(str, ids)) or 'NULL'})"
+
+
+def among(name: str, values: Collection[str]) -> tuple[str, dict[str, str]]:
+    """The list of an IN with these texts, and its parameters."""
+    given = {f"{name}{at}": value for at, value in enumerate(values)}
+    return f"({', '.join(':' + key for key in given) or 'NULL'})", given
+
+
+# ── Stored records ────────────────────────────────────────────────────────────────────────────
+
+RUN_COLUMNS = columns_of(Run)
+DELETE_ROWS = 5000  # of a deleted job's records in one transaction, so that it stays short
+
+
+def digest_of(text: str | bytes) -> bytes:
+    """16 bytes that tell two records apart."""
+    data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def run_of(row: Sequence[Any]) -> Run:
+    return Run(*(*row[:-1], json.loads(row[-1])))
+
+
+class Records(Database):
+    """What ingests write and /data reads: raw and normalized records, checkpoints, runs, rejects.
+
+    `source` is the name of the ingest's job. All that one chunk brings is one transaction.
+    """
+
+    @transactional
+    async def begin_run(self, job: Job, now: float) -> Run:
+        """A new run of a job's ingest; one that a crash left open is `interrupted` from here on,
+        and can write nothing more."""
+        await self._many(
+            "INSERT INTO etl_checkpoint (source) VALUES (:source) ON CONFLICT DO NOTHING",
+            [{"source": job.name}, {"source": ""}],
+        )
+        left = await self._sql(
+            "UPDATE etl_run SET status = 'interrupted', end_time = :now,"
+            " error_message = 'the program ended before the run did'"
+            " WHERE source = :source AND status = 'in_progress' RETURNING run_id",
+            {"source": job.name, "now": now},
+        )
+        for row in left:
+            said = f"run {row[0]} was interrupted; going on from its checkpoint"
+            await self._log(job.id, "error", said, now)
+        made = {"run_id": uuid.uuid4().hex, "job_id": job.id, "source": job.name}
+        run_id = await self._insert("etl_run", made | {"status": "in_progress", "start_time": now})
+        run = await self.run(run_id)
+        assert run is not None
+        return run
+
+    async def checkpoint(self, source: str) -> Checkpoint:
+        mine = {"source": source}
+        parts = await self._sql("SELECT part, state FROM etl_part WHERE source = :source", mine)
+        states = {part: json.loads(state) for part, state in parts}
+        for records, watermark, known, whole in await self._sql(
+            "SELECT records, watermark, fields, EXISTS (SELECT 1 FROM etl_run r WHERE"
+            " r.source = c.source AND r.status = 'success' AND r.job_id IS NOT NULL)"
+            " FROM etl_checkpoint c WHERE c.source = :source",
+            mine,
+        ):
+            return Checkpoint(records, watermark, json.loads(known), bool(whole), states)
+        return Checkpoint(0, None, {}, False, states)
+
+    async def hashes(self, source: str, ids: Sequence[str]) -> dict[str, bytes]:
+        """The hashes of those records that are there already, by id."""
+        known, values = among("id", ids)
+        rows = await self._sql(
+            "SELECT source_id, hash FROM normalized_data WHERE source = :source"
+            f" AND source_id IN {known}",
+            values | {"source": source},
+        )
+        return dict(rows)
+
+    @transactional
+    async def save_chunk(
+        self, run: Run, revision: int, kind: str, chunk: Chunk, known: Mapping[str, Any], now: float
+    ) -> bool:
+        """Write a chunk, with the fields `known` after it. False, and nothing written, when the
+        run was given up or its job was paused, changed, removed or deleted meanwhile."""
+        added = {f"records_{name}": chunk.counts[name] for name in COUNTED}
+        sums = ", ".join(f"{name} = {name} + :{name}" for name in added)
+        still = await self._sql(
+            f"UPDATE etl_run SET {sums}, progress = :progress WHERE id = :id"
+            " AND status = 'in_progress' AND EXISTS (SELECT 1 FROM polling_jobs j"
+            f" WHERE j.id = :job_id AND revision = :revision AND {ACTIVE}) RETURNING id",
+            {
+                **added,
+                **{"id": run.id, "job_id": run.job_id, "revision": revision},
+                "progress": chunk.progress,
+            },
+        )
+        if not still:
+            return False
+        await self._save_records(run.source, kind, chunk, now)
+        await self._save_rejects(run, chunk.rejects, now)
+        await self._sql(
+            "INSERT INTO etl_part (source, part, state, run_id) VALUES (:source, :part, :state,"
+            " :run) ON CONFLICT (source, part) DO UPDATE SET state = excluded.state,"
+            " run_id = excluded.run_id",
+            {
+                **{"source": run.source, "part": chunk.part, "run": run.id},
+                "state": json.dumps(chunk.state),
+            },
+        )
+        await self._sql(
+            f"UPDATE etl_checkpoint SET {sums}, records = records + :records_inserted,"
+            " checkpoint_timestamp = :now,"
+            " fields = CASE source WHEN '' THEN fields ELSE :fields END"
+            " WHERE source IN (:source, '')",
+            added | {"source": run.source, "fields": json.dumps(known), "now": now},
+        )
+        return True
+
+    async def _save_records(self, source: str, kind: str, chunk: Chunk, now: float) -> None:
+        """Insert what is new, and change only rows that differ."""
+        raw = f"raw_data_{kind}"
+        await self._upsert(
+            raw,
+            ("source", "external_id", "raw_data", "ingested_at", "processed"),
+            [(source, key, text, now, good) for key, text, good in chunk.raws],
+            "ON CONFLICT (source, external_id) DO UPDATE SET raw_data = excluded.raw_data,"
+            " ingested_at = excluded.ingested_at, processed = excluded.processed"
+            f" WHERE {raw}.raw_data <> excluded.raw_data OR {raw}.processed <> excluded.processed",
+        )
+        await self._upsert(
+            "normalized_data",
+            ("source", "source_id", "data", "hash", "created_at", "updated_at"),
+            [(source, key, data, known_by, now, now) for key, data, known_by in chunk.unified],
+            "ON CONFLICT (source, source_id) DO UPDATE SET data = excluded.data,"
+            " hash = excluded.hash, updated_at = excluded.updated_at",
+        )
+        await self._many(  # so that a record that is mended counts as changed
+            "UPDATE normalized_data SET hash = :none WHERE source = :source AND source_id = :id",
+            [{"none": b"", "source": source, "id": key} for key, _, good in chunk.raws if not good],
+        )
+
+    async def _save_rejects(self, run: Run, rejects: Sequence[Rejected], now: float) -> None:
+        await self._many(
+            "INSERT INTO etl_reject (source, place, reason, record, digest, run_id, created_at)"
+            " VALUES (:source, :place, :reason, :record, :digest, :run, :now)"
+            " ON CONFLICT (source, place, digest) DO UPDATE SET reason = excluded.reason,"
+            " run_id = excluded.run_id",
+            [
+                {
+                    **{"source": run.source, "place": r.place, "reason": r.reason},
+                    **{"record": r.record, "digest": digest_of(r.record)},
+                    **{"run": run.id, "now": now},
+                }
+                for r in rejects
+            ],
+        )
+
+    @transactional
+    async def end_run(self, run: Run, end: RunEnd, now: float) -> Run:
+        """Close a run, and tell its job. One that was given up meanwhile stays as it is."""
+        ended = await self._sql(
+            "UPDATE etl_run SET status = :status, end_time = :now, error_message = :error,"
+            " notes = :notes, progress = CASE :status WHEN 'success' THEN 1.0 ELSE progress END"
+            " WHERE id = :id AND status = 'in_progress'"
+            f" RETURNING {RUN_COLUMNS}",
+            {
+                **{"status": end.status, "error": end.error, "now": now, "id": run.id},
+                "notes": json.dumps(end.notes),
+            },
+        )
+        if not ended:
+            return run
+        await self._forget_parts(run, end)
+        if end.watermark is not None:
+            await self._sql(
+                "UPDATE etl_checkpoint SET watermark = :watermark WHERE source = :source",
+                {"source": run.source, "watermark": end.watermark},
+            )
+        done = run_of(ended[0])
+        await self._tell_job(done, end, now)
+        return done
+
+    async def _forget_parts(self, run: Run, end: RunEnd) -> None:
+        """Of parts that have to be read again, or that are no longer there."""
+        mine = {"source": run.source, "run": run.id}
+        if end.whole or end.forget:
+            which = "run_id = :run" if end.forget else "run_id <> :run"
+            await self._sql(f"DELETE FROM etl_part WHERE source = :source AND {which}", mine)
+        if end.there is not None:
+            rows = await self._sql("SELECT part FROM etl_part WHERE source = :source", mine)
+            await self._many(
+                "DELETE FROM etl_part WHERE source = :source AND part = :part",
+                [{"source": run.source, "part": p} for (p,) in rows if p not in end.there],
+            )
+
+    async def _tell_job(self, run: Run, end: RunEnd, now: float) -> None:
+        ok = end.status == "success"
+        said = end.error or (
+            f"{run.records_failed} records were rejected: data rejects lists them"
+            if run.records_failed
+            else None
+        )
+        rows = await self._sql(
+            "UPDATE polling_jobs AS j SET last_check_at = :now, next_check_at = :next,"
+            " last_error = :said, last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END,"
+            " errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END"
+            f" WHERE j.id = :id AND {ACTIVE} RETURNING id",
+            {"now": now, "next": now + end.wait, "said": said, "ok": ok, "id": run.job_id},
+        )
+        job_id = run.job_id if rows else None
+        for note in end.notes:
+            await self._log(job_id, "updated", f"{run.source}: {note}", now)
+        counts = [f"{getattr(run, f'records_{n}')} {n}" for n in COUNTED[1:] if n != "unchanged"]
+        if not ok:
+            await self._log(job_id, "error", f"{run.source}: {end.status}: {end.error}", now)
+        elif run.records_inserted or run.records_updated or run.records_failed:
+            await self._log(job_id, "completed", f"ingested: {', '.join(counts)}", now)
+
+    async def runs(self, source: str | None, limit: int) -> list[Run]:
+        """The last runs of a source, or of all (None), newest first."""
+        where = "" if source is None else "WHERE source = :source AND job_id IS NOT NULL"
+        rows = await self._sql(
+            f"SELECT {RUN_COLUMNS} FROM etl_run {where} ORDER BY id DESC LIMIT :limit",
+            {"limit": limit, "source": source},
+        )
+        return [run_of(row) for row in rows]
+
+    async def run(self, run_id: int) -> Run | None:
+        rows = await self._sql(f"SELECT {RUN_COLUMNS} FROM etl_run WHERE id = :id", {"id": run_id})
+        return run_of(rows[0]) if rows else None
+
+    async def last_failure(self) -> float | None:
+        """When the last failed run ended."""
+        rows = await self._sql(
+            "SELECT end_time FROM etl_run WHERE status = 'failed' ORDER BY id DESC LIMIT 1"
+        )
+        return rows[0][0] if rows else None
+
+    async def totals(self, source: str = "") -> dict[str, int]:
+        """How many records there are (`records`), and what became of all those that were ever
+        read, of a source or of all; kept with each chunk, so that nothing is counted here."""
+        names = ("records", *(f"records_{name}" for name in COUNTED))
+        rows = await self._sql(
+            f"SELECT {', '.join(names)} FROM etl_checkpoint WHERE source = :source",
+            {"source": source},
+        )
+        return dict(zip(names, rows[0] if rows else [0] * len(names), strict=True))
+
+    async def data(self, source: str | None, limit: int, after: int, offset: int) -> list[Any]:
+        """Unified records with ids beyond `after`, by id: found by key, at the same cost however
+        deep; `offset` skips some, which costs what reading them would."""
+        where = "id > :after" + ("" if source is None else " AND source = :source")
+        return await self._named(
+            "SELECT id, data, created_at, updated_at FROM normalized_data"
+            f" WHERE {where} ORDER BY id LIMIT :limit OFFSET :offset",
+            {"limit": limit, "after": after, "offset": offset, "source": source},
+        )
+
+    async def rejects(self, source: str | None, limit: int) -> list[Any]:
+        """The rejected records met last, of a source or of all (None), newest first."""
+        where = "" if source is None else "WHERE source = :source"
+        return await self._named(
+            "SELECT source, place, reason, record, created_at FROM etl_reject"
+            f" {where} ORDER BY id DESC LIMIT :limit",
+            {"limit": limit, "source": source},
+        )
+
+    async def delete_records(self, source: str) -> None:
+        """Delete all that stands under a source, in short transactions. What tells how far it was
+        read goes first: what is left after a crash in the middle is read again, and whole."""
+        await self._forget(source)
+        for table in ("normalized_data", "raw_data_csv", "raw_data_api", "etl_reject"):
+            while await self._delete_some(table, source) == DELETE_ROWS:
+                pass  # others take their turns at the store in between
+        await self._drop_checkpoint(source)
+
+    @transactional
+    async def _forget(self, source: str) -> None:
+        mine = {"source": source}
+        await self._sql(
+            "UPDATE etl_checkpoint SET watermark = NULL, fields = '{}' WHERE source = :source", mine
+        )
+        await self._sql("DELETE FROM etl_part WHERE source = :source", mine)
+
+    @transactional
+    async def _delete_some(self, table: str, source: str) -> int:
+        rows = await self._sql(
+            f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE source = :source"
+            " LIMIT :some) RETURNING 1",
+            {"source": source, "some": DELETE_ROWS},
+        )
+        if table == "normalized_data":
+            await self._sql(
+                "UPDATE etl_checkpoint SET records = records - :n WHERE source IN (:source, '')",
+                {"source": source, "n": len(rows)},
+            )
+        return len(rows)
+
+    @transactional
+    async def _drop_checkpoint(self, source: str) -> None:
+        mine = {"source": source}
+        await self._sql("DELETE FROM etl_checkpoint WHERE source = :source", mine)
+        await self._sql("UPDATE etl_run SET job_id = NULL WHERE source = :source", mine)
+
+
+# ── Stored secrets ────────────────────────────────────────────────────────────────────────────
+
+SECRET_COLUMNS = columns_of(SealedSecret)
+
+
+class Secrets(Records):
+    """Sealed secrets. `seal` gives a value and the id of its key; it is called with the lock held,
+    so that no rotation comes between."""
+
+    @transactional
+    async def add_secret(
+        self, name: str, kind: str, seal: Callable[[], tuple[bytes, str]], now: float
+    ) -> int:
+        if await self._sql("SELECT 1 FROM secrets WHERE name = :name", {"name": name}):
+            raise Conflict(
+                f"there is a secret {name!r} already",
+                hint="delete it first, or choose another name",
+            )
+        value, key_id = seal()
+        row = {"name": name, "type": kind, "value": value, "key_id": key_id, "created_at": now}
+        secret_id: int = await self._insert("secrets", row)
+        await self._log(None, "created", f"secret {name!r} of type {kind}", now)
+        return secret_id
+
+    @transactional
+    async def replace_secret(
+        self, name: str, kind: str, seal: Callable[[], tuple[bytes, str]], now: float
+    ) -> int:
+        value, key_id = seal()
+        rows = await self._sql(
+            "UPDATE secrets SET value = :value, key_id = :key_id"
+            " WHERE name = :name AND type = :kind RETURNING id",
+            {"name": name, "kind": kind, "value": value, "key_id": key_id},
+        )
+        if not rows:
+            raise NotFound(f"there is no secret {name!r} of type {kind} to replace", code=1001)
+        await self._log(None, "updated", f"secret {name!r} has a new value", now)
+        return int(rows[0][0])
+
+    async def secret_types(self) -> dict[str | int, str]:
+        """The type of each secret, by its name and by its id."""
+        rows = await self.secrets()
+        return {row.name: row.type for row in rows} | {row.id: row.type for row in rows}
+
+    async def secrets(self) -> list[SealedSecret]:
+        rows = await self._sql(f"SELECT {SECRET_COLUMNS} FROM secrets ORDER BY name")
+        return [SealedSecret(*row) for row in rows]
+
+    async def secret(self, name: str) -> SealedSecret | None:
+        sql = f"SELECT {SECRET_COLUMNS} FROM secrets WHERE name = :name"
+        rows = await self._sql(sql, {"name": name})
+        return SealedSecret(*rows[0]) if rows else None
+
+    @transactional
+    async def note_use(self, secret: SealedSecret, now: float) -> None:
+        """Write down that a secret was used for the first time."""
+        rows = await self._sql(
+            "UPDATE secrets SET first_used_at = :now WHERE id = :id AND first_used_at IS NULL"
+            " RETURNING id",
+            {"id": secret.id, "now": now},
+        )
+        if rows:
+            await self._log(None, "used", f"secret {secret.name!r}, for the first time", now)
+
+    @transactional
+    async def delete_secret(self, name: str, now: float) -> None:
+        users = await self._sql(
+            "SELECT name FROM polling_jobs"
+            " WHERE :name IN (openai_secret, keboola_secret, api_secret)"
+            " AND (status IN ('triggering', 'triggered')"
+            " OR status IN ('active', 'paused') AND removed_at IS NULL)"
+            " OR id IN (SELECT job_id FROM triggers WHERE secret = :name AND finished_at IS NULL)",
+            {"name": name},
+        )
+        if users:
+            names = ", ".join(repr(row[0]) for row in users[:5])
+            raise Conflict(f"secret {name!r} is in use by {names}", hint="delete those jobs first")
+        if not await self._sql(
+            "DELETE FROM secrets WHERE name = :name RETURNING id", {"name": name}
+        ):
+            raise NotFound(f"there is no stored secret {name!r}", code=1001)
+        await self._log(None, "deleted", f"secret {name!r}", now)
+
+    @transactional
+    async def reseal_secrets(
+        self, reseal: Callable[[SealedSecret], tuple[bytes, str]], now: float
+    ) -> int:
+        """Replace every secret's value and key id by what `reseal` makes of its row; how many."""
+        rows = await self.secrets()
+        for row in rows:
+            value, key_id = reseal(row)
+            await self._sql(
+                "UPDATE secrets SET value = :value, key_id = :key_id WHERE id = :id",
+                {"value": value, "key_id": key_id, "id": row.id},
+            )
+        await self._log(None, "rotated", f"{len(rows)} secrets sealed anew", now)
+        return len(rows)
+
+    @transactional
+    async def drop_keys(self, drop: Callable[[Collection[str]], None]) -> None:
+        """Let `drop` forget master keys while nobody can seal; it is told the ids of those that
+        rows still need."""
+        drop({row.key_id for row in await self.secrets()})
+
+
+# ── Stored jobs ───────────────────────────────────────────────────────────────────────────────
+
+AUTO_PACE = 120.0  # s between checks of `poll_interval: auto` until its first check says better
+ENDED = ("completed", "completed_with_failures", "failed")
+OF_JOB = (
+    "j.id, j.name, j.origin, j.spec, j.openai_secret, j.poll_interval_seconds, j.pace, j.status,"
+    " j.removed_at, j.revision, j.round, j.errors_in_row, j.last_error, j.last_check_at,"
+    " j.last_ok_at, j.next_check_at, j.created_at, j.completed_at"
+)
+OF_BATCH = f"b.{columns_of(Batch).replace(', ', ', b.')}"
+TRIGGER_COLUMNS = tuple(f.name for f in fields(Trigger))
+HAS_OPEN = f"EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND {OPEN_TRIGGER})"
+COLUMNS_OF_JOB = len(fields(Job))
 
 
 class Plan(NamedTuple):
@@ -2498,53 +3469,49 @@ class Plan(NamedTuple):
     secret: str  # jobs that share one are due together
 
 
-ENDED = ("completed", "completed_with_failures", "failed")
-LOG_STATUS: dict[Event, str] = {  # what a log row calls a step of a trigger; others are errors
-    "accept": "triggered",
-    "succeed": "completed",
-    "reject": "failed",
-    "hold": "failed",
-    "fail": "failed",
-}
-LOGS = {  # what is kept for some time only, and the column that tells its age
-    "polling_logs": "created_at",
-    "etl_run": "start_time",
-    "etl_reject": "created_at",
-}
-JOB_COLUMNS = tuple(f.name for f in fields(Job) if f.name != "spec")
-BATCH_COLUMNS = tuple(f.name for f in fields(Batch))
-TRIGGER_COLUMNS = tuple(f.name for f in fields(Trigger))
-OF_BATCH = ", ".join(f"b.{name}" for name in BATCH_COLUMNS)
-HAS_OPEN = (
-    "EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id"
-    " AND finished_at IS NULL AND state <> 'held')"
-)
+FileStep = Literal["created", "changed", "renamed", "returned", "removed"]
 
 
-@lru_cache(maxsize=1024)
-def spec_of(text: str) -> Spec:
-    """A job's definition from its row; it was validated when it came in, under the bounds of
-    then, and is the same at each check."""
-    data = json.loads(text)
-    return spec_model(data).model_validate(data, context={"bounds": (0, sys.maxsize)})
+class FileChange(NamedTuple):
+    """What jobs.yaml asks for. A job that has another name, but the batches and the target of one
+    that has left the file, is `renamed`: the same job, with its history."""
+
+    what: FileStep
+    name: str
+    job: Job | None  # as it is; None: it is not there yet
+    spec: Spec | None  # None: it has left the file
 
 
-def job_of(row: Any) -> Job:
-    try:
-        spec = spec_of(row["spec"])
-    except ValueError as e:  # pydantic's is one
-        raise TeckoError(f"the row of job {row['name']!r} (ID {row['id']}) is damaged") from e
-    return Job(spec=spec, **{name: row[name] for name in JOB_COLUMNS})
+class Fired(NamedTuple):
+    """A round that has started a Keboola job, or may have."""
+
+    job_id: int
+    job: str
+    round: int
+    trigger_id: str
+    created_at: float
+    removed: bool  # the job has left jobs.yaml
 
 
-def run_of(row: Any) -> Run:
-    return Run(**{**row, "notes": json.loads(row["notes"])})
+def aim_of(stack_url: str, body: str) -> str:
+    """Names the set of batches and the target of a trigger's body, whatever its job is called."""
+    sent = json.loads(body)
+    values = {given["name"]: given["value"] for given in sent["variableValuesData"]["values"]}
+    ids = [*json.loads(values["batch_ids_completed"]), *json.loads(values["batch_ids_failed"])]
+    target = [stack_url, sent["component"], sent["config"], *sorted(ids)]
+    return digest_of(json.dumps(target)).hex()
 
 
-def digest_of(text: str | bytes) -> bytes:
-    """16 bytes that tell two records apart."""
-    data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
-    return hashlib.blake2b(data, digest_size=16).digest()
+def aim(spec: JobSpec) -> str:
+    """The same of a job that has not fired yet."""
+    unseen = [Batch(batch_id, "") for batch_id in spec.watch.batch_ids]
+    return aim_of(spec.trigger.stack_url, trigger_body(spec, unseen, ""))
+
+
+def is_same(job: Job, spec: Spec) -> bool:
+    """Whether a definition watches a job's batches for its target, whatever its name."""
+    watches = isinstance(spec, JobSpec) and not job.is_ingest and not job.damage
+    return watches and aim(job.watches) == aim(cast(JobSpec, spec))
 
 
 def spec_columns(spec: Spec) -> dict[str, Any]:
@@ -2571,43 +3538,429 @@ def changes(old: Spec, new: Spec) -> str:
     return ", ".join(sorted(parts))
 
 
+class Jobs(Secrets):
+    """Jobs, their batches and triggers. Every change checks the state it starts from, since the
+    command line may write while the service runs. `now` is unix seconds.
+
+    Good checks without news are kept until `flush`, which the service calls each second: another
+    process sees their times by then, this one at once.
+    """
+
+    def __init__(self, place: Path | str, *, read_only: bool = False) -> None:
+        super().__init__(place, read_only=read_only)
+        self._quiet: dict[int, UnchangedCheck] = {}  # by job
+
+    # reading jobs
+
+    def _current(self, job: Job) -> Job:
+        """A job as it was read, with what is not yet flushed."""
+        quiet = self._quiet.get(job.id)
+        if quiet and (job.status, job.revision, job.round) == ("active", *quiet[1:3]):
+            job.last_check_at = job.last_ok_at = quiet.now
+            job.next_check_at = quiet.next_check_at
+        return job
+
+    async def _jobs(self, where: str, values: Values = MappingProxyType({})) -> list[Job]:
+        sql = f"SELECT {OF_JOB} FROM polling_jobs j WHERE {where}"
+        return [self._current(Job(*row)) for row in await self._sql(sql, values)]
+
+    async def jobs(
+        self, status: str | None = None, limit: int = LARGEST, after: int = 0
+    ) -> list[Job]:
+        """Jobs of a shown status, or all (None), with ids beyond `after`, by id."""
+        shown = "CASE WHEN j.removed_at IS NULL THEN j.status ELSE 'removed' END"
+        where = "j.id > :after" + ("" if status is None else f" AND {shown} = :status")
+        given = {"status": status, "limit": limit, "after": after}
+        return await self._jobs(f"{where} ORDER BY j.id LIMIT :limit", given)
+
+    async def jobs_among(self, ids: Iterable[int]) -> dict[int, Job]:
+        """Those of these jobs that are there, by id."""
+        return {job.id: job for job in await self._jobs(f"j.id IN {numbers(ids)}")}
+
+    async def job(self, job_id: int) -> Job | None:
+        return (await self.jobs_among([job_id])).get(job_id)
+
+    async def find_job(self, ref: str | int) -> Job:
+        """The job with this id or name."""
+        is_id = str(ref).isdigit()
+        found = await self._jobs(
+            "j.id = :ref" if is_id else "j.name = :ref", {"ref": int(ref) if is_id else ref}
+        )
+        if not found:
+            what = f"ID {ref}" if is_id else f"name {ref!r}"
+            raise NotFound(f"Job with {what} not found", hint="teckochecker.py job list shows them")
+        return found[0]
+
+    async def due(self, ids: Iterable[int]) -> list[CheckRow]:
+        """Of these jobs, those that are there, with their batches; in one question."""
+        rows = await self._sql(
+            f"SELECT {OF_JOB}, {HAS_OPEN}, {OF_BATCH} FROM polling_jobs j LEFT JOIN polling_batches"
+            f" b ON b.job_id = j.id WHERE j.id IN {numbers(ids)} ORDER BY j.id, b.position"
+        )
+        found: dict[int, CheckRow] = {}
+        for row in rows:
+            if (job_id := row[0]) not in found:
+                found[job_id] = CheckRow(*row[: COLUMNS_OF_JOB + 1])
+                self._current(found[job_id])
+            if row[COLUMNS_OF_JOB + 1] is not None:  # an ingest has no batches
+                found[job_id].batches.append(Batch(*row[COLUMNS_OF_JOB + 1 :]))
+        return list(found.values())
+
+    async def job_with_batches(self, job_id: int) -> tuple[Job | None, list[Batch], bool]:
+        """A job, its batches, and whether it has an open trigger."""
+        for due in await self.due([job_id]):
+            return due, due.batches, bool(due.has_open)
+        return None, [], False
+
+    async def batches_of(self, first: int, last: int) -> dict[int, list[Batch]]:
+        """The batches of all jobs from one id to another, by job."""
+        rows = await self._sql(
+            f"SELECT b.job_id, {OF_BATCH} FROM polling_batches b"
+            " WHERE b.job_id BETWEEN :first AND :last ORDER BY b.job_id, b.position",
+            {"first": first, "last": last},
+        )
+        found: dict[int, list[Batch]] = {}
+        for job_id, *values in rows:
+            found.setdefault(job_id, []).append(Batch(*values))
+        return found
+
+    async def batches(self, job_id: int) -> list[Batch]:
+        return (await self.batches_of(job_id, job_id)).get(job_id, [])
+
+    async def watched(
+        self, secrets: Collection[str], until: float
+    ) -> tuple[dict[str, float | None], int]:
+        """The unfinished batches of active jobs that use one of these secrets, with when each was
+        created (None: not seen yet), and how many looks at them fall due before `until`."""
+        names, given = among("name", secrets)
+        ended, ends = among("end", FINISHED_BATCH)
+        rows = await self._sql(
+            "SELECT b.batch_id, b.created_at, coalesce(j.next_check_at, 0) < :until"
+            " FROM polling_jobs j JOIN polling_batches b ON b.job_id = j.id"
+            f" WHERE j.openai_secret IN {names} AND {ACTIVE} AND b.status NOT IN {ended}",
+            {**given, **ends, "until": until},
+        )
+        return {row[0]: row[1] for row in rows}, sum(bool(row[2]) for row in rows)
+
+    async def watchers(self, secrets: Collection[str], batch_ids: Collection[str]) -> list[int]:
+        """The active jobs that watch one of these batches with one of these secrets."""
+        names, given = among("name", secrets)
+        batches, ids = among("batch", batch_ids)
+        rows = await self._sql(
+            "SELECT DISTINCT j.id FROM polling_batches b JOIN polling_jobs j ON j.id = b.job_id"
+            f" WHERE b.batch_id IN {batches} AND j.openai_secret IN {names} AND {ACTIVE}",
+            given | ids,
+        )
+        return [row[0] for row in rows]
+
+    async def schedule(self, ids: Collection[int] | None = None) -> dict[int, Plan]:
+        """The jobs that have something left to do: all (None), or those of `ids`."""
+        some = "" if ids is None else f" AND j.id IN {numbers(ids)}"
+        rows = await self._sql(  # two looks at indexes, however many jobs have ended
+            "SELECT j.id, j.poll_interval_seconds, j.revision, j.round, j.openai_secret"
+            f" FROM polling_jobs j WHERE j.id IN (SELECT j.id FROM polling_jobs j WHERE {ACTIVE}"
+            f" UNION SELECT job_id FROM triggers WHERE {OPEN_TRIGGER}){some}"
+        )
+        return {row[0]: Plan(row[1], row[2], row[3], sys.intern(row[4])) for row in rows}
+
+    # changing jobs
+
+    @transactional
+    async def create_job(self, spec: Spec, origin: str, now: float) -> int:
+        await self._claim_name(spec.name)
+        spec = await self._with_secret_names(spec)
+        row = {"origin": origin, "status": "active", **spec_columns(spec)}
+        row |= {"pace": row["poll_interval_seconds"] or AUTO_PACE}
+        job_id: int = await self._insert(
+            "polling_jobs", row | {"last_ok_at": now, "created_at": now}
+        )
+        if isinstance(spec, JobSpec):
+            await self._renew_batches(job_id, spec, now)
+            said = f"watches {', '.join(spec.watch.batch_ids)}"
+        else:
+            said = f"ingests {spec.ingest.place}"
+        await self._log(job_id, "created", said, now)
+        return job_id
+
+    async def _claim_name(self, name: str) -> None:
+        if await self._sql("SELECT 1 FROM polling_jobs WHERE name = :name", {"name": name}):
+            raise Conflict(f"there is a job {name!r} already", hint="choose another name")
+
+    async def _with_secret_names(self, spec: Spec) -> Spec:
+        """The job with names in place of the ids of secrets that it may carry."""
+        blocks: dict[str, Any]
+        if isinstance(spec, JobSpec):
+            blocks = {"watch": spec.watch, "trigger": spec.trigger}
+        else:
+            blocks = {"ingest": spec.ingest}
+        for key, block in blocks.items():
+            if isinstance(block.secret, int):
+                rows = await self._sql(
+                    "SELECT name FROM secrets WHERE id = :id", {"id": block.secret}
+                )
+                if not rows:
+                    raise NotFound(f"Secret with ID {block.secret} not found", code=1001)
+                blocks[key] = block.model_copy(update={"secret": rows[0][0]})
+        return spec.model_copy(update=blocks)
+
+    async def _renew_batches(self, job_id: int, spec: JobSpec, now: float) -> None:
+        await self._sql("DELETE FROM polling_batches WHERE job_id = :id", {"id": job_id})
+        await self._many(
+            "INSERT INTO polling_batches (job_id, position, batch_id, changed_at)"
+            " VALUES (:job, :position, :batch, :now)",
+            [
+                {"job": job_id, "position": position, "batch": batch_id, "now": now}
+                for position, batch_id in enumerate(spec.watch.batch_ids)
+            ],
+        )
+
+    @transactional
+    async def update_job(self, ref: str | int, change: Callable[[Job], Spec], now: float) -> int:
+        """Give a job the definition that `change` makes of it: read, changed and written in one
+        transaction, so that two changes of different fields both count. Its id."""
+        job = await self.find_job(ref)
+        if job.origin == "file":
+            raise Conflict(
+                f"Cannot update {job.name!r}: it comes from jobs.yaml", hint="edit it there"
+            )
+        spec = await self._with_secret_names(change(job))
+        if job.differs(spec):
+            await self._update(job, spec, now)
+        return job.id
+
+    async def _update(self, job: Job, spec: Spec, now: float) -> None:
+        """Give a job its new definition.
+
+        Other batches are a new round. Another target counts for every trigger that was surely
+        not sent yet; one that may have been sent keeps the target it went to.
+        """
+        if isinstance(spec, IngestSpec) != job.is_ingest or (
+            job.is_ingest and spec.name != job.name
+        ):
+            raise Conflict(
+                f"job {job.name!r} keeps its kind, and an ingest its name: records stand under it",
+                hint="delete it, or give the new one another name",
+            )
+        if spec.name != job.name:
+            await self._claim_name(spec.name)
+        columns = spec_columns(spec)
+        if (interval := columns["poll_interval_seconds"]) != job.interval:
+            columns["pace"] = interval or AUTO_PACE
+        await self._set_job(job, revision=job.revision + 1, **columns)
+        said = "what it was could not be read" if job.damage else changes(job.spec, spec)
+        await self._log(job.id, "updated", said, now)
+        if isinstance(spec, IngestSpec):
+            return
+        for trigger in await self._triggers(job.id, "state = 'pending' AND unknown_at IS NULL"):
+            await self._save_trigger(trigger, retargeted(trigger, spec))
+        if {*spec.watch.batch_ids} != {batch.batch_id for batch in await self.batches(job.id)}:
+            await self._start_round(job, "new_round", spec, now)
+
+    async def _start_round(self, job: Job, event: Event, spec: JobSpec, now: float) -> None:
+        """From here on the batches are looked at afresh and may fire again."""
+        await self._renew_batches(job.id, spec, now)
+        clean = dict.fromkeys(("last_error", "next_check_at", "completed_at"))
+        await self._set_job(
+            job,
+            status=next_state(JOB_STEPS, job.status, event),
+            **{"round": job.round + 1, "fires_again": event == "retry"},
+            **{"last_ok_at": now, "errors_in_row": 0},
+            **clean,
+        )
+
+    async def _set_job(self, job: Job, **columns: Any) -> None:
+        names = ", ".join(f"{name} = :{name}" for name in columns)
+        await self._sql(
+            f"UPDATE polling_jobs SET {names} WHERE id = :id", {"id": job.id, **columns}
+        )
+
+    async def file_changes(self, specs: Sequence[Spec]) -> list[FileChange]:
+        """What would become of the store's jobs from jobs.yaml, if it said this."""
+        known = {job.name: job for job in await self._jobs("j.origin = 'file' ORDER BY j.id")}
+        names = {spec.name for spec in specs}
+        new, given = among("name", names - known.keys())
+        for other in await self._jobs(f"j.origin <> 'file' AND j.name IN {new} LIMIT 1", given):
+            raise Conflict(
+                f"job {other.name!r} of jobs.yaml was also made on the command line",
+                hint="delete that one, or rename one of the two",
+            )
+        gone = [known[name] for name in known.keys() - names]
+        found: list[FileChange] = []
+        for spec in specs:
+            spec, job = await self._with_secret_names(spec), known.get(spec.name)
+            if job is None and (job := next((j for j in gone if is_same(j, spec)), None)):
+                gone.remove(job)
+            if job is None:
+                found.append(FileChange("created", spec.name, None, spec))
+                continue
+            if job.differs(spec):
+                what: FileStep = "changed" if job.name == spec.name else "renamed"
+                found.append(FileChange(what, spec.name, job, spec))
+            if job.removed_at is not None:
+                found.append(FileChange("returned", spec.name, job, spec))
+        left = [job for job in gone if job.removed_at is None]
+        return found + [FileChange("removed", job.name, job, None) for job in left]
+
+    async def sync_file_jobs(self, specs: Sequence[Spec], now: float) -> Counter[str]:
+        """Make the store's jobs from jobs.yaml what the file says; how many of which change. Where
+        that is none, nothing is written and nothing waited for."""
+        return await self._sync(specs, now) if await self.file_changes(specs) else Counter()
+
+    @transactional
+    async def _sync(self, specs: Sequence[Spec], now: float) -> Counter[str]:
+        done: Counter[str] = Counter()
+        for what, _, job, spec in await self.file_changes(specs):
+            done[what] += 1
+            if job is None and spec is not None:
+                await self.create_job(spec, "file", now)
+            elif job is not None and what in ("returned", "removed"):
+                gone = what == "removed"
+                await self._set_job(job, removed_at=now if gone else None, last_ok_at=now)
+                said = "left jobs.yaml" if gone else "is back in jobs.yaml"
+                await self._log(job.id, "updated", said, now)
+            elif job is not None and spec is not None:
+                await self._update(job, spec, now)
+        return done
+
+    async def pause_job(self, job_id: int, now: float) -> None:
+        await self._step(job_id, "pause", now)
+
+    async def resume_job(self, job_id: int, now: float) -> None:
+        await self._step(job_id, "resume", now)
+
+    @transactional
+    async def _step(self, job_id: int, event: Literal["pause", "resume"], now: float) -> None:
+        job = await self.find_job(job_id)
+        if job.removed_at is not None or event not in JOB_STEPS[job.status]:
+            raise Conflict(f"Cannot {event} job {job.name!r}: it is {job.shown_status}")
+        status = JOB_STEPS[job.status][event]
+        await self._set_job(job, status=status, last_ok_at=now, next_check_at=None)
+        await self._log(job.id, f"{event}d", "", now)
+
+    @transactional
+    async def retry_job(self, job_id: int, now: float) -> str:
+        """Re-arm a failed job; what happens next, in a few words.
+
+        A trigger that is held is settled once more and then sent with the id it had; otherwise
+        the batches are checked afresh, and a new trigger may follow.
+        """
+        job = await self.find_job(job_id)
+        if job.removed_at is not None or job.status != "failed":
+            raise Conflict(f"Cannot retry job {job.name!r}: it is {job.shown_status}")
+        held = await self._triggers(job.id, "state = 'held'")
+        if held and held[-1].round == job.round:
+            what = "asks Keboola once more for its trigger, then sends it again"
+            after = moved(held[-1], "resettle", now, on_ambiguous="resend")
+            await self._save_trigger(held[-1], after)
+            await self._move_job(job, "resettle", None, now)
+        else:
+            what = "checks its batches afresh"
+            await self._start_round(job, "retry", job.watches, now)
+        await self._log(job.id, "updated", f"retry: {what}", now)
+        return what
+
+    async def _move_job(self, job: Job, event: Event, said: str | None, now: float) -> None:
+        status = next_state(JOB_STEPS, job.status, event)
+        error = said if status == "failed" else None
+        ended_at = now if status in ENDED else None
+        await self._set_job(
+            job, status=status, last_error=error, errors_in_row=0, completed_at=ended_at
+        )
+
+    async def delete_job(self, job_id: int, now: float) -> None:
+        """Delete a job with its history and, of an ingest, its records."""
+        job = await self._stop_for_good(job_id)
+        if job.is_ingest:
+            await self.delete_records(job.name)
+        await self._delete_job(job_id, now)
+
+    @transactional
+    async def _stop_for_good(self, job_id: int) -> Job:
+        job = await self.find_job(job_id)
+        if job.origin == "file" and job.removed_at is None:
+            raise Conflict(
+                f"Cannot delete job {job.name!r}: it is in jobs.yaml and would come back",
+                hint="take it out of the file and reload, then delete it",
+            )
+        if job.is_ingest:  # a run under way can write nothing from here on
+            await self._set_job(job, status="paused", revision=job.revision + 1)
+        return job
+
+    @transactional
+    async def _delete_job(self, job_id: int, now: float) -> None:
+        job = await self.find_job(job_id)
+        await self._sql("DELETE FROM polling_jobs WHERE id = :id", {"id": job_id})
+        await self._log(None, "deleted", f"job {job.name!r} (ID {job.id})", now)
+
+    # triggers
+
+    async def triggers(self, job_id: int) -> list[Trigger]:
+        return await self._triggers(job_id, "TRUE")
+
+    async def open_triggers(self, job_id: int) -> list[Trigger]:
+        """Those with something left to do."""
+        return await self._triggers(job_id, OPEN_TRIGGER)
+
+    async def _triggers(self, job_id: int, condition: str) -> list[Trigger]:
+        rows = await self._sql(
+            f"SELECT {', '.join(TRIGGER_COLUMNS)} FROM triggers"
+            f" WHERE job_id = :job_id AND {condition} ORDER BY round",
+            {"job_id": job_id},
+        )
+        found = [dict(zip(TRIGGER_COLUMNS, row, strict=True)) for row in rows]
+        return [Trigger(**row | {"partial": bool(row["partial"])}) for row in found]
+
+    async def _save_trigger(self, before: Trigger, after: Trigger) -> bool:
+        columns = ", ".join(f"{name} = :{name}" for name in TRIGGER_COLUMNS if name != "id")
+        rows = await self._sql(
+            f"UPDATE triggers SET {columns}, aim = :aim WHERE id = :id AND state = :before"
+            " AND secret = :secret0 AND stack_url = :stack0 AND body = :body0 RETURNING id",
+            {
+                **asdict(after),
+                "aim": aim_of(after.stack_url, after.body),
+                **{"before": before.state, "secret0": before.secret},
+                **{"stack0": before.stack_url, "body0": before.body},
+            },
+        )
+        return bool(rows)
+
+    async def fired(self, aim: str) -> list[Fired]:
+        """Which rounds of which jobs have started, or may have, a Keboola job with this aim; the
+        last one first."""
+        rows = await self._sql(
+            "SELECT j.id, j.name, t.round, t.id, t.created_at, j.removed_at IS NOT NULL"
+            " FROM triggers t JOIN polling_jobs j ON j.id = t.job_id"
+            " WHERE t.aim = :aim AND t.state <> 'rejected'"
+            " ORDER BY t.created_at DESC, t.round DESC",
+            {"aim": aim},
+        )
+        return [Fired(*row) for row in rows]
+
+
+# ── Checks and triggers ───────────────────────────────────────────────────────────────────────
+
+# Once: the decision to fire is one transaction that finds the job as it was checked, writes the
+# trigger with its frozen body and moves the job on. UNIQUE (job_id, round) forbids a second trigger
+# of a round. A later round with the same batches and the same target, of this job or of one that
+# has left jobs.yaml, fires only if someone asked for it (`job retry`): what counts is what was
+# done, not what the job is called.
+
+LOG_STATUS: dict[Event, str] = {  # what a log row calls a step of a trigger; others are errors
+    "accept": "triggered",
+    "succeed": "completed",
+    "reject": "failed",
+    "hold": "failed",
+    "fail": "failed",
+}
+AS_CHECKED = f"j.id = :id AND revision = :revision AND round = :round AND {ACTIVE}"
+
+
 def describe_progress(batch: Batch) -> str:
     """A batch that has moved on, for the log."""
     if outcome(batch) is not None:
         return describe_end(batch)
     done = batch.requests_completed + batch.requests_failed
     return f"{batch.batch_id} {batch.status}, {done} of {batch.requests_total} requests done"
-
-
-def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """The method is one transaction, and runs to its end even when its caller is cancelled: a
-    task cancelled between BEGIN and COMMIT would leave the database locked."""
-
-    @wraps(method)
-    async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        store = cast(Database, args[0])
-        return await asyncio.shield(
-            asyncio.ensure_future(store.transact(partial(method, *args, **kwargs)))
-        )
-
-    return wrapper
-
-
-class CheckRow(NamedTuple):
-    """What a check by a list has to know of a job. The whole `Job` is read only where there is
-    news, since to make one costs as much as all the rest of a check."""
-
-    id: int
-    revision: int
-    round: int
-    secret: str
-    interval: int  # s; 0: auto
-    pace: float | None  # s, the present interval of auto
-    last_check_at: float | None
-    last_error: str | None
-    is_active: bool
-    has_open: bool  # a trigger that is not settled
-    batches: list[Batch]
 
 
 class UnchangedCheck(NamedTuple):
@@ -2649,870 +4002,13 @@ class CheckResult:
         return self.ok and self.error is None and not self.has_news()
 
 
-class Database:
-    """The SQLite file: one connection, one writer, migrations, and transactions that end.
-
-    Raises StoreError when the file cannot be used, Conflict where one of its rules forbids a
-    change.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = asyncio.Lock()
-        self._db: aiosqlite.Connection | None = None
-        self._news: list[tuple[int, str]] = []  # log lines of the transaction under way
-        self.on_write: Callable[[float], None] = lambda seconds: None  # told of each transaction
-
-    async def __aenter__(self) -> Self:
-        import aiosqlite
-
-        try:
-            if not self.path.exists():
-                self.path.touch(mode=0o600)
-            self._db = await aiosqlite.connect(self.path, isolation_level=None)
-        except (OSError, sqlite3.Error) as e:
-            raise StoreError(f"cannot open the database {self.path}: {e}") from e
-        try:
-            self._db.row_factory = sqlite3.Row
-            await self._sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
-            await self._use_wal()
-            await self._sql("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits
-            await self._sql("PRAGMA foreign_keys = ON")
-            await self._migrate()
-        except BaseException:
-            await self.close()
-            raise
-        return self
-
-    async def _use_wal(self) -> None:
-        """Two processes that make the file at once: SQLite tells one of them at once that it is
-        locked, busy_timeout or not."""
-        for tries_left in reversed(range(BUSY_TIMEOUT // 50)):
-            try:
-                await self._sql("PRAGMA journal_mode = WAL")
-                return
-            except StoreError:
-                if not tries_left:
-                    raise
-                await asyncio.sleep(0.05)
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def touch(self) -> None:
-        """Make the file and its tables where they are not."""
-        async with self:
-            pass
-
-    async def close(self) -> None:
-        async with self._lock:  # a transaction under way ends first
-            if self._db is not None:  # an open connection would keep the interpreter from exiting
-                await self._db.close()
-                self._db = None
-
-    async def transact(self, work: Callable[[], Awaitable[T]]) -> T:
-        async with self._lock:
-            begun = time.perf_counter()
-            await self._sql("BEGIN IMMEDIATE")  # a deferred one that reads first gets BUSY at once
-            try:
-                result = await work()
-                await self._sql("COMMIT")
-                self.on_write(time.perf_counter() - begun)
-                self._tell()
-                return result
-            except BaseException:
-                with contextlib.suppress(StoreError):  # SQLite may have rolled back already
-                    await self._sql("ROLLBACK")
-                self._news.clear()
-                raise
-
-    async def _sql(
-        self, sql: str, values: Mapping[str, Any] | Sequence[Any] = MappingProxyType({})
-    ) -> list[Any]:
-        """Run one statement inside of a transaction or under the lock; all its rows."""
-        if self._db is None:
-            raise StoreError("the database is closed")
-        given = {**values} if isinstance(values, Mapping) else values
-        try:
-            return list(await self._db.execute_fetchall(sql, given))
-        except sqlite3.IntegrityError as e:
-            raise Conflict(f"the database refuses this: {e}") from e
-        except sqlite3.Error as e:
-            raise StoreError(f"database {self.path}: {e}") from e
-
-    async def _many(
-        self, sql: str, rows: Sequence[Mapping[str, Any]] | Sequence[Sequence[Any]]
-    ) -> None:
-        """Run one statement for each of `rows`, inside of a transaction."""
-        if self._db is None:
-            raise StoreError("the database is closed")
-        try:
-            await (await self._db.executemany(sql, rows)).close()
-        except sqlite3.Error as e:
-            raise StoreError(f"database {self.path}: {e}") from e
-
-    async def _read(self, sql: str, values: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
-        async with self._lock:
-            return await self._sql(sql, values)
-
-    async def _migrate(self) -> None:
-        [[version]] = await self._read("PRAGMA user_version")
-        if version > len(MIGRATIONS):
-            raise StoreError(
-                f"{self.path} was written by a newer TeckoChecker (schema {version})",
-                hint="run that version, or restore a backup made before it",
-            )
-        if version < len(MIGRATIONS):
-            await self._apply_migrations()
-
-    @transactional
-    async def _apply_migrations(self) -> None:
-        [[version]] = await self._sql("PRAGMA user_version")  # another process may have been first
-        for script in MIGRATIONS[version:]:
-            for statement in script.split(";\n"):
-                if statement.strip():
-                    await self._sql(statement)
-        await self._sql(f"PRAGMA user_version = {len(MIGRATIONS)}")
-
-    async def data_version(self) -> int:
-        """Changes whenever another process has committed something."""
-        [[version]] = await self._read("PRAGMA data_version")
-        return int(version)
-
-    async def _upsert(
-        self, insert: str, values: Sequence[Any], conflict: str, *, columns: int
-    ) -> None:
-        """Insert rows, whose values stand one after the other, hundreds in a statement: a third
-        cheaper than a statement for each."""
-        step = columns * STATEMENT_ROWS
-        for start in range(0, len(values), step):
-            some = values[start : start + step]
-            rows = ", ".join([f"({', '.join('?' * columns)})"] * (len(some) // columns))
-            await self._sql(f"{insert} VALUES {rows} {conflict}", some)
-
-    async def _insert(self, table: str, row: Mapping[str, Any]) -> Any:
-        names, places = ", ".join(row), ", ".join(f":{name}" for name in row)
-        sql = f"INSERT INTO {table} ({names}) VALUES ({places}) RETURNING *"
-        [[key, *_]] = await self._sql(sql, row)
-        return key
-
-    async def _log(self, job_id: int | None, status: str, message: str, now: float) -> None:
-        row = {"job_id": job_id, "status": status, "message": redact(message), "created_at": now}
-        await self._insert("polling_logs", row | {"actor": ACTOR.get()})
-        level = {"error": logging.WARNING, "failed": logging.ERROR}.get(status, logging.INFO)
-        who = f"job {job_id}: " if job_id is not None else ""
-        by = f" (by {ACTOR.get()})" if ACTOR.get() else ""
-        self._news.append((level, f"{who}{status}: {message}".rstrip(": ") + by))
-
-    def _tell(self) -> None:
-        """Log what was committed; what was rolled back did not happen."""
-        for level, text in self._news:
-            log.log(level, "%s", text)
-        self._news.clear()
-
-
-class Records(Database):
-    """What ingests write and /data reads: raw and normalized records, checkpoints, runs, rejects.
-
-    `source` is the name of the ingest's job. All that one chunk brings is one transaction.
-    """
-
-    @transactional
-    async def begin_run(self, job: Job, now: float) -> Run:
-        """A new run of a job's ingest; one that a crash left open is `interrupted` from here on,
-        and can write nothing more."""
-        source = {"source": job.name}
-        for name in (job.name, ""):
-            sql = "INSERT INTO etl_checkpoint (source) VALUES (:source) ON CONFLICT DO NOTHING"
-            await self._sql(sql, {"source": name})
-        left = await self._sql(
-            "UPDATE etl_run SET status = 'interrupted', end_time = :now,"
-            " error_message = 'the program ended before the run did'"
-            " WHERE source = :source AND status = 'in_progress' RETURNING run_id",
-            source | {"now": now},
-        )
-        for row in left:
-            said = f"run {row['run_id']} was interrupted; going on from its checkpoint"
-            await self._log(job.id, "error", said, now)
-        made = {"run_id": uuid.uuid4().hex, "job_id": job.id, "status": "in_progress"}
-        run_id = await self._insert("etl_run", source | made | {"start_time": now})
-        [row] = await self._sql("SELECT * FROM etl_run WHERE id = :id", {"id": run_id})
-        return run_of(row)
-
-    async def checkpoint(self, source: str) -> Checkpoint:
-        async with self._lock:
-            rows = await self._sql(
-                "SELECT * FROM etl_checkpoint WHERE source = :source", {"source": source}
-            )
-            parts = await self._sql(
-                "SELECT part, state FROM etl_part WHERE source = :source", {"source": source}
-            )
-            whole = await self._sql(
-                "SELECT 1 FROM etl_run WHERE source = :source AND status = 'success'"
-                " AND job_id IS NOT NULL LIMIT 1",
-                {"source": source},
-            )
-        states = {row["part"]: json.loads(row["state"]) for row in parts}
-        if not rows:
-            return Checkpoint(0, None, {}, False, states)
-        [row] = rows
-        known = json.loads(row["fields"])
-        return Checkpoint(row["records"], row["watermark"], known, bool(whole), states)
-
-    async def hashes(self, source: str, ids: Sequence[str]) -> dict[str, bytes]:
-        """The hashes of those records that are there already, by id."""
-        marks = ", ".join("?" * len(ids))
-        async with self._lock:
-            rows = await self._sql(
-                f"SELECT source_id, hash FROM normalized_data WHERE source = ?"
-                f" AND source_id IN ({marks})",
-                (source, *ids),
-            )
-        return {row[0]: row[1] for row in rows}
-
-    @transactional
-    async def save_chunk(
-        self, run: Run, revision: int, kind: str, chunk: Chunk, known: Mapping[str, Any], now: float
-    ) -> bool:
-        """Write a chunk, with the fields `known` after it. False, and nothing written, when the
-        run was given up or its job was paused, changed, removed or deleted meanwhile."""
-        added = {f"records_{name}": chunk.counts[name] for name in COUNTED}
-        sums = ", ".join(f"{name} = {name} + :{name}" for name in added)
-        still = await self._sql(
-            f"UPDATE etl_run SET {sums}, progress = :progress WHERE id = :id"
-            " AND status = 'in_progress' AND EXISTS (SELECT 1 FROM polling_jobs WHERE id = :job_id"
-            " AND revision = :revision AND status = 'active' AND removed_at IS NULL) RETURNING id",
-            {
-                **added,
-                **{"id": run.id, "job_id": run.job_id, "revision": revision},
-                "progress": chunk.progress,
-            },
-        )
-        if not still:
-            return False
-        await self._save_records(run.source, kind, chunk, now)
-        await self._save_rejects(run, chunk.rejects, now)
-        await self._save_part(run, chunk.part, chunk.state)
-        await self._sql(
-            f"UPDATE etl_checkpoint SET {sums}, records = records + :records_inserted,"
-            " checkpoint_timestamp = :now,"
-            " fields = CASE source WHEN '' THEN fields ELSE :fields END"
-            " WHERE source IN (:source, '')",
-            added | {"source": run.source, "fields": json.dumps(known), "now": now},
-        )
-        return True
-
-    async def _save_records(self, source: str, kind: str, chunk: Chunk, now: float) -> None:
-        """Insert what is new, and change only rows that differ."""
-        await self._upsert(
-            f"INSERT INTO raw_data_{kind} (source, external_id, raw_data, ingested_at, processed)",
-            [v for key, raw, good in chunk.raws for v in (source, key, raw, now, good)],
-            "ON CONFLICT (source, external_id) DO UPDATE SET raw_data = excluded.raw_data,"
-            " ingested_at = excluded.ingested_at, processed = excluded.processed"
-            f" WHERE raw_data_{kind}.raw_data <> excluded.raw_data"
-            f" OR raw_data_{kind}.processed <> excluded.processed",
-            columns=5,
-        )
-        await self._upsert(
-            "INSERT INTO normalized_data (source, source_id, data, hash, created_at, updated_at)",
-            [v for key, data, h in chunk.unified for v in (source, key, data, h, now, now)],
-            "ON CONFLICT (source, source_id) DO UPDATE SET data = excluded.data,"
-            " hash = excluded.hash, updated_at = excluded.updated_at",
-            columns=6,
-        )
-        await self._many(  # so that a record that is mended counts as changed
-            "UPDATE normalized_data SET hash = x'' WHERE source = ? AND source_id = ?",
-            [(source, key) for key, _, good in chunk.raws if not good],
-        )
-
-    async def _save_rejects(self, run: Run, rejects: Sequence[Rejected], now: float) -> None:
-        await self._many(
-            "INSERT INTO etl_reject (source, place, reason, record, digest, run_id, created_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (source, place, digest) DO UPDATE SET"
-            " reason = excluded.reason, run_id = excluded.run_id",
-            [
-                (run.source, r.place, r.reason, r.record, digest_of(r.record), run.id, now)
-                for r in rejects
-            ],
-        )
-
-    async def _save_part(self, run: Run, part: str, state: Mapping[str, Any]) -> None:
-        await self._sql(
-            "INSERT INTO etl_part (source, part, state, run_id) VALUES (:source, :part, :state,"
-            " :run) ON CONFLICT (source, part) DO UPDATE SET state = excluded.state,"
-            " run_id = excluded.run_id",
-            {"source": run.source, "part": part, "state": json.dumps(state), "run": run.id},
-        )
-
-    @transactional
-    async def end_run(self, run: Run, end: RunEnd, now: float) -> Run:
-        """Close a run, and tell its job. One that was given up meanwhile stays as it is."""
-        ended = await self._sql(
-            "UPDATE etl_run SET status = :status, end_time = :now, error_message = :error,"
-            " notes = :notes, progress = CASE :status WHEN 'success' THEN 1.0 ELSE progress END"
-            " WHERE id = :id AND status = 'in_progress' RETURNING *",
-            {
-                **{"status": end.status, "error": end.error, "now": now, "id": run.id},
-                "notes": json.dumps(end.notes),
-            },
-        )
-        if not ended:
-            return run
-        source = {"source": run.source, "run": run.id}
-        if end.whole or end.forget:
-            which = "run_id = :run" if end.forget else "run_id <> :run"
-            await self._sql(f"DELETE FROM etl_part WHERE source = :source AND {which}", source)
-        if end.watermark is not None:
-            await self._sql(
-                "UPDATE etl_checkpoint SET watermark = :watermark WHERE source = :source",
-                source | {"watermark": end.watermark},
-            )
-        done = run_of(ended[0])
-        await self._tell_job(done, end, now)
-        return done
-
-    async def _tell_job(self, run: Run, end: RunEnd, now: float) -> None:
-        ok = end.status == "success"
-        said = end.error or (
-            f"{run.records_failed} records were rejected: data rejects lists them"
-            if run.records_failed
-            else None
-        )
-        rows = await self._sql(
-            "UPDATE polling_jobs SET last_check_at = :now, next_check_at = :next,"
-            " last_error = :said, last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END,"
-            " errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END"
-            " WHERE id = :id AND status = 'active' AND removed_at IS NULL RETURNING id",
-            {"now": now, "next": now + end.wait, "said": said, "ok": ok, "id": run.job_id},
-        )
-        job_id = run.job_id if rows else None
-        for note in end.notes:
-            await self._log(job_id, "updated", f"{run.source}: {note}", now)
-        counts = [f"{getattr(run, f'records_{n}')} {n}" for n in COUNTED[1:] if n != "unchanged"]
-        if not ok:
-            await self._log(job_id, "error", f"{run.source}: {end.status}: {end.error}", now)
-        elif run.records_inserted or run.records_updated or run.records_failed:
-            await self._log(job_id, "completed", f"ingested: {', '.join(counts)}", now)
-
-    async def runs(self, source: str | None, limit: int) -> list[Run]:
-        """The last runs of a source, or of all (None), newest first."""
-        where = "" if source is None else "WHERE source = :source AND job_id IS NOT NULL"
-        rows = await self._read(
-            f"SELECT * FROM etl_run {where} ORDER BY id DESC LIMIT :limit",
-            {"limit": limit} | ({} if source is None else {"source": source}),
-        )
-        return [run_of(row) for row in rows]
-
-    async def run(self, run_id: int) -> Run | None:
-        rows = await self._read("SELECT * FROM etl_run WHERE id = :id", {"id": run_id})
-        return run_of(rows[0]) if rows else None
-
-    async def last_failure(self) -> float | None:
-        """When the last failed run ended."""
-        rows = await self._read(
-            "SELECT end_time FROM etl_run WHERE status = 'failed' ORDER BY id DESC LIMIT 1"
-        )
-        return rows[0]["end_time"] if rows else None
-
-    async def totals(self, source: str = "") -> dict[str, int]:
-        """How many records there are (`records`), and what became of all those that were ever
-        read, of a source or of all; kept with each chunk, so that nothing is counted here."""
-        names = ("records", *(f"records_{name}" for name in COUNTED))
-        rows = await self._read(
-            f"SELECT {', '.join(names)} FROM etl_checkpoint WHERE source = :source",
-            {"source": source},
-        )
-        return {name: rows[0][name] if rows else 0 for name in names}
-
-    async def data(self, source: str | None, limit: int, after: int, offset: int) -> list[Any]:
-        """Unified records with ids beyond `after`, by id: found by key, at the same cost however
-        deep; `offset` skips some, which costs what reading them would."""
-        where = "id > :after" + ("" if source is None else " AND source = :source")
-        return await self._read(
-            "SELECT id, data, created_at, updated_at FROM normalized_data"
-            f" WHERE {where} ORDER BY id LIMIT :limit OFFSET :offset",
-            {"limit": limit, "after": after, "offset": offset}
-            | ({} if source is None else {"source": source}),
-        )
-
-    async def rejects(self, source: str | None, limit: int) -> list[Any]:
-        """The rejected records met last, of a source or of all (None), newest first."""
-        where = "" if source is None else "WHERE source = :source"
-        return await self._read(
-            "SELECT source, place, reason, record, created_at FROM etl_reject"
-            f" {where} ORDER BY id DESC LIMIT :limit",
-            {"limit": limit} | ({} if source is None else {"source": source}),
-        )
-
-    async def delete_records(self, source: str) -> None:
-        """Delete all that stands under a source, in short transactions. What tells how far it was
-        read goes first: what is left after a crash in the middle is read again, and whole."""
-        await self._forget(source)
-        for table in ("normalized_data", "raw_data_csv", "raw_data_api", "etl_reject"):
-            while await self._delete_some(table, source) == DELETE_ROWS:
-                pass  # others take their turns at the store in between
-        await self._drop_checkpoint(source)
-
-    @transactional
-    async def _forget(self, source: str) -> None:
-        mine = {"source": source}
-        await self._sql(
-            "UPDATE etl_checkpoint SET watermark = NULL, fields = '{}' WHERE source = :source", mine
-        )
-        await self._sql("DELETE FROM etl_part WHERE source = :source", mine)
-
-    @transactional
-    async def _delete_some(self, table: str, source: str) -> int:
-        rows = await self._sql(
-            f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE source = :source"
-            " LIMIT :some) RETURNING 1",
-            {"source": source, "some": DELETE_ROWS},
-        )
-        if table == "normalized_data":
-            await self._sql(
-                "UPDATE etl_checkpoint SET records = records - :n WHERE source IN (:source, '')",
-                {"source": source, "n": len(rows)},
-            )
-        return len(rows)
-
-    @transactional
-    async def _drop_checkpoint(self, source: str) -> None:
-        mine = {"source": source}
-        await self._sql("DELETE FROM etl_checkpoint WHERE source = :source", mine)
-        await self._sql("UPDATE etl_run SET job_id = NULL WHERE source = :source", mine)
-
-
-class Store(Records):
-    """Secrets, jobs, batches, triggers and the log: the only place with their SQL.
-
-    Every change is a compare-and-set or checks the state it starts from, since the command line
-    may write while the service runs. `now` is unix seconds. Raises StoreError when the file
-    cannot be used, Conflict or NotFound when a rule forbids the change.
-
-    Good checks without news are kept until `flush`, which the service calls each second: another
-    process sees their times by then, this one at once.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._quiet: dict[int, UnchangedCheck] = {}  # by job
+class Checks(Jobs):
+    """What checks and triggers write. Every change is a compare-and-set."""
 
     async def close(self) -> None:
         with contextlib.suppress(StoreError):  # only times of checks are lost
             await self.flush()
         await super().close()
-
-    # secrets
-
-    @transactional
-    async def add_secret(self, name: str, kind: str, value: bytes, key_id: str, now: float) -> int:
-        if await self._sql("SELECT 1 FROM secrets WHERE name = :name", {"name": name}):
-            raise Conflict(
-                f"there is a secret {name!r} already",
-                hint="delete it first, or choose another name",
-            )
-        row = {"name": name, "type": kind, "value": value, "key_id": key_id, "created_at": now}
-        secret_id: int = await self._insert("secrets", row)
-        await self._log(None, "created", f"secret {name!r} of type {kind}", now)
-        return secret_id
-
-    @transactional
-    async def replace_secret(
-        self, name: str, kind: str, value: bytes, key_id: str, now: float
-    ) -> int:
-        rows = await self._sql(
-            "UPDATE secrets SET value = :value, key_id = :key_id"
-            " WHERE name = :name AND type = :kind RETURNING id",
-            {"name": name, "kind": kind, "value": value, "key_id": key_id},
-        )
-        if not rows:
-            raise NotFound(f"there is no secret {name!r} of type {kind} to replace", code=1001)
-        await self._log(None, "updated", f"secret {name!r} has a new value", now)
-        return int(rows[0]["id"])
-
-    async def secret_types(self) -> dict[str | int, str]:
-        """The type of each secret, by its name and by its id."""
-        rows = await self.secrets()
-        return {row.name: row.type for row in rows} | {row.id: row.type for row in rows}
-
-    async def secrets(self) -> list[SealedSecret]:
-        rows = await self._read("SELECT * FROM secrets ORDER BY name")
-        return [SealedSecret(**row) for row in rows]
-
-    async def secret(self, name: str) -> SealedSecret | None:
-        rows = await self._read("SELECT * FROM secrets WHERE name = :name", {"name": name})
-        return SealedSecret(**rows[0]) if rows else None
-
-    @transactional
-    async def note_use(self, secret: SealedSecret, now: float) -> None:
-        """Write down that a secret was used for the first time."""
-        rows = await self._sql(
-            "UPDATE secrets SET first_used_at = :now WHERE id = :id AND first_used_at IS NULL"
-            " RETURNING id",
-            {"id": secret.id, "now": now},
-        )
-        if rows:
-            await self._log(None, "used", f"secret {secret.name!r}, for the first time", now)
-
-    @transactional
-    async def delete_secret(self, name: str, now: float) -> None:
-        users = await self._sql(
-            "SELECT name FROM polling_jobs"
-            " WHERE :name IN (openai_secret, keboola_secret, api_secret)"
-            " AND (status IN ('triggering', 'triggered')"
-            " OR status IN ('active', 'paused') AND removed_at IS NULL)"
-            " OR id IN (SELECT job_id FROM triggers WHERE secret = :name AND finished_at IS NULL)",
-            {"name": name},
-        )
-        if users:
-            names = ", ".join(repr(row["name"]) for row in users[:5])
-            raise Conflict(f"secret {name!r} is in use by {names}", hint="delete those jobs first")
-        if not await self._sql(
-            "DELETE FROM secrets WHERE name = :name RETURNING id", {"name": name}
-        ):
-            raise NotFound(f"there is no stored secret {name!r}", code=1001)
-        await self._log(None, "deleted", f"secret {name!r}", now)
-
-    @transactional
-    async def reseal_secrets(
-        self, reseal: Callable[[SealedSecret], tuple[bytes, str]], now: float
-    ) -> int:
-        """Replace every secret's value and key id by what `reseal` makes of its row; how many."""
-        rows = await self._sql("SELECT * FROM secrets")
-        for row in rows:
-            value, key_id = reseal(SealedSecret(**row))
-            await self._sql(
-                "UPDATE secrets SET value = :value, key_id = :key_id WHERE id = :id",
-                {"value": value, "key_id": key_id, "id": row["id"]},
-            )
-        await self._log(None, "rotated", f"{len(rows)} secrets sealed anew", now)
-        return len(rows)
-
-    # jobs
-
-    async def jobs(
-        self, status: str | None = None, limit: int = sys.maxsize, after: int = 0
-    ) -> list[Job]:
-        """Jobs of a shown status, or all (None), with ids beyond `after`, by id."""
-        rows = await self._read(
-            "SELECT * FROM polling_jobs WHERE id > :after AND (:status IS NULL OR :status ="
-            " CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END)"
-            " ORDER BY id LIMIT :limit",
-            {"status": status, "limit": limit, "after": after},
-        )
-        return [self._job_of(row) for row in rows]
-
-    def _job_of(self, row: Any) -> Job:
-        """A row as a job, with what is not yet flushed."""
-        job, quiet = job_of(row), self._quiet.get(row["id"])
-        if quiet is None or (job.status, job.revision, job.round) != ("active", *quiet[1:3]):
-            return job
-        at = quiet.now
-        return replace(job, last_check_at=at, last_ok_at=at, next_check_at=quiet.next_check_at)
-
-    async def job(self, job_id: int) -> Job | None:
-        rows = await self._read("SELECT * FROM polling_jobs WHERE id = :id", {"id": job_id})
-        return self._job_of(rows[0]) if rows else None
-
-    async def job_with_batches(self, job_id: int) -> tuple[Job | None, list[Batch], bool]:
-        """A job, its batches, and whether it has an open trigger: all that a check wants to know,
-        in one question."""
-        rows = await self._read(
-            f"SELECT j.*, {HAS_OPEN} AS has_open, {OF_BATCH} FROM polling_jobs j LEFT JOIN"
-            " polling_batches b ON b.job_id = j.id WHERE j.id = :id ORDER BY b.position",
-            {"id": job_id},
-        )
-        if not rows:
-            return None, [], False
-        found = [Batch(*row[-len(BATCH_COLUMNS) :]) for row in rows if row["batch_id"] is not None]
-        return self._job_of(rows[0]), found, bool(rows[0]["has_open"])
-
-    async def due(self, ids: Iterable[int]) -> list[CheckRow]:
-        """Of these jobs, those that are there, with their batches; in one question."""
-        rows = await self._read(
-            "SELECT j.id, revision, round, openai_secret, poll_interval_seconds, pace,"
-            " last_check_at, last_error, j.status = 'active' AND removed_at IS NULL,"
-            f" {HAS_OPEN}, {OF_BATCH} FROM polling_jobs j LEFT JOIN polling_batches b"
-            f" ON b.job_id = j.id WHERE j.id IN ({', '.join(map(str, ids))}) ORDER BY 1, position"
-        )
-        found: dict[int, CheckRow] = {}
-        for row in rows:
-            if (job_id := row[0]) not in found:
-                found[job_id] = CheckRow(*(*row[:10], []))
-            if row[10] is not None:  # an ingest has no batches
-                found[job_id].batches.append(Batch(*row[10:]))
-        return list(found.values())
-
-    async def jobs_among(self, ids: Iterable[int]) -> dict[int, Job]:
-        """Those of these jobs that are there, by id."""
-        rows = await self._read(
-            f"SELECT * FROM polling_jobs WHERE id IN ({', '.join(map(str, ids))})"
-        )
-        return {row["id"]: self._job_of(row) for row in rows}
-
-    async def watched(
-        self, secrets: Collection[str], until: float
-    ) -> tuple[dict[str, float | None], int]:
-        """The unfinished batches of active jobs that use one of these secrets, with when each was
-        created (None: not seen yet), and how many looks at them fall due before `until`."""
-        names = {f"name{n}": name for n, name in enumerate(secrets)}
-        ended = ", ".join(f"'{status}'" for status in FINISHED_BATCH)
-        rows = await self._read(
-            "SELECT b.batch_id, b.created_at, coalesce(j.next_check_at, 0) < :until"
-            " FROM polling_jobs j JOIN polling_batches b ON b.job_id = j.id"
-            f" WHERE j.openai_secret IN ({', '.join(':' + name for name in names)})"
-            f" AND j.status = 'active' AND j.removed_at IS NULL AND b.status NOT IN ({ended})",
-            {**names, "until": until},
-        )
-        return {row[0]: row[1] for row in rows}, sum(row[2] for row in rows)
-
-    async def find_job(self, ref: str) -> Job:
-        """The job with this id or name."""
-        column = "id" if ref.isdigit() else "name"
-        rows = await self._read(f"SELECT * FROM polling_jobs WHERE {column} = :ref", {"ref": ref})
-        if not rows:
-            what = f"ID {ref}" if column == "id" else f"name {ref!r}"
-            raise NotFound(f"Job with {what} not found", hint="teckochecker.py job list shows them")
-        return self._job_of(rows[0])
-
-    async def batches(self, job_id: int) -> list[Batch]:
-        async with self._lock:
-            return await self._batches(job_id)
-
-    async def batches_of(self, first: int, last: int) -> dict[int, list[Batch]]:
-        """The batches of all jobs from one id to another, by job."""
-        rows = await self._read(
-            f"SELECT job_id, {', '.join(BATCH_COLUMNS)} FROM polling_batches"
-            " WHERE job_id BETWEEN :first AND :last ORDER BY job_id, position",
-            {"first": first, "last": last},
-        )
-        found: dict[int, list[Batch]] = {}
-        for job_id, *values in rows:
-            found.setdefault(job_id, []).append(Batch(*values))
-        return found
-
-    async def watchers(self, secrets: Collection[str], batch_ids: Collection[str]) -> list[int]:
-        """The active jobs that watch one of these batches with one of these secrets."""
-        names = {f"name{n}": name for n, name in enumerate(secrets)}
-        batches = {f"batch{n}": batch_id for n, batch_id in enumerate(batch_ids)}
-        rows = await self._read(
-            "SELECT DISTINCT j.id FROM polling_batches b JOIN polling_jobs j ON j.id = b.job_id"
-            f" WHERE b.batch_id IN ({', '.join(':' + name for name in batches)})"
-            f" AND j.openai_secret IN ({', '.join(':' + name for name in names)})"
-            " AND j.status = 'active' AND j.removed_at IS NULL",
-            names | batches,
-        )
-        return [row[0] for row in rows]
-
-    async def schedule(self, ids: Collection[int] | None = None) -> dict[int, Plan]:
-        """The jobs that have something left to do: all (None), or those of `ids`."""
-        some = "" if ids is None else f" AND id IN ({', '.join(map(str, ids))})"
-        rows = await self._read(
-            "SELECT id, poll_interval_seconds, revision, round, openai_secret FROM polling_jobs"
-            " WHERE (status = 'active' AND removed_at IS NULL OR id IN (SELECT job_id FROM triggers"
-            f" WHERE finished_at IS NULL AND state <> 'held')){some}"
-        )
-        return {row[0]: Plan(row[1], row[2], row[3], sys.intern(row[4] or "")) for row in rows}
-
-    @transactional
-    async def create_job(self, spec: Spec, origin: str, now: float) -> int:
-        return await self._create(spec, origin, now)
-
-    async def _create(self, spec: Spec, origin: str, now: float) -> int:
-        await self._claim_name(spec.name)
-        spec = await self._with_secret_names(spec)
-        times = {"last_ok_at": now, "created_at": now}
-        row = {"origin": origin, "status": "active", **spec_columns(spec), **times}
-        job_id: int = await self._insert("polling_jobs", row)
-        if isinstance(spec, JobSpec):
-            await self._renew_batches(job_id, spec, now)
-            said = f"watches {', '.join(spec.watch.batch_ids)}"
-        else:
-            said = f"ingests {spec.ingest.place}"
-        await self._log(job_id, "created", said, now)
-        return job_id
-
-    async def _claim_name(self, name: str) -> None:
-        if await self._sql("SELECT 1 FROM polling_jobs WHERE name = :name", {"name": name}):
-            raise Conflict(f"there is a job {name!r} already", hint="choose another name")
-
-    async def _with_secret_names(self, spec: Spec) -> Spec:
-        """The job with names in place of the ids of secrets that it may carry."""
-        blocks: dict[str, Any]
-        if isinstance(spec, JobSpec):
-            blocks = {"watch": spec.watch, "trigger": spec.trigger}
-        else:
-            blocks = {"ingest": spec.ingest}
-        for key, block in blocks.items():
-            if isinstance(block.secret, int):
-                rows = await self._sql(
-                    "SELECT name FROM secrets WHERE id = :id", {"id": block.secret}
-                )
-                if not rows:
-                    raise NotFound(f"Secret with ID {block.secret} not found", code=1001)
-                blocks[key] = block.model_copy(update={"secret": rows[0]["name"]})
-        return spec.model_copy(update=blocks)
-
-    async def _renew_batches(self, job_id: int, spec: JobSpec, now: float) -> None:
-        await self._sql("DELETE FROM polling_batches WHERE job_id = :id", {"id": job_id})
-        for position, batch_id in enumerate(spec.watch.batch_ids):
-            row = {"job_id": job_id, "position": position, "batch_id": batch_id, "changed_at": now}
-            await self._insert("polling_batches", row)
-
-    @transactional
-    async def update_job(self, job_id: int, spec: Spec, now: float) -> None:
-        job = await self._job(job_id)
-        if job.origin == "file":
-            raise Conflict(
-                f"Cannot update {job.name!r}: it comes from jobs.yaml", hint="edit it there"
-            )
-        await self._update(job, spec, now)
-
-    async def _update(self, job: Job, spec: Spec, now: float) -> bool:
-        """Give a job its new definition; True when that changed anything.
-
-        Other batches are a new round. Another target counts for every trigger that was surely
-        not sent yet; one that may have been sent keeps the target it went to.
-        """
-        spec = await self._with_secret_names(spec)
-        if spec == job.spec:
-            return False
-        if type(spec) is not type(job.spec) or (
-            isinstance(spec, IngestSpec) and spec.name != job.name
-        ):
-            raise Conflict(
-                f"job {job.name!r} keeps its kind, and an ingest its name: records stand under it",
-                hint="delete it, or give the new one another name",
-            )
-        if spec.name != job.name:
-            await self._claim_name(spec.name)
-        columns: dict[str, Any] = {"pace": None} | spec_columns(spec)
-        await self._set_job(job, revision=job.revision + 1, **columns)
-        await self._log(job.id, "updated", changes(job.spec, spec), now)
-        if isinstance(spec, IngestSpec):
-            return True
-        for trigger in await self._triggers(job.id, "state = 'pending' AND unknown_at IS NULL"):
-            await self._save_trigger(trigger, retargeted(trigger, spec))
-        if set(spec.watch.batch_ids) != set(job.watches.watch.batch_ids):
-            await self._start_round(job, "new_round", spec, now)
-        return True
-
-    async def _start_round(self, job: Job, event: Event, spec: JobSpec, now: float) -> None:
-        """From here on the batches are looked at afresh and may fire again."""
-        await self._renew_batches(job.id, spec, now)
-        status = next_state(JOB_STEPS, job.status, event)
-        clean = {
-            "errors_in_row": 0,
-            "last_error": None,
-            "next_check_at": None,
-            "completed_at": None,
-        }
-        await self._set_job(job, status=status, round=job.round + 1, last_ok_at=now, **clean)
-
-    @transactional
-    async def sync_file_jobs(self, specs: Sequence[Spec], now: float) -> Counter[str]:
-        """Make the store's jobs from jobs.yaml what the file says; how many of which change."""
-        rows = await self._sql("SELECT * FROM polling_jobs WHERE origin = 'file'")
-        known = {row["name"]: job_of(row) for row in rows}  # those alone: of others are many
-        other_names = "SELECT name FROM polling_jobs WHERE origin <> 'file'"
-        others = {row["name"] for row in await self._sql(other_names)} if specs else ()
-        done: Counter[str] = Counter()
-        for spec in specs:
-            job = known.get(spec.name)
-            if spec.name in others:
-                raise Conflict(
-                    f"job {spec.name!r} of jobs.yaml was also made on the command line",
-                    hint="delete that one, or rename one of the two",
-                )
-            if job is None:
-                await self._create(spec, "file", now)
-                done["created"] += 1
-            else:
-                done["changed"] += await self._update(job, spec, now)
-                done["returned"] += await self._mark_removed(job, None, now)
-        names = {spec.name for spec in specs}
-        for job in known.values():
-            if job.name not in names:
-                done["removed"] += await self._mark_removed(job, now, now)
-        return +done
-
-    async def _mark_removed(self, job: Job, at: float | None, now: float) -> bool:
-        if (job.removed_at is None) == (at is None):
-            return False
-        await self._set_job(job, removed_at=at, last_ok_at=now)
-        said = "is back in jobs.yaml" if at is None else "left jobs.yaml"
-        await self._log(job.id, "updated", said, now)
-        return True
-
-    async def pause_job(self, job_id: int, now: float) -> None:
-        await self._step(job_id, "pause", now)
-
-    async def resume_job(self, job_id: int, now: float) -> None:
-        await self._step(job_id, "resume", now)
-
-    @transactional
-    async def _step(self, job_id: int, event: Literal["pause", "resume"], now: float) -> None:
-        job = await self._job(job_id)
-        if job.removed_at is not None or event not in JOB_STEPS[job.status]:
-            raise Conflict(f"Cannot {event} job {job.name!r}: it is {job.shown_status}")
-        status = JOB_STEPS[job.status][event]
-        await self._set_job(job, status=status, last_ok_at=now, next_check_at=None)
-        await self._log(job.id, f"{event}d", "", now)
-
-    @transactional
-    async def retry_job(self, job_id: int, now: float) -> str:
-        """Re-arm a failed job; what happens next, in a few words.
-
-        A trigger that is held is settled once more and then sent with the id it had; otherwise
-        the batches are checked afresh, and a new trigger may follow.
-        """
-        job = await self._job(job_id)
-        if job.removed_at is not None or job.status != "failed":
-            raise Conflict(f"Cannot retry job {job.name!r}: it is {job.shown_status}")
-        held = await self._triggers(job.id, "state = 'held'")
-        if held and held[-1].round == job.round:
-            what = "asks Keboola once more for its trigger, then sends it again"
-            after = moved(held[-1], "resettle", now, on_ambiguous="resend")
-            await self._save_trigger(held[-1], after)
-            await self._move_job(job, "resettle", None, now)
-        else:
-            what = "checks its batches afresh"
-            await self._start_round(job, "retry", job.watches, now)
-        await self._log(job.id, "updated", f"retry: {what}", now)
-        return what
-
-    async def delete_job(self, job_id: int, now: float) -> None:
-        """Delete a job with its history and, of an ingest, its records."""
-        job = await self._stop_for_good(job_id)
-        if isinstance(job.spec, IngestSpec):
-            await self.delete_records(job.name)
-        await self._delete_job(job_id, now)
-
-    @transactional
-    async def _stop_for_good(self, job_id: int) -> Job:
-        job = await self._job(job_id)
-        if job.origin == "file" and job.removed_at is None:
-            raise Conflict(
-                f"Cannot delete job {job.name!r}: it is in jobs.yaml and would come back",
-                hint="take it out of the file and reload, then delete it",
-            )
-        if isinstance(job.spec, IngestSpec):  # a run under way can write nothing from here on
-            await self._set_job(job, status="paused", revision=job.revision + 1)
-        return job
-
-    @transactional
-    async def _delete_job(self, job_id: int, now: float) -> None:
-        job = await self._job(job_id)
-        await self._sql("DELETE FROM polling_jobs WHERE id = :id", {"id": job_id})
-        await self._log(None, "deleted", f"job {job.name!r} (ID {job.id})", now)
-
-    async def _job(self, job_id: int) -> Job:
-        rows = await self._sql("SELECT * FROM polling_jobs WHERE id = :id", {"id": job_id})
-        if not rows:
-            raise NotFound(f"Job with ID {job_id} not found")
-        return self._job_of(rows[0])
-
-    # checks and triggers
 
     async def record_check(self, check: CheckResult) -> bool:
         """Write down a check and what was decided on it, all or nothing.
@@ -3525,14 +4021,10 @@ class Store(Records):
             return bool(await self.record_checks([check]))
         job, now = check.job, check.now
         quiet = UnchangedCheck(job.id, job.revision, job.round, now, now + check.wait, check.pace)
-        if not await self._read(
-            "SELECT 1 FROM polling_jobs WHERE id = :id AND revision = :revision AND round = :round"
-            " AND status = 'active' AND removed_at IS NULL",
-            quiet._asdict(),
-        ):
-            return False
-        self.note(quiet)
-        return True
+        found = await self._sql(f"SELECT 1 FROM polling_jobs j WHERE {AS_CHECKED}", quiet._asdict())
+        if found:
+            self.note(quiet)
+        return bool(found)
 
     def note(self, quiet: UnchangedCheck) -> None:
         """Keep a quiet check until the next `flush`."""
@@ -3543,21 +4035,18 @@ class Store(Records):
         kept, self._quiet = self._quiet, {}
         try:
             if kept:
-                await self._flush(sorted(kept.values()))  # by job, as their rows lie
+                await self._write_quiet(sorted(kept.values()))  # by job, as their rows lie
         except StoreError:
             self._quiet = kept | self._quiet
             raise
 
     @transactional
-    async def _flush(self, kept: Sequence[UnchangedCheck]) -> None:
-        await self._write_quiet(kept)
-
     async def _write_quiet(self, kept: Sequence[UnchangedCheck]) -> None:
         await self._many(
-            "UPDATE polling_jobs SET last_check_at = ?4, last_ok_at = ?4, errors_in_row = 0,"
-            " next_check_at = ?5, pace = ?6 WHERE id = ?1 AND revision = ?2 AND round = ?3"
-            " AND status = 'active' AND removed_at IS NULL AND coalesce(last_check_at, 0) <= ?4",
-            kept,  # as they stand in UnchangedCheck: by name, each check would pay 1 µs more
+            "UPDATE polling_jobs AS j SET last_check_at = :now, last_ok_at = :now,"
+            " errors_in_row = 0, next_check_at = :next_check_at, pace = coalesce(:pace, pace)"
+            f" WHERE {AS_CHECKED} AND coalesce(last_check_at, 0) <= :now",
+            [quiet._asdict() for quiet in kept],
         )
 
     @transactional
@@ -3568,6 +4057,7 @@ class Store(Records):
     async def _record(self, check: CheckResult) -> bool:
         if earlier := self._quiet.get(check.job.id):
             await self._write_quiet([earlier])
+        check = await self._once(check)
         if not await self._stamp(check):
             return False
         job, now = check.job, check.now
@@ -3576,25 +4066,41 @@ class Store(Records):
                 await self._save_batch(job.id, new)
             if old.status != new.status:
                 await self._log(job.id, "checking", describe_progress(new), now)
-        if check.trigger is not None:
-            await self._insert("triggers", asdict(check.trigger))
-            await self._log(job.id, "triggered", f"decided: trigger {check.trigger.id}", now)
+        if (trigger := check.trigger) is not None:
+            aim = aim_of(trigger.stack_url, trigger.body)
+            await self._insert("triggers", asdict(trigger) | {"aim": aim})
+            await self._log(job.id, "triggered", f"decided: trigger {trigger.id}", now)
         elif check.verdict.event is not None:
             await self._log(job.id, "failed", check.verdict.reason, now)
         elif check.error and check.error != job.last_error:
             await self._log(job.id, "error", check.error, now)
         return True
 
+    async def _once(self, check: CheckResult) -> CheckResult:
+        """The check; or, where it would start a Keboola job that was started before, one that ends
+        its job and says so."""
+        if check.trigger is None or await self._sql(
+            "SELECT 1 FROM polling_jobs WHERE id = :id AND fires_again", {"id": check.job.id}
+        ):
+            return check
+        for fired in await self.fired(aim_of(check.trigger.stack_url, check.trigger.body)):
+            if fired.removed or fired.job_id == check.job.id:
+                said = f"in round {fired.round} of job {fired.job!r}, trigger {fired.trigger_id}"
+                reason = f"these batches have started this Keboola job before ({said});"
+                reason += " run `job retry` to start it again"
+                verdict = Verdict("give_up", reason)
+                return replace(check, trigger=None, verdict=verdict, error=reason)
+        return check
+
     async def _stamp(self, check: CheckResult) -> bool:
         event, job = check.verdict.event, check.job
         status: JobStatus = next_state(JOB_STEPS, "active", event) if event else "active"
         rows = await self._sql(
-            "UPDATE polling_jobs SET status = :status, last_check_at = :now, last_error = :error,"
-            " errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END,"
+            "UPDATE polling_jobs AS j SET status = :status, last_check_at = :now,"
+            " last_error = :error, errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END,"
             " last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END,"
-            " next_check_at = :next_check_at, completed_at = :ended_at, pace = :pace WHERE id = :id"
-            " AND revision = :revision AND round = :round AND status = 'active'"
-            " AND removed_at IS NULL RETURNING id",
+            " next_check_at = :next_check_at, completed_at = :ended_at,"
+            f" pace = coalesce(:pace, pace) WHERE {AS_CHECKED} RETURNING id",
             {
                 **{"id": job.id, "revision": job.revision, "round": job.round, "status": status},
                 **{"error": check.error, "ok": check.ok, "now": check.now, "pace": check.pace},
@@ -3604,14 +4110,6 @@ class Store(Records):
         )
         return bool(rows)
 
-    async def _batches(self, job_id: int) -> list[Batch]:
-        rows = await self._sql(
-            f"SELECT {', '.join(BATCH_COLUMNS)} FROM polling_batches"
-            " WHERE job_id = :job_id ORDER BY position",
-            {"job_id": job_id},
-        )
-        return [Batch(**row) for row in rows]
-
     async def _save_batch(self, job_id: int, batch: Batch) -> None:
         values = asdict(batch)
         columns = ", ".join(f"{name} = :{name}" for name in values if name != "batch_id")
@@ -3619,23 +4117,6 @@ class Store(Records):
             f"UPDATE polling_batches SET {columns} WHERE job_id = :job_id AND batch_id = :batch_id",
             {"job_id": job_id, **values},
         )
-
-    async def triggers(self, job_id: int) -> list[Trigger]:
-        async with self._lock:
-            return await self._triggers(job_id, "TRUE")
-
-    async def open_triggers(self, job_id: int) -> list[Trigger]:
-        """Those with something left to do."""
-        async with self._lock:
-            return await self._triggers(job_id, "finished_at IS NULL AND state <> 'held'")
-
-    async def _triggers(self, job_id: int, condition: str) -> list[Trigger]:
-        rows = await self._sql(
-            f"SELECT {', '.join(TRIGGER_COLUMNS)} FROM triggers"
-            f" WHERE job_id = :job_id AND {condition} ORDER BY round",
-            {"job_id": job_id},
-        )
-        return [Trigger(**{**row, "partial": bool(row["partial"])}) for row in rows]
 
     @transactional
     async def move_trigger(
@@ -3646,9 +4127,9 @@ class Store(Records):
         after = moved(trigger, event, now, **facts)
         if not await self._save_trigger(trigger, after):
             return None
-        job = await self._job(trigger.job_id)
-        if event == "postpone" and after.unknown_at is None:  # the target may have changed since
-            after = retargeted(after, job.watches)
+        job = await self.find_job(trigger.job_id)
+        if event == "postpone" and after.unknown_at is None and not job.damage:
+            after = retargeted(after, job.watches)  # the target may have changed since
             await self._save_trigger(replace(trigger, state="pending"), after)
         job_event: Event = "succeed_partly" if event == "succeed" and trigger.partial else event
         if job.round == trigger.round and job_event in JOB_STEPS[job.status]:
@@ -3659,33 +4140,6 @@ class Store(Records):
             await self._log(trigger.job_id, LOG_STATUS.get(event, "error"), said, now)
         return after
 
-    async def _save_trigger(self, before: Trigger, after: Trigger) -> bool:
-        columns = ", ".join(f"{name} = :{name}" for name in TRIGGER_COLUMNS if name != "id")
-        rows = await self._sql(
-            f"UPDATE triggers SET {columns} WHERE id = :id AND state = :before"
-            " AND secret = :secret0 AND stack_url = :stack0 AND body = :body0 RETURNING id",
-            {
-                **asdict(after),
-                **{"before": before.state, "secret0": before.secret},
-                **{"stack0": before.stack_url, "body0": before.body},
-            },
-        )
-        return bool(rows)
-
-    async def _move_job(self, job: Job, event: Event, said: str | None, now: float) -> None:
-        status = next_state(JOB_STEPS, job.status, event)
-        error = said if status == "failed" else None
-        ended_at = now if status in ENDED else None
-        await self._set_job(
-            job, status=status, last_error=error, errors_in_row=0, completed_at=ended_at
-        )
-
-    async def _set_job(self, job: Job, **columns: Any) -> None:
-        names = ", ".join(f"{name} = :{name}" for name in columns)
-        await self._sql(
-            f"UPDATE polling_jobs SET {names} WHERE id = :id", {"id": job.id, **columns}
-        )
-
     @transactional
     async def note_trigger(
         self, trigger: Trigger, now: float, *, error: str | None = None, **facts: Any
@@ -3694,7 +4148,7 @@ class Store(Records):
         or an error; a job in another round by now is not told."""
         if not await self._save_trigger(trigger, replace(trigger, **facts)):
             return
-        job = await self._job(trigger.job_id)
+        job = await self.find_job(trigger.job_id)
         if job.round == trigger.round:
             if error and error != job.last_error:
                 await self._log(job.id, "error", error, now)
@@ -3704,64 +4158,128 @@ class Store(Records):
         row = 0 if error is None else job.errors_in_row + 1
         await self._set_job(job, last_error=error, errors_in_row=row)
 
-    # logs and counts
 
-    async def logs(self, job_id: int | None, limit: int, after: int = 0) -> list[LogRow]:
-        """The last rows of a job, or of all (None); oldest first; only ids beyond `after`."""
-        rows = await self._read(
-            "SELECT * FROM polling_logs WHERE (job_id = :job_id OR :job_id IS NULL) AND id > :after"
-            " ORDER BY id DESC LIMIT :limit",
-            {"job_id": job_id, "limit": limit, "after": after},
-        )
-        return [LogRow(**row) for row in reversed(rows)]
+# ── Housekeeping ──────────────────────────────────────────────────────────────────────────────
+
+PRUNE_ROWS = 1000  # deleted in one transaction, so that it stays short
+KEPT_FOR_A_WHILE = {  # the column that tells a row's age, and which rows may go
+    "polling_logs": ("created_at", "TRUE"),
+    "etl_run": ("start_time", "status <> 'in_progress'"),
+    "etl_reject": ("created_at", "TRUE"),
+    "triggers": (  # of a job's present round it is the proof that it fired
+        "finished_at",
+        "finished_at IS NOT NULL"
+        " AND round < (SELECT j.round FROM polling_jobs j WHERE j.id = job_id)",
+    ),
+    "polling_jobs": (  # one of jobs.yaml would come back, and fire again
+        "completed_at",
+        f"origin = 'store' AND status IN {ENDED} AND NOT EXISTS"
+        " (SELECT 1 FROM triggers t WHERE t.job_id = polling_jobs.id AND t.finished_at IS NULL)",
+    ),
+}
+# Times that are compared with the clock while something goes on; others are history.
+LIVE_TIMES = {
+    "polling_jobs": ("last_check_at", "last_ok_at", "next_check_at"),
+    "polling_batches": ("changed_at", "missing_since"),
+    "triggers": ("sent_at", "unknown_at"),
+}
+FARTHEST = 86400.0  # s ahead that a check is planned at most, however long its interval
+
+
+class Store(Checks):
+    """Secrets, jobs, batches, triggers, records and the log: the only place with their SQL. Here:
+    what is kept for how long, times, and figures."""
+
+    async def prune(self, before: float, keep: int) -> None:
+        """Delete what ended before `before` or is not among the newest `keep` of its table."""
+        for table in KEPT_FOR_A_WHILE:
+            while await self._prune(table, before, keep) >= PRUNE_ROWS:
+                pass  # others take their turns at the store in between
 
     @transactional
-    async def prune(self, table: str, before: float, keep: int) -> int:
-        """Delete some of the rows of a table of LOGS that are older than `before` or beyond the
-        newest `keep`; how many."""
+    async def _prune(self, table: str, before: float, keep: int) -> int:
+        age, may_go = KEPT_FOR_A_WHILE[table]
         rows = await self._sql(
-            f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE"
-            f" {LOGS[table]} < :before OR id <= (SELECT max(id) FROM {table}) - :keep"
-            " ORDER BY id LIMIT :some) RETURNING id",
+            f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE {may_go}"
+            f" AND {age} < :before ORDER BY {age} LIMIT :some) OR id IN (SELECT id FROM {table}"
+            f" WHERE {may_go} ORDER BY {age} DESC, id DESC LIMIT :some OFFSET :keep) RETURNING id",
             {"before": before, "keep": keep, "some": PRUNE_ROWS},
         )
         return len(rows)
 
+    @transactional
+    async def shift_times(self, step: float, now: float) -> None:
+        """The clock was set by `step` seconds, and is `now`: move along what is compared with it,
+        so that windows go on for as long as they would have, and nothing lies in the future."""
+        for table, columns in LIVE_TIMES.items():
+            moved_on = ", ".join(f"{name} = {name} + :step" for name in columns)
+            where = " WHERE finished_at IS NULL" if table == "triggers" else ""
+            await self._sql(f"UPDATE {table} SET {moved_on}{where}", {"step": step})
+        for job_id, quiet in self._quiet.items():
+            self._quiet[job_id] = quiet._replace(
+                now=quiet.now + step, next_check_at=quiet.next_check_at + step
+            )
+        await self._log(None, "updated", f"the clock was set by {step:+.0f} s", now)
+
+    @transactional
+    async def clamp_times(self, now: float) -> None:
+        """At the start: what lies in the future was written by a clock that was ahead, and happened
+        now at the latest."""
+        for table, columns in LIVE_TIMES.items():
+            for name in columns:
+                latest = now + FARTHEST if name == "next_check_at" else now
+                await self._sql(
+                    f"UPDATE {table} SET {name} = :now WHERE {name} > :latest",
+                    {"now": now, "latest": latest},
+                )
+
+    async def logs(self, job_id: int | None, limit: int, after: int = 0) -> list[LogRow]:
+        """The last rows of a job, or of all (None); oldest first; only ids beyond `after`."""
+        mine = "" if job_id is None else " AND job_id = :job_id"
+        rows = await self._sql(
+            f"SELECT {columns_of(LogRow)} FROM polling_logs"
+            f" WHERE id > :after{mine} ORDER BY id DESC LIMIT :limit",
+            {"job_id": job_id, "limit": limit, "after": after},
+        )
+        return [LogRow(*row) for row in reversed(rows)]
+
     async def counts(self) -> dict[str, Any]:
         """Jobs by shown status, and how many secrets, triggers and log rows there are."""
-        counts = {row[0]: row[1] for row in await self._read("SELECT what, n FROM counts")}
-        jobs = {what.removeprefix("job:"): n for what, n in counts.items() if ":" in what and n}
-        return {"jobs": jobs} | {what: n for what, n in counts.items() if ":" not in what}
+        rows = await self._sql(
+            "SELECT CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END, count(*), 1"
+            " FROM polling_jobs GROUP BY 1"
+            " UNION ALL SELECT 'secrets', count(*), 0 FROM secrets"
+            " UNION ALL SELECT 'triggers', count(*), 0 FROM triggers"
+            " UNION ALL SELECT 'logs', count(*), 0 FROM polling_logs"
+        )
+        jobs = {what: n for what, n, of_jobs in rows if of_jobs}
+        return {"jobs": jobs} | {what: n for what, n, of_jobs in rows if not of_jobs}
 
     async def lateness(self, now: float, since: float) -> tuple[float, int]:
         """Of active jobs: the longest time since a successful check (or `since`, when the service
-        started), in seconds, and how many had none for three intervals. Costs a look at an index
-        for each interval in use, and for each of those jobs."""
-        [row] = await self._read(
-            f"{PACES} SELECT min((SELECT min(last_ok_at) FROM polling_jobs WHERE {ACTIVE}"
-            f" AND {PACE} = seconds)), coalesce(sum((SELECT count(*) FROM polling_jobs WHERE"
-            f" {ACTIVE} AND {PACE} = seconds AND last_ok_at < :now - 3 * seconds"
-            " AND :since < :now - 3 * seconds)), 0) FROM paces WHERE seconds IS NOT NULL",
-            {"now": now, "since": since},
-        )
-        return (now - max(row[0], since) if row[0] is not None else 0.0), row[1]
+        started), in seconds, and how many had none for three intervals."""
+        [[oldest]] = await self._sql(f"SELECT min(last_ok_at) FROM polling_jobs j WHERE {ACTIVE}")
+        late = await self._late(now, since)
+        return (now - max(oldest, since) if oldest is not None else 0.0), len(late)
 
     async def overdue(self, now: float, since: float) -> list[str]:
         """Active jobs without a successful check for three intervals, none counted from before
         `since` (when the service started); at most 100 names."""
-        rows = await self._read(
-            f"{PACES} SELECT id, name FROM paces JOIN polling_jobs ON {PACE} = seconds"
-            f" WHERE {ACTIVE} AND last_ok_at < :now - 3 * seconds AND :since < :now - 3 * seconds"
-            " LIMIT 100",
+        return (await self._late(now, since))[:100]
+
+    async def _late(self, now: float, since: float) -> list[str]:
+        rows = await self._sql(
+            f"SELECT name FROM polling_jobs j WHERE {ACTIVE} AND last_ok_at < :now - 3 * pace"
+            " AND :since < :now - 3 * pace ORDER BY id",
             {"now": now, "since": since},
         )
-        return [row["name"] for row in sorted(rows, key=lambda row: int(row["id"]))]
+        return [row[0] for row in rows]
 
     async def due_next(self, limit: int) -> list[tuple[str, float]]:
         """Names and planned times of the checks that come next."""
-        rows = await self._read(
-            "SELECT name, next_check_at FROM polling_jobs WHERE status = 'active' AND removed_at IS"
-            " NULL AND next_check_at IS NOT NULL ORDER BY next_check_at LIMIT :limit",
+        rows = await self._sql(
+            f"SELECT name, next_check_at FROM polling_jobs j WHERE {ACTIVE}"
+            " AND next_check_at IS NOT NULL ORDER BY next_check_at LIMIT :limit",
             {"limit": limit},
         )
         return [(row[0], row[1]) for row in rows]
@@ -5812,18 +6330,15 @@ class Steps:
         """Advance a job's open triggers, then check its batches if it is active; each singly if
         someone `asked` for that. Raises StoreError when the store cannot be used; then nothing was
         sent."""
-        job, batches, has_open = await self.store.job_with_batches(job_id)
-        steps = []
-        if has_open:
+        steps, row = list[StepResult](), next(iter(await self.store.due([job_id])), None)
+        if row is not None and row.damage:  # others go on
+            return StepResult(LONGEST_WAIT, row.damage, TeckoError(row.damage))
+        if row is not None and row.has_open:
             for trigger in await self.store.open_triggers(job_id):
                 steps.append(await self._advance(trigger))
-            job, batches, _ = await self.store.job_with_batches(job_id)
-        if job is not None and job.status == "active" and job.removed_at is None:
-            if isinstance(job.spec, IngestSpec):
-                steps.append(await self._ingest(job))
-            else:
-                singly = asked or job_id in self._singly
-                steps.append(await self._check(job, batches, singly))
+            row = next(iter(await self.store.due([job_id])), None)
+        if row is not None and row.is_active:
+            steps.append(await (self._ingest(row) if row.is_ingest else self._check(row, asked)))
         waits = [s.wait for s in steps if s.wait is not None]
         await self._note_uses()
         last = steps[-1] if steps else StepResult(None, "nothing to do")
@@ -5856,10 +6371,6 @@ class Steps:
                 f"there is no secret {name!r}", hint=f"secret add --name {name}", code=1001
             )
         return read_reference(name, self.config.secrets[name], self.config)
-
-    def _interval(self, row: CheckRow) -> float:
-        """The time since its last check that a job was given."""
-        return row.interval or row.pace or self.config.settings.min_poll_interval
 
     def _pace(self, auto: bool, batches: Sequence[Batch], now: float) -> float | None:
         """Until the next check, where a job leaves that to us."""
@@ -5897,49 +6408,29 @@ class Steps:
             names = self.openai.known_as(key, secret)
         except (SecretError, OpenAIError):
             return {}  # each tells it in its own step
-        now, listing = self.clock(), self.openai.listing(key)[1]
-        for row in rows:
-            if is_turn(row.id, self._interval(row), listing.wanted, now):
-                self._singly.add(row.id)
+        count, now = self.openai.listing(key)[1].wanted, self.clock()
+        self._singly.update(row.id for row in rows if is_turn(row.id, row.pace, count, now))
         rows = [row for row in rows if row.id not in self._singly]
-        error = await self._refresh_list(key, names, rows) if rows else None
-        done, news, now = dict[int, StepResult](), dict[int, tuple[CheckRow, Any]](), self.clock()
+        error = await self._refresh_list(key, names, rows)
+        done, news, now = dict[int, StepResult](), list[CheckResult](), self.clock()
         for row in rows:
             batches = self._listed(key, row, now)
             if batches == row.batches and not row.last_error and not remarks(batches, now):
                 pace = self._pace(not row.interval, batches, now)
-                wait = pace or self._interval(row)
-                self.store.note(
-                    UnchangedCheck(row.id, row.revision, row.round, now, now + wait, pace)
-                )
+                at = now + (wait := pace or row.pace)
+                self.store.note(UnchangedCheck(row.id, row.revision, row.round, now, at, pace))
                 done[row.id] = StepResult(wait, "no news")
             elif batches is not None or error is not None:
-                news[row.id] = row, batches
+                errors = [error] if batches is None and error is not None else []
+                news.append(self._concluded(row, batches or row.batches, errors))
         self.tally["checks", "waiting"] += len(done)
-        ids = [*news]
-        for at in range(0, len(ids), TOGETHER_NEWS):  # others take their turns in between
-            jobs = await self.store.jobs_among(some := ids[at : at + TOGETHER_NEWS])
-            done |= await self._record_news(jobs, [news[i] for i in some], error)
+        news = [check for check in news if check.verdict.event is None]
+        for at in range(0, len(news), TOGETHER_NEWS):  # others take their turns in between
+            some = news[at : at + TOGETHER_NEWS]
+            recorded = await self.store.record_checks(some)
+            done |= {c.job.id: self._told(c, c.job.id in recorded) for c in some}
         await self._note_uses()
         return done
-
-    async def _record_news(
-        self,
-        jobs: Mapping[int, Job],
-        news: Iterable[tuple[CheckRow, Sequence[Batch] | None]],
-        error: OpenAIError | None,
-    ) -> dict[int, StepResult]:
-        """Write down, in one transaction, checks that saw something. What would end a job is left
-        to a step alone, and so is a job that was changed meanwhile."""
-        checks = list[CheckResult]()
-        for row, batches in news:
-            job = jobs.get(row.id)
-            if job is not None and (job.revision, job.round) == (row.revision, row.round):
-                errors = [error] if batches is None and error is not None else []
-                check = self._concluded(job, row.batches, batches or row.batches, errors)
-                checks += [check] * (check.verdict.event is None)
-        recorded = await self.store.record_checks(checks)
-        return {c.job.id: self._told(c, c.job.id in recorded) for c in checks}
 
     async def _refresh_list(
         self, key: SecretValue, names: Collection[str], rows: Sequence[CheckRow]
@@ -5951,7 +6442,7 @@ class Steps:
         checks = sum(len(open_batches(row.batches, now)) for row in stale)
         if not self.openai.may_list(key, checks):
             return None
-        until = now + min(map(self._interval, stale)) / 2
+        until = now + min(row.pace for row in stale) / 2
         wanted, worth = await self.store.watched(names, until)
         try:
             finished = await self.openai.read_list(key, wanted, max(checks, worth))
@@ -5966,79 +6457,63 @@ class Steps:
         all of them go on."""
         age, listing = self.openai.listing(key)
         seen = {b.batch_id: listing.seen.get(b.batch_id) for b in open_batches(row.batches, now)}
-        if not seen or age > self._interval(row) / 2:
+        if not seen or age > row.pace / 2:
             return None
         if any(s is None or outcome(s) is not None for s in seen.values()):
             return None
         return [merged(b, s, now) if (s := seen.get(b.batch_id)) else b for b in row.batches]
 
-    async def _check(self, job: Job, known: Sequence[Batch], singly: bool) -> StepResult:
-        batches, errors = await self._ask(job, known, singly)
-        self._singly.discard(job.id)
-        check = self._concluded(job, known, batches, errors)
+    async def _check(self, row: CheckRow, asked: bool) -> StepResult:
+        batches, errors = await self._ask(row, asked or row.id in self._singly)
+        self._singly.discard(row.id)
+        check = self._concluded(row, batches, errors)
         recorded = await self.store.record_check(check)
         result = self._told(check, recorded)
         if recorded and check.trigger is not None:
             return await self._advance(check.trigger)
         return result
 
-    async def _ask(
-        self, job: Job, known: Sequence[Batch], singly: bool
-    ) -> tuple[list[Batch], list[TeckoError]]:
+    async def _ask(self, row: CheckRow, singly: bool) -> tuple[list[Batch], list[TeckoError]]:
         """The batches as they are now, and the errors met; a finished one is not asked again."""
-        name = str(job.watches.watch.secret)
+        found, errors = dict[str, Batch](), list[TeckoError]()
         try:
-            key = await self._secret(name)
-            self.openai.known_as(key, name)
+            key = await self._secret(row.secret)
+            self.openai.known_as(key, row.secret)
+            age, listing = self.openai.listing(key)
         except (SecretError, OpenAIError) as e:
-            return [*known], [e]
-        age, listing = self.openai.listing(key)
-        going_on = {i: s for i, s in listing.seen.items() if outcome(s) is None}
-        listed = {} if singly or age > self.usual(job) / 2 else going_on
-        asked = open_batches(known, self.clock())
-        found = dict(
-            zip(
-                [b.batch_id for b in asked],
-                await asyncio.gather(*(self._ask_for(key, b, listed) for b in asked)),
-                strict=True,
-            )
-        )
-        batches = [found[b.batch_id][0] if b.batch_id in found else b for b in known]
-        return batches, [error for _, error in found.values() if error is not None]
+            return row.batches, [e]
 
-    async def _ask_for(
-        self, key: SecretValue, batch: Batch, listed: Mapping[str, BatchSeen]
-    ) -> tuple[Batch, TeckoError | None]:
-        try:
-            seen = listed.get(batch.batch_id) or await self.openai.retrieve(key, batch.batch_id)
-            return merged(batch, seen, self.clock()), None
-        except OpenAIError as e:
-            if e.status == 404:  # `decide` says when to believe it
-                return denied(batch, self.clock()), e
-            return batch, e
+        async def ask(batch: Batch) -> None:
+            seen = None if singly or age > row.pace / 2 else listing.seen.get(batch.batch_id)
+            try:
+                if seen is None or outcome(seen) is not None:
+                    seen = await self.openai.retrieve(key, batch.batch_id)
+                found[batch.batch_id] = merged(batch, seen, self.clock())
+            except OpenAIError as e:
+                errors.append(e)
+                if e.status == 404:  # `decide` says when to believe it
+                    found[batch.batch_id] = denied(batch, self.clock())
+
+        await asyncio.gather(*map(ask, open_batches(row.batches, self.clock())))
+        return [found.get(batch.batch_id, batch) for batch in row.batches], errors
 
     def _concluded(
-        self,
-        job: Job,
-        known: Sequence[Batch],
-        batches: Sequence[Batch],
-        errors: Sequence[TeckoError],
+        self, row: CheckRow, batches: Sequence[Batch], errors: Sequence[TeckoError]
     ) -> CheckResult:
         """What follows from how the batches are now."""
-        now, settings = self.clock(), self.config.settings
-        verdict = decide(job.watches.watch, batches, now)
-        trigger = self._intent(job, batches, verdict, now) if verdict.event == "fire" else None
-        pace = self._pace(job.spec.poll_interval == "auto", batches, now)
-        interval, row = pace or self.usual(job), job.errors_in_row + 1
-        waits = [wait_after_error(e, row, interval, settings, self.luck()) for e in errors]
+        now, settings, spec = self.clock(), self.config.settings, row.watches
+        verdict = decide(spec.watch, batches, now)
+        trigger = self._intent(row, batches, verdict, now) if verdict.event == "fire" else None
+        pace = self._pace(not row.interval, batches, now)
+        interval, in_row = pace or self.usual(row), row.errors_in_row + 1
+        waits = [wait_after_error(e, in_row, interval, settings, self.luck()) for e in errors]
         wait = max(waits, default=interval)
         if not errors and any(lacks_output(batch, now) for batch in batches):
             wait = min(wait, OUTPUT_AGAIN)
         said = [verdict.reason] if verdict.event else [*map(str, errors), *remarks(batches, now)]
-        last_error = "; ".join(dict.fromkeys(filter(None, said))) or None
-        return CheckResult(
-            job, known, batches, verdict, trigger, last_error, errors, wait, now, pace
-        )
+        error = "; ".join(dict.fromkeys(filter(None, said))) or None
+        known = row.batches
+        return CheckResult(row, known, batches, verdict, trigger, error, errors, wait, now, pace)
 
     def _told(self, check: CheckResult, recorded: bool) -> StepResult:
         """Count a check, and say what came of it."""
@@ -6235,6 +6710,7 @@ class Steps:
             wait=wait,
             watermark=ingesting.watermark() if status == "success" else None,
             whole=status == "success" and ingesting.kind == "api",
+            there=ingesting.there if status == "success" else None,
             forget=isinstance(error, IngestFailed) and error.forget,
         )
         run = await self.store.end_run(ingesting.run, end, self.clock())
@@ -6314,6 +6790,7 @@ class Ingesting:
         self.mapper = Mapper(job.name, self.source)
         self.fields: Mapping[str, Any] = checkpoint.fields
         self.notes: list[str] = []
+        self.there: Collection[str] | None = None  # the parts that there are
         self._processed = self._failed = 0
         self._latest: tuple[str, float] | None = None
         self.fingerprint = digest_of(self.source.model_dump_json(exclude={*LIMITS})).hex()
@@ -6325,7 +6802,9 @@ class Ingesting:
         elif self.source.remote:
             await self._read_download(self.source)
         else:
-            for path, part in await asyncio.to_thread(self._files, self.source.path):
+            files = await asyncio.to_thread(self._files, self.source.path)
+            self.there = {part for _, part in files}
+            for path, part in files:
                 await self._read_file(self.source, path, part, self._state(part), {})
         self._judge(ended=True)
 
@@ -6679,7 +7158,7 @@ class Stats(Answer):
 def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -> dict[str, Any]:
     """The fields of JobAnswer; `secrets`: the ids of the stored ones, by name."""
     ends = Counter(outcome(batch) for batch in batches)
-    spec = job.spec.model_dump()
+    spec = {} if job.damage else job.spec.model_dump()
     shown: dict[str, Any] = {
         "id": job.id,
         "name": job.name,
@@ -6694,15 +7173,17 @@ def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -
     for flat, path in FLAT_FIELDS.items():
         block = spec.get(path[0]) if len(path) > 1 else spec
         shown[flat] = block[path[-1]] if block else None
-    if isinstance(job.spec, IngestSpec):
+    if spec and isinstance(job.spec, IngestSpec):
         shown["ingest"] = job.spec.ingest.model_dump(exclude_defaults=True)
     shown["batch_ids"] = shown["batch_ids"] or []
     shown["batch_id"] = next(iter(shown["batch_ids"]), None)
     shown["variables"] = shown["variables"] or {}
     for kind in ("openai", "keboola"):
         shown[f"{kind}_secret_id"] = secrets.get(str(shown[f"{kind}_secret"]))
+    shown["poll_interval_seconds"] = job.interval or "auto"
     for name in "last_error last_check_at next_check_at created_at completed_at".split():
         shown[name] = getattr(job, name)
+    shown["last_error"] = job.damage or job.last_error
     return shown
 
 
@@ -6830,9 +7311,9 @@ class Desk:
 
     async def add_secret(self, body: SecretBody, *, replace: bool = False) -> SecretAnswer:
         value = SecretValue(clean_secret(body.value))
-        sealed, key_id = self.vault.seal(body.name, body.type, value)
+        seal = partial(self.vault.seal, body.name, body.type, value)
         save = self.store.replace_secret if replace else self.store.add_secret
-        await save(body.name, body.type, sealed, key_id, self.clock())
+        await save(body.name, body.type, seal, self.clock())
         return await self.secret(body.name)
 
     async def secrets(self) -> SecretList:
@@ -6860,13 +7341,18 @@ class Desk:
             return self.vault.seal(row.name, row.type, self.vault.open(row))
 
         count = await self.store.reseal_secrets(reseal, self.clock())
-        self.vault.end_rotation()
+
+        def drop(needed: Collection[str]) -> None:
+            if {*needed} <= {self.vault.key_id}:  # else another rotation has begun
+                self.vault.end_rotation()
+
+        await self.store.drop_keys(drop)
         return count
 
     async def create_job(self, spec: Spec) -> JobDetail:
         if isinstance(spec, IngestSpec):
             self._check_path(spec.ingest)
-        await self._check_secrets(spec)
+        self._check_secrets(spec, await self.store.secret_types())
         return await self.job(str(await self.store.create_job(spec, "store", self.clock())))
 
     def _check_path(self, source: Source) -> None:
@@ -6882,24 +7368,29 @@ class Desk:
 
     async def update_job(self, ref: str, changes: Mapping[str, Any]) -> JobDetail:
         """Change what `changes` names in the flat form."""
-        job = await self.store.find_job(ref)
         if not changes:
+            await self.store.find_job(ref)
             raise Invalid(["nothing to change was named"], hint="job update --help lists it")
-        data = job.spec.model_dump()
-        for name, value in changes.items():
-            path = FLAT_FIELDS.get(name, (name,))
-            if len(path) > 1 and path[0] not in data:
-                text = "an ingest has no such field; allowed: poll_interval_seconds"
-                raise Invalid([f"{name}: {text}"], fields=[(name, text)])
-            (data if len(path) == 1 else data[path[0]])[path[-1]] = value
-        context = self.config().settings.job_context
-        spec: Spec = parse(spec_model(data), data, context, flat=changes.keys())
-        await self._check_secrets(spec, changes.keys())
-        await self.store.update_job(job.id, spec, self.clock())
-        return await self.job(str(job.id))
-
-    async def _check_secrets(self, spec: Spec, given: Collection[str] = ()) -> None:
         stored = await self.store.secret_types()
+
+        def changed(job: Job) -> Spec:
+            data = job.spec.model_dump()
+            for name, value in changes.items():
+                path = FLAT_FIELDS.get(name, (name,))
+                if len(path) > 1 and path[0] not in data:
+                    text = "an ingest has no such field; allowed: poll_interval_seconds"
+                    raise Invalid([f"{name}: {text}"], fields=[(name, text)])
+                (data if len(path) == 1 else data[path[0]])[path[-1]] = value
+            context = self.config().settings.job_context
+            spec: Spec = parse(spec_model(data), data, context, flat=changes.keys())
+            self._check_secrets(spec, stored, changes.keys())
+            return spec
+
+        return await self.job(str(await self.store.update_job(ref, changed, self.clock())))
+
+    def _check_secrets(
+        self, spec: Spec, stored: Mapping[str | int, str], given: Collection[str] = ()
+    ) -> None:
         if problems := secret_problems(spec.model_dump(), stored, self.config()):
             said = "; ".join(text for _, text in problems)
             if "there is no secret" not in said:
@@ -6924,7 +7415,7 @@ class Desk:
         triggers = await self.store.triggers(job.id)
         rows = None if logs is None else await self.store.logs(job.id, logs)
         shown = JobDetail(**fields_, triggers=triggers, logs=rows, totals=None, runs=[], rejects=[])
-        if isinstance(job.spec, IngestSpec):
+        if job.is_ingest:
             shown.totals = await self.store.totals(job.name)
             shown.runs = await self.store.runs(job.name, 10)
             shown.rejects = await self.rejects(job.name, 10)
@@ -7398,10 +7889,7 @@ class Service:
         """Delete log rows past their time or number, in small transactions."""
         keep, days = self.settings.log_retention_rows, self.settings.log_retention_days
         with contextlib.suppress(StoreError):  # it has time until the next look
-            before = time.time() - 86400 * days
-            for table in LOGS:
-                while await self.store.prune(table, before, keep) == PRUNE_ROWS:
-                    pass  # others take their turns at the store in between
+            await self.store.prune(time.time() - 86400 * days, keep)
 
     async def _sync(self) -> None:
         """Make the timers what the store says."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import postgres
 import pytest
 import standins
 
@@ -55,6 +60,108 @@ def source() -> Iterator[standins.Source]:
         yield server
 
 
+# ── Two engines ───────────────────────────────────────────────────────────────────────────────
+
+ON_BOTH_ENGINES = ("test_store", "test_database", "test_steps", "test_desk")
+Place = Path | str  # of a database: a file, or the URL of a schema of its own
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sqlite: what it tests is about the file, or SQLite's own")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of what is stored run once on each engine."""
+    both = metafunc.module.__name__ in ON_BOTH_ENGINES
+    if "engine" in metafunc.fixturenames and both:
+        only = metafunc.definition.get_closest_marker("sqlite")
+        engines = ["sqlite"] if only else ["sqlite", "postgres"]
+        metafunc.parametrize("engine", engines, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[postgres.Server]:
+    """This process's PostgreSQL."""
+    if not postgres.installed():
+        pytest.skip(postgres.MISSING)
+    running = postgres.Server()
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(getattr(request, "param", "sqlite"))
+
+
+@pytest.fixture
+def fresh(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[], Place]:
+    """Gives places of databases that are not there yet."""
+    if engine == "postgres":
+        made: Callable[[], Place] = request.getfixturevalue("server").schema
+        return made
+    names = (f"store{n or ''}.db" for n in itertools.count())
+    return lambda: tmp_path / next(names)
+
+
+def execute(place: Place, sql: str, *values: object) -> list[Any]:
+    """One statement by another process."""
+    if isinstance(place, Path):
+        with contextlib.closing(sqlite3.connect(place, isolation_level=None)) as other:
+            return other.execute(sql, values).fetchall()
+    import psycopg
+
+    with psycopg.connect(place, autocommit=True) as db:
+        found = db.execute(sql.replace("?", "%s").encode(), values)
+        return [tuple(row) for row in found] if found.description else []
+
+
+LOCKING: dict[type, tuple[str, ...]] = {
+    Path: ("BEGIN IMMEDIATE",),
+    str: ("BEGIN", "SELECT pg_advisory_xact_lock(7238, hashtext(current_schema()))"),
+}
+
+
+class Holder:
+    """Another process that holds the lock for writing, until `release` or the context's end."""
+
+    def __init__(self, place: Place) -> None:
+        self.db: Any
+        if isinstance(place, Path):
+            self.db = sqlite3.connect(place, isolation_level=None, timeout=0)
+        else:
+            import psycopg
+
+            self.db = psycopg.connect(place, autocommit=True)
+        for statement in LOCKING[str if isinstance(place, str) else Path]:
+            self.db.execute(statement)
+
+    def __enter__(self) -> Holder:
+        return self
+
+    def release(self) -> None:
+        self.db.execute("ROLLBACK")
+
+    def __exit__(self, *_: object) -> None:
+        self.db.close()
+
+
+TABLES = (
+    *("secrets", "polling_jobs", "polling_batches", "triggers", "polling_logs"),
+    *("normalized_data", "raw_data_csv", "raw_data_api", "etl_checkpoint", "etl_part"),
+    *("etl_run", "etl_reject"),
+)
+
+
+def dump(place: Place) -> dict[str, list[Any]]:
+    """All that is stored, as another process sees it; and that it can write at once."""
+    with Holder(place):
+        return {
+            table: sorted(execute(place, f"SELECT * FROM {table}"), key=repr) for table in TABLES
+        }
+
+
 @dataclass
 class Clock:
     """The time, as an argument: stands still until it is turned. `steady` is what the monotonic
@@ -91,9 +198,9 @@ class World:
     keboola: standins.Keboola
 
     async def secret(self, name: str, kind: str, value: str, *, replace: bool = False) -> None:
-        sealed, key_id = self.vault.seal(name, kind, tecko.SecretValue(value))
+        seal = partial(self.vault.seal, name, kind, tecko.SecretValue(value))
         save = self.store.replace_secret if replace else self.store.add_secret
-        await save(name, kind, sealed, key_id, self.clock())
+        await save(name, kind, seal, self.clock())
 
     async def job(self, name: str = "job", **flat: Any) -> int:
         """Create a job in the store; by default for batch_1 and the Keboola stand-in."""
@@ -145,12 +252,17 @@ ENVIRONMENT = {"MIN_POLL_INTERVAL": "1", "SECRET_KEY": MASTER_KEY, "TRIGGER_SETT
 
 
 async def make_world(
-    folder: Path, openai: standins.OpenAI, keboola: standins.Keboola, env: Mapping[str, str]
+    folder: Path,
+    openai: standins.OpenAI,
+    keboola: standins.Keboola,
+    env: Mapping[str, str],
+    place: Place | None = None,
 ) -> tuple[World, Any]:
-    """A world in `folder` and the closing coroutine function; opens what is there already."""
+    """A world in `folder`, its database at `place`, and the closing coroutine function; opens what
+    is there already."""
     environ = ENVIRONMENT | {"OPENAI_BASE_URL": openai.base_url} | dict(env)
     config = tecko.load_config(folder / "jobs.yaml", environ)
-    store, clock = tecko.Store(config.settings.database), Clock()
+    store, clock = tecko.Store(place or config.settings.database), Clock()
     await store.__aenter__()
     vault = tecko.Vault(config.settings)
     vault.load(required=True)
@@ -169,10 +281,15 @@ async def make_world(
 
 @pytest.fixture
 async def world(
-    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
+    tmp_path: Path,
+    openai: standins.OpenAI,
+    keboola: standins.Keboola,
+    engine: str,
+    fresh: Callable[[], Place],
 ) -> AsyncIterator[World]:
     """A fresh world with the secrets `openai` and `keboola`, whose values the stand-ins take."""
-    made, close = await make_world(tmp_path, openai, keboola, {})
+    place = fresh() if engine == "postgres" else None
+    made, close = await make_world(tmp_path, openai, keboola, {}, place)
     openai.key(standins.OPENAI_KEY)
     await made.secret("openai", "openai", standins.OPENAI_KEY)
     await made.secret("keboola", "keboola", standins.KEBOOLA_TOKEN)

@@ -153,8 +153,8 @@ async def stock(folder: Path) -> None:
     vault = tecko.Vault(config.settings)
     async with tecko.Store(config.settings.database) as store:
         for kind in ("openai", "keboola"):
-            sealed, key_id = vault.seal(kind, kind, tecko.SecretValue(f"value-of-{kind}-secret"))
-            await store.add_secret(kind, kind, sealed, key_id, 1.0)
+            seal = partial(vault.seal, kind, kind, tecko.SecretValue(f"value-of-{kind}-secret"))
+            await store.add_secret(kind, kind, seal, 1.0)
         [from_file] = config.jobs or []
         assert isinstance(from_file, tecko.JobSpec)
         for name in ("from-file", "gone"):

@@ -245,8 +245,9 @@ def test_total_count_after_runs_and_deletes(rest: Rest) -> None:
 )
 def test_data_is_found_by_key(rest: Rest, asked: str) -> None:
     """SQLite searches for all that /data answers: it scans no table and sorts nothing."""
-    database = rest.made.service.store._db
-    assert database is not None
+    reader = rest.made.service.store._reader
+    assert isinstance(reader, tecko.Sqlite) and reader._db is not None
+    database = reader._db
     seen: list[str] = []
     rest.made.on_loop(database.set_trace_callback(seen.append))
     assert rest("GET", f"/data{asked}").status == 200

@@ -20,6 +20,7 @@ import termios
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from conftest import (
     RunningProgram,
     World,
     clean_environment,
+    dump,
+    execute,
     make_world,
     program_environment,
     run_program,
@@ -68,7 +71,8 @@ NOW = 1_800_000_000.0
 def a_job(status: str = "active", **changed: Any) -> tecko.Job:
     """A job that was checked 30 s ago and is due in 90 s."""
     known: dict[str, Any] = {f.name: None for f in fields(tecko.Job)}
-    known |= {"id": 1, "name": "night", "origin": "file", "spec": spec(), "round": 1}
+    known |= {"id": 1, "name": "night", "origin": "file", "round": 1, "secret": "openai"}
+    known |= {"text": spec().model_dump_json()}
     known |= {"last_check_at": NOW - 30, "next_check_at": NOW + 90, "created_at": NOW - 7200}
     return tecko.Job(**(known | {"status": status} | changed))
 
@@ -113,7 +117,7 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
         ],
     ),
     "any end": (
-        a_job(spec=spec(trigger_when="all_finished", poll_interval_seconds=300)),
+        a_job(text=spec(trigger_when="all_finished", poll_interval_seconds=300).model_dump_json()),
         GOING[:0],
         None,
         [
@@ -292,7 +296,8 @@ def test_explain_a_removed_job_with_a_trigger(state: str | None, goes_on: bool) 
 
 
 def told(job: tecko.Job, state: str | None, count: int, **trigger: Any) -> list[str]:
-    job = replace(job, spec=spec(batch_ids=[f"batch_{n + 1}" for n in range(count)]))
+    watching = spec(batch_ids=[f"batch_{n + 1}" for n in range(count)])
+    job = replace(job, text=watching.model_dump_json())
     fired = a_trigger(state, **trigger) if state else None
     return tecko.explain(job, DONE[:count], fired, NOW)
 
@@ -783,15 +788,6 @@ def body(name: str) -> tecko.SecretBody:
     return tecko.SecretBody(name=name, type="openai", value="sk-some-value-0123456")
 
 
-def rows_of(path: Path, table: str) -> list[dict[str, Any]]:
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.row_factory = sqlite3.Row
-        return [dict(row) for row in db.execute(f"SELECT * FROM {table} ORDER BY rowid")]
-
-
-TABLES = ("secrets", "polling_jobs", "polling_batches", "triggers", "polling_logs")
-
-
 @pytest.mark.parametrize(("code", "ask"), REFUSALS.values(), ids=REFUSALS)
 async def test_what_the_desk_refuses(
     world: World, desk: tecko.Desk, code: int, ask: Callable[[tecko.Desk], Any]
@@ -800,11 +796,11 @@ async def test_what_the_desk_refuses(
     for name in ("job", "second"):
         await world.job(name)
     await world.store.sync_file_jobs([spec(name="of the file")], world.clock())
-    before = [rows_of(world.store.path, table) for table in TABLES]
+    before = dump(world.store.place)
     with pytest.raises(tecko.TeckoError) as refused:
         await ask(desk)
     assert refused.value.code == code and str(refused.value)
-    assert [rows_of(world.store.path, table) for table in TABLES] == before
+    assert dump(world.store.place) == before
 
 
 # audit
@@ -877,47 +873,19 @@ def test_the_log_says_that_the_command_line_asked(
     env = clean_environment(program_environment(openai)) | {"PYTHONPATH": str(PROGRAM.parent)}
     run = [sys.executable, "-c", f"from teckochecker import main\n{calls}"]
     subprocess.run(run, cwd=tmp_path, env=env, check=True, timeout=60)
-    rows = rows_of(tmp_path / "teckochecker.db", "polling_logs")
-    said = [(row["status"], row["actor"]) for row in rows]
+    log = partial(
+        execute, tmp_path / "teckochecker.db", "SELECT status, actor FROM polling_logs ORDER BY id"
+    )
+    said = log()
     assert [status for status, actor in said if actor] == "created paused resumed updated".split()
     assert {actor for _, actor in said} == {None, "command line"}
     assert ("checking", None) in said
     deleted = run_program("job", "delete", "n", "--force", cwd=tmp_path)
     assert deleted.returncode == 0, deleted.stderr
-    row = rows_of(tmp_path / "teckochecker.db", "polling_logs")[-1]
-    assert (row["status"], row["actor"]) == ("deleted", "command line")
+    assert log()[-1] == ("deleted", "command line")
 
 
 # upkeep
-
-
-async def test_a_database_of_version_1_is_taken_along(world: World, tmp_path: Path) -> None:
-    """Rows written under the first schema are there under today's, new columns empty and in use."""
-    world.openai.batch("batch_1", "completed", total=2, completed=2)
-    job_id = await world.job()
-    await world.steps.step(job_id)
-    old = tmp_path / "old.db"
-    kept = {table: rows_of(world.store.path, table) for table in TABLES}
-    with contextlib.closing(sqlite3.connect(old)) as db:
-        db.executescript(tecko.MIGRATIONS[0] + "PRAGMA user_version = 1;")
-        for table, rows in kept.items():
-            there = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
-            for row in rows:
-                named = {k: v for k, v in row.items() if k in there}
-                places = ", ".join(f":{k}" for k in named)
-                db.execute(f"INSERT INTO {table} ({', '.join(named)}) VALUES ({places})", named)
-        db.commit()
-    async with tecko.Store(old) as store:
-        new = {"first_used_at": None, "actor": None}
-        for table, rows in kept.items():
-            expected = [{k: new.get(k, v) for k, v in row.items()} for row in rows]
-            assert rows_of(old, table) == expected and rows
-        [secret] = [row for row in await store.secrets() if row.name == "openai"]
-        assert world.vault.open(secret).reveal() == standins.OPENAI_KEY
-        await store.note_use(secret, 5.0)
-        assert [row.status for row in await store.logs(None, 1)] == ["used"]
-    async with tecko.Store(old) as again:
-        assert (await again.secret("openai")) == replace(secret, first_used_at=5.0)
 
 
 def fill_log(path: Path, count: int, age: float) -> None:
@@ -932,7 +900,8 @@ def fill_log(path: Path, count: int, age: float) -> None:
 def kept_rows(path: Path, until: Callable[[list[int]], bool]) -> list[int]:
     """The ids of the log once they are so."""
     end = time.monotonic() + 20
-    while not until(ids := [row["id"] for row in rows_of(path, "polling_logs")]):
+    ids_there = partial(execute, path, "SELECT id FROM polling_logs ORDER BY id")
+    while not until(ids := [row[0] for row in ids_there()]):
         assert time.monotonic() < end, len(ids)
         time.sleep(0.05)
     return ids

@@ -10,6 +10,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -245,8 +246,8 @@ def test_a_key_file_is_for_its_owner_alone(tmp_path: Path) -> None:
 
 async def stored(store: tecko.Store, vault: tecko.Vault, count: int = 3) -> None:
     for n in range(count):
-        row = sealed(vault, f"value-{n}", f"name-{n}")
-        await store.add_secret(row.name, row.type, row.value, row.key_id, 0.0)
+        seal = partial(vault.seal, f"name-{n}", "openai", tecko.SecretValue(f"value-{n}"))
+        await store.add_secret(f"name-{n}", "openai", seal, 0.0)
 
 
 async def opened(store: tecko.Store, vault: tecko.Vault) -> list[str]:
@@ -307,7 +308,8 @@ async def test_resealing_is_all_or_nothing(tmp_path: Path) -> None:
     key_file(tmp_path, MASTER_KEY)
     async with tecko.Store(tmp_path / "s.db") as store:
         await stored(store, loaded(tmp_path))
-        await store.add_secret("zz", "openai", bytes(40), loaded(tmp_path).key_id, 0.0)
+        key_id = loaded(tmp_path).key_id
+        await store.add_secret("zz", "openai", lambda: (bytes(40), key_id), 0.0)
         before = await store.secrets()
         vault = loaded(tmp_path)
         vault.begin_rotation()

@@ -7,6 +7,7 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -121,15 +122,15 @@ async def test_a_changed_stack_and_a_replaced_secret_are_used_at_once(world: Wor
     batch = world.openai.batch("batch_1", "in_progress")
     job_id = await world.job()
     await world.steps.step(job_id)
-    sealed, key_id = world.vault.seal("keboola", "keboola", tecko.SecretValue("kbc-new"))
+    seal = partial(world.vault.seal, "keboola", "keboola", tecko.SecretValue("kbc-new"))
     spec = (await world.get(job_id)).watches
     with standins.Keboola() as second:
         second.token("kbc-new")
         target = spec.trigger.model_copy(update={"stack_url": second.url})
         async with beside(world.store.path) as store:
-            await store.replace_secret("keboola", "keboola", sealed, key_id, world.clock())
+            await store.replace_secret("keboola", "keboola", seal, world.clock())
             changed = spec.model_copy(update={"trigger": target})
-            await store.update_job(job_id, changed, world.clock())
+            await store.update_job(job_id, lambda _: changed, world.clock())
         batch.become("completed")
         await world.step_until_waiting(job_id)
         tokens = {standins.credential(request) for request in second.requests}

@@ -89,9 +89,9 @@ async def test_changes_of_another_process_take_effect(world: World) -> None:
         await world.store.pause_job(at["paused"], 0.0)
         before = checks(world, "batch_paused")
         await world.store.resume_job(at["resumed"], 0.0)
-        await world.store.update_job(at["interval"], quick, 0.0)
+        await world.store.update_job(at["interval"], lambda _: quick, 0.0)
         await world.store.update_job(
-            at["set"], specs["set"].model_copy(update={"watch": watching}), 0.0
+            at["set"], lambda _: specs["set"].model_copy(update={"watch": watching}), 0.0
         )
         await watch(world, "batch_new")
         await until(lambda: checks(world, "batch_new") and checks(world, "batch_other"))
@@ -449,6 +449,8 @@ async def test_unhealthy(world: World) -> None:
         said = await service.health()
         assert (said.status, said.scheduler) == ("unhealthy", "stopped")
     async with running(world) as service:
+        started = service._ticked
+        await until(lambda: service._ticked != started)  # the first tick
         service._ticked -= tecko.STALLED_TICKS + 1
         said = await service.health()
         assert (said.status, said.scheduler) == ("unhealthy", "stalled")

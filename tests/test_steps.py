@@ -8,18 +8,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import standins
-from conftest import ENVIRONMENT, World, make_world
+from conftest import ENVIRONMENT, World, execute, make_world
 from standins import Fault
 
 import teckochecker as tecko
@@ -84,7 +84,7 @@ async def retarget(world: World, job_id: int, **trigger: str) -> None:
     spec = (await world.get(job_id)).watches
     target = spec.trigger.model_copy(update=trigger)
     spec = spec.model_copy(update={"trigger": target})
-    await world.store.update_job(job_id, spec, world.clock())
+    await world.store.update_job(job_id, lambda _: spec, world.clock())
 
 
 async def rewatch(world: World, job_id: int, *batch_ids: str) -> None:
@@ -92,7 +92,7 @@ async def rewatch(world: World, job_id: int, *batch_ids: str) -> None:
     spec = (await world.get(job_id)).watches
     watch = spec.watch.model_copy(update={"batch_ids": list(batch_ids)})
     spec = spec.model_copy(update={"watch": watch})
-    await world.store.update_job(job_id, spec, world.clock())
+    await world.store.update_job(job_id, lambda _: spec, world.clock())
 
 
 async def file_job(world: World) -> int:
@@ -477,9 +477,9 @@ async def test_a_trigger_is_on_disk_before_it_is_on_the_wire(world: World) -> No
     gate = world.keboola.gate(POST, after_acting=False)
     step = asyncio.create_task(world.steps.step(job_id))
     request = await gate.areached()
-    with contextlib.closing(sqlite3.connect(world.store.path)) as db:
-        [row] = db.execute("SELECT state, body, attempts, keboola_job_id FROM triggers")
-        [(job_status,)] = db.execute("SELECT status FROM polling_jobs")
+    seen = partial(execute, world.store.place)
+    [row] = seen("SELECT state, body, attempts, keboola_job_id FROM triggers")
+    [(job_status,)] = seen("SELECT status FROM polling_jobs")
     assert row == ("sending", request.body.decode(), 1, None)
     assert (job_status, world.keboola.created) == ("triggering", [])
     gate.release()

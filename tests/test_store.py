@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import os
-import sqlite3
 import stat
 import sys
 import tempfile
@@ -16,11 +15,12 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROGRAM, clean_environment
+from conftest import PROGRAM, TABLES, Holder, Place, clean_environment, dump, execute
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,12 +31,12 @@ OPEN = ("triggering", "triggered")
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "store.db"
+def path(fresh: Callable[[], Place]) -> Place:
+    return fresh()
 
 
 @pytest.fixture
-async def store(path: Path) -> AsyncIterator[tecko.Store]:
+async def store(path: Place) -> AsyncIterator[tecko.Store]:
     async with tecko.Store(path) as opened:
         yield opened
 
@@ -133,20 +133,6 @@ async def job_in(store: tecko.Store, status: str, name: str = "job") -> tecko.Jo
     return job
 
 
-def dump(path: Path) -> list[str]:
-    """All that is in the file, as another process sees it; and that it can write at once."""
-    with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        other.execute("ROLLBACK")
-        return list(other.iterdump())
-
-
-def execute(path: Path, sql: str, *values: object) -> list[Any]:
-    """One statement by another process."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-        return other.execute(sql, values).fetchall()
-
-
 async def ended(threads: int) -> None:
     """Wait until no more threads than these are left: a connection's would block the exit."""
     until = time.monotonic() + 5
@@ -158,6 +144,7 @@ async def ended(threads: int) -> None:
 # ── Opening ───────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("there", [False, True])
 async def test_a_new_store_has_its_tables(path: Path, there: bool) -> None:
     """Out of nothing, or out of an empty file; a file that it makes is for its owner alone."""
@@ -165,11 +152,11 @@ async def test_a_new_store_has_its_tables(path: Path, there: bool) -> None:
         os.mknod(path)
     async with tecko.Store(path) as store:
         assert await store.jobs() == [] and await store.secrets() == []
-    assert execute(path, "PRAGMA user_version") == [(len(tecko.MIGRATIONS),)]
+    assert execute(path, "SELECT version FROM schema_version") == [(tecko.SCHEMA_VERSION,)]
     assert there or stat.S_IMODE(os.stat(path).st_mode) == 0o600
 
 
-async def test_a_store_opens_again_as_it_was(path: Path) -> None:
+async def test_a_store_opens_again_as_it_was(path: Place) -> None:
     """Reopening migrates nothing and loses nothing, and `touch` leaves a store as it is."""
     async with tecko.Store(path) as store:
         job = await job_in(store, "triggered")
@@ -189,31 +176,31 @@ COLUMNS = {
 }
 
 
-async def test_tables_are_named_as_published(store: tecko.Store, path: Path) -> None:
+async def test_tables_are_named_as_published(store: tecko.Store) -> None:
     """The data model that others read: its tables and columns have the names that were given."""
     for table, columns in COLUMNS.items():
-        found = {row[1] for row in execute(path, f"PRAGMA table_info({table})")}
-        assert found >= set(columns.split())
+        assert await store._sql(f"SELECT {', '.join(columns.split())} FROM {table}") == []
 
 
+@pytest.mark.sqlite
 async def test_what_the_connection_is_set_to(store: tecko.Store) -> None:
     """What is committed survives a power loss, readers do not wait, and references hold."""
     said = {}
     for name in ("synchronous", "journal_mode", "foreign_keys", "busy_timeout"):
-        [[said[name]]] = await store._read(f"PRAGMA {name}")
+        [[said[name]]] = await store.transact(partial(store._sql, f"PRAGMA {name}"))
     full = 2
     assert said == {
         "synchronous": full,
         "journal_mode": "wal",
         "foreign_keys": 1,
-        "busy_timeout": tecko.BUSY_TIMEOUT,
+        "busy_timeout": 1000 * tecko.TURN,
     }
 
 
-async def test_a_newer_schema_is_refused(path: Path) -> None:
+async def test_a_newer_schema_is_refused(path: Place) -> None:
     """An older program does not touch what a newer one wrote, and says what to do."""
     await tecko.Store(path).touch()
-    execute(path, "PRAGMA user_version = 99")
+    execute(path, "UPDATE schema_version SET version = 99")
     before, threads = dump(path), threading.active_count()
     with pytest.raises(tecko.StoreError, match=r"newer TeckoChecker \(schema 99\)") as e:
         await tecko.Store(path).touch()
@@ -221,6 +208,7 @@ async def test_a_newer_schema_is_refused(path: Path) -> None:
     await ended(threads)
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("what", ["no database", "a folder", "no folder"])
 async def test_what_cannot_be_opened(path: Path, what: str) -> None:
     """A StoreError that names the file, and no thread left behind."""
@@ -237,7 +225,7 @@ async def test_what_cannot_be_opened(path: Path, what: str) -> None:
     await ended(threads)
 
 
-async def test_a_closed_store_says_so(path: Path) -> None:
+async def test_a_closed_store_says_so(path: Place) -> None:
     """Reads and writes alike; closing twice is harmless."""
     store = tecko.Store(path)
     async with store:
@@ -247,7 +235,7 @@ async def test_a_closed_store_says_so(path: Path) -> None:
                 await attempt
 
 
-async def test_two_processes_may_create_it_at_once(path: Path) -> None:
+async def test_two_processes_may_create_it_at_once(path: Place) -> None:
     """Each opens what is not there yet; both end with the same, whole schema."""
     stores = [tecko.Store(path) for _ in range(6)]
     await asyncio.gather(*(store.touch() for store in stores))
@@ -265,7 +253,7 @@ async def run_traced(
     then: Callable[[asyncio.Task[Any]], object],
 ) -> bool:
     """Run `work`, and call `then` on the loop when SQLite begins its statement number `at`."""
-    assert store._db is not None
+    assert isinstance(store._writer, tecko.Sqlite) and store._writer._db is not None
     loop, begun = asyncio.get_running_loop(), itertools.count()
     task = asyncio.ensure_future(work)
 
@@ -273,14 +261,15 @@ async def run_traced(
         if next(begun) == at:
             loop.call_soon_threadsafe(then, task)
 
-    await store._db.set_trace_callback(trace)
+    await store._writer._db.set_trace_callback(trace)
     with contextlib.suppress(asyncio.CancelledError):
         await task
-    await store.data_version()  # stands in line behind a transaction that still runs
-    await store._db.set_trace_callback(None)  # type: ignore[arg-type]
+    async with store._lock:  # stands in line behind a transaction that still runs
+        await store._writer._db.set_trace_callback(None)  # type: ignore[arg-type]
     return task.cancelled()
 
 
+@pytest.mark.sqlite
 async def test_a_cancelled_caller_leaves_no_half(store: tecko.Store, path: Path) -> None:
     """Cancelled at whichever statement: the transaction is whole, and others can write at once."""
     for at in range(20):
@@ -296,6 +285,7 @@ async def test_a_cancelled_caller_leaves_no_half(store: tecko.Store, path: Path)
     assert 5 < at < 19
 
 
+@pytest.mark.sqlite
 async def test_a_cancelled_decision_is_whole(store: tecko.Store, path: Path) -> None:
     """The transaction that decides to fire ends as one, whenever its caller is cancelled."""
     for at in range(20):
@@ -319,7 +309,7 @@ def test_many_callers_cancelled_anywhere(turns: list[tuple[int, bool]]) -> None:
     """Whichever of several concurrent callers give up when: each job is there whole or not at all,
     and the store goes on."""
 
-    async def main(path: Path) -> None:
+    async def main(path: Place) -> None:
         async with tecko.Store(path) as store:
             works = [store.create_job(spec(f"j{n}"), "store", 1.0) for n in range(len(turns))]
             tasks = [asyncio.ensure_future(work) for work in works]
@@ -340,40 +330,91 @@ def test_many_callers_cancelled_anywhere(turns: list[tuple[int, bool]]) -> None:
         asyncio.run(main(Path(folder) / "s.db"))
 
 
-async def test_a_lock_held_for_long_is_an_error(store: tecko.Store, path: Path) -> None:
+async def test_a_lock_held_for_long_is_an_error(store: tecko.Store, path: Place) -> None:
     """After the busy timeout it is a StoreError that may pass; afterwards the store works."""
-    await store._read("PRAGMA busy_timeout = 20")
+    store.patience = 0.1
     job, before = await made(store), dump(path)
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with Holder(path) as other:
         for _ in range(2):
-            with pytest.raises(tecko.StoreError, match="locked") as e:
+            with pytest.raises(tecko.StoreError, match="lock") as e:
                 await store.pause_job(job.id, 2.0)
             assert not e.value.permanent and (await get(store, job.id)).status == "active"
-        other.execute("ROLLBACK")
+        other.release()
     assert dump(path) == before
     await store.pause_job(job.id, 2.0)
     assert (await get(store, job.id)).status == "paused"
 
 
+@pytest.mark.sqlite
 async def test_a_lock_held_for_a_moment_is_waited_for(store: tecko.Store, path: Path) -> None:
     """A transaction that finds the file locked goes on when it is free."""
     job = await made(store)
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with Holder(path) as other:
         work = store.pause_job(job.id, 2.0)
-        assert not await run_traced(store, work, 0, lambda _: other.execute("ROLLBACK"))
+        assert not await run_traced(store, work, 0, lambda _: other.release())
     assert (await get(store, job.id)).status == "paused"
 
 
-async def test_a_locked_store_opens_for_reading(store: tecko.Store, path: Path) -> None:
+async def test_a_locked_store_opens_for_reading(store: tecko.Store, path: Place) -> None:
     """`status` and `job list` have nothing to wait for while another process writes."""
     await made(store)
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        other.execute("UPDATE polling_jobs SET name = 'unseen'")
+    with Holder(path) as other:
+        other.db.execute("UPDATE polling_jobs SET name = 'unseen'")
         async with tecko.Store(path) as reader:
             assert [job.name for job in await reader.jobs()] == ["job"]
+
+
+async def test_readers_do_not_wait_for_a_writer_that_waits(store: tecko.Store, path: Place) -> None:
+    """While a foreign lock keeps one of our own transactions waiting, every read is answered, and
+    what others committed before is seen."""
+    job = await made(store)
+    with Holder(path) as other:
+        writing = asyncio.ensure_future(store.pause_job(job.id, 2.0))
+        await asyncio.sleep(0)
+        for _ in range(20):
+            assert await store.jobs() == [job] and (await store.counts())["jobs"] == {"active": 1}
+            assert await store.data_version() is not None
+        assert not writing.done()
+        other.release()
+        await writing
+    assert (await get(store, job.id)).status == "paused"
+
+
+async def test_opened_for_reading_only(path: Place) -> None:
+    """It reads what is there, and writes nothing."""
+    await tecko.Store(path).touch()
+    async with tecko.Store(path, read_only=True) as store:
+        assert await store.jobs() == [] and await store.data_version() >= 0
+        with pytest.raises(tecko.StoreError, match="reading only"):
+            await made(store)
+
+
+@pytest.mark.parametrize("what", ["nothing", "an empty one"])
+async def test_nothing_to_read(path: Place, tmp_path: Path, what: str) -> None:
+    """Opened for reading, it makes no file and no tables, and says how they are made."""
+    if what == "an empty one" and isinstance(path, Path):
+        os.mknod(path)
+    before = os.listdir(tmp_path)
+    with pytest.raises(tecko.StoreError, match=r"no database") as e:
+        await tecko.Store(path, read_only=True).__aenter__()
+    assert "init" in e.value.hint and os.listdir(tmp_path) == before
+
+
+async def test_two_changes_of_one_job_both_count(store: tecko.Store, path: Place) -> None:
+    """Whoever changes a job sees what was written before, so that two changes of different fields
+    at once, by two processes, are both there."""
+    job = await made(store)
+
+    def changing(**update: Any) -> Callable[[tecko.Job], tecko.Spec]:
+        return lambda seen: seen.spec.model_copy(update=update)
+
+    async with tecko.Store(path) as second:
+        await asyncio.gather(
+            store.update_job(job.id, changing(name="new"), 2.0),
+            second.update_job(job.id, changing(poll_interval=600), 2.0),
+        )
+    after = (await get(store, job.id)).spec
+    assert (after.name, after.poll_interval) == ("new", 600)
 
 
 async def test_what_was_rolled_back_is_not_logged(
@@ -395,7 +436,7 @@ async def test_ids_are_never_used_again(store: tecko.Store) -> None:
     for _ in range(3):
         jobs.append((await made(store)).id)
         await store.delete_job(jobs[-1], 2.0)
-        secrets.append(await store.add_secret("s", "openai", b"x", "k", 1.0))
+        secrets.append(await store.add_secret("s", "openai", lambda: (b"x", "k"), 1.0))
         await store.delete_secret("s", 2.0)
     assert len(set(jobs)) == len(set(secrets)) == 3 and jobs == sorted(jobs)
 
@@ -407,21 +448,20 @@ import asyncio, sys
 import teckochecker as tecko
 
 async def main():
-    async with tecko.Store(tecko.Path("store.db")) as store:
+    async with tecko.Store(sys.argv[1]) as store:
         print("ready", flush=True)
         sys.stdin.readline()
         for n in range(40):
-            await store.add_secret(f"theirs-{n}", "openai", b"x", "k", 1.0)
+            await store.add_secret(f"theirs-{n}", "openai", lambda: (b"x", "k"), 1.0)
 
 asyncio.run(main())
 """
 
 
-async def test_two_processes_lose_nothing(store: tecko.Store, path: Path) -> None:
+async def test_two_processes_lose_nothing(store: tecko.Store, path: Place) -> None:
     """Another process and two connections of this one write at once; all of it arrives."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", WRITER),
-        cwd=path.parent,
+        *(sys.executable, "-c", WRITER, str(path)),
         env=clean_environment({"PYTHONPATH": str(PROGRAM.parent)}),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
@@ -431,7 +471,8 @@ async def test_two_processes_lose_nothing(store: tecko.Store, path: Path) -> Non
     async with tecko.Store(path) as second:
         for n in range(20):
             await asyncio.gather(
-                store.add_secret(f"ours-{n}", "openai", b"x", "k", 1.0), made(second, f"j{n}")
+                store.add_secret(f"ours-{n}", "openai", lambda: (b"x", "k"), 1.0),
+                made(second, f"j{n}"),
             )
     assert await asyncio.wait_for(process.wait(), 20) == 0
     assert (await store.counts())["secrets"] == 60 and len(await store.jobs()) == 20
@@ -439,6 +480,7 @@ async def test_two_processes_lose_nothing(store: tecko.Store, path: Path) -> Non
     assert len(ids) == len(set(ids)) == 80
 
 
+@pytest.mark.sqlite
 async def test_another_process_writing_is_noticed(store: tecko.Store, path: Path) -> None:
     """data_version moves with what others commit, and not with our own."""
     first = await store.data_version()
@@ -449,7 +491,7 @@ async def test_another_process_writing_is_noticed(store: tecko.Store, path: Path
     assert (await get(store, job.id)).last_error == "x"
 
 
-async def test_only_one_of_two_claims_wins(store: tecko.Store, path: Path) -> None:
+async def test_only_one_of_two_claims_wins(store: tecko.Store, path: Place) -> None:
     """Two processes that hold the same trigger: one claims it, the other is told None."""
     trigger = await fired(store, await made(store))
     async with tecko.Store(path) as second:
@@ -467,13 +509,16 @@ async def rearmed(store: tecko.Store, job: tecko.Job) -> None:
     await store.retry_job(job.id, 6.0)
 
 
+async def deleted(store: tecko.Store, job: tecko.Job) -> None:
+    await store.sync_file_jobs([], 5.0)
+    await store.delete_job(job.id, 5.0)
+
+
 Change = Callable[[tecko.Store, tecko.Job], Awaitable[object]]
 MEANWHILE: dict[str, Change] = {
     "paused": lambda store, job: store.pause_job(job.id, 5.0),
     "removed": lambda store, job: store.sync_file_jobs([], 5.0),
-    "deleted": lambda store, job: asyncio.to_thread(
-        execute, store.path, "DELETE FROM polling_jobs"
-    ),
+    "deleted": lambda store, job: deleted(store, job),
     "other batches": lambda store, job: store.sync_file_jobs([spec(batch_ids=["batch_9"])], 5.0),
     "another target": lambda store, job: store.sync_file_jobs(
         [spec(keboola_stack_url="https://connection.eu-central-1.keboola.com")], 5.0
@@ -490,7 +535,7 @@ MEANWHILE: dict[str, Change] = {
 @pytest.mark.parametrize("event", ["fire", "give_up", None])
 @pytest.mark.parametrize("change", MEANWHILE.values(), ids=list(MEANWHILE))
 async def test_a_check_of_what_has_changed_decides_nothing(
-    store: tecko.Store, path: Path, change: Change, event: tecko.Event | None
+    store: tecko.Store, path: Place, change: Change, event: tecko.Event | None
 ) -> None:
     """A job changed while it was checked: False, and nothing at all is written."""
     await store.sync_file_jobs([spec()], 1.0)
@@ -515,19 +560,19 @@ async def test_a_check_is_written_down(store: tecko.Store) -> None:
     assert logs == ["created", "checking", "error"]  # what is not new is not said again
 
 
-async def test_a_round_has_one_trigger(store: tecko.Store, path: Path) -> None:
+async def test_a_round_has_one_trigger(store: tecko.Store, path: Place) -> None:
     """Even if a job's row were wrong, the table itself refuses a second trigger of a round."""
     await fired(store, await made(store))
-    execute(path, "UPDATE polling_jobs SET status = 'active'")
+    execute(path, "UPDATE polling_jobs SET status = 'active', fires_again = TRUE")
     before = dump(path)
-    with pytest.raises(tecko.Conflict, match=r"triggers\.job_id, triggers\.round"):
+    with pytest.raises(tecko.Conflict, match=r"triggers.*job_id.*round"):
         await checked(store, (await store.jobs())[0], "fire")
     assert dump(path) == before
 
 
 @pytest.mark.parametrize("event", ["claim", "reject"])
 async def test_a_stale_trigger_is_not_moved(
-    store: tecko.Store, path: Path, event: tecko.Event
+    store: tecko.Store, path: Place, event: tecko.Event
 ) -> None:
     """Who thinks that a trigger is pending while it is on the wire moves nothing."""
     job = await made(store)
@@ -538,7 +583,7 @@ async def test_a_stale_trigger_is_not_moved(
     assert dump(path) == before
 
 
-async def test_a_step_that_is_not_listed_changes_nothing(store: tecko.Store, path: Path) -> None:
+async def test_a_step_that_is_not_listed_changes_nothing(store: tecko.Store, path: Place) -> None:
     """A running trigger cannot be sent again; asking for it is a Conflict."""
     trigger = await fired(store, await made(store), "claim", "accept")
     before = dump(path)
@@ -555,7 +600,7 @@ async def test_an_older_round_does_not_move_the_job(store: tecko.Store, event: t
     and the job's new round goes on."""
     job = await made(store)
     running = await fired(store, job, "claim", "accept")
-    await store.update_job(job.id, spec(batch_ids=["batch_3"]), 9.0)
+    await store.update_job(job.id, lambda _: spec(batch_ids=["batch_3"]), 9.0)
     before = await get(store, job.id)
     assert (before.status, before.round) == ("active", 2)
     await store.note_trigger(running, 10.0, error="cannot be reached")
@@ -564,7 +609,7 @@ async def test_an_older_round_does_not_move_the_job(store: tecko.Store, event: t
     assert (await store.triggers(job.id))[0].finished_at == 8.0
 
 
-async def test_news_of_a_deleted_job_is_dropped(store: tecko.Store, path: Path) -> None:
+async def test_news_of_a_deleted_job_is_dropped(store: tecko.Store, path: Place) -> None:
     """A job deleted while Keboola was asked about its trigger: what Keboola said is no error."""
     job = await made(store)
     running = await fired(store, job, "claim", "accept")
@@ -586,7 +631,9 @@ ALLOWED = {
 
 @pytest.mark.parametrize("action", ALLOWED)
 @pytest.mark.parametrize("status", [*STATUSES, "removed"])
-async def test_pause_resume_retry(store: tecko.Store, path: Path, action: str, status: str) -> None:
+async def test_pause_resume_retry(
+    store: tecko.Store, path: Place, action: str, status: str
+) -> None:
     """Each from its one state; from any other, removed ones too: Conflict, and nothing changes."""
     if status == "removed":
         await store.sync_file_jobs([spec()], 1.0)
@@ -605,7 +652,7 @@ async def test_pause_resume_retry(store: tecko.Store, path: Path, action: str, s
     assert dump(path) == before
 
 
-async def test_changes_of_a_job_that_is_not_there(store: tecko.Store, path: Path) -> None:
+async def test_changes_of_a_job_that_is_not_there(store: tecko.Store, path: Place) -> None:
     """1002, the same words for each, and nothing in the log."""
     before = dump(path)
     for work in (
@@ -613,7 +660,7 @@ async def test_changes_of_a_job_that_is_not_there(store: tecko.Store, path: Path
         store.resume_job(7, 1.0),
         store.retry_job(7, 1.0),
         store.delete_job(7, 1.0),
-        store.update_job(7, spec(), 1.0),
+        store.update_job(7, lambda _: spec(), 1.0),
     ):
         with pytest.raises(tecko.NotFound, match=r"^Job with ID 7 not found$") as e:
             await work
@@ -621,12 +668,15 @@ async def test_changes_of_a_job_that_is_not_there(store: tecko.Store, path: Path
     assert dump(path) == before
 
 
-async def test_a_job_of_this_name_is_there_already(store: tecko.Store, path: Path) -> None:
+async def test_a_job_of_this_name_is_there_already(store: tecko.Store, path: Place) -> None:
     """Creating a second one, or renaming to it, is a Conflict."""
     await made(store, "a")
     b = await made(store, "b")
     before = dump(path)
-    for work in (store.create_job(spec("a"), "store", 2.0), store.update_job(b.id, spec("a"), 2.0)):
+    for work in (
+        store.create_job(spec("a"), "store", 2.0),
+        store.update_job(b.id, lambda _: spec("a"), 2.0),
+    ):
         with pytest.raises(tecko.Conflict):
             await work
     assert dump(path) == before
@@ -643,9 +693,12 @@ async def test_find_job_by_id_and_name(store: tecko.Store) -> None:
             await store.find_job(ref)
 
 
-async def test_secrets_by_id_become_names(store: tecko.Store, path: Path) -> None:
+async def test_secrets_by_id_become_names(store: tecko.Store, path: Place) -> None:
     """The flat form may carry ids; the job keeps names. An id that is not there: 1001."""
-    ids = [await store.add_secret(n, t, b"x", "k", 1.0) for n, t in (("a", "openai"), ("b", "k"))]
+    ids = [
+        await store.add_secret(n, t, lambda: (b"x", "k"), 1.0)
+        for n, t in (("a", "openai"), ("b", "k"))
+    ]
     job = await made(store, openai_secret=ids[0], keboola_secret=ids[1])
     assert (job.watches.watch.secret, job.watches.trigger.secret) == ("a", "b")
     before = dump(path)
@@ -658,7 +711,8 @@ async def test_other_batches_start_a_round(store: tecko.Store) -> None:
     """Another set of batches is looked at afresh, from any state; the history stays."""
     for status in STATUSES:
         job = await job_in(store, status, status)
-        await store.update_job(job.id, spec(status, batch_ids=["batch_2", "batch_3"]), 9.0)
+        new = spec(status, batch_ids=["batch_2", "batch_3"])
+        await store.update_job(job.id, lambda _, new=new: new, 9.0)  # type: ignore[misc]
         after = await get(store, job.id)
         assert after.round == 2 and after.last_error is None and after.completed_at is None
         assert after.status == ("paused" if status == "paused" else "active")
@@ -682,7 +736,7 @@ async def test_what_starts_no_round(store: tecko.Store, change: dict[str, Any]) 
     """The same batches in another order, or another detail: what was seen of them stays."""
     job = await made(store)
     assert await checked(store, job)
-    await store.update_job(job.id, spec(**change), 9.0)
+    await store.update_job(job.id, lambda _: spec(**change), 9.0)
     after, batches = await get(store, job.id), await store.batches(job.id)
     assert (after.round, after.status, after.last_check_at) == (1, "active", 7.0)
     assert {b.batch_id: b.status for b in batches} == {"batch_1": "completed", "batch_2": ""}
@@ -719,7 +773,7 @@ async def test_another_target_counts_for_what_was_not_sent(
     batches; one that may have arrived keeps the target that it went to."""
     job = await made(store)
     before = await fired(store, job, *events)
-    await store.update_job(job.id, spec(**ELSEWHERE), 9.0)
+    await store.update_job(job.id, lambda _: spec(**ELSEWHERE), 9.0)
     [trigger] = await store.triggers(job.id)
     assert trigger.id == before.id and trigger.state == before.state
     assert target(trigger) == (
@@ -731,11 +785,11 @@ async def test_another_target_counts_for_what_was_not_sent(
     assert sorted(map(str, values[0])) == sorted(map(str, values[1])) and "batch_1" in trigger.body
 
 
-async def test_a_claim_with_the_old_target_is_refused(store: tecko.Store, path: Path) -> None:
+async def test_a_claim_with_the_old_target_is_refused(store: tecko.Store, path: Place) -> None:
     """Who read the trigger before its target changed does not send it to the old one."""
     job = await made(store)
     stale = await fired(store, job)
-    await store.update_job(job.id, spec(**ELSEWHERE), 9.0)
+    await store.update_job(job.id, lambda _: spec(**ELSEWHERE), 9.0)
     before = dump(path)
     assert await store.move_trigger(stale, "claim", "", 10.0) is None
     await store.note_trigger(stale, 10.0, error="old news")
@@ -746,7 +800,7 @@ async def test_a_target_changed_on_the_wire_counts_if_it_was_not_sent(store: tec
     """Refused with 429 after the target had changed: the next attempt goes to the new one."""
     job = await made(store)
     await fired(store, job, "claim")
-    await store.update_job(job.id, spec(**ELSEWHERE), 9.0)
+    await store.update_job(job.id, lambda _: spec(**ELSEWHERE), 9.0)
     assert target(await moved(store, job, "postpone")) == tuple(ELSEWHERE.values())
     assert target((await store.triggers(job.id))[0]) == tuple(ELSEWHERE.values())
 
@@ -755,18 +809,18 @@ async def test_a_pending_trigger_of_an_older_round_is_not_lost(store: tecko.Stor
     """Its batches are watched no more, so that nothing would fire in its place."""
     job = await made(store)
     await fired(store, job)
-    await store.update_job(job.id, spec(batch_ids=["batch_3"]), 8.0)
-    await store.update_job(job.id, spec(batch_ids=["batch_3"], **ELSEWHERE), 9.0)
+    await store.update_job(job.id, lambda _: spec(batch_ids=["batch_3"]), 8.0)
+    await store.update_job(job.id, lambda _: spec(batch_ids=["batch_3"], **ELSEWHERE), 9.0)
     [trigger] = await store.triggers(job.id)
     assert trigger.state == "pending" and target(trigger) == tuple(ELSEWHERE.values())
 
 
-async def test_a_job_of_the_file_is_edited_in_the_file(store: tecko.Store, path: Path) -> None:
+async def test_a_job_of_the_file_is_edited_in_the_file(store: tecko.Store, path: Place) -> None:
     """Updating or deleting it elsewhere would not last: Conflict, with what to do."""
     await store.sync_file_jobs([spec()], 1.0)
     job, before = await store.find_job("job"), dump(path)
     for work in (
-        store.update_job(job.id, spec(poll_interval=60), 2.0),
+        store.update_job(job.id, lambda _: spec(poll_interval=60), 2.0),
         store.delete_job(job.id, 2.0),
     ):
         with pytest.raises(tecko.Conflict, match=r"jobs\.yaml") as e:
@@ -796,7 +850,7 @@ async def test_retry_after_a_refusal_starts_a_round(store: tecko.Store) -> None:
     assert again.round == 2
 
 
-async def test_deleting_takes_everything_along(store: tecko.Store, path: Path) -> None:
+async def test_deleting_takes_everything_along(store: tecko.Store, path: Place) -> None:
     """Batches, triggers and logs of a deleted job go with it; others' stay, and one line tells."""
     other = await job_in(store, "triggered", "other")
     before = {table: execute(path, f"SELECT * FROM {table}") for table in TABLES}
@@ -807,9 +861,6 @@ async def test_deleting_takes_everything_along(store: tecko.Store, path: Path) -
         assert left == before[table]
     [line] = execute(path, "SELECT status, message FROM polling_logs WHERE job_id IS NULL")
     assert line == ("deleted", f"job 'job' (ID {job.id})") and await store.jobs() == [other]
-
-
-TABLES = ("polling_jobs", "polling_batches", "triggers", "polling_logs")
 
 
 # ── jobs.yaml ─────────────────────────────────────────────────────────────────────────────────
@@ -842,15 +893,80 @@ async def test_the_file_is_taken_up(store: tecko.Store) -> None:
     assert await names(store) == {"a": "active", "b": "active"}
 
 
-async def test_a_renamed_job_is_another_job(store: tecko.Store) -> None:
-    """A job of the file is known by its name: the old one is removed, the new one has no past."""
+async def test_a_renamed_job_is_the_same_job(store: tecko.Store) -> None:
+    """The same batches and target under another name, the old name gone: it keeps its id and its
+    history, and does not fire again; another interval changes nothing about that."""
     await store.sync_file_jobs([spec("old")], 1.0)
     old = await store.find_job("old")
-    assert await checked(store, old, "fire")
-    assert await store.sync_file_jobs([spec("new")], 2.0) == {"created": 1, "removed": 1}
+    await fired(store, old, "claim", "accept", "succeed")
+    assert await store.sync_file_jobs([spec("new", poll_interval=600)], 9.0) == {"renamed": 1}
+    assert await names(store) == {"new": "completed"}
+    assert (await store.find_job("new")).id == old.id and len(await store.triggers(old.id)) == 1
+
+
+@pytest.mark.parametrize(
+    "later", [{"batch_ids": ["batch_2", "batch_3"]}, {"keboola_component_id": "other"}]
+)
+async def test_another_job_under_another_name(store: tecko.Store, later: dict[str, Any]) -> None:
+    """With other batches or another target it is new: the old one is removed."""
+    await store.sync_file_jobs([spec("old")], 1.0)
+    assert await store.sync_file_jobs([spec("new", **later)], 2.0) == {"created": 1, "removed": 1}
     assert await names(store) == {"old": "removed", "new": "active"}
-    assert len(await store.triggers(old.id)) == 1
-    assert await store.triggers((await store.find_job("new")).id) == []
+
+
+async def test_a_job_renamed_after_it_had_left(store: tecko.Store) -> None:
+    """Taken out of the file, and put back later under another name: still the same job. A copy
+    of one that is still in the file is another job."""
+    await store.sync_file_jobs([spec("old"), spec("other", batch_ids=["batch_7"])], 1.0)
+    old = await store.find_job("old")
+    await store.sync_file_jobs([spec("other", batch_ids=["batch_7"])], 2.0)
+    back = [spec("new"), spec("other", batch_ids=["batch_7"]), spec("b", batch_ids=["batch_7"])]
+    done = await store.sync_file_jobs(back, 3.0)
+    assert done == {"renamed": 1, "returned": 1, "created": 1}
+    assert (await store.find_job("new")).id == old.id
+    assert await names(store) == {"new": "active", "other": "active", "b": "active"}
+
+
+async def test_a_set_of_batches_fires_once(store: tecko.Store) -> None:
+    """Back to batches that fired before: the job ends and says where they fired; `job retry` fires
+    them again."""
+    await store.sync_file_jobs([spec()], 1.0)
+    job = await store.find_job("job")
+    first = await fired(store, job, "claim", "accept", "succeed")
+    await store.sync_file_jobs([spec(batch_ids=["batch_1"])], 9.0)
+    await fired(store, await get(store, job.id), "claim", "accept", "succeed")
+    await store.sync_file_jobs([spec(batch_ids=["batch_2", "batch_1"])], 10.0)
+    assert await checked(store, await get(store, job.id), "fire")
+    after = await get(store, job.id)
+    assert after.status == "failed" and "job retry" in str(after.last_error)
+    assert first.id in str(after.last_error) and len(await store.triggers(job.id)) == 2
+    await store.retry_job(job.id, 11.0)
+    await fired(store, await get(store, job.id), "claim", "accept", "succeed")
+    assert [t.round for t in await store.triggers(job.id)] == [1, 2, 4]
+    said = await store.fired(tecko.aim(spec()))
+    assert [(f.job, f.round) for f in said] == [("job", 4), ("job", 1)] and not said[0].removed
+
+
+async def test_what_was_refused_has_not_fired(store: tecko.Store) -> None:
+    """Keboola said no to the first: the same batches may fire in a later round."""
+    job = await made(store)
+    await fired(store, job, "claim", "reject")
+    for ids in (["batch_1"], ["batch_1", "batch_2"]):
+        await store.update_job(job.id, lambda _, ids=ids: spec(batch_ids=ids), 9.0)  # type: ignore[misc]
+    assert (await fired(store, await get(store, job.id))).round == 3
+
+
+async def test_the_plan_is_what_becomes(store: tecko.Store) -> None:
+    """`file_changes` says what a reload would do, and does nothing; where that is nothing, a reload
+    waits for no lock."""
+    await store.sync_file_jobs([spec("a"), spec("b", batch_ids=["batch_7"])], 1.0)
+    new = [spec("c"), spec("d", batch_ids=["batch_8"])]
+    plan = [(c.what, c.name) for c in await store.file_changes(new)]
+    assert plan == [("renamed", "c"), ("created", "d"), ("removed", "b")]
+    assert (await names(store)).keys() == {"a", "b"}
+    await store.sync_file_jobs(new, 2.0)
+    with Holder(store.place):
+        assert await store.sync_file_jobs(new, 3.0) == {}
 
 
 async def test_jobs_of_the_store_are_not_the_files_business(store: tecko.Store) -> None:
@@ -861,7 +977,7 @@ async def test_jobs_of_the_store_are_not_the_files_business(store: tecko.Store) 
     assert await names(store) == {"mine": "active", "a": "removed"}
 
 
-async def test_a_name_on_both_sides(store: tecko.Store, path: Path) -> None:
+async def test_a_name_on_both_sides(store: tecko.Store, path: Place) -> None:
     """A job of the file that was also made on the command line stops all of it: what stands before
     and after it in the file is not taken up either."""
     await store.sync_file_jobs([spec("a"), spec("gone")], 1.0)
@@ -902,7 +1018,7 @@ async def test_an_ended_job_stays_ended_in_the_file(store: tecko.Store) -> None:
 async def test_a_secret_in_use_is_not_deleted(store: tecko.Store, status: str, name: str) -> None:
     """Not while a job that goes on uses it; one used by ended jobs alone goes, and they stay."""
     for secret in ("o", "k"):
-        await store.add_secret(secret, "openai", b"x", "k", 1.0)
+        await store.add_secret(secret, "openai", lambda: (b"x", "k"), 1.0)
     await job_in(store, status)
     if status in (*OPEN, "active", "paused"):
         with pytest.raises(tecko.Conflict, match=f"secret '{name}' is in use by 'job'"):
@@ -915,13 +1031,13 @@ async def test_a_secret_in_use_is_not_deleted(store: tecko.Store, status: str, n
 
 async def test_secrets_are_added_replaced_and_deleted(store: tecko.Store) -> None:
     """By name, one each; replacing keeps id and type; what is not there is 1001."""
-    first = await store.add_secret("s", "openai", b"one", "k1", 1.0)
+    first = await store.add_secret("s", "openai", lambda: (b"one", "k1"), 1.0)
     with pytest.raises(tecko.Conflict, match="a secret 's' already"):
-        await store.add_secret("s", "keboola", b"two", "k1", 2.0)
-    assert await store.replace_secret("s", "openai", b"three", "k2", 3.0) == first
+        await store.add_secret("s", "keboola", lambda: (b"two", "k1"), 2.0)
+    assert await store.replace_secret("s", "openai", lambda: (b"three", "k2"), 3.0) == first
     for work in (
-        store.replace_secret("s", "keboola", b"four", "k2", 4.0),
-        store.replace_secret("t", "openai", b"four", "k2", 4.0),
+        store.replace_secret("s", "keboola", lambda: (b"four", "k2"), 4.0),
+        store.replace_secret("t", "openai", lambda: (b"four", "k2"), 4.0),
         store.delete_secret("t", 4.0),
     ):
         with pytest.raises(tecko.NotFound) as e:
@@ -947,7 +1063,7 @@ async def test_what_has_something_left_to_do(store: tecko.Store) -> None:
     await fired(store, await store.find_job("a"), "claim", "lose")
     await store.sync_file_jobs([], 2.0)
     wanted.add((await store.find_job("a")).id)
-    held = await made(store, "held", poll_interval=60)
+    held = await made(store, "held", poll_interval=60, batch_ids=["batch_1", "batch_9"])
     await fired(store, held, "claim", "lose", "hold")
     plans = await store.schedule()
     assert plans.keys() == wanted and {plan.interval for plan in plans.values()} == {120}
@@ -959,7 +1075,7 @@ async def test_counts_and_filters(store: tecko.Store) -> None:
         await job_in(store, status, f"{n}-{status}")
     await store.sync_file_jobs([spec("a")], 1.0)
     await store.sync_file_jobs([], 2.0)
-    await store.add_secret("s", "openai", b"x", "k", 1.0)
+    await store.add_secret("s", "openai", lambda: (b"x", "k"), 1.0)
     counts = await store.counts()
     expected = dict.fromkeys(STATUSES, 1) | {"active": 2, "paused": 2, "removed": 1}
     assert counts["jobs"] == expected and counts["secrets"] == 1 and counts["triggers"] == 4
@@ -1062,7 +1178,7 @@ def test_whatever_is_done_the_job_is_consistent(operations: list[str]) -> None:
     """The status is one of the table and fits the trigger of the round, the round never goes back,
     and a round never has two triggers."""
 
-    async def main(path: Path) -> None:
+    async def main(path: Place) -> None:
         async with tecko.Store(path) as store:
             file: dict[str, Any] = {}
             await do(store, file, "return", 0)

@@ -316,34 +316,29 @@ async def test_whose_batch_is_listed_as_done_need_not_wait(world: World) -> None
 async def other_batch(world: World, job_id: int) -> None:
     spec = (await world.get(job_id)).watches
     watched = spec.watch.model_copy(update={"batch_ids": ["batch_11"]})
-    await world.store.update_job(job_id, spec.model_copy(update={"watch": watched}), 0.0)
+    await world.store.update_job(job_id, lambda _: spec.model_copy(update={"watch": watched}), 0.0)
 
 
 Change = Callable[[World, int], Any]
-CHANGES: list[tuple[Change, str]] = [
-    (lambda world, job_id: world.store.pause_job(job_id, 0.0), "changed while it was checked"),
-    (lambda world, job_id: world.store.delete_job(job_id, 0.0), "nothing to do"),
-    (other_batch, "0 of 1 batches done"),  # of the one that it watches now
+CHANGES: list[Change] = [
+    lambda world, job_id: world.store.pause_job(job_id, 0.0),
+    lambda world, job_id: world.store.delete_job(job_id, 0.0),
+    other_batch,
 ]
 
 
-@Given("change, said", CHANGES, ids=["paused", "deleted", "changed"])
-async def test_a_job_that_changed_while_the_list_was_read(
-    world: World, change: Change, said: str
-) -> None:
-    """The page decides nothing about it, and what is written down is about the job as it is."""
+@Given("change", CHANGES, ids=["paused", "deleted", "changed"])
+async def test_a_job_that_changed_while_the_list_was_read(world: World, change: Change) -> None:
+    """The page decides nothing about it, nor is anything of it written down."""
     ids = await watch(world, 12)
     gate = world.openai.gate(LIST, after_acting=True)
     stepping = asyncio.create_task(world.steps.step_all(ids[:10]))
     await gate.areached()
     await change(world, ids[0])
     gate.release()
-    assert (await stepping)[ids[0]].said == said
+    assert (await stepping)[ids[0]] == tecko.StepResult(0.0, "changed while it was checked")
     await world.store.flush()
-    job = await world.store.job(ids[0])
-    batches = {batch.batch_id: batch.status for batch in await world.store.batches(ids[0])}
-    expected = {"paused": {"batch_0": ""}, "active": {"batch_11": "in_progress"}}
-    assert batches == (expected[job.status] if job else {})
+    assert {batch.status for batch in await world.store.batches(ids[0])} <= {""}
 
 
 # ── Lists that fail or lie ────────────────────────────────────────────────────────────────────
@@ -731,71 +726,6 @@ async def test_a_failure_after_a_quiet_check_keeps_what_that_one_found(world: Wo
     await world.store.flush()
     job = await world.get(job_id)
     assert (job.last_ok_at, job.last_check_at, job.errors_in_row) == (good, good + INTERVAL, 1)
-
-
-ops = st.sampled_from("job file drop pause resume delete fire fail secret unsecret prune".split())
-
-
-@hypothesis.settings(deadline=None, max_examples=15)
-@given(st.lists(st.tuples(ops, st.integers(0, 5)), max_size=25))
-def test_kept_counts_are_what_a_scan_finds(steps: list[tuple[str, int]]) -> None:
-    """After any operations, those that are refused included."""
-    asyncio.run(count_after(steps))
-
-
-async def count_after(steps: list[tuple[str, int]]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        async with tecko.Store(Path(folder) / "t.db") as store:
-            for op, n in steps:
-                with contextlib.suppress(tecko.TeckoError):
-                    await operate(store, op, n)
-            counts = await store.counts()
-            scans = {
-                "secrets": "SELECT count(*) FROM secrets",
-                "triggers": "SELECT count(*) FROM triggers",
-                "logs": "SELECT count(*) FROM polling_logs",
-            }
-            for what, sql in scans.items():
-                assert counts[what] == (await store._read(sql))[0][0], what
-            shown = [job.shown_status for job in await store.jobs()]
-            assert counts["jobs"] == {s: shown.count(s) for s in shown}
-
-
-def spec(name: str) -> tecko.JobSpec:
-    flat = {"batch_id": "batch_1", "openai_secret": "o", "keboola_secret": "k"}
-    target = {"component_id": "c", "configuration_id": "g"}
-    stack = {"keboola_stack_url": "http://127.0.0.1:9"}
-    keboola = {f"keboola_{k}": v for k, v in target.items()}
-    return tecko.parse(tecko.JobSpec, {"name": name} | flat | keboola | stack)
-
-
-async def operate(store: tecko.Store, op: str, n: int) -> None:
-    """One operation of the store, on the n-th of what it may be for."""
-    if op == "job":
-        await store.create_job(spec(f"job-{n}"), "store", 1.0)
-    elif op in ("file", "drop"):
-        await store.sync_file_jobs([spec(f"file-{m}") for m in range(n)] * (op == "file"), 1.0)
-    elif op in ("pause", "resume", "delete"):
-        await getattr(store, f"{op}_job")(n + 1, 1.0)
-    elif op == "secret":
-        await store.add_secret(f"s{n}", "openai", b"x", "k", 1.0)
-    elif op == "unsecret":
-        await store.delete_secret(f"s{n}", 1.0)
-    elif op == "prune":
-        await store.prune("polling_logs", 0.0, n)
-    elif (job := await store.job(n + 1)) is not None:
-        await decide(store, job, await store.batches(job.id), op)
-
-
-async def decide(store: tecko.Store, job: tecko.Job, known: list[tecko.Batch], op: str) -> None:
-    """A check that fires or fails the job."""
-    trigger = tecko.Trigger(
-        f"t{job.id}-{job.round}", job.id, job.round, "pending", "s", "k", "{}", False, "hold", 1.0
-    )
-    verdict = tecko.Verdict("fire" if op == "fire" else "give_up", "why")
-    fired = trigger if op == "fire" else None
-    check = tecko.CheckResult(job, known, known, verdict, fired, None, [], 1.0, 1.0)
-    await store.record_check(check)
 
 
 @given(st.text(), st.integers(1, 10**6), st.sampled_from([1, 10, 30, 3600]), st.integers(1, 10**6))

@@ -228,11 +228,11 @@ async def make_store(database: str, stack_url: str, load: Load) -> None:
         async def make() -> None:
             for number in range(load.keys):
                 for batch_id in load.ids(number):
-                    await store._create(spec(batch_id, f"openai-{number}"), "store", time.time())
+                    await store.create_job(spec(batch_id, f"openai-{number}"), "store", time.time())
             for key in (HANGING, LIMITED) if load.troubled else ():
                 for n in range(TROUBLED):
                     made = spec(f"batch_{key[11:]}_{n}", key[11:])
-                    await store._create(made, "store", time.time())
+                    await store.create_job(made, "store", time.time())
             store._news.clear()
 
         await store.transact(make)
