@@ -1390,9 +1390,8 @@ KEBOOLA_STATUSES = (  # of a job, as its queue's description lists them
     *("error", "terminating", "terminated", "cancelled"),
 )
 BAD_KEY = (401, 403)
-CONFIRM = 10  # checks of a batch by a list, at least, to each that asks for it singly; and at most,
-CONFIRM_RARELY = 500  # which holds from
-MANY_BATCHES = 1000  # of a key on, so that a thousand checks cost no more than two such requests
+CONFIRM = 10  # checks of a batch by a list, at least, to each that asks for it singly
+MANY_BATCHES = 1000  # of a key: from there on so many checks, or that would cost more than lists
 
 
 def next_state(table: dict[S, dict[Event, S]], state: S, event: Event) -> S:
@@ -1667,7 +1666,7 @@ def is_turn(job_id: int, interval: float, batches: int, now: float) -> bool:
     shows: each at least once in CONFIRM checks or in an hour, unless there are so many that this
     would cost more than the list. Jobs take turns."""
     period = max(CONFIRM, min(batches // 2, int(3600 / interval)))
-    period = CONFIRM_RARELY if batches >= MANY_BATCHES else period
+    period = MANY_BATCHES if batches >= MANY_BATCHES else period
     return batches > 0 and (job_id + int(now / interval)) % period == 0
 
 
@@ -4633,11 +4632,10 @@ class Key:
     names: set[str] = field(default_factory=set)  # of the secrets with this value
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # the list
     list: Listing = field(default_factory=Listing)
-    pages: float = 1.0  # that the list took
+    pages: int = 1  # that the list took
     list_from: float = -math.inf  # no list is read before
     finished: deque[str] = field(default_factory=lambda: deque(maxlen=PAGE))  # seen so singly
     failed: dict[str, None] = field(default_factory=dict)  # what nobody was there for, in a row
-    good: str = ""  # a batch that the last single answer was about
     until: float = -math.inf  # it rests; then one call tries
     pause: float = 0.0  # s that it last rested for; 0: it works
     error: OpenAIError | None = None  # why
@@ -4745,7 +4743,6 @@ class OpenAI:
         """One batch as it is now (GET /batches/{batch_id}). Raises OpenAIError."""
         mine = self._key(key)
         seen = parse_batch(batch_id, await self._call(mine, "retrieve", batch_id, batch_id))
-        mine.good = batch_id
         if outcome(seen) is not None:
             mine.finished.append(batch_id)
         if batch_id in mine.list.seen:
@@ -4760,8 +4757,8 @@ class OpenAI:
     def may_list(self, key: SecretValue, checks: int) -> bool:
         """Whether a list may take fewer requests than so many single checks."""
         mine, now = self._key(key), self._clock()
-        pages = mine.pages if now - mine.list.at < LIST_AGAIN else 1
-        return checks > 2 * pages and now >= mine.list_from
+        fewer = checks > 2 * mine.pages or now - mine.list.at > LIST_AGAIN
+        return checks > 2 and fewer and now >= mine.list_from
 
     async def read_list(
         self, key: SecretValue, wanted: Collection[str], checks: int
@@ -4776,10 +4773,9 @@ class OpenAI:
                 return ()
         async with mine.reading:
             if mine.pause:  # one batch is asked for before hundreds; it is told in its own turn
-                others = (batch_id for batch_id in wanted if batch_id not in mine.failed)
-                first = mine.good if mine.good in wanted else next(others, None)
+                first = min(wanted, key=lambda batch_id: batch_id in mine.failed)
                 with contextlib.suppress(OpenAIError):
-                    await self.retrieve(key, first or next(iter(wanted)))
+                    await self.retrieve(key, first)
             try:
                 await self._read_list(mine, {*wanted}, checks)
             except OpenAIError as e:
@@ -4850,10 +4846,6 @@ class OpenAI:
             said = f"OpenAI is not asked with {names} for now: {mine.error}"
             status = mine.error.status if mine.error else None
             raise OpenAIError(said, status=status, retry_after=wait, sent=False)
-
-    @property
-    def host(self) -> str:
-        return urlsplit(self._base_url or "https://api.openai.com/v1").netloc
 
     async def close(self) -> None:
         if self._client is not None:
@@ -4958,17 +4950,12 @@ class Keboola:
         return None if ahead is None else ahead + self._clock()
 
     async def send(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
-        headers = {"Content-Type": "application/json"}
-        return keboola_job(
-            await self._call(
-                "POST", trigger.stack_url, "jobs", secret, content=trigger.body, headers=headers
-            )
-        )
+        return keboola_job(await self._call("POST", trigger, "jobs", secret, content=trigger.body))
 
     async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
         wanted = str(trigger.keboola_job_id)
         path = f"jobs/{quote(wanted, safe='')}"
-        job = keboola_job(await self._call("GET", trigger.stack_url, path, secret))
+        job = keboola_job(await self._call("GET", trigger, path, secret))
         if job.id != wanted:
             raise KeboolaError(f"Keboola's answer about job {wanted} is about {short(job.id, 80)}")
         return job
@@ -4977,15 +4964,6 @@ class Keboola:
         self, trigger: Trigger, secret: SecretValue, *, anytime: bool = False
     ) -> KeboolaJob | None:
         """Asked oldest first, so that the first one wins; `anytime`, newest first."""
-        try:
-            async with asyncio.timeout(CALL_DEADLINE):
-                return await self._find(trigger, secret, anytime)
-        except TimeoutError as e:
-            raise KeboolaError("Keboola's search did not answer in time") from e
-
-    async def _find(
-        self, trigger: Trigger, secret: SecretValue, anytime: bool
-    ) -> KeboolaJob | None:
         body, since = json.loads(trigger.body), trigger.sent_at or trigger.created_at
         query = {
             "componentId": body["component"],
@@ -4996,10 +4974,11 @@ class Keboola:
         }
         if not anytime:
             query["createdTimeFrom"] = keboola_time(since - SEARCH_SLACK)
-        met: set[str] = set()
+        met, until = set[str](), time.monotonic() + CALL_DEADLINE
         for page in range(SEARCH_PAGES):
-            query["offset"] = str(page * SEARCH_PAGE)
-            jobs = await self._call("GET", trigger.stack_url, "search/jobs", secret, params=query)
+            given = query | {"offset": str(page * SEARCH_PAGE)}
+            left = until - time.monotonic()
+            jobs = await self._call("GET", trigger, "search/jobs", secret, left, params=given)
             if not isinstance(jobs, list):
                 raise KeboolaError("Keboola's search answered with something else than a list")
             for job in jobs:
@@ -5008,9 +4987,9 @@ class Keboola:
             oldest = str(value_at(jobs[-1], "createdTime")) if jobs else ""
             if len(jobs) < SEARCH_PAGE or (anytime and oldest < keboola_time(since - UNBOUNDED)):
                 return None
-            if not (new := {str(value_at(job, "id")) for job in jobs} - met):
+            if (ids := {str(value_at(job, "id")) for job in jobs}) <= met:
                 raise KeboolaError("Keboola's search repeats its pages")
-            met |= new
+            met |= ids
         raise KeboolaError(f"Keboola's search did not end within {SEARCH_PAGES} pages")
 
     async def _queue(self, stack: str) -> str:
@@ -5027,20 +5006,29 @@ class Keboola:
             raise
 
     async def _call(
-        self, method: str, stack: str, path: str, token: SecretValue, **request: Any
+        self,
+        method: str,
+        trigger: Trigger,
+        path: str,
+        token: SecretValue,
+        deadline: float = CALL_DEADLINE,
+        **request: Any,
     ) -> Any:
-        url = f"{await self._queue(stack)}/{path}"
-        headers = {"X-StorageApi-Token": token.reveal(), **request.pop("headers", {})}
-        return await self._ask(method, stack, url, headers=headers, **request)
+        url = f"{await self._queue(trigger.stack_url)}/{path}"
+        headers = {"X-StorageApi-Token": token.reveal(), "Content-Type": "application/json"}
+        request["headers"] = headers
+        return await self._ask(method, trigger.stack_url, url, deadline, **request)
 
-    async def _ask(self, method: str, stack: str, url: str, **request: Any) -> Any:
+    async def _ask(
+        self, method: str, stack: str, url: str, deadline: float = CALL_DEADLINE, **request: Any
+    ) -> Any:
         """The JSON of an answer, whose Date tells the stack's time. Raises KeboolaError."""
         self._client = self._client or make_client(KeboolaError)
-        bounds: dict[str, Any] = {"deadline": CALL_DEADLINE, "limit": ANSWER_BYTES}
-        about = f"{method} {urlsplit(url).path}"
+        about = request["about"] = f"{method} {urlsplit(url).path}"
+        bounds: dict[str, Any] = {"deadline": deadline, "limit": ANSWER_BYTES}
         try:
             answer = await ask(
-                self._client, KeboolaError, "Keboola", method, url, about=about, **bounds, **request
+                self._client, KeboolaError, "Keboola", method, url, **bounds, **request
             )
         except KeboolaError as e:
             if not e.sent:
@@ -6335,7 +6323,7 @@ class Steps:
             return StepResult(LONGEST_WAIT, row.damage, TeckoError(row.damage))
         if row is not None and row.has_open:
             for trigger in await self.store.open_triggers(job_id):
-                steps.append(await self._advance(trigger))
+                steps.append(await self._advance(row, trigger))
             row = next(iter(await self.store.due([job_id])), None)
         if row is not None and row.is_active:
             steps.append(await (self._ingest(row) if row.is_ingest else self._check(row, asked)))
@@ -6470,7 +6458,8 @@ class Steps:
         recorded = await self.store.record_check(check)
         result = self._told(check, recorded)
         if recorded and check.trigger is not None:
-            return await self._advance(check.trigger)
+            row.errors_in_row = 0
+            return await self._advance(row, check.trigger)
         return result
 
     async def _ask(self, row: CheckRow, singly: bool) -> tuple[list[Batch], list[TeckoError]]:
@@ -6547,7 +6536,7 @@ class Steps:
 
     # triggering
 
-    async def _advance(self, trigger: Trigger) -> StepResult:
+    async def _advance(self, row: CheckRow, trigger: Trigger) -> StepResult:
         """One step for a trigger; a wait of 0 where the next follows at once."""
         try:
             if trigger.state == "sending":  # steps of a job never overlap
@@ -6557,18 +6546,16 @@ class Steps:
             token = await self._secret(trigger.secret)
             act = {"pending": self._send, "unknown": self._settle, "running": self._follow}
             async with self.keboola.turn(trigger.stack_url):
-                return await act[trigger.state](trigger, token)
+                return await act[trigger.state](row, trigger, token)
         except (UpstreamError, SecretError) as e:
             self._count_error(e)
             await self.store.note_trigger(trigger, self.clock(), error=str(e))
-            return StepResult(await self._wait(trigger, e), str(e), e)
+            return StepResult(self._retry(row, e), str(e), e)
 
-    async def _wait(self, trigger: Trigger, error: TeckoError) -> float:
-        job = await self.store.job(trigger.job_id)
-        row = job.errors_in_row if job else 1
-        return wait_after_error(
-            error, max(row, 1), self.usual(job), self.config.settings, self.luck()
-        )
+    def _retry(self, row: CheckRow, error: TeckoError) -> float:
+        """Seconds until what failed is tried again."""
+        in_row, interval = row.errors_in_row + 1, self.usual(row)
+        return wait_after_error(error, in_row, interval, self.config.settings, self.luck())
 
     async def _record(
         self, trigger: Trigger, event: Event, said: str, **facts: Any
@@ -6584,7 +6571,7 @@ class Steps:
                 log.error("trigger %s: cannot write down %r, trying on: %s", trigger.id, event, e)
                 await asyncio.sleep(STORE_RETRY)
 
-    async def _send(self, trigger: Trigger, token: SecretValue) -> StepResult:
+    async def _send(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
         try:
             theirs = await self.keboola.prepare(trigger.stack_url)
         except KeboolaError as e:
@@ -6601,10 +6588,12 @@ class Steps:
         try:
             job = await self.keboola.send(claimed, token)
         except KeboolaError as e:
-            return await self._not_accepted(claimed, e)
-        return await self._accepted(claimed, job, f"Keboola job {job.id} started")
+            return await self._not_accepted(row, claimed, e)
+        return await self._accepted(row, claimed, job, f"Keboola job {job.id} started")
 
-    async def _not_accepted(self, trigger: Trigger, error: KeboolaError) -> StepResult:
+    async def _not_accepted(
+        self, row: CheckRow, trigger: Trigger, error: KeboolaError
+    ) -> StepResult:
         self._count_error(error)
         event = after_post(error)
         said = str(error)
@@ -6614,17 +6603,19 @@ class Steps:
             said = f"{said}; {FIX_IT}"
         after = await self._record(trigger, event, said, message=str(error))
         if event == "postpone" and after is not None:
-            return StepResult(await self._wait(after, error), said, error)
+            return StepResult(self._retry(row, error), said, error)
         return StepResult(None if event == "reject" else 0.0, said, error)
 
-    async def _accepted(self, trigger: Trigger, job: KeboolaJob, said: str) -> StepResult:
+    async def _accepted(
+        self, row: CheckRow, trigger: Trigger, job: KeboolaJob, said: str
+    ) -> StepResult:
         facts = {"keboola_job_id": job.id, "keboola_status": job.status, "message": None}
         running = await self._record(trigger, "accept", said, **facts)
         if running is not None and job.is_finished:
             return await self._finish(running, job)
-        return StepResult(await self._follow_wait(trigger), said)
+        return StepResult(FOLLOW_FACTOR * self.usual(row), said)
 
-    async def _settle(self, trigger: Trigger, token: SecretValue) -> StepResult:
+    async def _settle(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
         """Ask Keboola's search whether a trigger arrived; one that fails counts for nothing. The
         window is counted on the steady clock, from when this process first saw the trigger so: a
         wall clock that is set would end it early, or never."""
@@ -6643,7 +6634,9 @@ class Steps:
             await self._record(trigger, "hold", said, message=str(e))
             return StepResult(None, said, e)
         if job is not None:
-            return await self._accepted(trigger, job, f"found Keboola job {job.id} of this trigger")
+            return await self._accepted(
+                row, trigger, job, f"found Keboola job {job.id} of this trigger"
+            )
         if event is None:
             said = f"Keboola's search does not show the trigger (search {searches})"
             await self.store.note_trigger(trigger, self.clock(), error=said, searches=searches)
@@ -6653,12 +6646,13 @@ class Steps:
         await self._record(trigger, event, said, searches=searches)
         return StepResult(None if event == "hold" else 0.0, said)
 
-    async def _follow(self, trigger: Trigger, token: SecretValue) -> StepResult:
+    async def _follow(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
         job = await self.keboola.follow(trigger, token)
         if after_follow(job) is not None:
             return await self._finish(trigger, job)
         await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)
-        return StepResult(await self._follow_wait(trigger), f"Keboola job {job.id} is {job.status}")
+        wait = FOLLOW_FACTOR * self.usual(row)
+        return StepResult(wait, f"Keboola job {job.id} is {job.status}")
 
     async def _finish(self, trigger: Trigger, job: KeboolaJob) -> StepResult:
         event = after_follow(job)
@@ -6667,10 +6661,6 @@ class Steps:
         said += f": {job.message}" if job.message else ""
         await self._record(trigger, event, said, keboola_status=job.status, message=job.message)
         return StepResult(None, said)
-
-    async def _follow_wait(self, trigger: Trigger) -> float:
-        job = await self.store.job(trigger.job_id)
-        return FOLLOW_FACTOR * self.usual(job)
 
     # ingesting
 
