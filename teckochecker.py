@@ -4368,6 +4368,15 @@ def make_client(error: type[UpstreamError], connections: int | None = None) -> h
     return client
 
 
+async def client_problems() -> list[str]:
+    """Why no client can be made in this environment, for `validate`."""
+    try:
+        await make_client(UpstreamError).aclose()
+    except UpstreamError as e:
+        return [str(e)]
+    return []
+
+
 async def ask(
     client: httpx2.AsyncClient,
     error: type[UpstreamError],
@@ -9014,6 +9023,7 @@ async def cmd_validate(args: argparse.Namespace, config: Config) -> int:
     """Everything `start` would refuse, and that every stored secret decrypts."""
     async with Store(config.settings.database) as store:
         problems = await every_problem(config, store, Vault(config.settings))
+        problems += await client_problems()
         rows = await store.secrets()
     if problems:
         raise Invalid(problems)
