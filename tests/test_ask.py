@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 import standins
+from conftest import run_program
 from standins import Fault
 
 import teckochecker as tecko
