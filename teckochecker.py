@@ -2616,7 +2616,7 @@ class Postgres:
     )
     claim_sql = "SELECT pg_try_advisory_lock(7239, hashtext(current_schema()))"
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, writes: bool) -> None:
         try:
             import psycopg
         except ImportError as e:
@@ -2624,7 +2624,7 @@ class Postgres:
                 "the driver for PostgreSQL is not installed",
                 hint="pip install 'psycopg[binary]', or use an SQLite file",
             ) from e
-        self._url, self._psycopg = url, psycopg
+        self._url, self._writes, self._psycopg = url, writes, psycopg
         self.errors: type[Exception] = psycopg.Error
         self.refused: type[Exception] = psycopg.IntegrityError
         self._db: AsyncConnection | None = None
@@ -2652,6 +2652,8 @@ class Postgres:
             db.adapters.register_dumper(str, TextDumper)
             db.prepare_threshold = None  # so that a pooler may stand in between
             await db.execute(theirs)
+            if not self._writes:
+                await db.execute("SET default_transaction_read_only = on")
             if self._sole and not await self._got_lock(db):
                 self.superseded = True
                 raise StoreError("another TeckoChecker has taken over this database")
@@ -2813,7 +2815,8 @@ class Database:
     def _engines(self) -> tuple[Sqlite | Postgres, Sqlite | Postgres | None]:
         """What reads, and what writes."""
         if isinstance(self.place, str):
-            return Postgres(self.place), None if self.read_only else Postgres(self.place)
+            reader = Postgres(self.place, writes=False)
+            return reader, None if self.read_only else Postgres(self.place, writes=True)
         path = self._find_file(self.path)
         if self.read_only:
             return Sqlite(path, mode="ro", writes=False), None
@@ -2869,10 +2872,17 @@ class Database:
         """Work on this database alone, which may take until another node has gone; on SQLite the
         run lock sees to that. When the lock is lost, and another node has it, `superseded` is true
         and every write fails."""
-        assert self._writer is not None
-        while not await self._told(self._writer.claim()):  # noqa: ASYNC110 - it is the server's
+        while not await self._claimed():  # noqa: ASYNC110 - the lock is the server's
             await asyncio.sleep(SOLE_SECONDS)
         yield  # the lock goes with the connection
+
+    async def _claimed(self) -> bool:
+        assert self._writer is not None
+        try:
+            return await self._told(self._writer.claim())
+        except StoreError as e:  # who waits in reserve waits for the server, too
+            log.warning("%s", e)
+            return False
 
     @property
     def superseded(self) -> bool:
@@ -2880,14 +2890,18 @@ class Database:
 
     def file_problem(self) -> str | None:
         """What keeps the open file from being written, which someone has to see to: one stat."""
-        if self._identity is not None:
-            try:
-                found = self.path.stat()
-            except OSError as e:
-                return f"the database {self.path} is gone: {e.strerror}"
-            if (found.st_dev, found.st_ino) != self._identity:
-                return f"another file has taken the place of the database {self.path}"
-        return self._cannot_write
+        return self._lost_file() or self._cannot_write
+
+    def _lost_file(self) -> str | None:
+        if self._identity is None:
+            return None
+        try:
+            found = self.path.stat()
+        except OSError as e:
+            return f"the database {self.path} is gone: {e.strerror}"
+        if (found.st_dev, found.st_ino) != self._identity:
+            return f"another file has taken the place of the database {self.path}"
+        return None
 
     async def transact(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` in a transaction of its own."""
@@ -2915,7 +2929,7 @@ class Database:
         """Take the lock for writing. Time in which another process held it counts once, for all
         that wait here in a row."""
         engine = self._engine()
-        if (problem := self.file_problem()) and problem != self._cannot_write:
+        if problem := self._lost_file():
             raise StoreError(problem, hint="put it back, or restart")
         while time.monotonic() < self._end:
             try:
@@ -2923,13 +2937,13 @@ class Database:
                 self._blocked_since = None
                 return
             except engine.errors as e:
-                busy = engine.is_busy(e)
-                if not isinstance(engine, Sqlite):
-                    with contextlib.suppress(engine.errors):
-                        await engine.run("ROLLBACK")
+                with contextlib.suppress(engine.errors):  # PostgreSQL's has begun
+                    await engine.run("ROLLBACK")
+                if not engine.is_busy(e):
+                    raise self._store_error(e) from e
                 now = time.monotonic()
                 self._blocked_since = self._blocked_since or now
-                if not busy or now - self._blocked_since >= self.patience:
+                if now - self._blocked_since >= self.patience:
                     raise self._store_error(e) from e
         raise StoreError("the program ends: nothing more is written")
 
@@ -2966,6 +2980,12 @@ class Database:
         """What a SELECT finds, by the names of its columns."""
         names = sql.removeprefix("SELECT ").partition(" FROM ")[0].split(", ")
         return [dict(zip(names, row, strict=True)) for row in await self._sql(sql, values)]
+
+    async def _change(self, table: str, columns: Values, where: str, **given: Any) -> bool:
+        """Give the rows that `where` finds these values; whether there was one."""
+        sets = ", ".join(f"{name} = :{name}" for name in columns)
+        sql = f"UPDATE {table} SET {sets} WHERE {where} RETURNING 1"
+        return bool(await self._sql(sql, {**columns, **given}))
 
     async def _many(self, sql: str, rows: Sequence[Values]) -> None:
         """Run one statement for each of `rows`, inside of a transaction."""
@@ -3208,10 +3228,8 @@ class Records(Database):
             return run
         await self._forget_parts(run, end)
         if end.watermark is not None:
-            await self._sql(
-                "UPDATE etl_checkpoint SET watermark = :watermark WHERE source = :source",
-                {"source": run.source, "watermark": end.watermark},
-            )
+            mark = {"watermark": end.watermark}
+            await self._change("etl_checkpoint", mark, "source = :source", source=run.source)
         done = run_of(ended[0])
         await self._tell_job(done, end, now)
         return done
@@ -3313,9 +3331,8 @@ class Records(Database):
     @transactional
     async def _forget(self, source: str) -> None:
         mine = {"source": source}
-        await self._sql(
-            "UPDATE etl_checkpoint SET watermark = NULL, fields = '{}' WHERE source = :source", mine
-        )
+        clean = {"watermark": None, "fields": "{}"}
+        await self._change("etl_checkpoint", clean, "source = :source", **mine)
         await self._sql("DELETE FROM etl_part WHERE source = :source", mine)
 
     @transactional
@@ -3366,17 +3383,12 @@ class Secrets(Records):
     @transactional
     async def replace_secret(
         self, name: str, kind: str, seal: Callable[[], tuple[bytes, str]], now: float
-    ) -> int:
+    ) -> None:
         value, key_id = seal()
-        rows = await self._sql(
-            "UPDATE secrets SET value = :value, key_id = :key_id"
-            " WHERE name = :name AND type = :kind RETURNING id",
-            {"name": name, "kind": kind, "value": value, "key_id": key_id},
-        )
-        if not rows:
+        sealed, where = {"value": value, "key_id": key_id}, "name = :name AND type = :kind"
+        if not await self._change("secrets", sealed, where, name=name, kind=kind):
             raise NotFound(f"there is no secret {name!r} of type {kind} to replace", code=1001)
         await self._log(None, "updated", f"secret {name!r} has a new value", now)
-        return int(rows[0][0])
 
     async def secret_types(self) -> dict[str | int, str]:
         """The type of each secret, by its name and by its id."""
@@ -3395,12 +3407,8 @@ class Secrets(Records):
     @transactional
     async def note_use(self, secret: SealedSecret, now: float) -> None:
         """Write down that a secret was used for the first time."""
-        rows = await self._sql(
-            "UPDATE secrets SET first_used_at = :now WHERE id = :id AND first_used_at IS NULL"
-            " RETURNING id",
-            {"id": secret.id, "now": now},
-        )
-        if rows:
+        where = "id = :id AND first_used_at IS NULL"
+        if await self._change("secrets", {"first_used_at": now}, where, id=secret.id):
             await self._log(None, "used", f"secret {secret.name!r}, for the first time", now)
 
     @transactional
@@ -3430,10 +3438,8 @@ class Secrets(Records):
         rows = await self.secrets()
         for row in rows:
             value, key_id = reseal(row)
-            await self._sql(
-                "UPDATE secrets SET value = :value, key_id = :key_id WHERE id = :id",
-                {"value": value, "key_id": key_id, "id": row.id},
-            )
+            sealed = {"value": value, "key_id": key_id}
+            await self._change("secrets", sealed, "id = :id", id=row.id)
         await self._log(None, "rotated", f"{len(rows)} secrets sealed anew", now)
         return len(rows)
 
@@ -3507,12 +3513,6 @@ def aim(spec: JobSpec) -> str:
     return aim_of(spec.trigger.stack_url, trigger_body(spec, unseen, ""))
 
 
-def is_same(job: Job, spec: Spec) -> bool:
-    """Whether a definition watches a job's batches for its target, whatever its name."""
-    watches = isinstance(spec, JobSpec) and not job.is_ingest and not job.damage
-    return watches and aim(job.watches) == aim(cast(JobSpec, spec))
-
-
 def spec_columns(spec: Spec) -> dict[str, Any]:
     """The columns of polling_jobs that come from a job's definition."""
     return {
@@ -3581,10 +3581,9 @@ class Jobs(Secrets):
 
     async def find_job(self, ref: str | int) -> Job:
         """The job with this id or name."""
-        is_id = str(ref).isdigit()
-        found = await self._jobs(
-            "j.id = :ref" if is_id else "j.name = :ref", {"ref": int(ref) if is_id else ref}
-        )
+        is_id = isinstance(ref, int) or (ref.isascii() and ref.isdigit())
+        key = int(str(ref)[:30]) if is_id else ref  # more digits than that are no id either
+        found = await self._jobs("j.id = :ref" if is_id else "j.name = :ref", {"ref": key})
         if not found:
             what = f"ID {ref}" if is_id else f"name {ref!r}"
             raise NotFound(f"Job with {what} not found", hint="teckochecker.py job list shows them")
@@ -3768,27 +3767,29 @@ class Jobs(Secrets):
         )
 
     async def _set_job(self, job: Job, **columns: Any) -> None:
-        names = ", ".join(f"{name} = :{name}" for name in columns)
-        await self._sql(
-            f"UPDATE polling_jobs SET {names} WHERE id = :id", {"id": job.id, **columns}
-        )
+        await self._change("polling_jobs", columns, "id = :id", id=job.id)
 
     async def file_changes(self, specs: Sequence[Spec]) -> list[FileChange]:
         """What would become of the store's jobs from jobs.yaml, if it said this."""
         known = {job.name: job for job in await self._jobs("j.origin = 'file' ORDER BY j.id")}
         names = {spec.name for spec in specs}
-        new, given = among("name", names - known.keys())
-        for other in await self._jobs(f"j.origin <> 'file' AND j.name IN {new} LIMIT 1", given):
-            raise Conflict(
-                f"job {other.name!r} of jobs.yaml was also made on the command line",
-                hint="delete that one, or rename one of the two",
-            )
-        gone = [known[name] for name in known.keys() - names]
+        for (name,) in await self._sql("SELECT name FROM polling_jobs WHERE origin <> 'file'"):
+            if name in names:
+                raise Conflict(
+                    f"job {name!r} of jobs.yaml was also made on the command line",
+                    hint="delete that one, or rename one of the two",
+                )
+        gone = {job.id: job for job in known.values() if job.name not in names}
+        lost: dict[str, Job] = {}  # of those, the ones that watch, by aim
+        if names - known.keys():
+            last = sorted(gone.values(), key=lambda job: job.removed_at is None)
+            watching = (job for job in last if not job.is_ingest and not job.damage)
+            lost = {aim(job.watches): job for job in watching}
         found: list[FileChange] = []
         for spec in specs:
             spec, job = await self._with_secret_names(spec), known.get(spec.name)
-            if job is None and (job := next((j for j in gone if is_same(j, spec)), None)):
-                gone.remove(job)
+            if job is None and isinstance(spec, JobSpec) and (job := lost.pop(aim(spec), None)):
+                del gone[job.id]
             if job is None:
                 found.append(FileChange("created", spec.name, None, spec))
                 continue
@@ -3797,7 +3798,7 @@ class Jobs(Secrets):
                 found.append(FileChange(what, spec.name, job, spec))
             if job.removed_at is not None:
                 found.append(FileChange("returned", spec.name, job, spec))
-        left = [job for job in gone if job.removed_at is None]
+        left = [job for job in gone.values() if job.removed_at is None]
         return found + [FileChange("removed", job.name, job, None) for job in left]
 
     async def sync_file_jobs(self, specs: Sequence[Spec], now: float) -> Counter[str]:
@@ -3910,18 +3911,16 @@ class Jobs(Secrets):
         return [Trigger(**row | {"partial": bool(row["partial"])}) for row in found]
 
     async def _save_trigger(self, before: Trigger, after: Trigger) -> bool:
-        columns = ", ".join(f"{name} = :{name}" for name in TRIGGER_COLUMNS if name != "id")
-        rows = await self._sql(
-            f"UPDATE triggers SET {columns}, aim = :aim WHERE id = :id AND state = :before"
-            " AND secret = :secret0 AND stack_url = :stack0 AND body = :body0 RETURNING id",
-            {
-                **asdict(after),
-                "aim": aim_of(after.stack_url, after.body),
-                **{"before": before.state, "secret0": before.secret},
-                **{"stack0": before.stack_url, "body0": before.body},
-            },
+        return await self._change(
+            "triggers",
+            asdict(after) | {"aim": aim_of(after.stack_url, after.body)},
+            "id = :id AND state = :state0 AND secret = :secret0 AND stack_url = :stack0"
+            " AND body = :body0",
+            state0=before.state,
+            secret0=before.secret,
+            stack0=before.stack_url,
+            body0=before.body,
         )
-        return bool(rows)
 
     async def fired(self, aim: str) -> list[Fired]:
         """Which rounds of which jobs have started, or may have, a Keboola job with this aim; the
@@ -4110,12 +4109,8 @@ class Checks(Jobs):
         return bool(rows)
 
     async def _save_batch(self, job_id: int, batch: Batch) -> None:
-        values = asdict(batch)
-        columns = ", ".join(f"{name} = :{name}" for name in values if name != "batch_id")
-        await self._sql(
-            f"UPDATE polling_batches SET {columns} WHERE job_id = :job_id AND batch_id = :batch_id",
-            {"job_id": job_id, **values},
-        )
+        where = "job_id = :job_id AND batch_id = :batch_id"
+        await self._change("polling_batches", asdict(batch), where, job_id=job_id)
 
     @transactional
     async def move_trigger(

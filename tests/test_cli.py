@@ -158,7 +158,8 @@ async def stock(folder: Path) -> None:
         [from_file] = config.jobs or []
         assert isinstance(from_file, tecko.JobSpec)
         for name in ("from-file", "gone"):
-            changed = from_file.model_copy(update={"name": name})
+            watch = from_file.watch.model_copy(update={"batch_ids": [f"batch_{name}"]})
+            changed = from_file.model_copy(update={"name": name, "watch": watch})
             await store.sync_file_jobs([changed], 1.0)
         await store.sync_file_jobs([from_file], 1.0)
         for name in ("active", "paused", "failed", "completed", LONG):

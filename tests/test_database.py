@@ -292,8 +292,9 @@ async def test_numbers_without_an_end(store: tecko.Store, number: int) -> None:
     assert await store.jobs(None, number) == [job] and len(await store.logs(None, number)) == 1
     assert await store.runs(None, number) == await store.rejects(None, number) == []
     assert await store.data(None, number, 0, 0) == await store.data(None, 1, number, number) == []
-    with pytest.raises(tecko.NotFound):
-        await store.find_job(str(number))
+    for ref in (str(number), "9" * 5000, "²", "٣"):
+        with pytest.raises(tecko.NotFound):
+            await store.find_job(ref)
 
 
 async def test_texts_that_postgresql_does_not_take(store: tecko.Store) -> None:

@@ -146,7 +146,8 @@ async def test_a_defect_stops_nothing(world: World, caplog: pytest.LogCaptureFix
     await watch(world, "batch_fine", poll_interval=1)
     with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as other:
         async with running(world) as service:
-            other.execute("UPDATE polling_jobs SET spec = '{}' WHERE id = ?", [broken])
+            await until(lambda: service.counters["steps"] >= 4)  # both were seen
+            other.execute("UPDATE polling_batches SET changed_at = 'x' WHERE job_id = ?", [broken])
             await until(lambda: f"job {broken}: a defect" in caplog.text)
             seen = checks(world, "batch_fine")
             await until(lambda: checks(world, "batch_fine") > seen)

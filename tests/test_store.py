@@ -1034,7 +1034,7 @@ async def test_secrets_are_added_replaced_and_deleted(store: tecko.Store) -> Non
     first = await store.add_secret("s", "openai", lambda: (b"one", "k1"), 1.0)
     with pytest.raises(tecko.Conflict, match="a secret 's' already"):
         await store.add_secret("s", "keboola", lambda: (b"two", "k1"), 2.0)
-    assert await store.replace_secret("s", "openai", lambda: (b"three", "k2"), 3.0) == first
+    await store.replace_secret("s", "openai", lambda: (b"three", "k2"), 3.0)
     for work in (
         store.replace_secret("s", "keboola", lambda: (b"four", "k2"), 4.0),
         store.replace_secret("t", "openai", lambda: (b"four", "k2"), 4.0),
