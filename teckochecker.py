@@ -50,7 +50,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import bisect
 import codecs
 import contextlib
 import csv
@@ -60,10 +59,10 @@ import getpass
 import glob
 import gzip
 import hashlib
-import heapq
 import hmac
 import html
 import http.client
+import http.cookiejar
 import http.server
 import importlib
 import io
@@ -83,6 +82,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 import zlib
@@ -99,13 +99,14 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent import futures
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache, partial, wraps
 from http import HTTPStatus
-from operator import attrgetter, neg
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import (
@@ -118,6 +119,7 @@ from typing import (
     NamedTuple,
     NoReturn,
     ParamSpec,
+    Protocol,
     Self,
     TypeVar,
     cast,
@@ -174,14 +176,6 @@ CALL_DEADLINE = 20.0  # s for a whole call: a server that drips bytes never hits
 IN_FLIGHT = 64  # calls to OpenAI at once: beyond some dozens each only gets slower
 IN_FLIGHT_PER_KEY = 8  # of those, so that a key whose calls hang leaves room for the others
 KEEPALIVE = 300.0  # s an idle connection is kept: longer than common poll intervals
-CIRCUIT_FAILURES = 5  # calls in a row that failed before a key of a host is left alone
-CIRCUIT_PAUSE = 10.0  # s that this lasts first; doubles with each trial call that fails
-CIRCUIT_LONGEST = 300.0  # s, to which it grows
-PAGE = 100  # batches asked for in one page of OpenAI's list, the most there is
-WORTH = 2  # answers that a page has to bring: it costs as much CPU as one and a half retrieves
-PAGES_GROW = 1.1  # times as many pages read at once as in turn, before they are read in turn again
-SWEEP_AGAIN = 600.0  # s until a list that did not pay is tried again, or its length forgotten
-SWEEP_PAUSE = 0.9  # intervals between sweeps, unless many checks ask for one
 
 BACKOFF_FIRST = 1.0  # s before the first retry; doubles
 LONGEST_WAIT = 3600.0  # s, the most that a Retry-After or a refused key makes us wait
@@ -189,15 +183,12 @@ MISSING_CHECKS = 3  # times that OpenAI has to deny a batch, since young ones ca
 MISSING_SECONDS = 600.0  # and the least time between the first denial and the last
 STALLED_SECONDS = 3 * 3600.0  # s without any progress after which a batch is worth a remark
 SETTLE_SEARCHES = 3  # successful searches at least before a trigger counts as not arrived
-SEARCH_SLACK = 300.0  # s that Keboola's clock may be behind ours
-SEARCH_PAGE = 500  # Keboola jobs asked for in one page of a search
 FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the batches were
 
 AUTO_SHARE = 0.08  # of a batch's age, `auto` waits at most: half of that is the latency to expect
 AUTO_STEP = 1.25  # between the intervals of `auto`: few of them, so that jobs are due together
 STOP_SECONDS = 2.0  # that a run has after Ctrl-C to write its chunk
 FOLLOW_SECONDS = 0.2  # s between looks at a run that is shown on a terminal
-NEWS = 20  # checks with news that are written in one transaction, which takes some 5 ms
 STORE_RETRY = 1.0  # s between attempts to write down what Keboola answered
 
 CHUNK_ROWS = 2000  # records that commit together: beyond that a transaction only gets longer
@@ -222,7 +213,6 @@ SINCE_OVERLAP = 300  # s that a source may be late to show a record under its ow
 
 HTTP_ANSWER = 5.0  # s that a route may take before its caller is answered without the result
 LOG_BYTES = 10_000_000  # per log file, five are kept
-PRUNE_SECONDS = 3600.0  # s between looks for log rows past their time
 
 BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
 VALUE_TEXT = "printable ASCII, without control characters, not empty"
@@ -390,7 +380,7 @@ class UpstreamError(TeckoError):
         self.retry_after = retry_after
         self.sent = sent
         self.permanent = (
-            status is not None and 300 <= status < 500 and status not in (408, 409, 429)
+            status is not None and 300 <= status < 500 and status not in (408, 409, 425, 429)
         )
 
 
@@ -1223,7 +1213,7 @@ class Job:
 
 
 @dataclass(slots=True)
-class Due(Job):
+class CheckRow(Job):
     """A job with what a check has to know beside it."""
 
     has_open: bool  # a trigger that is not settled
@@ -1374,6 +1364,7 @@ TRIGGER_STEPS: dict[TriggerState, dict[Event, TriggerState]] = {
     "rejected": {},
 }
 
+OUTPUT_SECONDS = 300.0  # s that OpenAI may take to name a finished batch's output file
 EXPECTED_BATCH = ("validating", "in_progress", "finalizing", "cancelling")
 FINISHED_BATCH = ("completed", "failed", "expired", "cancelled")
 KNOWN_BATCH = EXPECTED_BATCH + FINISHED_BATCH
@@ -1381,8 +1372,9 @@ KEBOOLA_STATUSES = (  # of a job, as its queue's description lists them
     *("created", "waiting", "processing", "success", "warning"),
     *("error", "terminating", "terminated", "cancelled"),
 )
-REFUSED = (400, 401, 403, 404, 422)  # Keboola understood and said no: nothing was started
 BAD_KEY = (401, 403)
+CONFIRM = 10  # checks of a batch by a list, at least, to each that asks for it singly
+MANY_BATCHES = 1000  # of a key: from there on so many checks, or that would cost more than lists
 
 
 def next_state(table: dict[S, dict[Event, S]], state: S, event: Event) -> S:
@@ -1421,6 +1413,13 @@ def outcome(batch: BatchSeen) -> Literal["completed", "failed"] | None:
     if batch.status not in FINISHED_BATCH:
         return None
     return "completed" if batch.status == "completed" and has_data(batch) else "failed"
+
+
+def lacks_output(batch: Batch, now: float) -> bool:
+    """Whether a finished batch has output by its counts, and its file may still be named: the two
+    need not become visible at once."""
+    named = batch.output_file_id is not None or not batch.requests_completed
+    return outcome(batch) is not None and not named and 0 <= now - batch.changed_at < OUTPUT_SECONDS
 
 
 def describe_end(batch: BatchSeen) -> str:
@@ -1472,15 +1471,19 @@ def decide(watch: OpenAIBatches, batches: Sequence[Batch], now: float) -> Verdic
     failed = [b for b, end in zip(batches, ends, strict=True) if end == "failed"]
     if failed and watch.trigger_when == "all_completed":
         return Verdict("give_up", "; ".join(map(describe_end, failed)))
-    if all(ends):
-        return Verdict("fire", partial=bool(failed))
-    return Verdict(None)
+    if not all(ends) or any(lacks_output(b, now) for b in batches):
+        return Verdict(None)
+    nameless = [b.batch_id for b in batches if b.requests_completed and not b.output_file_id]
+    said = f"fired though OpenAI names no output file of {', '.join(nameless)}" if nameless else ""
+    return Verdict("fire", said, partial=bool(failed))
 
 
 def remarks(batches: Sequence[Batch], now: float) -> list[str]:
     """What a person should know of batches that go on being checked."""
     said = []
     for b in batches:
+        if lacks_output(b, now):
+            said.append(f"{b.batch_id} is {b.status}, and OpenAI has yet to name its output file")
         if outcome(b) is not None:
             continue
         if b.status and b.status not in EXPECTED_BATCH:
@@ -1552,19 +1555,25 @@ def retargeted(trigger: Trigger, spec: JobSpec) -> Trigger:
     )
 
 
-def after_post(error: KeboolaError) -> Event:
+def is_refusal(error: UpstreamError) -> bool:
+    """Whether the other side understood and said no, so that nothing was started and to ask again
+    is no use."""
+    return error.permanent and (error.status or 0) >= 400
+
+
+def after_post(error: UpstreamError) -> Event:
     """What a POST that brought no job id means for the trigger (INTERFACE, Triggering once)."""
     if not error.sent or error.status == 429:
         return "postpone"
-    return "reject" if error.status in REFUSED else "lose"
+    return "reject" if is_refusal(error) else "lose"
 
 
-def after_search(trigger: Trigger, now: float, window: float) -> Event | None:
-    """What one more successful search without our trigger means; None: search again later.
+def after_search(trigger: Trigger, waited: float, window: float) -> Event | None:
+    """What one more successful search without our trigger means, so many seconds after the window
+    began; None: search again later.
 
     The index lags, so only a search made at the end of the window proves an absence.
     """
-    waited = now - (trigger.unknown_at or now)
     if trigger.searches + 1 < SETTLE_SEARCHES or waited < window:
         return None
     return "hold" if trigger.on_ambiguous == "hold" else "resend"
@@ -1577,9 +1586,9 @@ def after_follow(job: KeboolaJob) -> Event | None:
     return "succeed" if job.status in ("success", "warning") else "fail"
 
 
-def settle_wait(trigger: Trigger, now: float, window: float) -> float:
+def settle_wait(waited: float, window: float) -> float:
     """Seconds until the next search: four in a window, the last one at its very end."""
-    step, left = window / 4, (trigger.unknown_at or now) + window - now
+    step, left = window / 4, window - waited
     return left if 0 < left < step else step
 
 
@@ -1635,70 +1644,31 @@ def auto_wait(batch: Batch, now: float) -> float:
     return min(waits)
 
 
-@dataclass(frozen=True, slots=True)
-class Circuit:
-    """How calls with one key to one host went lately: `closed` lets all through, `open` none until
-    `until` (monotonic seconds), and then one, whose outcome decides."""
-
-    failures: int = 0  # in a row
-    pause: float = 0.0  # s that it was opened for last; 0: it is closed
-    until: float = 0.0
-
-    @property
-    def state(self) -> Literal["closed", "open"]:
-        return "open" if self.pause else "closed"
+def is_turn(job_id: int, interval: float, batches: int, now: float) -> bool:
+    """Whether a job's batches are to be asked for singly this time, of those that a list of so many
+    shows: each at least once in CONFIRM checks or in an hour, unless there are so many that this
+    would cost more than the list. Jobs take turns."""
+    period = max(CONFIRM, min(batches // 2, int(3600 / interval)))
+    period = MANY_BATCHES if batches >= MANY_BATCHES else period
+    return batches > 0 and (job_id + int(now / interval)) % period == 0
 
 
-def fails_circuit(error: UpstreamError) -> bool:
-    """Whether an error says that the host does not work; 401, 404 and 429 say that it does."""
-    return error.status is None or error.status >= 500
-
-
-def call_begun(circuit: Circuit, now: float) -> Circuit:
-    """The circuit once a call was let through: while it is open, that is the one trial."""
-    return replace(circuit, until=now + CALL_DEADLINE) if circuit.pause else circuit
-
-
-def call_ended(circuit: Circuit, before: Circuit, failed: bool, now: float) -> Circuit:
-    """The circuit after a call that began when it was as `before`. Of calls under way when it
-    opened, a failure says nothing new."""
-    if not failed:
-        return Circuit()
-    if circuit.pause and not before.pause:
-        return circuit
-    failures = circuit.failures + 1
-    if failures < CIRCUIT_FAILURES:
-        return replace(circuit, failures=failures)
-    pause = min(2 * circuit.pause, CIRCUIT_LONGEST) or CIRCUIT_PAUSE
-    return Circuit(failures, pause, now + pause)
-
-
-def pays(page: Sequence[BatchSeen], wanted: Sequence[float], share: float) -> bool:
-    """Whether it pays to read on after this page of a list, newest first: whether the next pages
-    down to some batch of `wanted` (when each was created, newest first) bring WORTH answers each,
-    if batches lie as close as on this page. `share`: answers that a found batch makes."""
-    times = [batch.created_at for batch in page if batch.created_at is not None]
-    if not times:
-        return False
-    span, older = max(times[0] - times[-1], 1.0), bisect.bisect(wanted, -times[-1], key=neg)
-    return any(
-        share * found >= WORTH * max(1.0, (times[-1] - wanted[at]) / span)
-        for found, at in enumerate(range(older, len(wanted)), 1)
-    )
+def unix_time(header: str | None) -> float | None:
+    """The date of a header (RFC 9110, section 5.6.7) of this century; None where it is no such."""
+    try:
+        date = parsedate_to_datetime(header or "")
+    except (ValueError, OverflowError):
+        return None
+    at = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    return at if 946_684_800 <= at < 4_102_444_800 else None
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
     """Seconds out of a Retry-After header: a number or a date (RFC 9110, section 10.2.3)."""
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-            return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now)
-        except (ValueError, OverflowError):
-            return None
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(value or ""))
+    at = unix_time(value)
+    return None if at is None else max(0.0, at - now)
 
 
 # ── Secrets ───────────────────────────────────────────────────────────────────────────────────
@@ -3560,7 +3530,7 @@ class Jobs(Secrets):
 
     def __init__(self, place: Path | str, *, read_only: bool = False) -> None:
         super().__init__(place, read_only=read_only)
-        self._quiet: dict[int, Quiet] = {}  # by job
+        self._quiet: dict[int, UnchangedCheck] = {}  # by job
 
     # reading jobs
 
@@ -3602,16 +3572,16 @@ class Jobs(Secrets):
             raise NotFound(f"Job with {what} not found", hint="teckochecker.py job list shows them")
         return found[0]
 
-    async def due(self, ids: Iterable[int]) -> list[Due]:
+    async def due(self, ids: Iterable[int]) -> list[CheckRow]:
         """Of these jobs, those that are there, with their batches; in one question."""
         rows = await self._sql(
             f"SELECT {OF_JOB}, {HAS_OPEN}, {OF_BATCH} FROM polling_jobs j LEFT JOIN polling_batches"
             f" b ON b.job_id = j.id WHERE j.id IN {numbers(ids)} ORDER BY j.id, b.position"
         )
-        found: dict[int, Due] = {}
+        found: dict[int, CheckRow] = {}
         for row in rows:
             if (job_id := row[0]) not in found:
-                found[job_id] = Due(*row[: COLUMNS_OF_JOB + 1])
+                found[job_id] = CheckRow(*row[: COLUMNS_OF_JOB + 1])
                 self._current(found[job_id])
             if row[COLUMNS_OF_JOB + 1] is not None:  # an ingest has no batches
                 found[job_id].batches.append(Batch(*row[COLUMNS_OF_JOB + 1 :]))
@@ -3974,7 +3944,7 @@ def describe_progress(batch: Batch) -> str:
     return f"{batch.batch_id} {batch.status}, {done} of {batch.requests_total} requests done"
 
 
-class Quiet(NamedTuple):
+class UnchangedCheck(NamedTuple):
     """A good check that saw nothing new, still to be written down."""
 
     id: int
@@ -3986,7 +3956,7 @@ class Quiet(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CheckResult:
     """A check of a job's batches, and what follows from it."""
 
     job: Job
@@ -4021,7 +3991,7 @@ class Checks(Jobs):
             await self.flush()
         await super().close()
 
-    async def record_check(self, check: Checked) -> bool:
+    async def record_check(self, check: CheckResult) -> bool:
         """Write down a check and what was decided on it, all or nothing.
 
         False, and nothing written, when the job was paused, removed, deleted or changed while
@@ -4031,13 +4001,13 @@ class Checks(Jobs):
         if not check.is_quiet():
             return bool(await self.record_checks([check]))
         job, now = check.job, check.now
-        quiet = Quiet(job.id, job.revision, job.round, now, now + check.wait, check.pace)
+        quiet = UnchangedCheck(job.id, job.revision, job.round, now, now + check.wait, check.pace)
         found = await self._sql(f"SELECT 1 FROM polling_jobs j WHERE {AS_CHECKED}", quiet._asdict())
         if found:
             self.note(quiet)
         return bool(found)
 
-    def note(self, quiet: Quiet) -> None:
+    def note(self, quiet: UnchangedCheck) -> None:
         """Keep a quiet check until the next `flush`."""
         self._quiet[quiet.id] = quiet
 
@@ -4052,7 +4022,7 @@ class Checks(Jobs):
             raise
 
     @transactional
-    async def _write_quiet(self, kept: Sequence[Quiet]) -> None:
+    async def _write_quiet(self, kept: Sequence[UnchangedCheck]) -> None:
         await self._many(
             "UPDATE polling_jobs AS j SET last_check_at = :now, last_ok_at = :now,"
             " errors_in_row = 0, next_check_at = :next_check_at, pace = coalesce(:pace, pace)"
@@ -4061,11 +4031,11 @@ class Checks(Jobs):
         )
 
     @transactional
-    async def record_checks(self, checks: Sequence[Checked]) -> set[int]:
+    async def record_checks(self, checks: Sequence[CheckResult]) -> set[int]:
         """Write down these checks in one transaction; the jobs of which that was done."""
         return {check.job.id for check in checks if await self._record(check)}
 
-    async def _record(self, check: Checked) -> bool:
+    async def _record(self, check: CheckResult) -> bool:
         if earlier := self._quiet.get(check.job.id):
             await self._write_quiet([earlier])
         check = await self._once(check)
@@ -4087,7 +4057,7 @@ class Checks(Jobs):
             await self._log(job.id, "error", check.error, now)
         return True
 
-    async def _once(self, check: Checked) -> Checked:
+    async def _once(self, check: CheckResult) -> CheckResult:
         """The check; or, where it would start a Keboola job that was started before, one that ends
         its job and says so."""
         if check.trigger is None or await self._sql(
@@ -4103,7 +4073,7 @@ class Checks(Jobs):
                 return replace(check, trigger=None, verdict=verdict, error=reason)
         return check
 
-    async def _stamp(self, check: Checked) -> bool:
+    async def _stamp(self, check: CheckResult) -> bool:
         event, job = check.verdict.event, check.job
         status: JobStatus = next_state(JOB_STEPS, "active", event) if event else "active"
         rows = await self._sql(
@@ -4342,187 +4312,323 @@ class Store(Checks):
         return [(row[0], row[1]) for row in rows]
 
 
-# ── Upstreams ─────────────────────────────────────────────────────────────────────────────────
+# ── Asking over HTTP ──────────────────────────────────────────────────────────────────────────
+
+# One way to ask another server: bounded in bytes, time, depth and redirects, whatever it sends;
+# and one way to say what went wrong.
+
+ERROR_BYTES = 1 << 18  # bytes of an answer that is an error
+REASON = 200  # characters of an answer's body that an error repeats
+CUT = 16_384  # characters looked at for that: to redact more would hold up the event loop
+LONGEST_SECRET = 4096  # characters
+REDIRECTS = (301, 302, 303, 307, 308)
+PACKING = ("content-encoding", "content-length", "transfer-encoding")
+ADDRESS = {OpenAIError: "OPENAI_BASE_URL", KeboolaError: "stack_url", SourceError: "the URL"}
+OWN_ERROR = {  # keys of an error that the API itself answers; other bodies are a proxy's or a
+    OpenAIError: {"error"},  # router's, who knows nothing of what was asked for
+    KeboolaError: {"error", "code"},
+}
 
 
-def short(text: object) -> str:
-    """What another server said, in one line that fits a log and can be encoded; redacted before
-    it is cut, since a part of a secret would not be recognized."""
-    said = redact(str(text)).encode(errors="replace").decode()
-    return re.sub(r"\s+", " ", said).strip()[:300]
+def short(text: object, most: int = 300) -> str:
+    """What another server said, in one line that fits a log and can be encoded. A long text is cut
+    before it is redacted, and its end dropped, since half a secret would not be recognized."""
+    whole = str(text)
+    said = redact(whole[:CUT])
+    said = said if len(whole) <= CUT else said[:-LONGEST_SECRET]
+    said = said.encode(errors="replace").decode()
+    return re.sub(r"\s+", " ", said).strip()[:most]
 
 
-def not_sent() -> tuple[type[Exception], ...]:
-    """What is raised before a request is written: nothing can have happened on the other side."""
+def origin_of(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port (RFC 6454)."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return parts.scheme, (parts.hostname or "").lower(), port
+
+
+look_ups: dict[tuple[Any, ...], futures.Future[Any]] = {}  # under way
+
+
+async def look_up(host: Any, port: Any, **hints: int) -> Any:
+    """The event loop's `getaddrinfo`, in a thread for each name: a zone whose servers never answer
+    would fill the loop's own pool, which files and the store need, and hold up the program's end.
+    """
+    query = (host, port, *hints.items())
+    if (answer := look_ups.get(query)) is None:
+        look_ups[query] = answer = futures.Future[Any]()
+        answer.set_running_or_notify_cancel()  # who waits may give up, a look-up cannot
+
+        def run(answer: futures.Future[Any]) -> None:
+            try:
+                answer.set_result(socket.getaddrinfo(host, port, **hints))
+            except Exception as e:
+                answer.set_exception(e)
+            finally:
+                del look_ups[query]
+
+        threading.Thread(target=run, args=(answer,), name="look-up", daemon=True).start()
+    return await asyncio.wrap_future(answer)
+
+
+def make_client(error: type[UpstreamError], connections: int | None = None) -> httpx2.AsyncClient:
+    """A client that keeps no cookies and follows no redirect. That the environment allows none (a
+    SOCKS proxy without its library, a missing SSL_CERT_FILE) is an `error`; nothing was sent."""
     import httpx2
 
-    return (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
+    no_cookies = http.cookiejar.DefaultCookiePolicy(allowed_domains=[])
+    try:
+        client = httpx2.AsyncClient(
+            timeout=httpx2.Timeout(CALL_TIMEOUT, connect=CONNECT_TIMEOUT),
+            limits=httpx2.Limits(
+                max_connections=connections,
+                max_keepalive_connections=connections,
+                keepalive_expiry=KEEPALIVE,
+            ),
+            headers={"User-Agent": f"TeckoChecker/{VERSION}"},
+            cookies=http.cookiejar.CookieJar(no_cookies),
+            follow_redirects=False,
+        )
+    except (ImportError, OSError, ValueError, httpx2.InvalidURL) as e:
+        said = f"no HTTP client can be made: {short(e) or type(e).__name__}"
+        raise error(f"{said} (HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE)", sent=False) from e
+    asyncio.get_running_loop().getaddrinfo = look_up  # type: ignore[method-assign]
+    return client
 
 
-def number_in(source: Any, name: str) -> float | None:
-    value = source.get(name) if isinstance(source, dict) else None
+async def client_problems() -> list[str]:
+    """Why no client can be made in this environment, for `validate`."""
+    try:
+        await make_client(UpstreamError).aclose()
+    except UpstreamError as e:
+        return [str(e)]
+    return []
+
+
+async def ask(
+    client: httpx2.AsyncClient,
+    error: type[UpstreamError],
+    who: str,
+    method: str,
+    url: str,
+    *,
+    deadline: float,
+    limit: int,
+    about: str = "",
+    redirects: int = 0,
+    anywhere: bool = False,
+    good: Collection[int] = (),
+    sink: IO[bytes] | None = None,
+    **request: Any,
+) -> httpx2.Response:
+    """The whole answer to a request, whose status is 2xx or one of `good`; the body of a 200 goes
+    to `sink` where one is given. It has at most `limit` bytes unpacked, and `deadline` seconds.
+    So many `redirects` are followed, within the origin or `anywhere`.
+
+    All that goes wrong is an `error` that names `who` was asked and what `about`. Its `sent` is
+    False where the request is known not to have been sent; its `status` is None where no answer
+    came or one that is not the API's own (`OWN_ERROR`), unless it is 3xx, 429 or 5xx.
+    """
+    import httpx2
+
+    unsent = (
+        *(httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError),
+        *(httpx2.UnsupportedProtocol, httpx2.InvalidURL),
+    )
+    home, what = url, f" about {about}" if about else ""
+    try:
+        async with asyncio.timeout(deadline):
+            for _ in range(redirects + 1):
+                answer = await exchange(client, error, who, limit, sink, method, url, request)
+                status, target = answer.status_code, answer.headers.get("location")
+                if status not in REDIRECTS or not target:
+                    break
+                url = str(answer.url.join(target))
+                if not anywhere and origin_of(clean_url(url)) != origin_of(home):
+                    break
+    except unsent as e:
+        said = f"{who} cannot be reached: {short(e) or type(e).__name__}"
+        raise error(said, sent=False) from e
+    except (httpx2.TimeoutException, TimeoutError) as e:
+        raise error(f"{who} did not answer{what} in time") from e
+    except (httpx2.HTTPError, ValueError, OSError) as e:
+        said = f"{type(e).__name__}: {short(e)}".rstrip(": ")
+        raise error(f"{who} gave no answer{what}: {said}") from e
+    if 200 <= status < 300 or status in good:
+        return answer
+    raise refusal(answer, error, f"{who} said {status}{what}")
+
+
+async def exchange(
+    client: httpx2.AsyncClient,
+    error: type[UpstreamError],
+    who: str,
+    limit: int,
+    sink: IO[bytes] | None,
+    method: str,
+    url: str,
+    request: Mapping[str, Any],
+) -> httpx2.Response:
+    """One request and its answer, unpacked as it comes. More than `limit` is an error; where the
+    status says that already, the rest is not read."""
+    import httpx2
+
+    parts, size = [], 0
+    async with client.stream(method, url, **request) as answer:
+        async for part in answer.aiter_bytes():
+            size += len(part)
+            if answer.status_code >= 300 and size > ERROR_BYTES:
+                break
+            if size > limit:
+                raise error(f"{who} answered with more than {limit:,} bytes")
+            if sink is None or answer.status_code != 200:
+                parts.append(part)
+            else:
+                await asyncio.to_thread(sink.write, part)
+    headers = [item for item in answer.headers.multi_items() if item[0] not in PACKING]
+    content = b"".join(parts)
+    return httpx2.Response(
+        answer.status_code, headers=headers, content=content, request=answer.request
+    )
+
+
+def refusal(answer: httpx2.Response, error: type[UpstreamError], said: str) -> UpstreamError:
+    """An answer that is no good as an error, with the reason that it gives, and the wait."""
+    status, data = answer.status_code, None
+    with contextlib.suppress(UpstreamError):
+        data = json_of(answer, error, said)
+    own = isinstance(data, dict) and OWN_ERROR.get(error, set()) <= data.keys()
+    kept = own or error not in OWN_ERROR or status < 400 or status == 429 or status >= 500
+    reason = reason_in(data) or page_in(answer, error) or http.client.responses.get(status, "")
+    if 300 <= status < 400:
+        target = short(answer.headers.get("location", "nowhere"))
+        reason = f"a redirect to {target}, not followed: a secret goes to no other host"
+    if not kept:
+        reason += " (a proxy's or router's answer, by its form)"
+    wait = parse_retry_after(answer.headers.get("retry-after"), time.time())
+    return error(f"{said}: {reason}", status=status if kept else None, retry_after=wait)
+
+
+def reason_in(data: Any) -> str:
+    """The message of an error as OpenAI, Keboola and most others write it."""
+    found = data.get("error") or data.get("message") if isinstance(data, dict) else None
+    said = short(found.get("message", "") if isinstance(found, dict) else found or "", REASON)
+    number = data.get("exceptionId") if found is not None else None  # Keboola's support asks for it
+    return f"{said} (exceptionId {short(number, REASON)})" if number else said
+
+
+def page_in(answer: httpx2.Response, error: type[UpstreamError]) -> str:
+    """The beginning of a body that is no JSON; a web page is called one."""
+    said = short(answer.content[: 4 * CUT].decode(errors="replace"), REASON)
+    html = "html" in answer.headers.get("content-type", "") or said.startswith("<")
+    return f"a web page; is {ADDRESS.get(error, 'the address')} right?" if html else said
+
+
+def json_of(answer: httpx2.Response, error: type[UpstreamError], who: str) -> Any:
+    """What an answer says. What orjson refuses, a lone surrogate or a number, json may take."""
+    with contextlib.suppress(ValueError):
+        return orjson.loads(answer.content)
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(answer.content.decode())
+    raise error(f"{who}'s answer cannot be read: {page_in(answer, error) or 'it is empty'}")
+
+
+# ── Upstreams: OpenAI ─────────────────────────────────────────────────────────────────────────
+
+# A batch is checked by a list of its key's batches where that takes fewer requests than asking for
+# each (100 batches cost one page), else singly. A list only ever says that a batch goes on: one
+# that is finished, or not shown, is asked for singly before anything follows from it. So a list
+# that fails, lies or stands still costs requests or time, and never a wrong conclusion:
+# - it fails, or brings few of the wanted batches: all are asked for singly for some minutes
+# - it stands still: some batches are asked for singly all the time (`Steps`), and once a finished
+#   one is listed as unfinished, all are
+# A key rests as a whole after a 429 or an outage: a failure that says that nobody is there (no
+# answer, 502, 503, 504), met five times in a row about different things. Then one call alone
+# tries, and what had failed waits longer than the rest: one broken batch stops no other.
+
+ANSWER_BYTES = 4 << 20  # bytes of an answer of OpenAI or Keboola: a page of batches has 100 KB
+PAGE = 100  # batches in one page of a list, the most there is
+BARE_PAGES = 2  # pages without a wanted batch, after which a list is read no further
+LIST_AGAIN = 600.0  # s until a list that failed, lied or did not pay is tried again
+THE_LIST = "the list of batches"  # as what a call is about
+NOBODY_THERE = (None, 502, 503, 504)  # statuses of errors that say nothing of what was asked for
+OUTAGE_FAILURES = 5  # of these in a row, about different things, before a key rests
+OUTAGE_PAUSE = 10.0  # s that it does so first; doubles with each trial that fails
+OUTAGE_LONGEST = 300.0  # s, to which that grows
+
+
+class Provider(NamedTuple):
+    """How a provider of batches speaks: its statuses as ours, and where its Batch object has what
+    a BatchSeen holds, as dotted paths. A status that is not listed stands for itself."""
+
+    statuses: Mapping[str, str]
+    numbers: Mapping[str, str]
+    texts: Mapping[str, str]
+
+
+# https://platform.openai.com/docs/api-reference/batch/object
+OPENAI = Provider(
+    statuses={status: status for status in KNOWN_BATCH},
+    numbers={
+        "created_at": "created_at",
+        "expires_at": "expires_at",
+        "requests_total": "request_counts.total",
+        "requests_completed": "request_counts.completed",
+        "requests_failed": "request_counts.failed",
+    },
+    texts={
+        "output_file_id": "output_file_id",
+        "error_file_id": "error_file_id",
+        "error": "errors.data.0.message",
+    },
+)
+
+
+def value_at(data: Any, path: str) -> Any:
+    """What stands at a dotted path; None where nothing does."""
+    for name in path.split("."):
+        if isinstance(data, list):
+            data = data[int(name)] if name.isdecimal() and int(name) < len(data) else None
+        else:
+            data = data.get(name) if isinstance(data, dict) else None
+    return data
+
+
+def number_at(data: Any, path: str) -> float | None:
+    value = value_at(data, path)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if abs(value) < 1e15 else None  # and not NaN, nor what SQLite cannot keep
 
 
-def text_in(source: dict[str, Any], name: str) -> str | None:
-    value = source.get(name)
-    return short(value) or None if isinstance(value, str) else None
+def parse_batch(batch_id: str, data: Any, provider: Provider = OPENAI) -> BatchSeen:
+    """A Batch object as BatchSeen. An answer without a status, or about another batch, is no
+    answer: the SDK does not validate, so that any JSON with 200 would pass for a batch."""
+    status, given = value_at(data, "status"), value_at(data, "id")
+    if given != batch_id or not isinstance(status, str):
+        said = f"it is about {short(given, 80)!r}" if isinstance(given, str) else "it has no id"
+        said = "it has no status" if given == batch_id else said
+        raise OpenAIError(f"OpenAI's answer is not batch {batch_id}: {said}")
+    facts: dict[str, Any] = {o: number_at(data, path) for o, path in provider.numbers.items()}
+    facts |= {o: int(n or 0) for o, n in facts.items() if o.startswith("requests_")}
+    for ours, path in provider.texts.items():
+        said = value_at(data, path)
+        facts[ours] = short(said) or None if isinstance(said, str) else None
+    return BatchSeen(batch_id, provider.statuses.get(status) or short(status), **facts)
 
 
-def parse_batch(batch_id: str, data: Any) -> BatchSeen:
-    """OpenAI's Batch object as BatchSeen. An answer without a status, or about another batch, is
-    no answer: the SDK does not validate, so that any JSON with 200 would pass for a batch."""
-    if (
-        not isinstance(data, dict)
-        or data.get("id") != batch_id
-        or not isinstance(data.get("status"), str)
-    ):
-        raise OpenAIError(f"OpenAI's answer is not batch {batch_id}: {short(data)[:80]}")
-
-    counts = data.get("request_counts")
-    errors = data.get("errors")
-    messages = errors.get("data") if isinstance(errors, dict) else None
-    first = messages[0] if isinstance(messages, list) and messages else None
-    return BatchSeen(
-        batch_id=batch_id,
-        status=data["status"] if data["status"] in KNOWN_BATCH else short(data["status"]),
-        created_at=number_in(data, "created_at"),
-        expires_at=number_in(data, "expires_at"),
-        output_file_id=text_in(data, "output_file_id"),
-        error_file_id=text_in(data, "error_file_id"),
-        requests_total=int(number_in(counts, "total") or 0),
-        requests_completed=int(number_in(counts, "completed") or 0),
-        requests_failed=int(number_in(counts, "failed") or 0),
-        error=short(first.get("message")) if isinstance(first, dict) else None,
-    )
-
-
-def parse_page(data: Any) -> tuple[list[BatchSeen], bool]:
-    """The batches of a page of OpenAI's list, without those that cannot be read, and whether more
-    follow. An answer that is no page is an OpenAIError."""
-    items = data.get("data") if isinstance(data, dict) else None
+def parse_page(data: Any) -> tuple[list[BatchSeen], str | None]:
+    """The batches of a page of a list, without those that cannot be read; and the id after which
+    the next page begins, if one follows. An answer that is no page is an OpenAIError."""
+    items = value_at(data, "data")
     if not isinstance(items, list):
-        raise OpenAIError(f"OpenAI's answer is no list of batches: {short(data)[:80]}", status=200)
-    page = []
+        raise OpenAIError("OpenAI's answer is no list of batches")
+    page, last = [], value_at(items[-1], "id") if items else None
     for item in items:
         with contextlib.suppress(OpenAIError):
-            page.append(parse_batch(str(item.get("id")) if isinstance(item, dict) else "", item))
-    return page, data.get("has_more") is True
-
-
-Rank = tuple[bool, float]  # whether it may wait, and since when it is due: the least goes first
-
-
-class Snapshot(NamedTuple):
-    """What a list of a key's batches showed of those that are watched and not finished. What is
-    not in it was finished, or not shown: it has to be asked for singly."""
-
-    at: float  # monotonic, when its first page was asked for
-    seen: Mapping[str, BatchSeen]
-
-
-class Sweep:
-    """A look through the list of a key's batches for those that are watched: `wanted`, with when
-    each was created, which checks ask for `worth` times."""
-
-    def __init__(self, wanted: Mapping[str, float | None], worth: int) -> None:
-        self.left, self._worth, self.pages = set(wanted), worth, 0
-        self.seen: dict[str, BatchSeen] = {}
-        self.finished: set[str] = set()
-        self._times = sorted((at for at in wanted.values() if at is not None), reverse=True)
-        self._share, self._unseen = worth / len(wanted), len(self._times) < len(wanted)
-        self._found = 0
-
-    def take(self, page: Sequence[BatchSeen]) -> bool:
-        """Take in a page; whether it was worth its request."""
-        self.pages += 1
-        found = [batch for batch in page if batch.batch_id in self.left]
-        self._found += len(found)
-        self.left.difference_update(batch.batch_id for batch in found)
-        self.seen.update((batch.batch_id, batch) for batch in found if outcome(batch) is None)
-        self.finished.update(batch.batch_id for batch in found if outcome(batch) is not None)
-        return self._share * len(found) >= WORTH
-
-    def goes_on(self, page: Sequence[BatchSeen], paid: bool) -> bool:
-        """Whether it pays to read on after this page: of batches that were never seen, nothing is
-        known but that they came together."""
-        as_new = self._unseen and paid
-        return self.affordable and (as_new or pays(page, self._times, self._share))
-
-    @property
-    def affordable(self) -> bool:
-        """Whether another page costs no more than single checks would, however little it brings."""
-        return bool(self.left) and WORTH * self.pages < self._worth
-
-    @property
-    def paid(self) -> bool:
-        return self._share * self._found >= self.pages
-
-    def useful(self, ends: Sequence[PageEnd]) -> list[PageEnd]:
-        """Of the ends of pages, those that something older than them is wanted after."""
-        oldest = self._times[-1] if self._times else math.inf
-        some = [end for end in ends if end.created_at > oldest]
-        return some[: max(0, self._worth // WORTH - 1)]
-
-
-class PageEnd(NamedTuple):
-    """The last batch of a page, after which the next one begins, whatever comes in before it."""
-
-    batch_id: str
-    created_at: float
-
-
-class Group(NamedTuple):
-    """Checks of batches of one key that are due together."""
-
-    checks: int
-    interval: float  # s, the least of theirs
-    rank: Rank  # the first one's
-
-
-NOTHING = Snapshot(-math.inf, MappingProxyType({}))
-Watched = Callable[[Collection[str], float], Awaitable[tuple[Mapping[str, float | None], int]]]
-NO_HURRY: Rank = (True, math.inf)
-
-
-class Slots:
-    """A bounded number of calls at once. A free slot goes to the least rank that waits."""
-
-    def __init__(self, free: int) -> None:
-        self._free = free
-        self._waiting: list[tuple[Rank, int, asyncio.Future[None]]] = []
-        self._count = itertools.count()  # of equals, the first
-
-    @contextlib.asynccontextmanager
-    async def turn(self, rank: Rank) -> AsyncIterator[None]:
-        if self._free:
-            self._free -= 1
-        else:
-            await self._wait(rank)
-        try:
-            yield
-        finally:
-            self._pass_on()
-
-    async def _wait(self, rank: Rank) -> None:
-        turn = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (rank, next(self._count), turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # it was given the slot a moment before
-                self._pass_on()
-            raise
-
-    def _pass_on(self) -> None:
-        while self._waiting:
-            turn = heapq.heappop(self._waiting)[2]
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
+            page.append(parse_batch(str(value_at(item, "id")), item))
+    more = value_at(data, "has_more") is True and isinstance(last, str)
+    return page, last if more else None
 
 
 def budget(per_minute: int | None) -> AsyncLimiter | None:
@@ -4535,51 +4641,69 @@ def budget(per_minute: int | None) -> AsyncLimiter | None:
     return AsyncLimiter(at_once, 60 * at_once / max(per_minute - at_once, per_minute / 2))
 
 
+class Pause(NamedTuple):
+    """A key that is not asked for now."""
+
+    secret: str  # its name
+    until: float  # unix time
+    reason: str
+
+
 @dataclass(slots=True)
-class KeyGate:
-    """One key: its calls, and what it may do: a bounded number at once and a minute, none while
-    rate-limited or its circuit is open. And what its list showed. Times are monotonic."""
+class Listing:
+    """What a list of a key's batches showed of those that were wanted. Of what is not in it, it
+    says nothing."""
 
-    retrieve: Callable[..., Awaitable[Any]]  # made once: a fresh client costs as much as a request
-    list: Callable[..., Awaitable[Any]]
-    slots: Slots
+    at: float = -math.inf  # monotonic seconds, when its first page was asked for
+    seen: dict[str, BatchSeen] = field(default_factory=dict)
+    wanted: int = 0
+
+
+@dataclass(slots=True)
+class Key:
+    """One key: what it may do, and what its list showed. Times are monotonic seconds."""
+
+    batches: Any  # the SDK's, made once: a fresh one costs as much as a request
     budget: AsyncLimiter | None
-    circuit: Circuit = Circuit()
-    held_until: float = 0.0
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT_PER_KEY))
     names: set[str] = field(default_factory=set)  # of the secrets with this value
-    snapshot: Snapshot = NOTHING
-    finished: set[str] = field(default_factory=set)  # batches that were listed so, still to be told
-    sweep: asyncio.Task[None] | None = None  # under way
-    ends: Sequence[PageEnd] = ()  # after which pages of the last sweep paid: the next one need not
-    in_turn: float = 1.0  # take its pages in turn; and how many there were when one did
-    pages: float = 1.0  # that a sweep took; infinite: the list does not pay
-    measured: float = -math.inf  # when that was seen
-    next_sweep: float = -math.inf  # none before, unless many ask
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # the list
+    list: Listing = field(default_factory=Listing)
+    pages: int = 1  # that the list took
+    list_from: float = -math.inf  # no list is read before
+    finished: deque[str] = field(default_factory=lambda: deque(maxlen=PAGE))  # seen so singly
+    failed: dict[str, None] = field(default_factory=dict)  # what nobody was there for, in a row
+    until: float = -math.inf  # it rests; then one call tries
+    pause: float = 0.0  # s that it last rested for; 0: it works
+    error: OpenAIError | None = None  # why
+    trial: asyncio.Event | None = None  # set when the call that tries is over
 
+    def learn(self, about: str, error: OpenAIError | None, now: float, *, trial: bool) -> None:
+        """Take in how a call went. Of those that were under way when a rest began, how they end
+        says nothing new; whatever OpenAI itself says of one thing (404, 500), it is there."""
+        if error is not None and error.status == 429:
+            self._rest(now, min(error.retry_after or BACKOFF_FIRST, LONGEST_WAIT), error)
+        elif self.pause and not trial:
+            return
+        elif error is not None and error.status in NOBODY_THERE:
+            self.failed[about] = None
+            if trial or len(self.failed) >= OUTAGE_FAILURES:
+                longer = min(max(OUTAGE_PAUSE, 2 * self.pause), OUTAGE_LONGEST)
+                self._rest(now, longer, error)
+        else:
+            if self.failed and self.pause:  # nor was the list there
+                self.list_from = -math.inf
+            self.failed, self.pause, self.error = {}, 0.0, None
 
-def openai_error(error: openai.APIStatusError, batch_id: str) -> OpenAIError:
-    """The SDK's error as ours, with the wait that the answer asks for."""
-    status, headers = error.status_code, error.response.headers
-    body = error.body if isinstance(error.body, dict) else {}
-    said = short(body.get("message") or http.client.responses.get(status, ""))
-    if status == 404:
-        said += " (a key of another project sees 404 too)"
-    if 300 <= status < 400:
-        said = (
-            f"a redirect to {headers.get('location', 'nowhere')}; a key is not sent to another host"
-        )
-    return OpenAIError(
-        f"OpenAI said {status} about {batch_id}: {said}",
-        status=status,
-        retry_after=parse_retry_after(headers.get("retry-after"), time.time()),
-    )
+    def _rest(self, now: float, seconds: float, error: OpenAIError) -> None:
+        self.pause, self.until, self.error = seconds, now + seconds, error
 
 
 class OpenAI:
     """OpenAI's batches through the official SDK: one client and one pool for all keys.
 
-    The SDK does transport and authentication; retries are the scheduler's, deadlines ours, and
-    an answer is read raw and believed only as far as `parse_batch` does.
+    The SDK knows the API; bounds and errors are `ask`'s, retries the scheduler's, and an answer is
+    believed only as far as `parse_batch` does.
     """
 
     def __init__(
@@ -4589,424 +4713,383 @@ class OpenAI:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._base_url, self._per_minute, self._clock = base_url, per_minute, clock
-        self._client: openai.AsyncOpenAI | None = None
-        self._slots = Slots(IN_FLIGHT)
+        self._client: httpx2.AsyncClient | None = None
+        self._sdk: openai.AsyncOpenAI | None = None
+        self._slots = asyncio.Semaphore(IN_FLIGHT)
         self.on_request: Callable[[str], None] = lambda kind: None  # told: retrieve or list
-        self._gates: dict[str, KeyGate] = {}
+        self._keys: dict[str, Key] = {}
 
-    def _for_key(self, key: SecretValue) -> openai.AsyncOpenAI:
-        import httpx2
-        import openai
-
-        if self._client is None:
-            limits = httpx2.Limits(
-                max_connections=IN_FLIGHT,
-                max_keepalive_connections=IN_FLIGHT,
-                keepalive_expiry=KEEPALIVE,
-            )
-            timeout = httpx2.Timeout(CALL_TIMEOUT, connect=CONNECT_TIMEOUT)
-            self._client = openai.AsyncOpenAI(
-                api_key="set per call",
+    def _key(self, key: SecretValue) -> Key:
+        if (found := self._keys.get(key.reveal())) is None:
+            try:
+                import httpx2
+                import openai
+            except (ImportError, OSError) as e:  # no file descriptor left, for one
+                raise OpenAIError(f"the SDK cannot be loaded: {short(e)}", sent=False) from e
+            self._client = self._client or make_client(OpenAIError)
+            self._sdk = self._sdk or openai.AsyncOpenAI(
+                api_key="set for each key",
                 base_url=self._base_url,
                 max_retries=0,
-                timeout=timeout,
-                http_client=openai.DefaultAsyncHttpxClient(
-                    limits=limits, timeout=timeout, follow_redirects=False
-                ),
+                # a transport that is a function, whatever the name of its class
+                http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(self._carry)),
             )
-        return self._client.with_options(api_key=key.reveal())
+            batches = self._sdk.with_options(api_key=key.reveal()).batches.with_raw_response
+            found = self._keys[key.reveal()] = Key(batches, budget(self._per_minute))
+        return found
 
-    def _gate(self, key: SecretValue) -> KeyGate:
-        if key.reveal() not in self._gates:
-            calls, slots = self._for_key(key).batches.with_raw_response, Slots(IN_FLIGHT_PER_KEY)
-            gate = KeyGate(calls.retrieve, calls.list, slots, budget(self._per_minute))
-            self._gates[key.reveal()] = gate
-        return self._gates[key.reveal()]
+    async def _carry(self, request: httpx2.Request) -> httpx2.Response:
+        """Ask what the SDK wants asked. Of its headers only the key goes along: it would add what
+        OPENAI_ORG_ID and the like say, which is not meant for every key."""
+        assert self._client is not None
+        last = request.url.path.rpartition("/")[2]
+        return await ask(
+            self._client,
+            OpenAIError,
+            "OpenAI",
+            request.method,
+            str(request.url),
+            deadline=CALL_DEADLINE,
+            limit=ANSWER_BYTES,
+            about=THE_LIST if last == "batches" else last,
+            headers={"Authorization": request.headers["Authorization"]},
+        )
 
-    async def retrieve(self, key: SecretValue, batch_id: str, rank: Rank = NO_HURRY) -> BatchSeen:
-        """One batch as it is now (GET /batches/{batch_id}). Raises OpenAIError."""
-        gate = self._gate(key)
-        call = partial(gate.retrieve, batch_id)
-        data = await self._call(gate, "retrieve", call, batch_id, rank)
-        return parse_batch(batch_id, data)
+    def known_as(self, key: SecretValue, name: str) -> Collection[str]:
+        """Say which secret this is the value of; all that have it. A value that no secret has any
+        more is forgotten."""
+        if name not in (mine := self._key(key)).names:
+            for value, other in [*self._keys.items()]:
+                other.names.discard(name)
+                if not other.names and other is not mine:
+                    del self._keys[value]
+            mine.names.add(name)
+        return mine.names
 
-    def known_as(self, key: SecretValue, name: str) -> None:
-        """Say which secret this is the value of."""
-        names = self._gate(key).names
-        if name not in names:
-            for gate in self._gates.values():  # it had another value until now
-                gate.names.discard(name)
-            names.add(name)
-
-    def shown(self, key: SecretValue) -> tuple[float, Mapping[str, BatchSeen]]:
-        """How many seconds ago the key's batches were listed, and which were unfinished then."""
-        at, seen = self._gate(key).snapshot
-        return self._clock() - at, seen
-
-    def finished(self, key: SecretValue) -> tuple[Collection[str], Collection[str]]:
-        """Batches that a sweep found to be finished, each told once, at most PAGE at a time; and
-        the names of their key."""
-        gate = self._gate(key)
-        some = list(itertools.islice(gate.finished, PAGE))
-        gate.finished.difference_update(some)
-        return some, gate.names
-
-    async def look(self, key: SecretValue, group: Group, watched: Watched) -> None:
-        """Sweep through the list of a key's batches for `shown`, where that pays: with fewer
-        requests than checks that it answers. Who asks during a sweep waits for that one.
-
-        `watched` tells, for names of secrets and an age in seconds, which batches to look for and
-        when they were created, and how many checks fall due within the age. Raises OpenAIError,
-        and whatever `watched` raises.
-        """
-        gate = self._gate(key)
-        if gate.sweep is None:
-            if group.checks <= WORTH * gate.pages and self._clock() < gate.next_sweep:
-                return
-            gate.sweep = asyncio.create_task(self._sweep(gate, group, watched))
-            gate.sweep.add_done_callback(partial(self._swept, gate))
-        await asyncio.shield(gate.sweep)
-
-    @staticmethod
-    def _swept(gate: KeyGate, sweep: asyncio.Task[None]) -> None:
-        gate.sweep = None
-        if not sweep.cancelled():
-            sweep.exception()  # whoever waits is told; that nobody does any more is no news
-
-    async def _sweep(self, gate: KeyGate, group: Group, watched: Watched) -> None:
-        now = self._clock()
-        gate.next_sweep = now + SWEEP_PAUSE * group.interval
-        if now - gate.measured > SWEEP_AGAIN:
-            gate.pages = 1.0
-        wanted, worth = await watched(gate.names, group.interval / 2)
-        worth = max(worth, group.checks)
-        if not wanted or worth <= WORTH * max(gate.pages, math.ceil(len(wanted) / PAGE)):
-            return
-        sweep, in_turn = Sweep(wanted, worth), not gate.ends
-        try:
-            await self._read_list(gate, sweep, group.rank)
-            slow = not in_turn and self._clock() - now > group.interval / 2
-            gate.pages = sweep.pages if sweep.paid and not slow else math.inf
-            gate.measured = now
-        except OpenAIError as e:
-            if e.status in (None, 401) or not (e.permanent or e.status == 200):
-                raise
-            log.debug("batches are asked for singly: %s", e)
-            gate.pages, gate.measured = math.inf, now
-        finally:
-            gate.finished |= sweep.finished
-            if sweep.seen:  # some, where a later page failed
-                gate.snapshot = Snapshot(now, sweep.seen)
-
-    async def _read_list(self, gate: KeyGate, sweep: Sweep, rank: Rank) -> None:
-        """Newest first, until all was found, or a page is older than all of it. In turn at first,
-        later from where pages ended the last time, at once: 100 pages take 8 round trips, then.
-        What came in since makes pages overlap; when they are too many, in turn once more."""
-        ends = sweep.useful(gate.ends)
-        starts: list[PageEnd | None] = [None, *ends]
-        parts = zip(starts, [*ends, None], strict=True)
-        read = [self._read_part(gate, sweep, start, end, rank) for start, end in parts]
-        done = await asyncio.gather(*read, return_exceptions=True)
-        if errors := [part for part in done if isinstance(part, BaseException)]:
-            raise errors[0]
-        gate.ends = [end for part in done if not isinstance(part, BaseException) for end in part]
-        if not ends:
-            gate.in_turn = sweep.pages
-        elif sweep.pages > PAGES_GROW * gate.in_turn + 1:
-            gate.ends = ()
-
-    async def _read_part(
-        self, gate: KeyGate, sweep: Sweep, start: PageEnd | None, end: PageEnd | None, rank: Rank
-    ) -> list[PageEnd]:
-        """Pages after `start` up to `end`, or for as long as that pays; after what those begin that
-        paid, which the very first does after nothing."""
-        began, more, here = list[PageEnd](), sweep.affordable, start
-        while more and sweep.left:
-            page, more = await self._page(gate, here.batch_id if here else None, rank)
-            paid = sweep.take(page)
-            if paid and here is not None:
-                began.append(here)
-            if not page:
-                break
-            here = PageEnd(page[-1].batch_id, page[-1].created_at or 0.0)
-            if end is None:
-                more = more and sweep.goes_on(page, paid)
-            else:
-                met = any(batch.batch_id == end.batch_id for batch in page)
-                more = more and sweep.affordable and not met and here.created_at > end.created_at
-        return began
-
-    async def _page(
-        self, gate: KeyGate, after: str | None, rank: Rank
-    ) -> tuple[list[BatchSeen], bool]:
-        """A page of the list (GET /batches). Where the batch that it comes after was deleted, the
-        list ends for us."""
-        call = partial(gate.list, limit=PAGE, **({"after": after} if after else {}))
-        try:
-            return parse_page(await self._call(gate, "list", call, "the list of batches", rank))
-        except OpenAIError as e:
-            if after is not None and e.status in (400, 404):
-                return [], False
-            raise
-
-    async def _call(
-        self,
-        gate: KeyGate,
-        kind: Literal["retrieve", "list"],
-        call: Callable[[], Awaitable[Any]],
-        about: str,
-        rank: Rank,
-    ) -> Any:
-        """The JSON that a call brings, within what its key may do. Raises OpenAIError."""
-        async with gate.slots.turn(rank):
-            if gate.budget is not None:
-                self._admit(gate)
-                await gate.budget.acquire()
-            async with self._slots.turn(rank):
-                self._admit(gate)
-                self.on_request(kind)
-                content = await self._judged(gate, call, about)
-        try:
-            return orjson.loads(content)
-        except ValueError as e:
-            said = f"OpenAI's answer about {about} cannot be read: {short(e)}"
-            raise OpenAIError(said) from e
-
-    def _admit(self, gate: KeyGate) -> None:
-        now = self._clock()
-        if (wait := gate.held_until - now) > 0:
-            raise OpenAIError("OpenAI rate-limits this key", status=429, retry_after=wait)
-        if (wait := gate.circuit.until - now) > 0 and gate.circuit.pause:
-            until = iso(time.time() + wait)
-            said = f"OpenAI is not asked until {until}: {gate.circuit.failures} failures in a row"
-            raise OpenAIError(said, retry_after=wait, sent=False)
-
-    async def _judged(self, gate: KeyGate, call: Callable[[], Awaitable[Any]], about: str) -> bytes:
-        """The answer's body; the gate learns from how it went."""
-        before = gate.circuit
-        gate.circuit = call_begun(before, self._clock())
-        try:
-            content = await self._answer(call, about)
-        except OpenAIError as e:
-            if e.status == 429:
-                wait = min(e.retry_after or BACKOFF_FIRST, LONGEST_WAIT)
-                gate.held_until = self._clock() + wait
-            gate.circuit = call_ended(gate.circuit, before, fails_circuit(e), self._clock())
-            raise
-        gate.circuit = call_ended(gate.circuit, before, False, self._clock())
-        return content
-
-    async def _answer(self, call: Callable[[], Awaitable[Any]], about: str) -> bytes:
-        import openai
-
-        try:
-            async with asyncio.timeout(CALL_DEADLINE):
-                answer = await call()
-                return bytes(answer.http_response.content)
-        except openai.APIStatusError as e:
-            raise openai_error(e, about) from e
-        except (openai.APITimeoutError, TimeoutError) as e:
-            raise OpenAIError(f"OpenAI did not answer in time for {about}") from e
-        except openai.APIConnectionError as e:
-            cause = e.__cause__ or e
-            said = f"OpenAI cannot be reached: {short(cause) or type(cause).__name__}"
-            raise OpenAIError(said, sent=not isinstance(cause, not_sent())) from e
-        except (openai.OpenAIError, ValueError, RecursionError) as e:
-            raise OpenAIError(f"OpenAI's answer about {about} cannot be read: {short(e)}") from e
-
-    def open_circuits(self) -> list[tuple[str, Circuit, float]]:
-        """Keys that are not asked for now: name of the secret, circuit, seconds until a trial."""
-        now, gates = self._clock(), list(self._gates.values())  # also asked from another thread
+    def pauses(self) -> list[Pause]:
+        """The keys that rest."""
+        now, wall, keys = self._clock(), time.time(), [*self._keys.values()]  # also from a thread
         return [
-            (name, gate.circuit, max(0.0, gate.circuit.until - now))
-            for gate in gates
-            if gate.circuit.state == "open"
-            for name in sorted(gate.names)
+            Pause(name, wall + max(0.0, key.until - now), str(key.error))
+            for key in keys
+            if key.pause
+            for name in sorted(key.names)
         ]
 
-    @property
-    def host(self) -> str:
-        return urlsplit(self._base_url or "https://api.openai.com/v1").netloc
+    async def retrieve(self, key: SecretValue, batch_id: str) -> BatchSeen:
+        """One batch as it is now (GET /batches/{batch_id}). Raises OpenAIError."""
+        mine = self._key(key)
+        seen = parse_batch(batch_id, await self._call(mine, "retrieve", batch_id, batch_id))
+        if outcome(seen) is not None:
+            mine.finished.append(batch_id)
+        if batch_id in mine.list.seen:
+            mine.list.seen[batch_id] = seen  # which is newer
+        return seen
+
+    def listing(self, key: SecretValue) -> tuple[float, Listing]:
+        """How many seconds ago the key's batches were listed, and what that showed."""
+        found = self._key(key).list
+        return self._clock() - found.at, found
+
+    def may_list(self, key: SecretValue, checks: int) -> bool:
+        """Whether a list may take fewer requests than so many single checks."""
+        mine, now = self._key(key), self._clock()
+        fewer = checks > 2 * mine.pages or now - mine.list.at > LIST_AGAIN
+        return checks > 2 and fewer and now >= mine.list_from
+
+    async def read_list(
+        self, key: SecretValue, wanted: Collection[str], checks: int
+    ) -> Collection[str]:
+        """Read the list of a key's batches, for `listing`: newest first, until all that are wanted
+        were found, or two pages brought none, or half as many pages were read as there are checks.
+        Those of which it shows that they are finished. Who asks while that goes on waits for it.
+        Raises OpenAIError where single calls would fail just so: the key is refused, or rests."""
+        mine = self._key(key)
+        if mine.reading.locked():
+            async with mine.reading:
+                return ()
+        async with mine.reading:
+            if mine.pause:  # one batch is asked for before hundreds; it is told in its own turn
+                first = min(wanted, key=lambda batch_id: batch_id in mine.failed)
+                with contextlib.suppress(OpenAIError):
+                    await self.retrieve(key, first)
+            try:
+                await self._read_list(mine, {*wanted}, checks)
+            except OpenAIError as e:
+                if e.status == 401 or not e.sent:
+                    raise
+                mine.list_from = self._clock() + LIST_AGAIN
+                if mine.pause:
+                    raise
+                log.info("batches are asked for singly, since their list fails: %s", e)
+            return [i for i, seen in mine.list.seen.items() if outcome(seen) is not None]
+
+    async def _read_list(self, mine: Key, left: set[str], checks: int) -> None:
+        at, wanted, seen, pages, bare = self._clock(), len(left), dict[str, BatchSeen](), 0, 0
+        query: dict[str, Any] = {"limit": PAGE}
+        while left and bare < BARE_PAGES and 2 * pages < checks:
+            page, after = parse_page(await self._call(mine, "list", THE_LIST, **query))
+            if any(b.batch_id in mine.finished and outcome(b) is None for b in page):
+                mine.list = Listing()
+                raise OpenAIError("it shows a finished batch as unfinished")
+            here = {batch.batch_id: batch for batch in page if batch.batch_id in left}
+            left, pages, bare = left - here.keys(), pages + 1, 0 if here else bare + 1
+            seen |= here
+            mine.list = Listing(at, seen, wanted)  # what came counts where a later page fails
+            if after is None:
+                break
+            query["after"] = after
+        mine.pages = pages
+        if checks * len(seen) < pages * wanted:  # so many calls would have done as much
+            mine.list_from = at + LIST_AGAIN
+
+    async def _call(
+        self, mine: Key, kind: Literal["retrieve", "list"], about: str, *args: str, **query: Any
+    ) -> Any:
+        """The JSON that a call brings, within what its key may do: so many at once and a minute,
+        none while it rests, and then one alone. Raises OpenAIError."""
+        import openai
+
+        async with mine.slots:
+            if mine.budget is not None:
+                self._admit(mine, about)
+                await mine.budget.acquire()
+            while mine.trial is not None:
+                await mine.trial.wait()
+            self._admit(mine, about)
+            mine.trial = trial = asyncio.Event() if mine.pause else None
+            try:
+                async with self._slots:
+                    self.on_request(kind)
+                    answer = await getattr(mine.batches, kind)(*args, **query)
+                data = json_of(answer.http_response, OpenAIError, f"OpenAI's answer about {about}")
+            except (openai.OpenAIError, OpenAIError) as e:
+                found = [x for x in (e, e.__cause__) if isinstance(x, OpenAIError)]
+                error = found[0] if found else OpenAIError(f"OpenAI about {about}: {short(e)}")
+                mine.learn(about, error, self._clock(), trial=trial is not None)
+                raise error from e
+            finally:
+                if trial is not None:
+                    mine.trial = None
+                    trial.set()
+            mine.learn(about, None, self._clock(), trial=trial is not None)
+            return data
+
+    def _admit(self, mine: Key, about: str) -> None:
+        """Raises OpenAIError while the key rests, which for what failed is twice as long."""
+        wait = mine.until - self._clock() + mine.pause * (about in mine.failed)
+        if mine.pause and wait > 0:
+            names = " and ".join(sorted(mine.names)) or "this key"
+            said = f"OpenAI is not asked with {names} for now: {mine.error}"
+            status = mine.error.status if mine.error else None
+            raise OpenAIError(said, status=status, retry_after=wait, sent=False)
 
     async def close(self) -> None:
-        sweeps = [gate.sweep for gate in self._gates.values() if gate.sweep is not None]
-        for sweep in sweeps:
-            sweep.cancel()
-        await asyncio.gather(*sweeps, return_exceptions=True)
         if self._client is not None:
-            await self._client.close()
+            await self._client.aclose()
 
 
-def same_trust(stack: str, url: str) -> bool:
-    """Whether a token may go to a queue that the stack's index names: not to plain http, unless
-    the stack itself is on this machine."""
-    try:
-        return clean_stack_url(url).startswith(("https:", stack.partition("//")[0]))
-    except ValueError:
-        return False
+# ── Upstreams: Keboola ────────────────────────────────────────────────────────────────────────
+
+# Keboola has no idempotency key, so what may have arrived is searched for by our trigger id before
+# it is sent again. The search asks for what was created since the first POST, by Keboola's own
+# clock: ours may be wrong. Its time comes from the Date header of its answers and goes on by the
+# monotonic clock. Before a trigger is sent again, one search more looks without that bound. The
+# index lags: that it shows nothing proves something only after the settle window (`Steps`).
+
+AT_ONCE = 8  # calls to a stack: one that hangs costs no other anything
+SEARCH_SLACK = 300.0  # s before the first POST that a search begins
+SEARCH_PAGE = 200  # jobs in one page of a search; of these ANSWER_BYTES hold 20 KB each
+SEARCH_PAGES = 20  # of one search
+UNBOUNDED = 86_400.0  # s before the first POST, where a search without bound in time ends
 
 
-def keboola_answer(answer: httpx2.Response, what: str) -> Any:
-    """The JSON of a good answer; any other becomes a KeboolaError with Keboola's own words."""
-    try:
-        data = answer.json()
-    except (ValueError, RecursionError):
-        data = None
-    status = answer.status_code
-    if 200 <= status < 300:
-        if data is None:
-            raise KeboolaError(
-                f"Keboola's answer to {what} cannot be read: {short(answer.text)[:80]}"
-            )
-        return data
-    said = short(data.get("error", "")) if isinstance(data, dict) else ""
-    if isinstance(data, dict) and data.get("exceptionId"):
-        said += f" (exceptionId {short(data['exceptionId'])})"
-    if 300 <= status < 400:
-        said = (
-            f"a redirect to {answer.headers.get('location')}; a token is not sent to another host"
-        )
-    wait = parse_retry_after(answer.headers.get("retry-after"), time.time())
-    raise KeboolaError(f"Keboola said {status} to {what}: {said}", status=status, retry_after=wait)
+class Action(Protocol):
+    """What a trigger starts. `target` is the trigger's address. Each raises an UpstreamError."""
+
+    async def prepare(self, target: str) -> float | None:
+        """All that can fail before a claim; the other side's time, in unix seconds, if known."""
+        ...
+
+    async def send(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
+        """Start it, once; the error's `sent` and `status` say what is known otherwise."""
+        ...
+
+    async def find(
+        self, trigger: Trigger, secret: SecretValue, *, anytime: bool = False
+    ) -> KeboolaJob | None:
+        """What was started for this trigger. That none is found is no proof."""
+
+    async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
+        """What has become of it."""
+        ...
 
 
 def keboola_job(data: Any) -> KeboolaJob:
     """A Job of the queue's description; one without id, status and isFinished is unreadable."""
-    job = data if isinstance(data, dict) else {}
-    given, status, ended = job.get("id"), job.get("status"), job.get("isFinished")
-    known = type(given) is int or (isinstance(given, str) and given.isprintable())
-    job_id = str(given) if known else ""
-    if not job_id or not isinstance(status, str) or not isinstance(ended, bool):
-        raise KeboolaError(f"Keboola's answer is not a job: {short(data)[:80]}")
-    result = job.get("result")
-    message = result.get("message") if isinstance(result, dict) else None
+    given, status, ended = (value_at(data, name) for name in ("id", "status", "isFinished"))
+    known = type(given) is int or (isinstance(given, str) and given.isprintable() and given)
+    if not known or not isinstance(status, str) or not isinstance(ended, bool):
+        raise KeboolaError("Keboola's answer is not a job: it has no id, status and isFinished")
+    message = value_at(data, "result.message")
     listed = status if status in KEBOOLA_STATUSES else short(status)
-    return KeboolaJob(job_id, listed, ended, short(message) if message else None)
+    return KeboolaJob(str(given), listed, ended, short(message) if message else None)
 
 
 def trigger_id_of(job: Any) -> str | None:
     """The value of our variable teckochecker_trigger_id in a found job."""
-    data = job.get("variableValuesData") if isinstance(job, dict) else None
-    values = data.get("values") if isinstance(data, dict) else None
+    values = value_at(job, "variableValuesData.values")
     for item in values if isinstance(values, list) else []:
-        if isinstance(item, dict) and item.get("name") == "teckochecker_trigger_id":
+        if value_at(item, "name") == "teckochecker_trigger_id":
             return str(item.get("value"))
     return None
 
 
+def keboola_time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+
+
+def queue_url(stack: str, index: Any) -> str:
+    """The job queue that a stack's index names, if a token may go there: over https, or within
+    this machine where the stack is here too."""
+    services = value_at(index, "services")
+    listed = services if isinstance(services, list) else []
+    urls = [value_at(service, "url") for service in listed if value_at(service, "id") == "queue"]
+    with contextlib.suppress(ValueError):
+        found = clean_url(str(urls[0]) if urls else "")
+        parts = urlsplit(found)
+        local = parts.hostname in LOOPBACK and stack.startswith("http:")
+        if not parts.query and (parts.scheme == "https" or local):
+            return found.rstrip("/")
+    said = f"found {short(urls[0], 100)!r}" if urls else "found no service with the id queue"
+    raise KeboolaError(f"{stack} names no job queue that a token may go to: {said}", sent=False)
+
+
 class Keboola:
-    """Keboola's job queue (its OpenAPI description, version 1.3.8), one connection pool a stack.
+    """Keboola's job queue (its OpenAPI description, version 1.3.8), an `Action`. Its address comes
+    from the stack's own service index, asked without a token."""
 
-    The queue's address comes from the stack's own service index, asked without a token. No
-    redirect is followed: a token goes to the host it was given for and to no other.
-    """
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._client: httpx2.AsyncClient | None = None
+        self._slots: dict[str, asyncio.Semaphore] = {}
+        self._queues: dict[str, asyncio.Task[str]] = {}
+        self._ahead: dict[str, float] = {}  # s by which a stack's clock is ahead of the monotonic
 
-    def __init__(self) -> None:
-        self._clients: dict[str, httpx2.AsyncClient] = {}
-        self._queues: dict[str, str] = {}
+    def turn(self, stack: str) -> asyncio.Semaphore:
+        """A place among the calls to a stack, to be taken before a trigger is claimed: it would
+        count as sent while it waits."""
+        return self._slots.setdefault(stack, asyncio.Semaphore(AT_ONCE))
 
-    async def queue(self, stack: str) -> str:
-        """The URL of the stack's job queue (GET /v2/storage, services); asked once a stack."""
-        if stack not in self._queues:
-            index = await self._call(stack, "GET", f"{stack}/v2/storage")
-            services = index.get("services") if isinstance(index, dict) else None
-            listed = (
-                [s for s in services if isinstance(s, dict)] if isinstance(services, list) else []
-            )
-            urls = [s.get("url") for s in listed if s.get("id") == "queue"]
-            if not urls or not same_trust(stack, str(urls[0])):
-                raise KeboolaError(f"{stack} names no job queue in its service index", sent=False)
-            self._queues[stack] = str(urls[0]).rstrip("/")
-        return self._queues[stack]
+    async def prepare(self, target: str) -> float | None:
+        await self._queue(target)
+        ahead = self._ahead.get(target)
+        return None if ahead is None else ahead + self._clock()
 
-    async def create_job(self, stack: str, token: SecretValue, body: str) -> KeboolaJob:
-        """POST /jobs, once. Raises KeboolaError, whose `sent` and `status` say what is known."""
-        queue = await self.queue(stack)
-        data = await self._call(stack, "POST", f"{queue}/jobs", token=token, body=body)
-        return keboola_job(data)
+    async def send(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
+        return keboola_job(await self._call("POST", trigger, "jobs", secret, content=trigger.body))
 
-    async def job(self, stack: str, token: SecretValue, job_id: str) -> KeboolaJob:
-        """GET /jobs/{jobId}."""
-        queue = await self.queue(stack)
-        return keboola_job(
-            await self._call(stack, "GET", f"{queue}/jobs/{quote(job_id, safe='')}", token=token)
-        )
+    async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
+        wanted = str(trigger.keboola_job_id)
+        path = f"jobs/{quote(wanted, safe='')}"
+        job = keboola_job(await self._call("GET", trigger, path, secret))
+        if job.id != wanted:
+            raise KeboolaError(f"Keboola's answer about job {wanted} is about {short(job.id, 80)}")
+        return job
 
-    async def find(self, trigger: Trigger, token: SecretValue) -> KeboolaJob | None:
-        """The job that carries this trigger's id, from the search index (GET /search/jobs), which
-        lags: that it shows none is no proof. Asked oldest first, so that the first one wins."""
-        queue = await self.queue(trigger.stack_url)
-        body = json.loads(trigger.body)
-        since = (trigger.sent_at or trigger.created_at) - SEARCH_SLACK
+    async def find(
+        self, trigger: Trigger, secret: SecretValue, *, anytime: bool = False
+    ) -> KeboolaJob | None:
+        """Asked oldest first, so that the first one wins; `anytime`, newest first."""
+        body, since = json.loads(trigger.body), trigger.sent_at or trigger.created_at
         query = {
             "componentId": body["component"],
             "configId": body["config"],
-            "createdTimeFrom": datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds"),
             "sortBy": "createdTime",
-            "sortOrder": "asc",
+            "sortOrder": "desc" if anytime else "asc",
             "limit": str(SEARCH_PAGE),
         }
-        offset, page = 0, SEARCH_PAGE
-        while page == SEARCH_PAGE:
-            url = f"{queue}/search/jobs"
-            jobs = await self._call(
-                trigger.stack_url, "GET", url, token=token, query=query | {"offset": str(offset)}
-            )
+        if not anytime:
+            query["createdTimeFrom"] = keboola_time(since - SEARCH_SLACK)
+        met, until = set[str](), time.monotonic() + CALL_DEADLINE
+        for page in range(SEARCH_PAGES):
+            given = query | {"offset": str(page * SEARCH_PAGE)}
+            left = until - time.monotonic()
+            jobs = await self._call("GET", trigger, "search/jobs", secret, left, params=given)
             if not isinstance(jobs, list):
                 raise KeboolaError("Keboola's search answered with something else than a list")
             for job in jobs:
                 if trigger_id_of(job) == trigger.id:
                     return keboola_job(job)
-            page = len(jobs)
-            offset += page
-        return None
+            oldest = str(value_at(jobs[-1], "createdTime")) if jobs else ""
+            if len(jobs) < SEARCH_PAGE or (anytime and oldest < keboola_time(since - UNBOUNDED)):
+                return None
+            if (ids := {str(value_at(job, "id")) for job in jobs}) <= met:
+                raise KeboolaError("Keboola's search repeats its pages")
+            met |= ids
+        raise KeboolaError(f"Keboola's search did not end within {SEARCH_PAGES} pages")
+
+    async def _queue(self, stack: str) -> str:
+        """The URL of the stack's job queue (GET /v2/storage, services); asked once a stack."""
+        if (asked := self._queues.get(stack)) is None or (asked.done() and asked.exception()):
+            asked = self._queues[stack] = asyncio.create_task(self._ask_for_queue(stack))
+        return await asyncio.shield(asked)
+
+    async def _ask_for_queue(self, stack: str) -> str:
+        try:
+            return queue_url(stack, await self._ask("GET", stack, f"{stack}/v2/storage"))
+        except KeboolaError as e:
+            e.sent = False  # the index was asked, nothing else
+            raise
 
     async def _call(
         self,
-        stack: str,
         method: str,
-        url: str,
-        *,
-        token: SecretValue | None = None,
-        body: str | None = None,
-        query: Mapping[str, str] | None = None,
+        trigger: Trigger,
+        path: str,
+        token: SecretValue,
+        deadline: float = CALL_DEADLINE,
+        **request: Any,
     ) -> Any:
-        import httpx2
+        url = f"{await self._queue(trigger.stack_url)}/{path}"
+        headers = {"X-StorageApi-Token": token.reveal(), "Content-Type": "application/json"}
+        request["headers"] = headers
+        return await self._ask(method, trigger.stack_url, url, deadline, **request)
 
-        headers = {"X-StorageApi-Token": token.reveal()} if token else {}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
+    async def _ask(
+        self, method: str, stack: str, url: str, deadline: float = CALL_DEADLINE, **request: Any
+    ) -> Any:
+        """The JSON of an answer, whose Date tells the stack's time. Raises KeboolaError."""
+        self._client = self._client or make_client(KeboolaError)
+        about = request["about"] = f"{method} {urlsplit(url).path}"
+        bounds: dict[str, Any] = {"deadline": deadline, "limit": ANSWER_BYTES}
         try:
-            async with asyncio.timeout(CALL_DEADLINE):
-                answer = await self._client(stack).request(
-                    method, url, headers=headers, content=body, params=query
-                )
-        except not_sent() as e:
-            self._queues.pop(stack, None)  # the index may name another host by now
-            raise KeboolaError(
-                f"{url} cannot be reached: {short(e) or type(e).__name__}", sent=False
-            ) from e
-        except (httpx2.TimeoutException, TimeoutError) as e:
-            raise KeboolaError(f"{method} {url}: no answer in time") from e
-        except httpx2.HTTPError as e:
-            raise KeboolaError(f"{method} {url}: {short(e) or type(e).__name__}") from e
-        return keboola_answer(answer, f"{method} {urlsplit(url).path}")
-
-    def _client(self, stack: str) -> httpx2.AsyncClient:
-        import httpx2
-
-        if stack not in self._clients:
-            self._clients[stack] = httpx2.AsyncClient(
-                timeout=httpx2.Timeout(CALL_TIMEOUT, connect=CONNECT_TIMEOUT),
-                limits=httpx2.Limits(max_connections=IN_FLIGHT_PER_KEY, keepalive_expiry=KEEPALIVE),
-                follow_redirects=False,
-                headers={"User-Agent": f"TeckoChecker/{VERSION}"},
+            answer = await ask(
+                self._client, KeboolaError, "Keboola", method, url, **bounds, **request
             )
-        return self._clients[stack]
+        except KeboolaError as e:
+            if not e.sent:
+                self._queues.pop(stack, None)  # the index may name another host by now
+            raise
+        if (date := unix_time(answer.headers.get("date"))) is not None:
+            self._ahead[stack] = date - self._clock()
+        return json_of(answer, KeboolaError, f"Keboola's answer about {about}")
 
     async def close(self) -> None:
-        for client in self._clients.values():
-            await client.aclose()
+        for asked in self._queues.values():
+            asked.cancel()
+        if self._client is not None:
+            await self._client.aclose()
+
+
+# ── Upstreams: sources ────────────────────────────────────────────────────────────────────────
+
+
+def not_sent() -> tuple[type[Exception], ...]:
+    """What is raised before a request is written: nothing can have happened on the other side."""
+    import httpx2
+
+    return (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -5019,13 +5102,6 @@ class Got:
     etag: str | None
     modified: str | None
     link: str | None  # the target of rel="next", as it stands there
-
-
-def origin_of(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port (RFC 6454)."""
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    return parts.scheme, (parts.hostname or "").lower(), port
 
 
 LINK = re.compile(
@@ -6315,19 +6391,26 @@ class Metrics:
 
 # ── Steps ─────────────────────────────────────────────────────────────────────────────────────
 
-
-MEND_IT = "mend it, then: job retry"
-HELD = "left for you: job retry asks once more, and sends it only if it is still not there"
+FIX_IT = "fix the cause, then run `job retry`"
+HELD = "on hold: run `job retry` to search again and resend if missing"
+TOGETHER_NEWS = 20  # checks with news that are written in one transaction, which takes some 5 ms
+OUTPUT_AGAIN = 15.0  # s until a batch without its output file is looked at again
+REFUSED_LONG = 4 * 3600.0  # s that Keboola may refuse to search for a trigger before it is held
 
 
 @dataclass(frozen=True, slots=True)
-class Stepped:
+class StepResult:
     """What a step did: the seconds until the next one (None: nothing is left to do), what it saw
     in a few words, and the error that kept it from more."""
 
     wait: float | None
     said: str
     error: TeckoError | None = None
+
+
+def open_batches(batches: Sequence[Batch], now: float) -> list[Batch]:
+    """Those that are still to be asked for."""
+    return [b for b in batches if outcome(b) is None or lacks_output(b, now)]
 
 
 class Steps:
@@ -6344,45 +6427,44 @@ class Steps:
         web: Web,
         clock: Callable[[], float] = time.time,
         luck: Callable[[], float] = random.random,
+        steady: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.store, self.vault = config, store, vault
         self.openai, self.keboola, self.web = openai, keboola, web
         self.ingesting: set[int] = set()  # ids of jobs whose run goes on
         self.stopping = False  # runs end at their next chunk
         self._ingest_slots = asyncio.Semaphore(INGESTS_AT_ONCE)
-        self.clock, self.luck = clock, luck
+        self.clock, self.luck, self._steady = clock, luck, steady
         self.metrics = Metrics()
         openai.on_request = lambda kind: self.metrics.openai_requests.labels(kind).inc()
         self.on_finished: Callable[[Collection[int]], None] = lambda job_ids: None
         self._first_used: dict[int, SealedSecret] = {}  # still to be noted
+        self._unknown: dict[str, float] = {}  # triggers, and since when on the steady clock
+        self._singly: set[int] = set()  # jobs whose batches are to be asked for without a list
 
-    async def step(self, job_id: int, rank: Rank = NO_HURRY) -> Stepped:
-        """Advance a job's open triggers, then check its batches if it is active; singly if someone
-        asked for that (`rank`). Raises StoreError when the store cannot be used; then nothing was
+    async def step(self, job_id: int, *, asked: bool = False) -> StepResult:
+        """Advance a job's open triggers, then check its batches if it is active; each singly if
+        someone `asked` for that. Raises StoreError when the store cannot be used; then nothing was
         sent."""
-        job, batches, has_open = await self.store.job_with_batches(job_id)
-        if job is not None and job.damage:  # others go on
-            return Stepped(LONGEST_WAIT, job.damage, TeckoError(job.damage))
-        steps = []
-        if has_open:
+        steps, row = list[StepResult](), next(iter(await self.store.due([job_id])), None)
+        if row is not None and row.damage:  # others go on
+            return StepResult(LONGEST_WAIT, row.damage, TeckoError(row.damage))
+        if row is not None and row.has_open:
             for trigger in await self.store.open_triggers(job_id):
-                steps.append(await self._advance(trigger))
-            job, batches, _ = await self.store.job_with_batches(job_id)
-        if job is not None and job.status == "active" and job.removed_at is None:
-            if isinstance(job.spec, IngestSpec):
-                steps.append(await self._ingest(job))
-            else:
-                steps.append(await self._check(job, batches, rank))
+                steps.append(await self._advance(row, trigger))
+            row = next(iter(await self.store.due([job_id])), None)
+        if row is not None and row.is_active:
+            steps.append(await (self._ingest(row) if row.is_ingest else self._check(row, asked)))
         waits = [s.wait for s in steps if s.wait is not None]
         await self._note_uses()
-        last = steps[-1] if steps else Stepped(None, "nothing to do")
+        last = steps[-1] if steps else StepResult(None, "nothing to do")
         return replace(last, wait=min(waits, default=None))
 
-    async def step_all(self, ids: Sequence[int]) -> dict[int, Stepped]:
+    async def step_all(self, ids: Sequence[int]) -> dict[int, StepResult]:
         """A step of each of these jobs, and the lists of batches for those that they answer."""
-        together, _ = await self.sort_out(ids)
-        done: dict[int, Stepped] = {}
-        for found in await asyncio.gather(*(self.glance(*group) for group in together.items())):
+        rows, _ = await self.by_key(ids)
+        done: dict[int, StepResult] = {}
+        for found in await asyncio.gather(*(self.check(*group) for group in rows.items())):
             done |= found
         rest = [job_id for job_id in ids if job_id not in done]
         return done | dict(zip(rest, await asyncio.gather(*map(self.step, rest)), strict=True))
@@ -6406,66 +6488,6 @@ class Steps:
             )
         return read_reference(name, self.config.secrets[name], self.config)
 
-    # checking
-
-    async def sort_out(self, ids: Collection[int]) -> tuple[dict[str, list[Due]], list[int]]:
-        """Of jobs that are due: those that a list of batches may answer, by the secret that they
-        share; and those that need a step of their own."""
-        together: dict[str, list[Due]] = {}
-        for due in await self.store.due(ids):
-            ends = [outcome(batch) for batch in due.batches]
-            if due.is_active and not due.has_open and None in ends and "failed" not in ends:
-                together.setdefault(due.secret, []).append(due)
-        taken = {due.id for group in together.values() for due in group}
-        return together, [job_id for job_id in ids if job_id not in taken]
-
-    async def glance(
-        self, secret: str, group: Sequence[Due], since: float = math.inf
-    ) -> dict[int, Stepped]:
-        """Check jobs of one key, due `since` then, by a list of its batches: those of which it
-        shows that all goes on. The others need a step of their own, which asks singly for what
-        looks finished or is not in the list, and decides."""
-        try:
-            key = await self._secret(secret)
-        except SecretError:
-            return {}
-        self.openai.known_as(key, secret)
-        shown, error = self._shown(key, group), None
-        if stale := [due for due in group if shown[due.id] is None]:
-            try:
-                await self.openai.look(key, self._group(stale, since), self._watched)
-            except OpenAIError as e:
-                error = e
-            while (told := self.openai.finished(key))[0]:
-                batch_ids, names = told  # their jobs need not wait until they are due
-                self.on_finished(await self.store.watchers(names, batch_ids))
-            shown |= self._shown(key, stale)
-        await self._note_uses()
-        return await self._take_in(group, shown, error)
-
-    def _shown(self, key: SecretValue, group: Sequence[Due]) -> dict[int, list[Batch] | None]:
-        """The batches as the last list has them, by job; None where it does not show that they go
-        on, is too old, or older than what we know."""
-        now, (old, seen) = self.clock(), self.openai.shown(key)
-
-        def shown(due: Due) -> list[Batch] | None:
-            batches = []
-            if old > min(self._interval(due) / 2, now - (due.last_check_at or 0.0)):
-                return None
-            for batch in due.batches:
-                if outcome(batch) is None:
-                    if batch.batch_id not in seen:
-                        return None
-                    batch = merged(batch, seen[batch.batch_id], now)
-                batches.append(batch)
-            return batches
-
-        return {due.id: shown(due) for due in group}
-
-    def _interval(self, due: Due) -> float:
-        """The time since its last check that a job was given."""
-        return due.interval or due.pace or self.config.settings.min_poll_interval
-
     def _pace(self, auto: bool, batches: Sequence[Batch], now: float) -> float | None:
         """Until the next check, where a job leaves that to us."""
         s = self.config.settings
@@ -6477,133 +6499,151 @@ class Steps:
         own = job.spec.poll_interval if job is not None else "auto"
         return float(self.config.settings.default_poll_interval if own == "auto" else own)
 
-    def _group(self, dues: Sequence[Due], since: float) -> Group:
-        batches = [b for due in dues for b in due.batches if outcome(b) is None]
-        rank = all(batch.status != "finalizing" for batch in batches), since
-        return Group(len(batches), min(map(self._interval, dues)), rank)
+    def _count_error(self, error: TeckoError) -> None:
+        status = str(getattr(error, "status", None) or "no answer")
+        self.metrics.upstream_errors.labels(ERROR_NAMES[error.code], status).inc()
 
-    async def _watched(
-        self, secrets: Collection[str], age: float
-    ) -> tuple[Mapping[str, float | None], int]:
-        return await self.store.watched(secrets, self.clock() + age)
+    # checking
 
-    async def _take_in(
-        self,
-        group: Sequence[Due],
-        shown: Mapping[int, list[Batch] | None],
-        error: OpenAIError | None,
-    ) -> dict[int, Stepped]:
-        """Write down what the list showed, and the error of those that waited for it."""
-        done, told, now = dict[int, Stepped](), list[Due](), self.clock()
-        quiet = cache(lambda wait: Stepped(wait, "no news"))
-        for due in group:
-            batches = shown[due.id]
-            if batches == due.batches and not due.last_error and not remarks(batches, now):
-                pace = self._pace(not due.interval, batches, now)
-                wait = pace or self._interval(due)
-                self.store.note(Quiet(due.id, due.revision, due.round, now, now + wait, pace))
-                done[due.id] = quiet(wait)
+    async def by_key(self, ids: Collection[int]) -> tuple[dict[str, list[CheckRow]], list[int]]:
+        """Of jobs that are due: those that only have to be checked, by the secret of their key;
+        and those that need a step alone."""
+        rows: dict[str, list[CheckRow]] = {}
+        for row in await self.store.due(ids):
+            if row.is_active and not row.has_open and row.batches:
+                rows.setdefault(row.secret, []).append(row)
+        taken = {row.id for group in rows.values() for row in group}
+        return rows, [job_id for job_id in ids if job_id not in taken]
+
+    async def check(self, secret: str, rows: Sequence[CheckRow]) -> dict[int, StepResult]:
+        """Check jobs of one key by a list of its batches. One that is missing in the answer needs
+        a step alone: the list does not show that all its batches go on, or it is its turn to be
+        asked for singly."""
+        try:
+            key = await self._secret(secret)
+            names = self.openai.known_as(key, secret)
+        except (SecretError, OpenAIError):
+            return {}  # each tells it in its own step
+        count, now = self.openai.listing(key)[1].wanted, self.clock()
+        self._singly.update(row.id for row in rows if is_turn(row.id, row.pace, count, now))
+        rows = [row for row in rows if row.id not in self._singly]
+        error = await self._refresh_list(key, names, rows)
+        done, news, now = dict[int, StepResult](), list[CheckResult](), self.clock()
+        for row in rows:
+            batches = self._listed(key, row, now)
+            if batches == row.batches and not row.last_error and not remarks(batches, now):
+                pace = self._pace(not row.interval, batches, now)
+                at = now + (wait := pace or row.pace)
+                self.store.note(UnchangedCheck(row.id, row.revision, row.round, now, at, pace))
+                done[row.id] = StepResult(wait, "no news")
             elif batches is not None or error is not None:
-                told.append(due)
+                errors = [error] if batches is None and error is not None else []
+                news.append(self._concluded(row, batches or row.batches, errors))
         self.metrics.checks.labels("waiting").inc(len(done))
-        for at in range(0, len(told), NEWS):  # others take their turns at the store in between
-            done |= await self._take_news(told[at : at + NEWS], shown, error)
+        news = [check for check in news if check.verdict.event is None]
+        for at in range(0, len(news), TOGETHER_NEWS):  # others take their turns in between
+            some = news[at : at + TOGETHER_NEWS]
+            recorded = await self.store.record_checks(some)
+            done |= {c.job.id: self._told(c, c.job.id in recorded) for c in some}
+        await self._note_uses()
         return done
 
-    async def _take_news(
-        self,
-        group: Sequence[Due],
-        shown: Mapping[int, list[Batch] | None],
-        error: OpenAIError | None,
-    ) -> dict[int, Stepped]:
-        """Write down, in one transaction, checks that saw something. What would end a job is left
-        to a step of its own, and so is a job that was changed meanwhile."""
-        jobs, checks = await self.store.jobs_among(due.id for due in group), list[Checked]()
-        for due in group:
-            job, batches = jobs.get(due.id), shown[due.id]
-            if job is None or (job.revision, job.round) != (due.revision, due.round):
-                continue
-            errors = [error] if batches is None and error is not None else []
-            check = self._concluded(job, due.batches, batches, errors)
-            if check.verdict.event is None:
-                checks.append(check)
-        recorded = await self.store.record_checks(checks)
-        return {c.job.id: self._told(c, c.job.id in recorded) for c in checks}
+    async def _refresh_list(
+        self, key: SecretValue, names: Collection[str], rows: Sequence[CheckRow]
+    ) -> OpenAIError | None:
+        """Read the list of the key's batches, unless the last one will do, or single requests are
+        fewer; the error, if these would meet it too."""
+        now = self.clock()
+        stale = [row for row in rows if self._listed(key, row, now) is None]
+        checks = sum(len(open_batches(row.batches, now)) for row in stale)
+        if not self.openai.may_list(key, checks):
+            return None
+        until = now + min(row.pace for row in stale) / 2
+        wanted, worth = await self.store.watched(names, until)
+        try:
+            finished = await self.openai.read_list(key, wanted, max(checks, worth))
+        except OpenAIError as e:
+            return e
+        if finished:  # their jobs need not wait until they are due
+            self.on_finished(await self.store.watchers(names, finished))
+        return None
 
-    async def _check(self, job: Job, known: Sequence[Batch], rank: Rank) -> Stepped:
-        batches, errors = await self._look(job, known, rank)
-        check = self._concluded(job, known, batches, errors)
+    def _listed(self, key: SecretValue, row: CheckRow, now: float) -> list[Batch] | None:
+        """The batches as the last list has them; None where it is too old, or does not show that
+        all of them go on."""
+        age, listing = self.openai.listing(key)
+        seen = {b.batch_id: listing.seen.get(b.batch_id) for b in open_batches(row.batches, now)}
+        if not seen or age > row.pace / 2:
+            return None
+        if any(s is None or outcome(s) is not None for s in seen.values()):
+            return None
+        return [merged(b, s, now) if (s := seen.get(b.batch_id)) else b for b in row.batches]
+
+    async def _check(self, row: CheckRow, asked: bool) -> StepResult:
+        batches, errors = await self._ask(row, asked or row.id in self._singly)
+        self._singly.discard(row.id)
+        check = self._concluded(row, batches, errors)
         recorded = await self.store.record_check(check)
-        stepped = self._told(check, recorded)
+        result = self._told(check, recorded)
         if recorded and check.trigger is not None:
-            return await self._advance(check.trigger)
-        return stepped
+            row.errors_in_row = 0
+            return await self._advance(row, check.trigger)
+        return result
+
+    async def _ask(self, row: CheckRow, singly: bool) -> tuple[list[Batch], list[TeckoError]]:
+        """The batches as they are now, and the errors met; a finished one is not asked again."""
+        found, errors = dict[str, Batch](), list[TeckoError]()
+        try:
+            key = await self._secret(row.secret)
+            self.openai.known_as(key, row.secret)
+            age, listing = self.openai.listing(key)
+        except (SecretError, OpenAIError) as e:
+            return row.batches, [e]
+
+        async def ask(batch: Batch) -> None:
+            seen = None if singly or age > row.pace / 2 else listing.seen.get(batch.batch_id)
+            try:
+                if seen is None or outcome(seen) is not None:
+                    seen = await self.openai.retrieve(key, batch.batch_id)
+                found[batch.batch_id] = merged(batch, seen, self.clock())
+            except OpenAIError as e:
+                errors.append(e)
+                if e.status == 404:  # `decide` says when to believe it
+                    found[batch.batch_id] = denied(batch, self.clock())
+
+        await asyncio.gather(*map(ask, open_batches(row.batches, self.clock())))
+        return [found.get(batch.batch_id, batch) for batch in row.batches], errors
 
     def _concluded(
-        self,
-        job: Job,
-        known: Sequence[Batch],
-        batches: Sequence[Batch] | None,
-        errors: Sequence[TeckoError],
-    ) -> Checked:
-        """What follows from a look at the batches; None where there was none."""
-        now, settings = self.clock(), self.config.settings
-        batches = known if batches is None else batches
-        verdict = decide(job.watches.watch, batches, now)
-        trigger = self._intent(job, batches, verdict, now) if verdict.event == "fire" else None
-        pace = self._pace(job.spec.poll_interval == "auto", batches, now)
-        interval, row = pace or self.usual(job), job.errors_in_row + 1
-        waits = [wait_after_error(e, row, interval, settings, self.luck()) for e in errors]
+        self, row: CheckRow, batches: Sequence[Batch], errors: Sequence[TeckoError]
+    ) -> CheckResult:
+        """What follows from how the batches are now."""
+        now, settings, spec = self.clock(), self.config.settings, row.watches
+        verdict = decide(spec.watch, batches, now)
+        trigger = self._intent(row, batches, verdict, now) if verdict.event == "fire" else None
+        pace = self._pace(not row.interval, batches, now)
+        interval, in_row = pace or self.usual(row), row.errors_in_row + 1
+        waits = [wait_after_error(e, in_row, interval, settings, self.luck()) for e in errors]
         wait = max(waits, default=interval)
+        if not errors and any(lacks_output(batch, now) for batch in batches):
+            wait = min(wait, OUTPUT_AGAIN)
         said = [verdict.reason] if verdict.event else [*map(str, errors), *remarks(batches, now)]
-        last_error = "; ".join(dict.fromkeys(filter(None, said))) or None
-        return Checked(job, known, batches, verdict, trigger, last_error, errors, wait, now, pace)
+        error = "; ".join(dict.fromkeys(filter(None, said))) or None
+        known = row.batches
+        return CheckResult(row, known, batches, verdict, trigger, error, errors, wait, now, pace)
 
-    def _told(self, check: Checked, recorded: bool) -> Stepped:
+    def _told(self, check: CheckResult, recorded: bool) -> StepResult:
         """Count a check, and say what came of it."""
         if not recorded:
             self.metrics.checks.labels("dropped").inc()
-            return Stepped(0.0, "changed while it was checked")
+            return StepResult(0.0, "changed while it was checked")
         event, errors = check.verdict.event, check.errors
         self.metrics.checks.labels(event or ("error" if errors else "waiting")).inc()
         for error in errors:
             self._count_error(error)
         done = sum(outcome(b) is not None for b in check.batches)
         text = check.error or f"{done} of {len(check.batches)} batches done"
-        return Stepped(None if event else check.wait, text, errors[0] if errors else None)
-
-    async def _look(
-        self, job: Job, known: Sequence[Batch], rank: Rank
-    ) -> tuple[list[Batch], list[TeckoError]]:
-        """The batches as they are now, and the errors met; a finished one is not asked again."""
-        name = str(job.watches.watch.secret)
-        try:
-            key = await self._secret(name)
-        except SecretError as e:
-            return [*known], [e]
-        self.openai.known_as(key, name)
-        age = self.clock() - (job.last_check_at or 0.0)
-        asked, age = not rank[0], min(self.usual(job) / 2, age)
-        if any(batch.status == "finalizing" for batch in known):
-            rank = False, rank[1]
-        old, listed = self.openai.shown(key)
-        look = partial(self._look_at, key, {} if asked or old > age else listed, rank)
-        looked = await asyncio.gather(*map(look, known))
-        return [batch for batch, _ in looked], [error for _, error in looked if error is not None]
-
-    async def _look_at(
-        self, key: SecretValue, listed: Mapping[str, BatchSeen], rank: Rank, batch: Batch
-    ) -> tuple[Batch, TeckoError | None]:
-        if outcome(batch) is not None:
-            return batch, None
-        try:
-            seen = listed.get(batch.batch_id)  # an unfinished one
-            seen = seen or await self.openai.retrieve(key, batch.batch_id, rank)
-            return merged(batch, seen, self.clock()), None
-        except OpenAIError as e:
-            if e.status == 404:  # `decide` says when to believe it
-                return denied(batch, self.clock()), e
-            return batch, e
+        return StepResult(None if event else check.wait, text, errors[0] if errors else None)
 
     def _intent(self, job: Job, batches: Sequence[Batch], verdict: Verdict, now: float) -> Trigger:
         """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
@@ -6624,33 +6664,26 @@ class Steps:
 
     # triggering
 
-    async def _advance(self, trigger: Trigger) -> Stepped:
+    async def _advance(self, row: CheckRow, trigger: Trigger) -> StepResult:
         """One step for a trigger; a wait of 0 where the next follows at once."""
         try:
-            if trigger.state == "pending":
-                return await self._send(trigger)
-            if trigger.state == "unknown":
-                return await self._settle(trigger)
-            if trigger.state == "running":
-                return await self._follow(trigger)
-            said = "the program died while it sent the trigger; asking Keboola whether it arrived"
-            await self._record(trigger, "lose", said)  # steps of a job never overlap
-            return Stepped(0.0, said)
+            if trigger.state == "sending":  # steps of a job never overlap
+                said = "the program died while it sent the trigger; asking Keboola's search for it"
+                await self._record(trigger, "lose", said)
+                return StepResult(0.0, said)
+            token = await self._secret(trigger.secret)
+            act = {"pending": self._send, "unknown": self._settle, "running": self._follow}
+            async with self.keboola.turn(trigger.stack_url):
+                return await act[trigger.state](row, trigger, token)
         except (UpstreamError, SecretError) as e:
             self._count_error(e)
             await self.store.note_trigger(trigger, self.clock(), error=str(e))
-            return Stepped(await self._wait(trigger, e), str(e), e)
+            return StepResult(self._retry(row, e), str(e), e)
 
-    def _count_error(self, error: TeckoError) -> None:
-        status = str(getattr(error, "status", None) or "no answer")
-        self.metrics.upstream_errors.labels(ERROR_NAMES[error.code], status).inc()
-
-    async def _wait(self, trigger: Trigger, error: TeckoError) -> float:
-        job = await self.store.job(trigger.job_id)
-        row = job.errors_in_row if job else 1
-        return wait_after_error(
-            error, max(row, 1), self.usual(job), self.config.settings, self.luck()
-        )
+    def _retry(self, row: CheckRow, error: TeckoError) -> float:
+        """Seconds until what failed is tried again."""
+        in_row, interval = row.errors_in_row + 1, self.usual(row)
+        return wait_after_error(error, in_row, interval, self.config.settings, self.luck())
 
     async def _record(
         self, trigger: Trigger, event: Event, said: str, **facts: Any
@@ -6658,6 +6691,7 @@ class Steps:
         """Write down what is known to have happened, however long the store stays locked: a
         Keboola job that is not written down would be searched for, or started again."""
         self.metrics.triggers.labels(event).inc()
+        self._unknown.pop(trigger.id, None)
         while True:
             try:
                 return await self.store.move_trigger(trigger, event, said, self.clock(), **facts)
@@ -6665,89 +6699,103 @@ class Steps:
                 log.error("trigger %s: cannot write down %r, trying on: %s", trigger.id, event, e)
                 await asyncio.sleep(STORE_RETRY)
 
-    async def _send(self, trigger: Trigger) -> Stepped:
-        token = await self._secret(trigger.secret)
+    async def _send(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
         try:
-            await self.keboola.queue(trigger.stack_url)
+            theirs = await self.keboola.prepare(trigger.stack_url)
         except KeboolaError as e:
-            if e.status not in REFUSED:
+            if not is_refusal(e):
                 raise
-            said = f"{e}; {MEND_IT}"
+            said = f"{e}; {FIX_IT}"
             await self._record(trigger, "reject", said, message=str(e))
-            return Stepped(None, said, e)
-        claimed = await self.store.move_trigger(trigger, "claim", "", self.clock())
+            return StepResult(None, said, e)
+        now = self.clock()
+        at = trigger.sent_at or theirs or now
+        claimed = await self.store.move_trigger(trigger, "claim", "", now, sent_at=at)
         if claimed is None:
-            return Stepped(0.0, "changed while it was triggered")
+            return StepResult(0.0, "changed while it was triggered")
         try:
-            job = await self.keboola.create_job(trigger.stack_url, token, trigger.body)
+            job = await self.keboola.send(claimed, token)
         except KeboolaError as e:
-            return await self._not_accepted(claimed, e)
-        return await self._accepted(claimed, job, f"Keboola job {job.id} started")
+            return await self._not_accepted(row, claimed, e)
+        return await self._accepted(row, claimed, job, f"Keboola job {job.id} started")
 
-    async def _not_accepted(self, trigger: Trigger, error: KeboolaError) -> Stepped:
+    async def _not_accepted(
+        self, row: CheckRow, trigger: Trigger, error: KeboolaError
+    ) -> StepResult:
         self._count_error(error)
         event = after_post(error)
         said = str(error)
         if event == "lose":
             said = f"whether Keboola took the trigger is unknown, asking its search: {said}"
         if event == "reject":
-            said = f"{said}; {MEND_IT}"
+            said = f"{said}; {FIX_IT}"
         after = await self._record(trigger, event, said, message=str(error))
         if event == "postpone" and after is not None:
-            return Stepped(await self._wait(after, error), said, error)
-        return Stepped(None if event == "reject" else 0.0, said, error)
+            return StepResult(self._retry(row, error), said, error)
+        return StepResult(None if event == "reject" else 0.0, said, error)
 
-    async def _accepted(self, trigger: Trigger, job: KeboolaJob, said: str) -> Stepped:
+    async def _accepted(
+        self, row: CheckRow, trigger: Trigger, job: KeboolaJob, said: str
+    ) -> StepResult:
         facts = {"keboola_job_id": job.id, "keboola_status": job.status, "message": None}
         running = await self._record(trigger, "accept", said, **facts)
         if running is not None and job.is_finished:
             return await self._finish(running, job)
-        return Stepped(await self._follow_wait(trigger), said)
+        return StepResult(FOLLOW_FACTOR * self.usual(row), said)
 
-    async def _settle(self, trigger: Trigger) -> Stepped:
-        """Ask Keboola's search whether a trigger arrived; one that fails counts for nothing."""
-        token = await self._secret(trigger.secret)
-        job = await self.keboola.find(trigger, token)
+    async def _settle(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
+        """Ask Keboola's search whether a trigger arrived; one that fails counts for nothing. The
+        window is counted on the steady clock, from when this process first saw the trigger so: a
+        wall clock that is set would end it early, or never."""
+        window, searches = float(self.config.settings.trigger_settle_seconds), trigger.searches + 1
+        since = self._unknown.setdefault(trigger.id, self._steady())
+        try:
+            job = await self.keboola.find(trigger, token)
+            waited = self._steady() - since
+            event = after_search(trigger, waited, window)
+            if job is None and event is not None:
+                job = await self.keboola.find(trigger, token, anytime=True)
+        except KeboolaError as e:
+            if not is_refusal(e) or self._steady() - since < REFUSED_LONG:
+                raise
+            said = f"{e}, for {span(REFUSED_LONG)}; {HELD}"
+            await self._record(trigger, "hold", said, message=str(e))
+            return StepResult(None, said, e)
         if job is not None:
-            return await self._accepted(trigger, job, f"found Keboola job {job.id} of this trigger")
-        window = float(self.config.settings.trigger_settle_seconds)
-        now, searches = self.clock(), trigger.searches + 1
-        event = after_search(trigger, now, window)
+            return await self._accepted(
+                row, trigger, job, f"found Keboola job {job.id} of this trigger"
+            )
         if event is None:
             said = f"Keboola's search does not show the trigger (search {searches})"
-            await self.store.note_trigger(trigger, now, error=said, searches=searches)
-            return Stepped(settle_wait(trigger, now, window), said)
+            await self.store.note_trigger(trigger, self.clock(), error=said, searches=searches)
+            return StepResult(settle_wait(waited, window), said)
         said = f"Keboola's search did not show the trigger in {searches} searches; "
         said += HELD if event == "hold" else "sending it again"
         await self._record(trigger, event, said, searches=searches)
-        return Stepped(None if event == "hold" else 0.0, said)
+        return StepResult(None if event == "hold" else 0.0, said)
 
-    async def _follow(self, trigger: Trigger) -> Stepped:
-        token = await self._secret(trigger.secret)
-        job = await self.keboola.job(trigger.stack_url, token, str(trigger.keboola_job_id))
+    async def _follow(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
+        job = await self.keboola.follow(trigger, token)
         if after_follow(job) is not None:
             return await self._finish(trigger, job)
         await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)
-        return Stepped(await self._follow_wait(trigger), f"Keboola job {job.id} is {job.status}")
+        wait = FOLLOW_FACTOR * self.usual(row)
+        return StepResult(wait, f"Keboola job {job.id} is {job.status}")
 
-    async def _finish(self, trigger: Trigger, job: KeboolaJob) -> Stepped:
+    async def _finish(self, trigger: Trigger, job: KeboolaJob) -> StepResult:
         event = after_follow(job)
         assert event is not None
         said = f"Keboola job {job.id} ended with {job.status}"
         said += f": {job.message}" if job.message else ""
         await self._record(trigger, event, said, keboola_status=job.status, message=job.message)
-        return Stepped(None, said)
-
-    async def _follow_wait(self, trigger: Trigger) -> float:
-        job = await self.store.job(trigger.job_id)
-        return FOLLOW_FACTOR * self.usual(job)
+        return StepResult(None, said)
 
     # ingesting
 
-    async def _ingest(self, job: Job) -> Stepped:
+    async def _ingest(self, job: Job) -> StepResult:
         """One run of an ingest, from its checkpoint to the end of its source."""
         if job.id in self.ingesting:
-            return Stepped(float(job.spec.poll_interval), "a run goes on already")
+            return StepResult(float(job.spec.poll_interval), "a run goes on already")
         self.ingesting.add(job.id)
         try:
             async with self._ingest_slots:
@@ -6757,7 +6805,7 @@ class Steps:
         finally:
             self.ingesting.discard(job.id)
 
-    async def _run_ingest(self, job: Job, ingesting: Ingesting) -> Stepped:
+    async def _run_ingest(self, job: Job, ingesting: Ingesting) -> StepResult:
         status: RunStatus = "failed"
         error: BaseException | None = None
         try:
@@ -6791,7 +6839,7 @@ class Steps:
             raise error
         counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
         failure = error if isinstance(error, TeckoError) else None
-        return Stepped(wait, f"{said}; {counts}" if said else counts, failure)
+        return StepResult(wait, f"{said}; {counts}" if said else counts, failure)
 
     def _ingest_wait(self, job: Job, error: BaseException | None) -> float:
         interval = float(job.spec.poll_interval)
@@ -8219,11 +8267,11 @@ class Service:
         if self.store_error is not None:
             error = StoreError(self.store_error)
             for job_id in ids:
-                self._stepped(job_id, Stepped(STORE_PAUSE, str(error), error))
+                self._stepped(job_id, StepResult(STORE_PAUSE, str(error), error))
             return
-        asked, by_key = {i for i in ids if self._timers[i].asked}, dict[str, list[Due]]()
+        asked, by_key = {i for i in ids if self._timers[i].asked}, dict[str, list[CheckRow]]()
         try:
-            by_key, _ = await self.steps.sort_out([i for i in ids if i not in asked])
+            by_key, _ = await self.steps.by_key([i for i in ids if i not in asked])
         except StoreError as e:
             self._store_failed(e)
         except Exception:
@@ -8235,14 +8283,12 @@ class Service:
             if job_id not in grouped:
                 self._spawn(self._step(job_id), [job_id])
 
-    async def _check_together(self, secret: str, rows: Sequence[Due]) -> None:
+    async def _check_together(self, secret: str, rows: Sequence[CheckRow]) -> None:
         """Check jobs of one key by a list of its batches. Whatever goes wrong with many is met
         again by each for itself, and told there."""
-        done, began = dict[int, Stepped](), time.perf_counter()
+        done, began = dict[int, StepResult](), time.perf_counter()
         try:
-            done = await self.steps.glance(
-                secret, rows, min(self._timers[r.id].since for r in rows)
-            )
+            done = await self.steps.check(secret, rows)
         except StoreError as e:
             self._store_failed(e)
         except Exception:
@@ -8259,7 +8305,7 @@ class Service:
         timer, began = self._timers[job_id], time.perf_counter()
         asked, timer.asked = timer.asked, False
         try:
-            stepped = await self.steps.step(job_id, (not asked, timer.since))
+            stepped = await self.steps.step(job_id, asked=asked)
             timer.failures = 0
         except asyncio.CancelledError:
             log.warning("job %s: its step was cut off by the end of the service", job_id)
@@ -8267,13 +8313,13 @@ class Service:
         except StoreError as e:
             self._store_failed(e)
             timer.failures += 1
-            stepped = Stepped(min(STORE_PAUSE * 2**timer.failures, LONGEST_WAIT), str(e), e)
+            stepped = StepResult(min(STORE_PAUSE * 2**timer.failures, LONGEST_WAIT), str(e), e)
         except Exception as e:
             stepped = await self._broke(job_id, timer, e)
         self.metrics.steps.observe(time.perf_counter() - began)
         self._stepped(job_id, stepped)
 
-    async def _broke(self, job_id: int, timer: JobTimer, error: Exception) -> Stepped:
+    async def _broke(self, job_id: int, timer: JobTimer, error: Exception) -> StepResult:
         """A step met what nobody expected: told in the log and in the job's last_error, of which
         all but the words of our own errors may name what no caller may read."""
         timer.failures += 1
@@ -8285,9 +8331,9 @@ class Service:
         log.error("job %s: %s; again in %.0f s", job_id, said, wait, exc_info=error)
         with contextlib.suppress(StoreError):  # which is told by the next step
             await self.store.note_failure(job_id, said, time.time(), wait)
-        return Stepped(wait, said, TeckoError(said))
+        return StepResult(wait, said, TeckoError(said))
 
-    def _stepped(self, job_id: int, stepped: Stepped) -> None:
+    def _stepped(self, job_id: int, stepped: StepResult) -> None:
         """A step has ended: count it, and see to the next one."""
         log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
         timer, now = self._timers[job_id], time.time()
@@ -8346,7 +8392,10 @@ class Service:
             version=VERSION,
             uptime_seconds=round(now - self.started_at, 1),
             scheduler=self._scheduler_state(),
-            paused_keys=self._paused_keys(),
+            paused_keys=[
+                PausedKey(secret=p.secret, reason=p.reason, until=p.until)
+                for p in self.steps.openai.pauses()
+            ],
             config_last_reload_successful=self.reloaded.error is None,
             config_last_reload_at=self.reloaded.at,
             config_last_reload_error=self.reloaded.error,
@@ -8357,13 +8406,6 @@ class Service:
     def _scheduler_state(self) -> SchedulerState:
         stalled = time.monotonic() - self._ticked > STALLED_TICKS
         return "stalled" if stalled else "running" if self._scheduler.running else "stopped"
-
-    def _paused_keys(self) -> list[PausedKey]:
-        now = time.time()
-        return [
-            PausedKey(secret=name, reason=f"{circuit.failures} failures in a row", until=now + wait)
-            for name, circuit, wait in self.steps.openai.open_circuits()
-        ]
 
     async def alive(self) -> Done:
         """That this is answered at all is the answer: it runs on the event loop."""
@@ -8414,7 +8456,7 @@ class Service:
             config_last_reload_timestamp_seconds=self.reloaded.at,
         )
         self.metrics.paused_keys.clear()
-        for pause in self._paused_keys():
+        for pause in self.steps.openai.pauses():
             self.metrics.paused_keys.labels(pause.secret).set(1)
         return self.metrics.text()
 
@@ -8581,7 +8623,7 @@ def show_openapi(request: Request) -> str:
 
 
 def show_docs(request: Request) -> str:
-    return docs().replace(ADDRESS, html.escape(request.address))
+    return docs().replace(CALLED_AT, html.escape(request.address))
 
 
 def redirect_to_docs(request: Request) -> NoReturn:
@@ -8666,7 +8708,7 @@ def json_body(body: bytes) -> Any:
 # ── OpenAPI ───────────────────────────────────────────────────────────────────────────────────
 
 
-def json_of(*models: str) -> dict[str, Any]:
+def content_of(*models: str) -> dict[str, Any]:
     """The content of a body or an answer that is one of these models."""
     forms = [{"$ref": f"#/components/schemas/{model}"} for model in models]
     return {"application/json": {"schema": {"anyOf": forms} if len(forms) > 1 else forms[0]}}
@@ -8678,15 +8720,15 @@ def responses(route: Route) -> dict[str, Any]:
         shape = "object" if route.answer == "application/json" else "string"
         done: Any = {route.answer.partition(";")[0]: {"schema": {"type": shape}}}
     else:
-        done = json_of(route.answer.__name__)
+        done = content_of(route.answer.__name__)
     made = {str(route.status): {"description": "Done", "content": done}}
     if route.method != "GET":
         models = [route.answer.__name__] * (route.status == 202)
-        made["202"] = {"description": "Under way", "content": json_of(*models, "Accepted")}
+        made["202"] = {"description": "Under way", "content": content_of(*models, "Accepted")}
     if route.answer in (Health, Done) and route.public:  # bad news has the same shape
-        both = json_of(route.answer.__name__, "ErrorAnswer")
+        both = content_of(route.answer.__name__, "ErrorAnswer")
         made["503"] = {"description": "Not well", "content": both}
-    return made | {"default": {"description": "Not done", "content": json_of("ErrorAnswer")}}
+    return made | {"default": {"description": "Not done", "content": content_of("ErrorAnswer")}}
 
 
 def operation(route: Route) -> dict[str, Any]:
@@ -8707,7 +8749,7 @@ def operation(route: Route) -> dict[str, Any]:
     if route.public:
         made["security"] = []
     if route.body is not None:
-        content = json_of("Job" if route.body is JobSpec else route.body.__name__)
+        content = content_of("Job" if route.body is JobSpec else route.body.__name__)
         content["application/json"]["example"] = route.example
         made["requestBody"] = {"required": True, "content": content}
     return made
@@ -8768,7 +8810,7 @@ for (const form of document.forms) form.addEventListener("submit", async (event)
   form.lastElementChild.textContent = await send(form).catch(String);
 });
 """
-ADDRESS = "{address}"  # in the page: where the caller reached us
+CALLED_AT = "{address}"  # in the page: where the caller reached us
 
 
 def docs_section(method: str, path: str, described: Mapping[str, Any]) -> str:
@@ -8776,7 +8818,7 @@ def docs_section(method: str, path: str, described: Mapping[str, Any]) -> str:
     esc, method = html.escape, method.upper()
     names = dict.fromkeys(re.findall(r"schemas/(\w+)", json.dumps(described)))
     models = ", ".join(f'<a href="#{name}">{name}</a>' for name in names)
-    curl = f"curl {'' if method == 'GET' else f'-X {method} '}{ADDRESS}{path.format(id=1)}"
+    curl = f"curl {'' if method == 'GET' else f'-X {method} '}{CALLED_AT}{path.format(id=1)}"
     fields = "".join(
         f'<p><label><code>{p["name"]}</code> <input name="{p["name"]}"> '
         f"{esc(p['schema']['description'])}</label></p>"
@@ -8812,11 +8854,11 @@ def docs() -> str:
 <html lang="en"><head><meta charset="utf-8"><title>TeckoChecker</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{DOCS_STYLE}</style></head><body><h1>TeckoChecker {VERSION}</h1>
-<p>Served at <code>{ADDRESS}</code>. The same as <a href="/openapi.json">OpenAPI 3.1</a>.</p>
+<p>Served at <code>{CALLED_AT}</code>. The same as <a href="/openapi.json">OpenAPI 3.1</a>.</p>
 <p>Where ADMIN_TOKEN is set, every route but the health checks needs it: as the header
 <code>Authorization: Bearer ADMIN_TOKEN</code>, or as the password of Basic authentication with any
 user name, which browsers ask for.</p>
-<pre>curl -H "Authorization: Bearer $ADMIN_TOKEN" {ADDRESS}/stats</pre>
+<pre>curl -H "Authorization: Bearer $ADMIN_TOKEN" {CALLED_AT}/stats</pre>
 <p><label>Token for the forms below: <input id="token" type="password"></label></p>
 <h2>Contents</h2><nav>{contents}<a href="#models">Models</a></nav>
 {"".join(docs_section(*each) for each in operations)}
@@ -9402,6 +9444,7 @@ async def cmd_validate(args: argparse.Namespace, config: Config) -> int:
     """Everything `start` would refuse, and that every stored secret decrypts."""
     async with Store(config.settings.database) as store:
         problems = await every_problem(config, store, Vault(config.settings))
+        problems += await client_problems()
         rows = await store.secrets()
     if problems:
         raise Invalid(problems)
@@ -9551,7 +9594,7 @@ async def cmd_check(args: argparse.Namespace, config: Config) -> int:
     return int(any(s.error is not None for s in results))
 
 
-async def check_once(service: Service, job_id: int, stepped: Stepped) -> Stepped:
+async def check_once(service: Service, job_id: int, stepped: StepResult) -> StepResult:
     """What comes of a job's step and those that follow it at once."""
     while True:
         job = await service.store.job(job_id)
@@ -9811,7 +9854,7 @@ def ask_service(address: str, path: str, settings: Settings) -> None:
         raise Conflict(f"the service says {answer.status}: {detail}")
 
 
-async def step_over(step: asyncio.Task[Stepped]) -> str:
+async def step_over(step: asyncio.Task[StepResult]) -> str:
     """Wait a little for a step: what it said, or "" while it goes on; raises what it raised."""
     done, _ = await asyncio.wait([step], timeout=FOLLOW_SECONDS)
     return "".join(one.result().said for one in done)

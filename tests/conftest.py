@@ -164,14 +164,24 @@ def dump(place: Place) -> dict[str, list[Any]]:
 
 @dataclass
 class Clock:
-    """The time, as an argument: stands still until it is turned."""
+    """The time, as an argument: stands still until it is turned. `steady` is what the monotonic
+    clock says, which no setting of the wall clock changes."""
 
     now: float = field(default_factory=time.time)
+    passed: float = 1000.0
 
     def __call__(self) -> float:
         return self.now
 
+    def steady(self) -> float:
+        return self.passed
+
     def turn(self, seconds: float) -> None:
+        self.now += seconds
+        self.passed += seconds
+
+    def set_by(self, seconds: float) -> None:
+        """Somebody sets the wall clock."""
         self.now += seconds
 
 
@@ -228,7 +238,7 @@ class World:
         assert job is not None
         return job
 
-    async def step_until_waiting(self, job_id: int, limit: int = 20) -> tecko.Stepped:
+    async def step_until_waiting(self, job_id: int, limit: int = 20) -> tecko.StepResult:
         """Step, turning the clock by what each step asks for, until nothing is left to do."""
         for _ in range(limit):
             stepped = await self.steps.step(job_id)
@@ -256,9 +266,10 @@ async def make_world(
     await store.__aenter__()
     vault = tecko.Vault(config.settings)
     vault.load(required=True)
-    openai_client = tecko.OpenAI(config.settings.openai_base_url, clock=clock)
-    upstreams = openai_client, tecko.Keboola(), tecko.Web()
-    steps = tecko.Steps(config, store, vault, *upstreams, clock=clock, luck=lambda: 0.0)
+    openai_client = tecko.OpenAI(config.settings.openai_base_url, clock=clock.steady)
+    upstreams = openai_client, tecko.Keboola(clock.steady), tecko.Web()
+    clocks: Any = {"clock": clock, "steady": clock.steady}
+    steps = tecko.Steps(config, store, vault, *upstreams, **clocks, luck=lambda: 0.0)
 
     async def close() -> None:
         for upstream in upstreams:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime, parsedate_to_datetime
+from email.utils import format_datetime, formatdate, parsedate_to_datetime
 from functools import lru_cache
 from http import HTTPStatus
 from types import EllipsisType, TracebackType
@@ -169,7 +169,7 @@ class Connection(asyncio.Protocol):
 
     def send(self, answer: Answer) -> None:
         """Answer the request in hand and be ready for the next one."""
-        self._write(frame(answer))
+        self._write(frame(self._owner.dated(answer)))
         self._done()
 
     def _write(self, data: bytes) -> None:
@@ -198,13 +198,13 @@ class Connection(asyncio.Protocol):
 
     def truncate(self, answer: Answer) -> None:
         """Announce the whole answer, send half of its body, and close."""
-        whole = frame(answer)
+        whole = frame(self._owner.dated(answer))
         self._write(whole[: len(whole) - (len(answer.body) + 1) // 2])
         self.close()
 
     async def drip(self, answer: Answer, every: float) -> None:
         """Send the answer one byte each `every` seconds, for as long as somebody reads."""
-        for byte in frame(answer):
+        for byte in frame(self._owner.dated(answer)):
             if self.gone:
                 return
             self._write(bytes([byte]))
@@ -402,6 +402,7 @@ class StandIn:
         self.requests: list[Request] = []
         self.request_count = 0
         self.latency = 0.0
+        self.clock_ahead = 0.0  # seconds by which this server's clock is ahead of the real time
         self.connections: set[Connection] = set()
         # Tests change the state from their threads while the loop's thread reads it.
         self.lock = threading.RLock()
@@ -418,6 +419,11 @@ class StandIn:
     def responders(self) -> Sequence[Respond]:
         """What answers, one for each listening port."""
         raise NotImplementedError
+
+    def dated(self, answer: Answer) -> Answer:
+        """The answer with a Date, which every server with a clock sends (RFC 9110, 6.6.1)."""
+        date = formatdate(time.time() + self.clock_ahead, usegmt=True)
+        return answer._replace(headers={"Date": date, **answer.headers})
 
     def error(self, status: int, message: str) -> Answer:
         """An error answer in the shape of this API."""
@@ -1093,9 +1099,11 @@ def check_variables(values: object) -> None:
 class Job:
     """A job of the queue; its status follows from its age until somebody says otherwise."""
 
-    def __init__(self, fixed: JobDict, run_seconds: float, ending: tuple[str, str]) -> None:
+    def __init__(
+        self, fixed: JobDict, run_seconds: float, ending: tuple[str, str], ahead: float = 0.0
+    ) -> None:
         self.fixed = fixed
-        now = datetime.now(UTC)
+        now = datetime.now(UTC) + timedelta(seconds=ahead)
         # To the millisecond that is shown, so that a search from a createdTime finds its job.
         self.created = now.replace(microsecond=now.microsecond // 1000 * 1000)
         self.killed = False
@@ -1293,7 +1301,8 @@ class Keboola(StandIn):
                 return self.error(404, 'Configuration "{1}" of "{0}" not found'.format(*wanted))
         ending = self.end_with, self.end_message or f"Job ended with {self.end_with}."
         fixed = self._fixed(body, request.headers.get("x-kbc-runid"))
-        job = self._jobs[fixed["id"]] = Job(fixed, self.run_seconds, ending)
+        job = Job(fixed, self.run_seconds, ending, self.clock_ahead)
+        self._jobs[fixed["id"]] = job
         fresh = job.show(endless=True, age=0.0)
         # Even a job of no length is new in the answer that tells of it.
         return Answer(201, as_json({**fresh, "status": "created", "startTime": None}))

@@ -47,7 +47,7 @@ async def test_an_end_waits_for_no_lock(store: tecko.Store, path: Place) -> None
         assert {type(end) for end in done} == {tecko.StoreError}
         with pytest.raises(tecko.StoreError, match="the program ends"):
             await made(store, "late")
-        store.note(tecko.Quiet(jobs[0].id, 1, 1, 5.0, 65.0))
+        store.note(tecko.UnchangedCheck(jobs[0].id, 1, 1, 5.0, 65.0))
         await store.close()
 
 
@@ -218,7 +218,7 @@ async def test_a_clock_that_is_set_takes_the_times_along(store: tecko.Store, ste
     now = 1e9
     before, sent = await live(store, now)
     quiet = await made(store, "quiet", batch_ids=["batch_5"])
-    store.note(tecko.Quiet(quiet.id, quiet.revision, quiet.round, now, now + 60))
+    store.note(tecko.UnchangedCheck(quiet.id, quiet.revision, quiet.round, now, now + 60))
     await store.shift_times(step, now + step)
     await store.flush()
     job, [trigger] = await store.find_job("checked"), await store.open_triggers(sent.job_id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import standins
-from conftest import World, make_world
+from conftest import Clock, World, make_world
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -34,8 +33,8 @@ import teckochecker as tecko
 JOB = 1
 BATCHES = ("batch_1", "batch_2", "batch_3")
 STATUSES = ("completed", "completed", "completed", "expired", "in_progress")
-MONTH = 30 * 86_400.0  # s, more than a history lasts
-LAGS = (0.0, 119.0)  # s of our clock until the search shows a job; the window is 120 s
+LAGS = (0.0, 119.0)  # s until the search shows a job; the window is 120 s
+AHEAD = (-4000.0, 0.0, 0.0, 4000.0)  # s of one clock before another
 AT_REST = 80  # steps, more than any history needs to come to its end
 
 POST, SEARCH, FOLLOW = "POST /jobs", "GET /search/jobs", "GET /jobs/*"
@@ -105,17 +104,15 @@ class Histories(RuleBasedStateMachine):
         self.keboola = self.closing.enter_context(standins.Keboola())
         self.loop = self.closing.enter_context(asyncio.Runner())
         self.batches: dict[str, standins.Batch] = {}
-        self.born: dict[str, float] = {}  # when, by our clock, Keboola got a job
+        self.born: dict[str, float] = {}  # when, by the steady clock, Keboola got a job
         self.begun = False
         self.world: World
-        # Keboola's clock is the real one. Ours is turned far, and must not run ahead of it: the
-        # search asks for what was created since a trigger was sent.
-        self.open(time.time() - MONTH)
+        self.open(Clock())
 
-    def open(self, now: float) -> None:
+    def open(self, clock: Clock) -> None:
         made = make_world(self.folder, self.openai, self.keboola, {})
         self.world, self.close = self.loop.run(made)
-        self.world.clock.now = now
+        self.world.clock.now, self.world.clock.passed = clock.now, clock.passed
 
     @initialize(
         trigger_when=st.sampled_from(["all_completed", "all_finished"]),
@@ -123,6 +120,7 @@ class Histories(RuleBasedStateMachine):
         lag=st.sampled_from(LAGS),
         statuses=st.tuples(*[st.sampled_from(STATUSES)] * len(BATCHES)),
         fault=st.sampled_from(LOST_ANSWERS),
+        ahead=st.sampled_from(AHEAD),
     )
     def begin(
         self,
@@ -131,10 +129,12 @@ class Histories(RuleBasedStateMachine):
         lag: float,
         statuses: tuple[str, ...],
         fault: Fault,
+        ahead: float,
     ) -> None:
+        self.keboola.clock_ahead = ahead
         self.wanted = {"trigger_when": trigger_when, "on_ambiguous": on_ambiguous}
         self.lag = lag
-        self.keboola.hide_from_search(lambda job: self.world.clock() < self.seen(job) + self.lag)
+        self.keboola.hide_from_search(lambda job: self.now() < self.seen(job) + self.lag)
         for name, status in zip(BATCHES, statuses, strict=True):
             self.batches[name] = self.openai.batch(name, status)
         self.loop.run(self.world.secret("openai", "openai", standins.OPENAI_KEY))
@@ -143,7 +143,10 @@ class Histories(RuleBasedStateMachine):
         self.begun = True
 
     def seen(self, job: dict[str, Any]) -> float:
-        return self.born.setdefault(job["id"], self.world.clock())
+        return self.born.setdefault(job["id"], self.now())
+
+    def now(self) -> float:
+        return self.world.clock.steady()
 
     # What happens
 
@@ -159,6 +162,14 @@ class Histories(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1, 31, 125, 4000]))
     def time_goes_by(self, seconds: float) -> None:
         self.world.clock.turn(seconds)
+
+    @rule(seconds=st.sampled_from(AHEAD))
+    def our_clock_is_set(self, seconds: float) -> None:
+        self.world.clock.set_by(seconds)
+
+    @rule(seconds=st.sampled_from([-40.0, 40.0, *AHEAD]))
+    def their_clock_drifts_or_is_set(self, seconds: float) -> None:
+        self.keboola.clock_ahead += seconds
 
     @rule(where=st.sampled_from(FAULTS), times=st.integers(1, 3))
     def fault(self, where: tuple[str, Fault], times: int) -> None:
@@ -219,7 +230,7 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def dies(self) -> None:
         self.loop.run(self.close())
-        self.open(self.world.clock())
+        self.open(self.world.clock)
 
     @rule(kill=st.sampled_from(KILLS))
     def dies_in_flight(self, kill: tuple[str, bool, bool]) -> None:
@@ -241,7 +252,7 @@ class Histories(RuleBasedStateMachine):
     async def step_until(self, gate: standins.Gate) -> bool:
         """Step, and break it off where it stands when its request reaches the gate."""
         task = asyncio.create_task(self.world.steps.step(JOB))
-        done: set[asyncio.Task[tecko.Stepped]] = set()
+        done: set[asyncio.Task[tecko.StepResult]] = set()
         while not done and not is_reached(gate):
             done, _ = await asyncio.wait([task], timeout=0.002)
         broken = task.cancel()

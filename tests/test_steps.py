@@ -190,7 +190,7 @@ async def test_a_rate_limited_key_rests_and_no_other(world: World) -> None:
     assert asked_with(world.openai, standins.OPENAI_KEY) == 1
     assert asked_with(world.openai, "sk-other") == 1
     assert steps[1].wait is not None and 290 < steps[1].wait <= 300
-    assert "rate" in await last_error(world, second)
+    assert "not asked with openai for now: OpenAI said 429" in await last_error(world, second)
     assert (steps[2].error, await last_error(world, third)) == (None, "")
 
 
@@ -614,7 +614,8 @@ async def test_a_failing_index_leaves_the_trigger_to_be_sent(world: World, fault
     assert (len(posts(world.keboola)), world.keboola.count(SEARCH)) == (1, 0)
 
 
-REFUSED = [*((POST, code) for code in (400, 401, 403, 404, 422)), (INDEX, 404)]
+REFUSALS = (400, 401, 402, 403, 404, 405, 410, 413, 422)
+REFUSED = [*((POST, code) for code in REFUSALS), (INDEX, 404)]
 
 
 @Given(("route", "code"), REFUSED)
@@ -623,7 +624,8 @@ async def test_a_refused_trigger_fails_the_job_loudly_until_retry(
 ) -> None:
     """Nothing is sent again by itself; `job retry` checks afresh and fires a new trigger."""
     job_id = await ready(world)
-    world.keboola.fault(route, Fault.status(code, body={"error": "no", "exceptionId": "ex-7"}))
+    own = {"error": "no", "code": code, "exceptionId": "ex-7"}
+    world.keboola.fault(route, Fault.status(code, body=own))
     assert await waits(world, job_id, 1) == [None]
     first, said = await trigger_of(world, job_id), await last_error(world, job_id)
     assert (first.state, await status(world, job_id)) == ("rejected", "failed")
@@ -769,7 +771,7 @@ async def test_a_search_that_failed_counts_for_nothing(world: World, fault: Faul
         assert (await trigger_of(world, job_id)).state == "unknown"
     assert len(posts(world.keboola)) == 1
     await world.step_until_waiting(job_id)
-    assert world.keboola.count(SEARCH) == 8
+    assert world.keboola.count(SEARCH) == 9  # the last one without a bound in time
     assert (len(posts(world.keboola)), len(world.keboola.created)) == (2, 1)
 
 
@@ -1159,6 +1161,135 @@ async def test_the_trigger_of_a_removed_job_is_carried_to_its_end(
     assert len(world.keboola.created) == 1
 
 
+# --- Clocks --------------------------------------------------------------------------------------
+
+
+@Given("ahead", [-40_000_000.0, -3600.0, -400.0, 250.0, 400.0, 3600.0, 40_000_000.0])
+async def test_a_clock_that_is_wrong_doubles_no_trigger(world: World, ahead: float) -> None:
+    """Keboola's time counts in its search, and we know it from its answers."""
+    world.clock.set_by(ahead)
+    job_id = await lost(world, Fault.act_then_reset())
+    await world.step_until_waiting(job_id)
+    assert (len(posts(world.keboola)), await status(world, job_id)) == (1, "completed")
+
+
+@Given("code", [None, 500], ids=["arrived", "not-arrived"])
+async def test_keboolas_clock_need_not_be_known(world: World, code: int | None) -> None:
+    """Without a Date, and with a clock of ours that is far ahead: the search before a resend has
+    no bound in time."""
+    world.keboola.dated = lambda answer: answer  # type: ignore[method-assign]
+    world.clock.set_by(7200.0)
+    job_id = await lost(world, Fault.status(code) if code else Fault.drop_reply())
+    await world.step_until_waiting(job_id)
+    assert (len(world.keboola.created), len(posts(world.keboola))) == (1, 2 if code else 1)
+    assert await status(world, job_id) == "completed"
+
+
+@Given("step", [-86_400.0, -3600.0, 60.0, 3600.0, 86_400.0])
+async def test_a_clock_set_in_the_settle_window_changes_nothing(world: World, step: float) -> None:
+    """As many searches over as long a time, and one effect."""
+    world.keboola.search_lag = 1e6
+    job_id, start = await lost(world, Fault.drop_reply()), world.clock.steady()
+    await waits(world, job_id, 1)
+    world.clock.set_by(step)
+    while (rest := start + WINDOW - world.clock.steady()) > 0:
+        stepped = await world.steps.step(job_id)
+        assert stepped.wait is not None and stepped.wait <= rest
+        world.clock.turn(stepped.wait)
+    assert len(posts(world.keboola)) == 1 and 3 <= world.keboola.count(SEARCH) <= 6
+    world.keboola.search_lag = 0.0
+    await world.step_until_waiting(job_id)
+    assert (len(world.keboola.created), await status(world, job_id)) == (1, "completed")
+
+
+# --- What others say, and what is missing --------------------------------------------------------
+
+
+@Given("code", [400, 401, 404, 405, 410])
+async def test_what_a_router_says_ends_nothing(world: World, code: int) -> None:
+    """A page that is not in the API's own form says nothing of batch or trigger: asked again, and
+    searched for, until those are there that know."""
+    job_id = await ready(world)
+    page = Fault.status(code, body="404 page not found")
+    world.openai.fault(CHECK, page, times=9)
+    world.keboola.fault(INDEX, page, times=3)
+    world.keboola.fault(POST, page, times=1)
+    world.keboola.fault(SEARCH, page, times=3)
+    world.keboola.fault(FOLLOW, page, times=3)
+    world.clock.turn(3600)
+    await world.step_until_waiting(job_id, 60)
+    assert (await status(world, job_id), len(world.keboola.created)) == ("completed", 1)
+
+
+async def test_a_search_that_is_refused_for_hours_leaves_the_trigger_on_hold(world: World) -> None:
+    """Not for a day in silence: a person is told, and retry asks once more."""
+    job_id = await lost(world, Fault.drop_reply())
+    world.keboola.fault(SEARCH, Fault.status(403), times=None)
+    start = world.clock.steady()
+    await world.step_until_waiting(job_id)
+    assert 4 * 3600 <= world.clock.steady() - start <= 6 * 3600
+    held = await trigger_of(world, job_id)
+    assert (held.state, await status(world, job_id)) == ("held", "failed")
+    assert "403" in await last_error(world, job_id) and "retry" in await last_error(world, job_id)
+    world.keboola.heal()
+    await world.store.retry_job(job_id, world.clock())
+    await world.step_until_waiting(job_id)
+    assert (len(posts(world.keboola)), await status(world, job_id)) == (1, "completed")
+
+
+async def test_a_stop_leaves_no_trigger_as_sending_that_never_left(world: World) -> None:
+    """More triggers than a stack has connections: who waits for one is still to be sent."""
+    ids = [await ready(world)]
+    ids += [await world.job(f"job-{n}") for n in range(2 * tecko.AT_ONCE)]
+    await asyncio.to_thread(world.keboola.fault, POST, Fault.hang(), None)
+    steps = [asyncio.create_task(world.steps.step(job_id)) for job_id in ids]
+    await until(lambda: world.keboola.count(POST) == tecko.AT_ONCE)
+    await until(lambda: world.openai.count(CHECK) == len(ids))
+    for step in steps:
+        step.cancel()
+    await asyncio.wait(steps)
+    states = [(await trigger_of(world, job_id)).state for job_id in ids]
+    assert states.count("sending") == world.keboola.count(POST)
+    assert set(states) == {"sending", "pending"}
+
+
+@Given("late", [60, 10**6], ids=["comes", "never-comes"])
+async def test_a_batch_with_output_waits_for_its_file(world: World, late: int) -> None:
+    """Its counts are there before the file's name: looked at again soon, and fired without it only
+    after some minutes, which is said."""
+    batch = world.openai.batch("batch_1", "completed", output_file_id=None)
+    job_id, start = await world.job(), world.clock()
+    stepped = await world.steps.step(job_id)
+    assert stepped.wait is not None and stepped.wait <= 30 and posts(world.keboola) == []
+    assert "has yet to name its output file" in await last_error(world, job_id)
+    while not posts(world.keboola):
+        world.clock.turn(15)
+        if world.clock() - start >= late:
+            batch.become("completed", output_file_id="file-late")
+        await world.steps.step(job_id)
+    waited, files = world.clock() - start, made_variables(world.keboola)["output_file_ids"]
+    assert (waited, files) == ((60, '["file-late"]') if late == 60 else (300, "[]"))
+
+
+@Given("name", ["ALL_PROXY", "SSL_CERT_FILE"])
+async def test_an_environment_without_a_client_is_told_and_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """At the job's pace, by its last error: no silent hour, no search for what was never sent."""
+    job_id = await ready(world)
+    with monkeypatch.context() as broken:
+        broken.setenv(name, "socks5://127.0.0.1:9" if name == "ALL_PROXY" else "/nowhere.pem")
+        assert await waits(world, job_id, 4) == BACKOFF[:4]
+        assert "no HTTP client can be made" in await last_error(world, job_id)
+    await world.steps.openai.retrieve(tecko.SecretValue(standins.OPENAI_KEY), "batch_1")
+    with monkeypatch.context() as broken:
+        broken.setenv(name, "socks5://127.0.0.1:9" if name == "ALL_PROXY" else "/nowhere.pem")
+        assert await waits(world, job_id, 2) == [1.0, 2.0]
+        assert "no HTTP client can be made" in await last_error(world, job_id)
+    await world.step_until_waiting(job_id)
+    assert (len(posts(world.keboola)), world.keboola.count(SEARCH)) == (1, 0)
+
+
 # --- Nobody waits for others ---------------------------------------------------------------------
 
 
@@ -1256,7 +1387,7 @@ class Slow:
 
     def __init__(self, route: str, fault: Fault, ends: str) -> None:
         self.route, self.fault, self.ends = route, fault, ends
-        self.result: Future[tuple[tecko.Stepped, str]] = Future()
+        self.result: Future[tuple[tecko.StepResult, str]] = Future()
 
     async def run(self, folder: Path) -> None:
         with standins.OpenAI() as openai, standins.Keboola() as keboola:
@@ -1271,7 +1402,7 @@ class Slow:
             finally:
                 await close()
 
-    async def one_step(self, world: World) -> tuple[tecko.Stepped, str]:
+    async def one_step(self, world: World) -> tuple[tecko.StepResult, str]:
         """The step that meets the fault, and how the job ends after it."""
         job_id = await ready(world)
         if self.route in (SEARCH, FOLLOW):

@@ -97,7 +97,7 @@ async def checked(
         "now": 7.0,
     } | told
     fired = trigger if event == "fire" else None
-    return await store.record_check(tecko.Checked(job, known, batches, verdict, fired, **facts))
+    return await store.record_check(tecko.CheckResult(job, known, batches, verdict, fired, **facts))
 
 
 async def moved(store: tecko.Store, job: tecko.Job, *events: tecko.Event) -> tecko.Trigger:

@@ -12,9 +12,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -180,13 +178,31 @@ async def missing(world: World, ids: Sequence[int]) -> list[int]:
 
 
 async def test_one_page_answers_a_hundred_checks(world: World) -> None:
-    """At the first look already, and at each round; half an interval later it is too old."""
+    """At each round, and a few of them are asked for singly as well."""
     ids = await watch(world, 100)
-    for pages in (1, 2):
+    for rounds in range(1, 11):
         await world.steps.step_all(ids)
-        assert asked(world.openai) == (pages, 0)
+        pages, singly = asked(world.openai)
+        assert pages == rounds and singly <= 4 * (rounds - 1)
         world.clock.turn(INTERVAL)
     assert {(await world.get(n)).last_error for n in ids} == {None}
+
+
+@given(st.integers(1, 999), st.integers(30, 3600), st.integers(1, 10**6), st.integers(0, 10**9))
+def test_each_batch_of_a_list_gets_its_turn(
+    batches: int, interval: int, job_id: int, start: int
+) -> None:
+    """To be asked for singly: once in ten checks, or in an hour, where they are not too many."""
+    checks = max(10, 3600 // interval)
+    times = [start + interval * n for n in range(checks)]
+    assert any(tecko.is_turn(job_id, interval, batches, now) for now in times)
+
+
+def test_turns_cost_little_where_batches_are_many() -> None:
+    """One of a thousand checks, evenly."""
+    for now in range(0, 6000, 10):
+        ids = range(1, 1001)
+        assert sum(tecko.is_turn(job_id, 10, 1000, now) for job_id in ids) == 1
 
 
 async def test_a_snapshot_answers_who_is_due_a_little_later(world: World) -> None:
@@ -199,7 +215,8 @@ async def test_a_snapshot_answers_who_is_due_a_little_later(world: World) -> Non
     await asyncio.gather(*both)
     world.clock.turn(INTERVAL / 2)
     await world.steps.step_all(ids[40:60])
-    assert asked(world.openai) == (1, 0)
+    pages, singly = asked(world.openai)
+    assert pages == 1 and singly <= 1
 
 
 async def test_few_batches_are_asked_for_singly(world: World) -> None:
@@ -211,28 +228,23 @@ async def test_few_batches_are_asked_for_singly(world: World) -> None:
 
 
 async def test_a_list_that_does_not_pay_is_left_alone(world: World) -> None:
-    """Watched ones deep below a thousand foreign ones: one page tells, and is not asked again."""
+    """Watched ones deep below a thousand foreign ones: two pages tell, and are not asked again."""
     ids = await watch(world, 10)
     world.openai.many(KEY, [f"batch_foreign_{n}" for n in range(1000)], created_at_start=2**31)
     for _ in range(3):
         await world.steps.step_all(ids)
         world.clock.turn(INTERVAL)
-    assert asked(world.openai) == (1, 30)
+    assert asked(world.openai) == (2, 30)
 
 
-async def test_a_batch_from_long_ago_costs_one_request_not_the_whole_list(world: World) -> None:
-    """Thirty new ones and an old one with a thousand in between: a page and a retrieve."""
+async def test_a_batch_from_long_ago_does_not_cost_the_whole_list(world: World) -> None:
+    """Thirty new ones and an old one with a thousand in between: two pages in vain at most."""
     world.openai.batch("batch_old", created_at=1000)
     old = await world.job("old", batch_ids=["batch_old"])
-    await world.steps.step(old)
     world.openai.many(KEY, [f"batch_foreign_{n}" for n in range(1000)], created_at_start=2000)
     ids = await watch(world, 30)
-    await world.steps.step_all(ids)
-    world.clock.turn(INTERVAL)
-    before = asked(world.openai)
     await world.steps.step_all([old, *ids])
-    pages, singly = asked(world.openai)
-    assert (pages - before[0], singly - before[1]) == (1, 1)
+    assert asked(world.openai) == (3, 1)
 
 
 async def test_a_host_without_a_list(world: World) -> None:
@@ -265,7 +277,7 @@ async def test_someone_who_asks_gets_an_answer_of_now(world: World) -> None:
     """Not what a list showed a moment ago."""
     ids = await watch(world, 10)
     await world.steps.step_all(ids)
-    await world.steps.step(ids[0], (False, 0.0))
+    await world.steps.step(ids[0], asked=True)
     assert asked(world.openai) == (1, 1)
 
 
@@ -276,31 +288,9 @@ async def test_from_done_to_triggered_in_one_step(world: World) -> None:
     world.clock.turn(INTERVAL)
     batch(world, 4).become("completed")
     await world.steps.step_all(ids)
-    assert asked(world.openai) == (2, 1)
+    pages, singly = asked(world.openai)
+    assert pages == 2 and 1 <= singly <= 2
     assert (await world.get(ids[4])).status == "triggered" and len(world.keboola.created) == 1
-
-
-async def test_later_pages_do_not_wait_for_each_other(world: World) -> None:
-    """The first sweep takes its pages in turn, the next one all at once, also when new batches
-    came in or the last of a page was deleted; and it costs hardly more of them."""
-    ids = await watch(world, 450)
-    await world.steps.step_all(ids)
-    assert asked(world.openai) == (5, 0)
-    for came, gone, pages, singly in ((0, None, 5, 0), (30, None, 6, 0), (0, 350, 6, 100)):
-        world.openai.many(KEY, [f"batch_new_{n}" for n in range(came)], created_at_start=2**31)
-        if gone is not None:
-            world.openai.remove(f"batch_{gone}")
-        before = asked(world.openai)
-        gates = [world.openai.gate(LIST, after_acting=False) for _ in range(4)]
-        world.clock.turn(INTERVAL)
-        stepping = asyncio.create_task(world.steps.step_all(ids))
-        for gate in gates:
-            await gate.areached()
-        world.openai.release_all()
-        await stepping
-        after = asked(world.openai)
-        assert after[0] - before[0] <= pages and after[1] - before[1] <= singly
-    assert await missing(world, ids) == [ids[350]]
 
 
 async def test_whose_batch_is_listed_as_done_need_not_wait(world: World) -> None:
@@ -313,7 +303,7 @@ async def test_whose_batch_is_listed_as_done_need_not_wait(world: World) -> None
     assert named == [ids[15]] and asked(world.openai) == (1, 0)
     batch(world, 15).become("in_progress")
     async with tecko.make_service(world.config, lambda: world.config) as service:
-        await until(lambda: service.counters["steps"] >= len(ids))
+        await until(lambda: service.metrics.total(service.metrics.checks) >= len(ids))
         batch(world, 15).become("completed")
         service.steps.on_finished(named)
         await until(lambda: world.keboola.created)
@@ -328,51 +318,57 @@ async def other_batch(world: World, job_id: int) -> None:
 
 
 Change = Callable[[World, int], Any]
-CHANGES: list[tuple[Change, str]] = [
-    (lambda world, job_id: world.store.pause_job(job_id, 0.0), "changed while it was checked"),
-    (lambda world, job_id: world.store.delete_job(job_id, 0.0), "nothing to do"),
-    (other_batch, "0 of 1 batches done"),  # of the one that it watches now
+CHANGES: list[Change] = [
+    lambda world, job_id: world.store.pause_job(job_id, 0.0),
+    lambda world, job_id: world.store.delete_job(job_id, 0.0),
+    other_batch,
 ]
 
 
-@Given("change, said", CHANGES, ids=["paused", "deleted", "changed"])
-async def test_a_job_that_changed_while_the_list_was_read(
-    world: World, change: Change, said: str
-) -> None:
-    """The page decides nothing about it, and what is written down is about the job as it is."""
+@Given("change", CHANGES, ids=["paused", "deleted", "changed"])
+async def test_a_job_that_changed_while_the_list_was_read(world: World, change: Change) -> None:
+    """The page decides nothing about it, nor is anything of it written down."""
     ids = await watch(world, 12)
     gate = world.openai.gate(LIST, after_acting=True)
     stepping = asyncio.create_task(world.steps.step_all(ids[:10]))
     await gate.areached()
     await change(world, ids[0])
     gate.release()
-    assert (await stepping)[ids[0]].said == said
+    assert (await stepping)[ids[0]] == tecko.StepResult(0.0, "changed while it was checked")
     await world.store.flush()
-    job = await world.store.job(ids[0])
-    batches = {batch.batch_id: batch.status for batch in await world.store.batches(ids[0])}
-    expected = {"paused": {"batch_0": ""}, "active": {"batch_11": "in_progress"}}
-    assert batches == (expected[job.status] if job else {})
+    assert {batch.status for batch in await world.store.batches(ids[0])} <= {""}
 
 
-# ── Keys that fail ────────────────────────────────────────────────────────────────────────────
+# ── Lists that fail or lie ────────────────────────────────────────────────────────────────────
+
+LATER = 2 * tecko.LIST_AGAIN
 
 
-async def test_a_list_that_fails_is_an_error_of_who_asked(world: World) -> None:
-    """Of each job, and one failure for the key's circuit."""
+@Given(
+    "fault",
+    [
+        *(Fault.status(code) for code in (400, 403, 404, 500, 503)),
+        *(Fault.garbage(), Fault.reset(), Fault.truncate(), Fault.json({"data": 7})),
+        Fault.status(401, body="<h1>Log in</h1>"),
+    ],
+)
+async def test_where_a_list_fails_batches_are_asked_for_singly(world: World, fault: Fault) -> None:
+    """No job is told, and the list is left alone for some minutes; then it is tried again."""
     ids = await watch(world, 10)
-    world.openai.fault(LIST, Fault.status(503))
-    done = await world.steps.step_all(ids)
-    assert asked(world.openai) == (1, 0) and all(s.error for s in done.values())
-    for job_id in ids:
-        job = await world.get(job_id)
-        assert job.errors_in_row == 1 and "503" in (job.last_error or "")
-    world.clock.turn(2)
+    world.openai.fault(LIST, fault, times=None)
+    for rounds in (1, 2):
+        done = await world.steps.step_all(ids)
+        assert asked(world.openai) == (1, 10 * rounds)
+        assert not any(step.error for step in done.values())
+        world.clock.turn(INTERVAL)
+    world.openai.heal()
+    world.clock.turn(LATER)
     await world.steps.step_all(ids)
-    assert asked(world.openai) == (2, 0) and (await world.get(ids[0])).last_error is None
+    assert asked(world.openai) == (2, 20)
 
 
-async def test_a_later_page_that_fails_is_no_error_of_those_already_shown(world: World) -> None:
-    """The first hundred are answered; the others are told the error."""
+async def test_a_later_page_that_fails_costs_single_requests_for_the_rest(world: World) -> None:
+    """The first hundred are answered by the page that came."""
     ids = await watch(world, 150)
     gate = world.openai.gate(LIST, after_acting=True)
     stepping = asyncio.create_task(world.steps.step_all(ids))
@@ -380,12 +376,70 @@ async def test_a_later_page_that_fails_is_no_error_of_those_already_shown(world:
     world.openai.fault(LIST, Fault.status(500))
     gate.release()
     done = await stepping
-    assert [n for n in ids if done[n].error] == ids[:50] and asked(world.openai) == (2, 0)
+    assert asked(world.openai) == (2, 50) and not any(step.error for step in done.values())
 
 
-@Given("fault", [Fault.rate_limited(300), Fault.status(500), Fault.status(401)])
+async def test_a_refused_key_is_told_to_all_and_asked_once(world: World) -> None:
+    """What the list is refused with 401, every batch would be."""
+    ids = await watch(world, 10)
+    world.openai.fault("*", Fault.status(401), times=None)
+    done = await world.steps.step_all(ids)
+    assert asked(world.openai) == (1, 0)
+    assert all("401" in str(done[n].error) for n in ids)
+    assert {(await world.get(n)).errors_in_row for n in ids} == {1}
+
+
+async def test_a_list_that_is_rate_limited_while_batches_are_not(world: World) -> None:
+    """The key rests as the list asked for; afterwards batches are asked for singly."""
+    ids = await watch(world, 10)
+    world.openai.fault(LIST, Fault.rate_limited(30), times=None)
+    done = await world.steps.step_all(ids)
+    assert asked(world.openai) == (1, 0) and {step.wait for step in done.values()} == {30.0}
+    batch(world, 3).become("completed")
+    for rounds in (1, 2):
+        world.clock.turn(INTERVAL)
+        await world.steps.step_all(ids)
+        assert asked(world.openai) == (1, 10 if rounds == 1 else 19)
+    assert (await world.get(ids[3])).status != "active"
+
+
+ODD = [
+    *(b'{"id":"batch_odd","metadata":{"title":"x \\ud83d"}}', b"null", b"[[[[7]]]]"),
+    *(b'{"id":7,"status":7}', b'{"id":"batch_odd","status":"\\ud800","created_at":1e999}'),
+]
+
+
+@Given("item", ODD)
+async def test_an_odd_item_is_lost_and_not_its_page(world: World, item: bytes) -> None:
+    """Of a batch that nobody watches, beside ten that are."""
+    ids = await watch(world, 10)
+    batches = [batch(world, n).encoded() for n in range(10)]
+    page = b'{"data":[' + b",".join([item, *batches]) + b'],"has_more":false}'
+    world.openai.fault(LIST, Fault.status(200, {"Content-Type": "application/json"}, page))
+    await world.steps.step_all(ids)
+    assert asked(world.openai) == (1, 0)
+
+
+async def test_a_list_that_stands_still_hides_nothing(world: World) -> None:
+    """A gateway's copy shows five batches as they were: within ten checks one is found to be
+    done, and then all of them at once."""
+    ids = await watch(world, 5)
+    frozen = {"data": [batch(world, n).fields() for n in range(5)], "has_more": False}
+    world.openai.fault(LIST, Fault.json(frozen), times=None)
+    for n in range(5):
+        batch(world, n).become("completed")
+    for _ in range(12):
+        await world.steps.step_all(ids)
+        world.clock.turn(INTERVAL)
+    assert len(world.keboola.created) == 5
+
+
+# ── Keys that rest ────────────────────────────────────────────────────────────────────────────
+
+
+@Given("fault", [Fault.rate_limited(300), Fault.status(503), Fault.status(401)])
 async def test_a_key_that_fails_delays_no_other(world: World, fault: Fault) -> None:
-    """The other key's jobs are checked as ever, by one page."""
+    """The other key's jobs are checked as ever."""
     await world.secret("other", "openai", OTHER)
     bad = await watch(world, 10)
     world.openai.many(OTHER, [f"batch_good_{n}" for n in range(10)])
@@ -396,145 +450,148 @@ async def test_a_key_that_fails_delays_no_other(world: World, fault: Fault) -> N
         done = await world.steps.step_all(bad + good)
         assert {n for n in done if done[n].error} == set(bad)
         world.clock.turn(INTERVAL)
-    assert world.openai.count(RETRIEVE) == 0
 
 
 @pytest.fixture
 async def upstream(openai: standins.OpenAI) -> AsyncIterator[tuple[tecko.OpenAI, Clock]]:
-    """Our OpenAI class with a clock to turn, on a stand-in that has batch_1."""
-    openai.batch("batch_1")
+    """Our OpenAI class with a clock to turn, on a stand-in with many batches; the key's name is
+    told."""
+    openai.many(KEY, [f"batch_{n}" for n in range(100)])
     clock = Clock()
-    made = tecko.OpenAI(openai.base_url, clock=clock)
+    made = tecko.OpenAI(openai.base_url, clock=clock.steady)
+    made.known_as(tecko.SecretValue(KEY), "prod")
     yield made, clock
     await made.close()
 
 
-async def test_a_circuit_opens_tries_once_and_closes(
+async def fails(made: tecko.OpenAI, *numbers: int) -> list[tecko.OpenAIError]:
+    """Ask for these batches; each is an error."""
+    errors = []
+    for n in numbers:
+        with pytest.raises(tecko.OpenAIError) as raised:
+            await made.retrieve(tecko.SecretValue(KEY), f"batch_{n}")
+        errors.append(raised.value)
+    return errors
+
+
+async def test_an_outage_lets_a_key_rest_and_one_call_try(
     openai: standins.OpenAI, upstream: tuple[tecko.OpenAI, Clock]
 ) -> None:
-    """After five failures nothing is asked, then one call after each pause, which doubles; a call
-    that works ends it."""
+    """After five failures about different batches nothing is asked, then one call after each
+    pause, which doubles; one that works ends it."""
     made, clock = upstream
-    key, calls = tecko.SecretValue(KEY), []
-    made.known_as(key, "prod")
-    openai.fault("*", Fault.status(500), times=None)
-    for _ in range(80):
-        with pytest.raises(tecko.OpenAIError):
-            await made.retrieve(key, "batch_1")
+    openai.fault("*", Fault.status(503), times=None)
+    calls = []
+    for n in range(80):
+        await fails(made, n)
         calls.append(openai.request_count)
         clock.turn(10)
     tried = [n for n, (a, b) in enumerate(itertools.pairwise(calls), 1) if a != b]
     assert tried == [1, 2, 3, 4, 5, 7, 11, 19, 35, 65]  # 10 s, 20 s, 40 s, ... at most 300 s
-    [(name, circuit, wait)] = made.open_circuits()
-    assert (name, circuit.state, circuit.failures) == ("prod", "open", 11) and wait > 0
-    with pytest.raises(tecko.OpenAIError, match=r"is not asked until .*: 11 failures in a row"):
-        await made.retrieve(key, "batch_1")
+    [pause] = made.pauses()
+    assert (pause.secret, pause.until > time.time()) == ("prod", True)
+    [error] = await fails(made, 99)
+    said = "OpenAI is not asked with prod for now: OpenAI said 503 about batch_65"
+    assert said in str(error) and said.endswith(pause.reason.partition(":")[0])
+    assert (error.sent, error.status) == (False, 503) and error.retry_after
     openai.heal()
-    clock.turn(wait)
-    assert (await made.retrieve(key, "batch_1")).status == "in_progress"
-    assert made.open_circuits() == []
+    clock.turn(error.retry_after)
+    assert (await made.retrieve(tecko.SecretValue(KEY), "batch_90")).status == "in_progress"
+    assert made.pauses() == []
 
 
-@Given("status", [400, 401, 403, 404, 409, 429])
-async def test_an_answer_opens_no_circuit(
+@Given(
+    "fault",
+    [Fault.status(500), Fault.status(503), Fault.reset(), Fault.json({}), Fault.status(404)],
+)
+async def test_a_broken_batch_stops_no_other(
+    openai: standins.OpenAI, upstream: tuple[tecko.OpenAI, Clock], fault: Fault
+) -> None:
+    """However often it is asked for, whatever it answers: failures count by what they are about."""
+    made, clock = upstream
+    openai.fault("GET /v1/batches/batch_7", fault, times=None)
+    for _ in range(20):
+        await fails(made, 7)
+        clock.turn(10)
+    assert made.pauses() == []
+    assert (await made.retrieve(tecko.SecretValue(KEY), "batch_1")).status == "in_progress"
+
+
+async def test_after_a_pause_a_batch_that_was_good_tries(
+    openai: standins.OpenAI, upstream: tuple[tecko.OpenAI, Clock]
+) -> None:
+    """Six broken batches that answer 503 for ever make the key rest; when they ask again first,
+    they wait, and the good one ends it."""
+    made, clock = upstream
+    for n in range(6):
+        openai.fault(f"GET /v1/batches/batch_{n}", Fault.status(503), times=None)
+    await fails(made, *range(6))
+    clock.turn(tecko.OUTAGE_PAUSE)
+    before = openai.request_count
+    await fails(made, *range(5))
+    assert openai.request_count == before
+    assert (await made.retrieve(tecko.SecretValue(KEY), "batch_50")).status == "in_progress"
+    assert made.pauses() == []
+
+
+@Given("status", [400, 401, 403, 404, 409, 500])
+async def test_an_answer_is_no_outage(
     openai: standins.OpenAI, upstream: tuple[tecko.OpenAI, Clock], status: int
 ) -> None:
-    """A host that says no works."""
-    made, clock = upstream
+    """A host that says no, or fails at one batch, is there."""
+    made, _ = upstream
     openai.fault("*", Fault.status(status), times=None)
-    for _ in range(7):
-        with pytest.raises(tecko.OpenAIError):
-            await made.retrieve(tecko.SecretValue(KEY), "batch_1")
-        clock.turn(10)
-    assert (openai.request_count, made.open_circuits()) == (7, [])
+    await fails(made, *range(20))
+    assert (openai.request_count, made.pauses()) == (20, [])
 
 
-@given(st.lists(st.tuples(st.booleans(), st.floats(0, 700)), max_size=60))
-def test_a_circuit_is_open_for_ten_seconds_to_five_minutes(calls: list[tuple[bool, float]]) -> None:
-    """Only after five failures in a row, and each success closes it."""
-    circuit, now = tecko.Circuit(), 0.0
-    for failed, later in calls:
-        now += later
-        if circuit.pause and now < circuit.until:
-            continue
-        before = circuit
-        circuit = tecko.call_ended(tecko.call_begun(before, now), before, failed, now)
-        assert failed or circuit == tecko.Circuit()
-        assert bool(circuit.pause) == (circuit.failures >= tecko.CIRCUIT_FAILURES)
-        if circuit.pause:
-            pause = circuit.until - now
-            assert tecko.CIRCUIT_PAUSE - 1e-6 <= pause <= tecko.CIRCUIT_LONGEST + 1e-6
+async def test_those_who_wait_for_the_one_that_tries_go_with_it(
+    openai: standins.OpenAI, upstream: tuple[tecko.OpenAI, Clock]
+) -> None:
+    """After a rate limit, too, one call goes ahead; and all of the others, if it works."""
+    made, clock = upstream
+    openai.fault("*", Fault.rate_limited(5))
+    await fails(made, 0)
+    clock.turn(5)
+    gate = openai.gate(RETRIEVE, after_acting=False)
+    calls = [made.retrieve(tecko.SecretValue(KEY), f"batch_{n}") for n in range(6)]
+    tasks = [asyncio.create_task(call) for call in calls]
+    await gate.areached()
+    assert openai.request_count == 2
+    gate.release()
+    assert {seen.status for seen in await asyncio.gather(*tasks)} == {"in_progress"}
 
 
-async def test_an_open_circuit_is_explained(world: World) -> None:
-    """By the job's last error, which any process can read."""
-    world.openai.batch("batch_1")
-    job_id = await world.job()
-    world.openai.fault("*", Fault.status(500), times=None)
-    for _ in range(6):
-        await world.steps.step(job_id)
-    desk = tecko.Desk(world.store, world.vault, lambda: world.config, world.clock)
-    assert "5 failures in a row" in " ".join(await desk.explain(str(job_id)))
-
-
-async def test_an_open_circuit_is_shown(world: World) -> None:
-    """In /health and /metrics, by the secret's name."""
-    world.openai.batch("batch_1")
-    job_id = await world.job()
-    world.openai.fault("*", Fault.status(500), times=None)
+async def test_a_key_that_rests_is_shown_and_explained(world: World) -> None:
+    """In /health and /metrics by its secret's name, and by each job's last error."""
+    ids = await watch(world, 6)
+    world.openai.fault("*", Fault.status(503), times=None)
     async with tecko.make_service(world.config, lambda: world.config, timers=False) as service:
-        for _ in range(5):
-            assert (await service.health()).circuits == []
+        for job_id in ids[:5]:
+            assert (await service.health()).paused_keys == []
             await service.steps.step(job_id)
         health, metrics = await service.health(), await service.metrics_text()
-    [circuit] = health.circuits
-    assert (circuit.secret, circuit.failures, circuit.state) == ("openai", 5, "open")
-    assert circuit.host in world.openai.base_url and circuit.until > time.time()
-    assert 'teckochecker_open_circuits{secret="openai"} 1.0' in metrics
-    assert 'teckochecker_openai_requests_total{kind="retrieve"} 5.0' in metrics
+        await service.steps.step(ids[5])
+    [paused] = health.paused_keys
+    assert paused.secret == "openai" and "503 about batch_4" in paused.reason
+    assert paused.until > time.time()
+    assert 'teckochecker_paused_keys{secret="openai"} 1.0' in metrics
+    desk = tecko.Desk(world.store, world.vault, lambda: world.config, world.clock)
+    assert "is not asked with openai for now" in " ".join(await desk.explain(str(ids[5])))
+
+
+async def test_the_values_that_a_secret_had_are_forgotten(
+    openai: standins.OpenAI, upstream: tuple[tecko.OpenAI, Clock]
+) -> None:
+    """A secret in a file that is rewritten each minute keeps one key, whatever else is in use."""
+    made, _ = upstream
+    made.known_as(tecko.SecretValue(OTHER), "other")
+    for n in range(50):
+        made.known_as(tecko.SecretValue(f"sk-rewritten-{n}"), "prod")
+    assert set(made._keys) == {OTHER, "sk-rewritten-49"}
 
 
 # ── Turns ─────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_slots_go_to_the_urgent_then_to_who_waited_longest() -> None:
-    """And one that gave up waiting takes none."""
-    slots, came = tecko.Slots(1), list[str]()
-
-    async def call(name: str, rank: tecko.Rank) -> None:
-        async with slots.turn(rank):
-            came.append(name)
-            await asyncio.sleep(0)
-
-    ranks = {"late": (True, 3.0), "early": (True, 1.0), "gone": (True, 0.0), "asked": (False, 9.0)}
-    async with slots.turn(tecko.NO_HURRY):
-        tasks = {name: asyncio.create_task(call(name, rank)) for name, rank in ranks.items()}
-        await asyncio.sleep(0)
-        tasks["gone"].cancel()
-        await asyncio.sleep(0)
-    await asyncio.gather(*tasks.values(), return_exceptions=True)
-    assert came == ["asked", "early", "late"]
-    async with slots.turn(tecko.NO_HURRY):  # it came back
-        pass
-
-
-async def test_finalizing_batches_go_first(world: World) -> None:
-    """Of jobs that are due together, and more than a key has slots for."""
-    world.openai.fault(LIST, Fault.status(404), times=None)
-    ids = await watch(world, 30)
-    batch(world, 29).become("finalizing")
-    await world.steps.step_all(ids)
-    world.openai.requests.clear()
-    world.clock.turn(INTERVAL)
-    for _ in range(tecko.IN_FLIGHT_PER_KEY):
-        world.openai.gate(RETRIEVE, after_acting=False)
-    steps = [asyncio.create_task(world.steps.step(n, (True, float(n)))) for n in ids]
-    [gate] = world.steps.openai._gates.values()
-    await until(lambda: len(gate.slots._waiting) == len(ids) - tecko.IN_FLIGHT_PER_KEY)
-    world.openai.release_all()
-    await asyncio.gather(*steps)
-    ninth = world.openai.requests[tecko.IN_FLIGHT_PER_KEY]
-    assert ninth.path == "/v1/batches/batch_29"
 
 
 async def test_a_budget_bounds_each_key(openai: standins.OpenAI) -> None:
@@ -685,28 +742,6 @@ def test_neighbours_of_many_are_due_together(first: int, interval: int) -> None:
     ids = range(first, first + 10_000)
     slots = [tecko.slot("openai", job_id, interval, 10_000) for job_id in ids]
     moves = sum(a != b for a, b in itertools.pairwise(slots))
-    assert moves <= len(ids) / tecko.NEIGHBOURS + 1
+    assert moves <= len(ids) / tecko.DUE_TOGETHER + 1
     each = Counter(slots).values()
-    assert max(each) <= len(ids) / len(each) + 3 * tecko.NEIGHBOURS
-
-
-# ── The calendar of due times ─────────────────────────────────────────────────────────────────
-
-
-@hypothesis.settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20)), max_size=40), st.integers(0, 20))
-def test_the_calendar_knows_who_is_due(moves: list[tuple[int, int]], now: int) -> None:
-    """As a list of all due times would, after jobs were added, moved and taken out (at 0)."""
-    store, times = tecko.make_scheduler()._jobstores["default"], dict[str, datetime]()
-    for number, at in moves:
-        name = str(number)
-        if at == 0:
-            if times.pop(name, None) is not None:
-                store.remove_job(name)
-        else:
-            times[name] = tecko.on_grid(T0 + at)
-            store.update_job(SimpleNamespace(id=name, next_run_time=times[name]))
-    due = sorted(name for name, at in times.items() if at <= tecko.on_grid(T0 + now))
-    assert sorted(job.id for job in store.get_due_jobs(tecko.on_grid(T0 + now))) == due
-    assert store.get_next_run_time() == min(times.values(), default=None)
-    assert sorted(job.id for job in store.get_all_jobs()) == sorted(times)
+    assert max(each) <= len(ids) / len(each) + 3 * tecko.DUE_TOGETHER

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import standins
+from conftest import Clock
 from hypothesis import given
 from hypothesis import strategies as st
 from standins import Fault
@@ -71,8 +72,8 @@ async def call(queue: tecko.Keboola, stack: str, route: str) -> object:
     if route == SEARCH:
         return await queue.find(trigger(stack), TOKEN)
     if route == FOLLOW:
-        return await queue.job(stack, TOKEN, "1000001")
-    return await queue.create_job(stack, TOKEN, trigger(stack).body)
+        return await queue.follow(trigger(stack, keboola_job_id="1000001"), TOKEN)
+    return await queue.send(trigger(stack), TOKEN)
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -101,7 +102,9 @@ async def test_a_keboola_status_becomes_our_error(
     keboola: standins.Keboola, queue: tecko.Keboola, code: int, permanent: bool
 ) -> None:
     """With Keboola's own words and its exceptionId."""
-    keboola.fault(POST, Fault.status(code, body={"error": "Nope.", "exceptionId": "ex-7"}))
+    keboola.fault(
+        POST, Fault.status(code, body={"error": "Nope.", "code": 7, "exceptionId": "ex-7"})
+    )
     with pytest.raises(tecko.KeboolaError, match=str(code)) as raised:
         await call(queue, keboola.url, POST)
     error = raised.value
@@ -158,7 +161,7 @@ async def test_no_answer_says_whether_the_request_can_have_arrived(
     sent: bool,
 ) -> None:
     """`sent` is False only where it surely did not; trying again is always worth it."""
-    await queue.queue(keboola.url)
+    await queue.prepare(keboola.url)
     for server in (openai, keboola):
         if fault is None:
             server.stop()
@@ -332,19 +335,43 @@ async def test_an_index_without_a_usable_queue_is_an_error_and_is_asked_again(
     ("stack", "url", "trusted"),
     [
         ("https://connection.keboola.com", "https://queue.keboola.com", True),
+        ("https://connection.keboola.com", "https://gateway.example/queue/v2/", True),
         ("https://connection.keboola.com", "http://queue.keboola.com", False),
+        ("https://connection.keboola.com", "http://127.0.0.1:8002/queue", False),
         ("https://connection.keboola.com", "ftp://queue.keboola.com", False),
+        ("https://connection.keboola.com", "https://user:pass@queue.keboola.com", False),
+        ("https://connection.keboola.com", "https://queue.keboola.com?x=1", False),
         ("https://connection.keboola.com", "https://", False),
         ("https://connection.keboola.com", "", False),
         ("http://127.0.0.1:8001", "http://127.0.0.1:8002", True),
+        ("http://127.0.0.1:8001", "http://localhost:8002/queue", True),
+        ("http://127.0.0.1:8001", "http://queue.keboola.com", False),
         ("http://127.0.0.1:8001", "https://queue.keboola.com", True),
     ],
 )
 def test_a_token_goes_to_plain_http_only_on_this_machine(
     stack: str, url: str, trusted: bool
 ) -> None:
-    """A stack that is asked over https cannot send the token elsewhere in the clear."""
-    assert tecko.same_trust(stack, url) is trusted
+    """With a path or without. A stack that is asked over https cannot send the token elsewhere in
+    the clear; what was found instead is said."""
+    index = {"services": [{"id": "queue", "url": url}]}
+    if trusted:
+        assert tecko.queue_url(stack, index) == url.rstrip("/")
+    else:
+        with pytest.raises(tecko.KeboolaError) as raised:
+            tecko.queue_url(stack, index)
+        assert tecko.short(repr(url)) in str(raised.value) and not raised.value.sent
+
+
+async def test_a_queue_with_a_path_is_used_with_it(
+    keboola: standins.Keboola, queue: tecko.Keboola
+) -> None:
+    """As behind a gateway."""
+    services = [{"id": "queue", "url": keboola.queue_url + "/gateway"}]
+    keboola.fault(INDEX, Fault.json({"services": services}))
+    with pytest.raises(tecko.KeboolaError):
+        await call(queue, keboola.url, POST)
+    assert keboola.requests[-1].path == "/gateway/jobs"
 
 
 async def test_the_index_is_asked_anew_after_a_refused_connection(
@@ -414,19 +441,98 @@ async def test_a_search_finds_the_trigger_among_others(
     """The oldest job that carries the id, not the newest of the configuration."""
     mine = trigger(keboola.url)
     bodies = [mine.body.replace("t-1", "t-0"), mine.body, mine.body, mine.body.replace("1", "2")]
-    jobs = [await queue.create_job(keboola.url, TOKEN, body) for body in bodies]
+    jobs = [await queue.send(dataclasses.replace(mine, body=b), TOKEN) for b in bodies]
     found = await queue.find(mine, TOKEN)
     assert found is not None and found.id == jobs[1].id
 
 
+def others(count: int, first: int = 0) -> list[dict[str, Any]]:
+    """Jobs of another tool."""
+    ids = range(first, first + count)
+    return [{"id": str(n), "status": "success", "isFinished": True} for n in ids]
+
+
 async def test_a_search_reads_every_page(keboola: standins.Keboola, queue: tecko.Keboola) -> None:
     """Until one is not full; what is on none of them is not there."""
-    other = {"id": "1", "status": "success", "isFinished": True}
-    for size in (tecko.SEARCH_PAGE, tecko.SEARCH_PAGE, 3):
-        keboola.fault(SEARCH, Fault.json([other] * size))
+    keboola.fault(SEARCH, Fault.json(others(tecko.SEARCH_PAGE)))
+    keboola.fault(SEARCH, Fault.json(others(tecko.SEARCH_PAGE, 1000)))
+    keboola.fault(SEARCH, Fault.json(others(3, 2000)))
     assert await queue.find(trigger(keboola.url), TOKEN) is None
     offsets = [r.query["offset"][0] for r in keboola.requests if r.path == "/search/jobs"]
     assert offsets == ["0", str(tecko.SEARCH_PAGE), str(2 * tecko.SEARCH_PAGE)]
+
+
+async def test_a_search_that_repeats_its_pages_is_an_error(
+    keboola: standins.Keboola, queue: tecko.Keboola
+) -> None:
+    """A server that ignores `offset` proves nothing, and is not asked for ever."""
+    keboola.fault(SEARCH, Fault.json(others(tecko.SEARCH_PAGE)), times=None)
+    for anytime in (False, True):
+        with pytest.raises(tecko.KeboolaError, match="repeats its pages"):
+            await queue.find(trigger(keboola.url), TOKEN, anytime=anytime)
+    assert keboola.count(SEARCH) == 4
+
+
+async def test_a_search_without_end_is_an_error(
+    keboola: standins.Keboola, queue: tecko.Keboola
+) -> None:
+    """New jobs on each page, and never a last one."""
+    for n in range(tecko.SEARCH_PAGES + 1):
+        keboola.fault(SEARCH, Fault.json(others(tecko.SEARCH_PAGE, 1000 * n)))
+    with pytest.raises(tecko.KeboolaError, match="did not end"):
+        await queue.find(trigger(keboola.url), TOKEN)
+    assert keboola.count(SEARCH) == tecko.SEARCH_PAGES
+
+
+async def test_a_search_at_any_time_ends_a_day_before_the_trigger(
+    keboola: standins.Keboola, queue: tecko.Keboola
+) -> None:
+    """Newest first: what was created before a page that old cannot be ours."""
+    mine = trigger(keboola.url, sent_at=1_700_000_000.0)
+    for n, created in enumerate(("2023-11-14T22:00:00.000Z", "2023-11-13T22:00:00.000Z")):
+        page = [job | {"createdTime": created} for job in others(tecko.SEARCH_PAGE, 1000 * n)]
+        keboola.fault(SEARCH, Fault.json(page))
+    assert await queue.find(mine, TOKEN, anytime=True) is None
+    query = keboola.requests[-1].query
+    assert keboola.count(SEARCH) == 2 and query["sortOrder"] == ["desc"]
+    assert "createdTimeFrom" not in query
+
+
+async def test_a_job_of_another_id_is_not_believed(
+    keboola: standins.Keboola, queue: tecko.Keboola
+) -> None:
+    """A cache or a router that mixes answers up ends no job."""
+    keboola.fault(FOLLOW, Fault.json(others(1)[0]))
+    with pytest.raises(tecko.KeboolaError, match="about job 1000001 is about 0"):
+        await call(queue, keboola.url, FOLLOW)
+
+
+@Given("ahead", [-4000.0, 0.0, 4000.0])
+async def test_keboolas_clock_is_known_from_its_date(
+    keboola: standins.Keboola, ahead: float
+) -> None:
+    """And goes on by the monotonic clock; no wall clock of ours is asked."""
+    clock = Clock()
+    queue = tecko.Keboola(clock.steady)
+    keboola.clock_ahead = ahead
+    told = await queue.prepare(keboola.url)
+    clock.turn(10.0)
+    later = await queue.prepare(keboola.url)
+    await queue.close()
+    assert told is not None and abs(told - time.time() - ahead) < 5
+    assert (later, keboola.count(INDEX)) == (told + 10.0, 1)
+
+
+async def test_many_that_need_the_index_at_once_ask_for_it_once(
+    keboola: standins.Keboola, queue: tecko.Keboola
+) -> None:
+    """A slow index is no reason to ask forty times."""
+    gate = keboola.gate(INDEX, after_acting=True)
+    calls = [asyncio.create_task(queue.prepare(keboola.url)) for _ in range(40)]
+    await gate.areached()
+    gate.release()
+    await asyncio.gather(*calls)
+    assert keboola.count(INDEX) == 1
 
 
 # --- Connections ---------------------------------------------------------------------------------
@@ -442,6 +548,23 @@ async def test_all_keys_share_one_client_and_its_connections(
         await batches.retrieve(tecko.SecretValue(key), "batch_1")
     assert [standins.credential(request) for request in openai.requests] == keys
     assert len(openai.connections) == 1
+
+
+async def test_only_the_key_goes_along(
+    openai: standins.OpenAI, batches: tecko.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that the environment says for another key; nor a cookie that was set for one."""
+    for name in ("ORG_ID", "PROJECT_ID", "ADMIN_KEY", "API_KEY"):
+        monkeypatch.setenv(f"OPENAI_{name}", "from-the-environment")
+    cookie = {"Set-Cookie": "session=1; Path=/"}
+    openai.fault(CHECK, Fault.status(500, cookie))
+    for key in (standins.OPENAI_KEY, standins.OPENAI_KEY, "sk-second"):
+        openai.batch("batch_1", key=key)
+        with contextlib.suppress(tecko.OpenAIError):
+            await batches.retrieve(tecko.SecretValue(key), "batch_1")
+    sent = [request.headers for request in openai.requests]
+    assert not any("from-the-environment" in str(headers) for headers in sent)
+    assert not any("cookie" in headers for headers in sent) and len(sent) == 3
 
 
 async def test_calls_at_once_are_bounded_for_all_keys_together(
