@@ -1333,7 +1333,7 @@ def load(folder: Path, text: str) -> tuple[list[str], list[tecko.Spec]]:
     path.write_text(text)
     config = tecko.load_config(path, {"MINE": SECRET})
     problems = tecko.all_problems(config, {})
-    return [line.replace(f"{folder}/", "") for line in problems], [*(config.jobs or [])]
+    return [str(line).replace(f"{folder}/", "") for line in problems], [*(config.jobs or [])]
 
 
 def test_the_file_that_the_wrong_ones_are_made_of_is_good(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def spec(name: str = "nightly", variables: Mapping[str, str] = {}) -> tecko.JobS
         "keboola_configuration_id": "123456",
         "variables": dict(variables),
     }
-    return tecko.JobSpec.model_validate(flat)
+    return tecko.FlatJob.model_validate(flat).to_spec()
 
 
 def settings(**changed: Any) -> tecko.Settings:

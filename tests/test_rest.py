@@ -296,7 +296,7 @@ def make_many(folder: Path, count: int) -> list[int]:
             flat = dict.fromkeys(("openai_secret", "keboola_secret"), "x") | {"name": "n"}
             flat |= dict.fromkeys(("keboola_component_id", "keboola_configuration_id"), "x")
             flat["keboola_stack_url"] = "https://connection.keboola.com"
-            spec = tecko.parse(tecko.JobSpec, {**flat, "batch_id": "batch_1"})
+            spec = tecko.job_spec({**flat, "batch_id": "batch_1"})
             for n in range(count):
                 await store.create_job(spec.model_copy(update={"name": f"n{n}"}), "store", 1.0)
         return count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import MASTER_KEY, run_program
+from conftest import MASTER_KEY, run_program, secrets_forgotten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,17 +23,9 @@ THIRD_KEY = base64.urlsafe_b64encode(bytes(range(200, 232))).decode()
 PRINTABLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1)
 
 
-@contextlib.contextmanager
-def forgotten() -> Iterator[None]:
-    """What becomes a secret in here is none afterwards: one of a letter would redact all texts."""
-    known, pattern = set(tecko.SecretValue.known), tecko.SecretValue.pattern
-    yield
-    tecko.SecretValue.known, tecko.SecretValue.pattern = known, pattern
-
-
 @pytest.fixture(autouse=True)
 def _forgotten() -> Iterator[None]:
-    with forgotten():
+    with secrets_forgotten():
         yield
 
 
@@ -66,7 +57,7 @@ def key_file(folder: Path, *keys: str, name: str = "teckochecker.key") -> Path:
 @given(name=st.text(), kind=st.text(), value=PRINTABLE)
 def test_what_is_sealed_opens_again(name: str, kind: str, value: str) -> None:
     """Any printable value under any name and type comes back, and is nowhere in the box."""
-    with forgotten():
+    with secrets_forgotten():
         vault = loaded(Path(), SECRET_KEY=MASTER_KEY)
         box, key_id = vault.seal(name, kind, tecko.SecretValue(value))
         assert vault.open(tecko.SealedSecret(1, name, kind, box, key_id, 0.0)).reveal() == value

@@ -702,7 +702,7 @@ def spec(name: str) -> tecko.JobSpec:
     target = {"component_id": "c", "configuration_id": "g"}
     stack = {"keboola_stack_url": "http://127.0.0.1:9"}
     keboola = {f"keboola_{k}": v for k, v in target.items()}
-    return tecko.parse(tecko.JobSpec, {"name": name} | flat | keboola | stack)
+    return tecko.parse(tecko.FlatJob, {"name": name} | flat | keboola | stack).to_spec()
 
 
 async def operate(store: tecko.Store, op: str, n: int) -> None:
