@@ -256,29 +256,6 @@ KEY_SHAPES = re.compile(  # OpenAI's, Keboola's, a password in a URL
 )
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
-FIRST_JOBS_FILE = """\
-# TeckoChecker's jobs. jobs.yaml.example explains every key.
-# After an edit: teckochecker.py validate, then restart the service or send it SIGHUP.
-
-database: teckochecker.db
-admin: {host: 127.0.0.1, port: 8000}
-
-secrets: {}
-#  openai-prod:  {type: openai,  env: OPENAI_API_KEY}
-#  keboola-prod: {type: keboola, env: KEBOOLA_TOKEN}
-
-jobs: []
-#  - name: nightly-classification
-#    poll_interval: 2m
-#    watch:   {type: openai_batches, secret: openai-prod, batch_ids: [batch_abc123]}
-#    trigger:
-#      type: keboola
-#      secret: keboola-prod
-#      stack_url: https://connection.eu-central-1.keboola.com
-#      component_id: kds-team.app-custom-python
-#      configuration_id: "123456"
-"""
-
 # ── Redaction ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -329,6 +306,11 @@ def redact(text: str) -> str:
         if form in text:
             text = text.replace(form, "***")
     return KEY_SHAPES.sub("***", text)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a secret's value that we know is in a text."""
+    return any(form in text for form in SecretValue.forms)
 
 
 def excerpt(text: str, most: int) -> str:
@@ -1151,26 +1133,22 @@ def form_of(data: object) -> type[JobSpec | IngestSpec | FlatJob]:
     return FlatJob if flat and not {"watch", "trigger"} & data.keys() else JobSpec
 
 
-SECRETS_OF: tuple[tuple[str, Place], ...] = (  # the type of a secret, and where a job names it
-    ("openai", ("watch", "secret")),
-    ("openai", ("openai_secret",)),
-    ("openai", ("openai_secret_id",)),
-    ("keboola", ("trigger", "secret")),
-    ("keboola", ("keboola_secret",)),
-    ("keboola", ("keboola_secret_id",)),
-    ("api", ("ingest", "secret")),
-)
+SECRETS_OF = {  # where a job names a secret, nested or flat, and of which type it has to be
+    **{"watch.secret": "openai", "trigger.secret": "keboola", "ingest.secret": "api"},
+    **{"openai_secret": "openai", "openai_secret_id": "openai"},
+    **{"keboola_secret": "keboola", "keboola_secret_id": "keboola"},
+}
 
 
 def secrets_of(job: Mapping[str, Any]) -> Iterator[tuple[Place, str, str | int]]:
     """What a job in any form, valid or not, needs: where it says so, a secret of which type, and
     its name or id."""
-    for kind, place in SECRETS_OF:
-        value: Any = job
-        for part in place:
-            value = value.get(part) if isinstance(value, dict) else None
+    for field_name, kind in SECRETS_OF.items():
+        block, _, name = field_name.rpartition(".")
+        inner = job.get(block) if block else job
+        value = inner.get(name) if isinstance(inner, Mapping) else None
         if type(value) in (str, int) and str(value).strip():
-            yield place, kind, value
+            yield tuple(field_name.split(".")), kind, cast(str | int, value)
 
 
 class SecretRef(StrictModel):
@@ -1273,8 +1251,10 @@ class JobsFile(StrictModel):
     admin: AdminBlock = Field(
         AdminBlock(host="127.0.0.1", port=8000), description="a block with host and port"
     )
-    secrets: dict[Name, SecretRef] = Field({}, description="a block of name: {type, env or file}")
-    jobs: list[Any] = Field([], description="a list of jobs")
+    secrets: dict[Name, SecretRef] | None = Field(
+        None, description="a block of name: {type, env or file}"
+    )
+    jobs: list[Any] | None = Field(None, description="a list of jobs")
 
 
 @dataclass(slots=True)  # a frozen one takes five times as long to make, which each check does
@@ -1832,6 +1812,18 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 # ── Secrets ───────────────────────────────────────────────────────────────────────────────────
 
 
+def read_text(path: Path, most: int) -> str:
+    """The text of a regular file. Raises OSError, also for a pipe, which would block whoever waits
+    for its end, and for more than `most` bytes; and UnicodeDecodeError."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes")
+    return data.decode("utf-8-sig")
+
+
 @dataclass(frozen=True, slots=True)
 class SealedSecret:
     """A row of the table `secrets`."""
@@ -1870,14 +1862,22 @@ def new_master_key() -> str:
 def clean_secret(value: str) -> str:
     """A value without the white space that pasting leaves around it; never echoed in an error."""
     value = value.strip()
-    if not value or CONTROL.search(value) or not value.isascii():
-        raise SecretError(f"a secret's value is {VALUE_TEXT}")
+    if len(value) < SHORTEST or CONTROL.search(value) or not value.isascii():
+        raise SecretError(f"a secret's value is {VALUE_TEXT}, at least {SHORTEST} characters")
+    if value[0] == value[-1] and value[0] in "\"'":
+        raise SecretError(
+            "a secret's value has quotes around it, which a service would take for a part of it",
+            hint="an env file of systemd or docker takes them literally: leave them out",
+        )
     return value
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write `path` (mode 0600) at once or not at all."""
+    """Write the file that `path` leads to at once or not at all, and durably: for its owner alone
+    (0600), or for those who could read it before, but never for everybody."""
+    path = path.resolve()
     try:
+        before = path.stat() if path.exists() else None
         handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as e:
         raise SecretError(f"cannot write {path}: {e.strerror}") from None
@@ -1885,11 +1885,18 @@ def write_private(path: Path, text: str) -> None:
         with os.fdopen(handle, "w") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if before is not None:
+                os.fchown(handle, before.st_uid, before.st_gid)
+                os.fchmod(handle, before.st_mode & 0o660)
+            os.fsync(handle)
         os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # without it a power loss may bring the old file back
+        os.close(folder)
+    except OSError as e:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+        raise SecretError(f"cannot write {path}: {e.strerror}") from None
 
 
 class Vault:
@@ -1924,7 +1931,7 @@ class Vault:
             text = s.secret_key.reveal() if s.secret_key else ""
         elif file.exists():
             try:
-                text = file.read_text()
+                text = read_text(file, 10_000)
             except (OSError, UnicodeDecodeError) as e:
                 why = e.strerror if isinstance(e, OSError) else "it is no text"
                 raise SecretError(f"cannot read the master key {file}: {why}") from None
@@ -1936,7 +1943,7 @@ class Vault:
             return
         keys = [parse_master_key(part) for part in re.split(r"[\s,]+", text.strip())]
         for key in keys:
-            SecretValue(key_text(key))  # so that it is redacted, whatever it is met in
+            SecretValue(key_text(key), "master key")  # so that it is redacted everywhere
         self._keys = {hashlib.sha256(key).hexdigest()[:16]: key for key in keys}
 
     @property
@@ -1974,11 +1981,13 @@ class Vault:
             raise SecretError(
                 f"secret {row.name!r} does not decrypt: its row was changed"
             ) from None
-        return SecretValue(plain.decode())
+        return SecretValue(plain.decode(), row.name)
 
     def begin_rotation(self) -> None:
         """Put a fresh key in front of the key file's; from here on it seals. None is dropped: one
-        of them may be what a rotation that died has left everything sealed with."""
+        of them may be what a rotation that died has left everything sealed with. FILE.old keeps
+        what the file was until the next rotation. To be called within a transaction of the store,
+        so that of two rotations one waits for the other."""
         self.load(required=True)
         if self.file is None:
             if len(self._keys) < 2:
@@ -1987,12 +1996,22 @@ class Vault:
                     hint="set SECRET_KEY=NEW,OLD, run this again, then drop OLD",
                 )
             return
-        self._write([new_master_key(), *map(key_text, self._keys.values())])
+        kept = [key_text(key) for key in self._keys.values()]
+        write_private(self.old_file(), "\n".join(kept) + "\n")
+        self._write([new_master_key(), *kept])
 
-    def end_rotation(self) -> None:
-        """Forget every key but the first, now that nothing is sealed with them."""
+    def end_rotation(self, needed: Collection[str]) -> None:
+        """Forget every key but the first and those whose ids are `needed`, because a row is sealed
+        with them. Within a transaction, like the beginning."""
+        self.load(required=True)
         if self.file is not None:
-            self._write([key_text(next(iter(self._keys.values())))])
+            kept = [k for n, k in enumerate(self._keys) if n == 0 or k in needed]
+            self._write([key_text(self._keys[key_id]) for key_id in kept])
+
+    def old_file(self) -> Path:
+        """Where the key file of before the last rotation is."""
+        assert self.file is not None
+        return self.file.with_name(f"{self.file.name}.old")
 
     def _write(self, texts: Sequence[str]) -> None:
         assert self.file is not None
@@ -2044,18 +2063,6 @@ def meant(word: object, names: Iterable[str]) -> str:
     """A question after a word that nobody knows, where a known one is close to it."""
     close = difflib.get_close_matches(str(word)[:80], names, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def read_text(path: Path, most: int) -> str:
-    """The text of a regular file. Raises OSError, also for a pipe, which would block whoever waits
-    for its end, and for more than `most` bytes; and UnicodeDecodeError."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError(errno.EFBIG, f"it has more than {most} bytes")
-    return data.decode("utf-8-sig")
 
 
 class Block(dict[str, Any]):
@@ -2296,7 +2303,7 @@ def fault_of(model: type[BaseModel], error: Any) -> Fault:
     """One pydantic error as: what was found, and what is allowed. What stands where a secret
     could stand is not shown."""
     place, inner, allowed = located(model, error["loc"])
-    if error["type"].startswith("union_tag"):  # which of two blocks is meant
+    if error["type"].startswith("union_tag") and isinstance(error["input"], dict):
         tag = error["ctx"].get("tag")
         return Fault((*place, "type"), cut(tag) if tag else MISSING, " or ".join(SOURCES))
     if error["type"] == "extra_forbidden":
@@ -2509,7 +2516,7 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
         raise Invalid(text.problems([*in_head, *in_jobs]))
     specs = None if items is None else jobs
     problems = text.problems(in_jobs)
-    return Config(path, settings, env, file.secrets, specs, text, problems, warnings)
+    return Config(path, settings, env, file.secrets or {}, specs, text, problems, warnings)
 
 
 def read_jobs(
@@ -2535,10 +2542,13 @@ def read_jobs(
 
 def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
     """A secret that jobs.yaml refers to; read at each use, so that a changed file counts."""
+    unset = VARIABLE.search(f"{ref.env} {ref.file}")
     try:
+        if unset:
+            raise SecretError(f"{unset[0]} is not set in the environment")
         if ref.env is not None:
-            return SecretValue(clean_secret(config.env[ref.env]))
-        return SecretValue(clean_secret((config.base / str(ref.file)).read_text()))
+            return SecretValue(clean_secret(config.env[ref.env]), name)
+        return SecretValue(clean_secret(read_text(config.base / str(ref.file), 100_000)), name)
     except KeyError:
         why = f"the environment variable {ref.env} is not set"
     except (OSError, UnicodeDecodeError) as e:
@@ -2552,7 +2562,8 @@ def secret_faults(
     job: Mapping[str, Any], stored: Mapping[str | int, str], config: Config
 ) -> list[Fault]:
     """Which secrets of a job are not there, of another type, or cannot be read from where
-    jobs.yaml refers to. `stored`: the types of those in the store, by name and by id."""
+    jobs.yaml refers to, and where it has the value of a secret in place of its name. `stored`:
+    the types of those in the store, by name and by id."""
     said: list[Fault] = []
     for place, kind, name in secrets_of(job):
         ref = config.secrets.get(str(name)) if name not in stored else None
@@ -2566,22 +2577,48 @@ def secret_faults(
             said.append(Fault(place, f"there is no secret {name!r}{there}; `{command}` stores it"))
         elif found != kind:
             said.append(Fault(place, f"secret {name!r} is of type {found}; needed: {kind}"))
-        elif ref:
-            try:
-                read_reference(str(name), ref, config)
-            except SecretError as e:
-                said.append(Fault(place, str(e)))
-    return said
+        elif ref and (why := unreadable(str(name), ref, config)):
+            said.append(Fault(place, why))
+    held = "the value of a secret, which would be stored and shown; name it in `secret` instead"
+    return [*said, *(Fault(at, held) for at, text in texts_in(job) if holds_secret(text))]
 
 
-def all_problems(config: Config, stored: Mapping[str | int, str]) -> list[Problem]:
-    """Everything that keeps this configuration from being run."""
+def texts_in(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
+    """Every text in a job, with its place. Not those of a structure that no job has so deep."""
+    if isinstance(value, str):
+        yield at, value
+    elif len(at) < 5 and isinstance(value, Mapping | list):
+        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for part, inner in itertools.islice(pairs, 1000):
+            yield from texts_in(inner, (*at, part))
+
+
+def unreadable(name: str, ref: SecretRef, config: Config) -> str:
+    """Why the value of a reference cannot be read; nothing where it can."""
+    try:
+        read_reference(name, ref, config)
+    except SecretError as e:
+        return f"{e}; {e.hint}" if e.hint else str(e)
+    return ""
+
+
+def all_problems(
+    config: Config, stored: Mapping[str | int, str], *, unused: bool = False
+) -> list[Problem]:
+    """Everything that keeps this configuration from being run; with `unused` also what is wrong
+    with secrets that no job uses."""
     faults: list[Fault] = []
+    used: set[str | int] = set()
     items = config.text.data.get("jobs")
     for i, item in enumerate(items if isinstance(items, list) else []):
         if isinstance(item, dict):
+            used |= {name for _, _, name in secrets_of(item)}
             found = secret_faults(item, stored, config)
             faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
+    others = {name: ref for name, ref in config.secrets.items() if unused and name not in used}
+    for name, ref in others.items():
+        if why := unreadable(name, ref, config):
+            faults.append(Fault(("secrets", name), why))
     problems = dict.fromkeys([*config.problems, *config.text.problems(faults)])
     return sorted(problems, key=lambda problem: (problem.line, problem.column))
 
@@ -2813,6 +2850,7 @@ PACES = (  # each interval that is in use, found by as many steps through its in
 )
 
 ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the audit: who asks
+INSIDE: ContextVar[object] = ContextVar("inside", default=None)  # whose transaction this task runs
 
 
 class Plan(NamedTuple):
@@ -2913,6 +2951,8 @@ def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[An
     @wraps(method)
     async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         store = cast(Database, args[0])
+        if INSIDE.get() is store:  # part of the transaction that goes on
+            return await method(*args, **kwargs)
         return await asyncio.shield(
             asyncio.ensure_future(store.transact(partial(method, *args, **kwargs)))
         )
@@ -3039,6 +3079,7 @@ class Database:
 
     async def transact(self, work: Callable[[], Awaitable[T]]) -> T:
         async with self._lock:
+            INSIDE.set(self)
             begun = time.perf_counter()
             await self._sql("BEGIN IMMEDIATE")  # a deferred one that reads first gets BUSY at once
             try:
@@ -3079,6 +3120,8 @@ class Database:
             raise StoreError(f"database {self.path}: {e}") from e
 
     async def _read(self, sql: str, values: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+        if INSIDE.get() is self:
+            return await self._sql(sql, values)
         async with self._lock:
             return await self._sql(sql, values)
 
@@ -4100,7 +4143,7 @@ class Store(Records):
 def short(text: object) -> str:
     """What another server said, in one line that fits a log and can be encoded; redacted before
     it is cut, since a part of a secret would not be recognized."""
-    said = redact(str(text)).encode(errors="replace").decode()
+    said = excerpt(str(text), 2000).encode(errors="replace").decode()
     return re.sub(r"\s+", " ", said).strip()[:300]
 
 
@@ -4140,8 +4183,8 @@ def parse_batch(batch_id: str, data: Any) -> BatchSeen:
     return BatchSeen(
         batch_id=batch_id,
         status=data["status"] if data["status"] in KNOWN_BATCH else short(data["status"]),
-        created_at=number_in(data, "created_at"),
-        expires_at=number_in(data, "expires_at"),
+        created_at=plausible(data.get("created_at")),
+        expires_at=plausible(data.get("expires_at")),
         output_file_id=text_in(data, "output_file_id"),
         error_file_id=text_in(data, "error_file_id"),
         requests_total=int(number_in(counts, "total") or 0),
@@ -7032,11 +7075,20 @@ class Desk:
         self.store, self.vault, self.config, self.clock = store, vault, config, clock
 
     async def add_secret(self, body: SecretBody, *, replace: bool = False) -> SecretAnswer:
-        value = SecretValue(clean_secret(body.value))
-        sealed, key_id = self.vault.seal(body.name, body.type, value)
+        value = SecretValue(clean_secret(body.value), body.name)
         save = self.store.replace_secret if replace else self.store.add_secret
-        await save(body.name, body.type, sealed, key_id, self.clock())
+
+        async def seal() -> None:
+            sealed, key_id = self.vault.seal(body.name, body.type, value)
+            await save(body.name, body.type, sealed, key_id, self.clock())
+
+        await self._together(seal)
         return await self.secret(body.name)
+
+    async def _together(self, work: Callable[[], Awaitable[T]]) -> T:
+        """One transaction, in which no rotation can come between the reading of a key and the row
+        that is sealed with it."""
+        return await asyncio.shield(asyncio.ensure_future(self.store.transact(work)))
 
     async def secrets(self) -> SecretList:
         rows = [secret_answer(row) for row in await self.store.secrets()]
@@ -7057,13 +7109,24 @@ class Desk:
     async def rotate(self) -> int:
         """New key in front of the old one, everything sealed anew in one transaction, old key
         gone: a crash between any two of these leaves keys that open every secret."""
-        self.vault.begin_rotation()
 
         def reseal(row: SealedSecret) -> tuple[bytes, str]:
             return self.vault.seal(row.name, row.type, self.vault.open(row))
 
-        count = await self.store.reseal_secrets(reseal, self.clock())
-        self.vault.end_rotation()
+        async def rotate() -> int:
+            if not await self.store.secrets():
+                raise Conflict(
+                    f"nothing rotated: {self.config().settings.database} holds no secrets",
+                    hint="is this the right database? DATABASE_URL and -c say which one",
+                )
+            self.vault.begin_rotation()
+            return await self.store.reseal_secrets(reseal, self.clock())
+
+        async def forget() -> None:
+            self.vault.end_rotation({row.key_id for row in await self.store.secrets()})
+
+        count = await self._together(rotate)
+        await self._together(forget)
         return count
 
     async def create_job(self, spec: Spec) -> JobDetail:
@@ -7434,9 +7497,12 @@ def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
     return key + math.floor(0.9 * phase(job_id // NEIGHBOURS, interval / 2, jobs))
 
 
-async def every_problem(config: Config, store: Store, vault: Vault) -> list[Problem]:
+async def every_problem(
+    config: Config, store: Store, vault: Vault, *, unused: bool = False
+) -> list[Problem]:
     """What keeps this configuration from being run, a stored secret that does not open included."""
-    problems, rows = all_problems(config, await store.secret_types()), await store.secrets()
+    rows = await store.secrets()
+    problems = all_problems(config, await store.secret_types(), unused=unused)
     try:
         vault.load(required=bool(rows))
     except SecretError as e:
@@ -7544,10 +7610,13 @@ class Service:
 
     async def _adopt(self, config: Config) -> None:
         if problems := await every_problem(config, self.store, self.steps.vault):
-            raise Invalid(problems, hint="teckochecker.py validate checks again")
+            raise Invalid(problems)
+        for warning in config.warnings:
+            log.warning("%s", warning)
         if config.jobs is None and any(j.origin == "file" for j in await self.store.jobs("active")):
             raise Invalid(
-                [f"{config.path} is gone, but the store has active jobs that come from it"]
+                [f"{config.path} names no jobs, but the store has active ones that come from it"],
+                hint="`jobs: []` in it removes them all",
             )
         done = (
             await self.store.sync_file_jobs(config.jobs, time.time())
@@ -8715,10 +8784,47 @@ def config_of(args: argparse.Namespace) -> Config:
     )
 
 
+FIRST_JOBS_FILE = """\
+# TeckoChecker's jobs. To begin, take the # away from the lines below and put in your own IDs.
+# After an edit: teckochecker.py validate, then restart the service or send it SIGHUP.
+
+database: teckochecker.db
+admin: {host: 127.0.0.1, port: 8000}
+
+secrets:
+#  openai-prod:  {type: openai,  env: OPENAI_API_KEY}
+#  keboola-prod: {type: keboola, env: KEBOOLA_TOKEN}
+
+jobs:
+#  - name: nightly-classification
+#    poll_interval: 2m
+#    watch:   {type: openai_batches, secret: openai-prod, batch_ids: [batch_abc123]}
+#    trigger:
+#      type: keboola
+#      secret: keboola-prod
+#      stack_url: https://connection.eu-central-1.keboola.com
+#      component_id: kds-team.app-custom-python
+#      configuration_id: "123456"
+"""
+
+
+async def refuse_a_lost_key(database: Path, key_file: Path) -> None:
+    async with Store(database) as store:
+        sealed = [row.name for row in await store.secrets()]
+    if sealed:
+        raise SecretError(
+            f"{key_file} is missing, and a new key would not open what {database} has sealed:"
+            f" {', '.join(sealed)}",
+            hint="put the key file back, or --new-key, and store these secrets again",
+        )
+
+
 def cmd_init(args: argparse.Namespace, config: Config) -> int:
     settings, vault, done = config.settings, Vault(config.settings), []
     key_file = vault.file
     if key_file is not None and not key_file.exists():
+        if settings.database.exists() and not args.new_key:
+            asyncio.run(refuse_a_lost_key(settings.database, key_file))
         write_private(key_file, new_master_key() + "\n")
         done.append(f"made the master key {key_file} (back it up: without it no secret opens)")
     vault.load(required=True)
@@ -8732,7 +8838,7 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
     steps = [
         f"{name} secret add --name openai-prod --type openai",
         f"{name} secret add --name keboola-prod --type keboola",
-        f"edit {config.path} (jobs.yaml.example explains every key), then: {name} validate",
+        f"edit {config.path}, then: {name} validate",
         f"{name} start",
     ]
     text = [*(done or ["everything is there already; nothing was changed"]), "", "Next:"]
@@ -8742,8 +8848,10 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
 async def cmd_validate(args: argparse.Namespace, config: Config) -> int:
     """Everything `start` would refuse, and that every stored secret decrypts."""
     async with Store(config.settings.database) as store:
-        problems = await every_problem(config, store, Vault(config.settings))
+        problems = await every_problem(config, store, Vault(config.settings), unused=True)
         rows = await store.secrets()
+    for warning in config.warnings:
+        print(redact(f"warning: {warning}"), file=sys.stderr)
     if problems:
         raise Invalid(problems)
     jobs, names = config.jobs or [], sorted({*(r.name for r in rows), *config.secrets})
@@ -8952,8 +9060,12 @@ async def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
 
 async def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
     async with desk_of(config) as desk:
-        count = await desk.rotate()
-    return report(args, {"resealed": count}, f"new master key; {count} secrets encrypted anew")
+        count, vault = await desk.rotate(), desk.vault
+    database = config.settings.database
+    text = f"{count} secrets of {database} are sealed with a new master key"
+    if vault.file is not None:
+        text += f": back up {vault.file} (the one before is in {vault.old_file()})"
+    return report(args, {"resealed": count}, text)
 
 
 def flat_job(args: argparse.Namespace) -> dict[str, Any]:
@@ -9267,8 +9379,8 @@ async def cmd_explain(args: argparse.Namespace, config: Config) -> int:
 
 def cmd_schema(args: argparse.Namespace) -> int:
     """The JSON Schema of jobs.yaml, for editors."""
-    jobs: Any = list[JobSpec | FlatJob | IngestSpec]
-    whole = create_model("JobsYaml", __base__=JobsFile, jobs=(jobs, []))
+    jobs: Any = list[JobSpec | FlatJob | IngestSpec] | None
+    whole = create_model("JobsYaml", __base__=JobsFile, jobs=(jobs, None))
     say(json.dumps(whole.model_json_schema(), indent=2))
     return 0
 
@@ -9346,7 +9458,10 @@ def make_parser() -> argparse.ArgumentParser:
         parser.set_defaults(run=run)
         return parser
 
-    add(commands, "init", cmd_init, "make the key, the database and a first jobs.yaml")
+    init = add(commands, "init", cmd_init, "make the key, the database and a first jobs.yaml")
+    init.add_argument(
+        "--new-key", action="store_true", help="even where secrets are sealed already"
+    )
     add(commands, "validate", cmd_validate, "check jobs.yaml and every secret")
     start = add(commands, "start", cmd_start, "run the service")
     start.add_argument("--daemon", action="store_true", help="in the background")
