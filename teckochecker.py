@@ -2059,9 +2059,9 @@ def dotted(at: Place) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
 
 
-def meant(word: object, names: Iterable[str]) -> str:
+def meant(word: object, names: Iterable[str], closeness: float = 0.6) -> str:
     """A question after a word that nobody knows, where a known one is close to it."""
-    close = difflib.get_close_matches(str(word)[:80], names, n=1)
+    close = difflib.get_close_matches(str(word)[:80], names, 1, closeness)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -2112,7 +2112,7 @@ class JobsYaml:
             at = e.problem_mark
             mark = (at.line + 1, at.column + 1) if at else (1, 1)
             broken = self._placed("", f"not YAML: {e.problem or e.context}", "", mark)
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
             what = f"not a YAML text: {str(e).splitlines()[0]}"
             broken = Problem(found=what, file=str(self.path))
         except OSError as e:
@@ -2478,9 +2478,16 @@ def read_dot_env(path: Path) -> tuple[dict[str, str], list[str]]:
             warnings.append(f"{place}: ignored, for it is not NAME=value")
         elif name is not None and binding.value is not None:
             env[name] = binding.value
-            if name not in ENVIRONMENT and (question := meant(name, ENVIRONMENT)):
+            if name not in ENVIRONMENT and (question := meant(name, ENVIRONMENT, 0.85)):
                 warnings.append(f"{place}: {name} is no setting of TeckoChecker{question}")
     return env, warnings
+
+
+def open_to_all(key_file: Path | None) -> list[str]:
+    """A warning where everybody on this machine can read the master key."""
+    if key_file is None or not key_file.exists() or not key_file.stat().st_mode & 0o004:
+        return []
+    return [f"{key_file} can be read by all users of this machine: chmod 600 {key_file}"]
 
 
 def register_references(secrets: Any, env: Mapping[str, str]) -> None:
@@ -2511,6 +2518,7 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     items = head.get("jobs")
     file = file or JobsFile.model_validate({})  # to go on looking: all is told at once
     settings = settings_from(env, file, base, f"{path}:{text.mark(('database',))[0]}")
+    warnings += open_to_all(Vault(settings).file)
     jobs, in_jobs = read_jobs(items if isinstance(items, list) else [], settings, text)
     if in_head:
         raise Invalid(text.problems([*in_head, *in_jobs]))

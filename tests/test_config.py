@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -11,6 +14,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from conftest import secrets_forgotten
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -106,6 +110,14 @@ def refusal(
 
 def problems(folder: Path, text: str | bytes, env: Mapping[str, str] = ENV) -> list[str]:
     return refusal(folder, text, env)[0]
+
+
+def found_in(folder: Path, text: str) -> list[tecko.Problem]:
+    """The problems of a file, with their places."""
+    try:
+        return tecko.all_problems(load(folder, text), {})
+    except tecko.Invalid as e:
+        return e.problems
 
 
 def edited(old: str, new: str) -> str:
@@ -575,6 +587,14 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 ANYTHING = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=5)
 )
+YAML_TEXTS = st.lists(
+    st.sampled_from(
+        "jobs: secrets: name: - [ ] { } , : & *a &a << ${X} !!int !!float ? | > ' \" # 1 ~ true"
+        " --- ... % @ ` a openai env: file: watch: ingest: type: csv".split()
+    )
+    | st.sampled_from(["\n", "\n  ", "\n    ", " "]),
+    max_size=25,
+).map("".join)
 JOBS = st.lists(st.dictionaries(KEYS, ANYTHING, max_size=6) | ANYTHING, max_size=3)
 
 
@@ -585,6 +605,124 @@ def test_no_file_ends_in_a_traceback(data: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for line in problems(Path(folder), json.dumps(data)):
             assert line.startswith(("jobs.yaml:", "the admin surface would listen on"))
+
+
+@hypothesis.settings(deadline=None, max_examples=150)
+@given(st.text() | YAML_TEXTS | st.binary(max_size=40))
+def test_any_text_gives_a_configuration_or_a_refusal(text: str | bytes) -> None:
+    """Nothing that stands in jobs.yaml ends in any other way, whatever is asked of it."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(tecko.Invalid):
+        config = load(
+            Path(folder), text.encode(errors="replace") if isinstance(text, str) else text
+        )
+        tecko.all_problems(config, {}, unused=True)
+
+
+TIMES_TEN = ", ".join(["*{0}"] * 10)
+LEVELS = [f"{b}: &{b} [{TIMES_TEN.format(a)}]" for a, b in itertools.pairwise("abcdefghij")]
+MERGES = [f"{b}: &{b} {{<<: [{TIMES_TEN.format(a)}]}}" for a, b in itertools.pairwise("abcdefghij")]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &a [x, x, x]\n" + "\n".join(LEVELS), "aliases repeat more than 100000 values"),
+        ("a: &a {x: 1}\n" + "\n".join(MERGES), "aliases repeat more than 100000 values"),
+        ("jobs: " + "[" * 900 + "]" * 900, "nested more than 40 levels deep"),
+        ("jobs: " + "[" * 10**5, "nesting depth"),
+        ("- " * 10**5, "nesting depth"),
+        ("x" * (11 << 20), "more than 10485760 bytes"),
+    ],
+    ids=["laughs", "merged laughs", "deep", "too deep", "deep block", "large"],
+)
+def test_a_small_file_that_means_much_is_refused_at_once(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    """Aliases are counted while they are followed, depth and size are bounded, each honestly."""
+    with pytest.raises(tecko.Invalid, match=said):
+        load(tmp_path, text)
+
+
+def test_what_aliases_share_is_not_printed_whole() -> None:
+    """A shared structure that is small in memory is cut before it becomes a text of gigabytes."""
+    shared: list[Any] = ["x"]
+    for _ in range(40):
+        shared = [shared] * 10
+    assert len(tecko.cut(shared)) <= 80
+
+
+def test_a_pipe_in_place_of_a_file_blocks_nobody(tmp_path: Path) -> None:
+    """jobs.yaml and .env are read when they are regular files, and refused at once otherwise."""
+    for name in ("jobs.yaml", ".env"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(tecko.Invalid, match=name):
+            tecko.load_config(tmp_path / "jobs.yaml", ENV)
+        (tmp_path / name).unlink()
+
+
+def test_a_problem_knows_its_line_and_column(tmp_path: Path) -> None:
+    """Line, column and the line's text, for broken YAML and for a wrong value alike."""
+    [broken] = found_in(tmp_path, "jobs:\n\t- name: a\n")
+    assert (broken.line, broken.column, broken.source) == (
+        2,
+        1,
+        "\t- name: a".replace("\t", "\\x09"),
+    )
+    [wrong] = found_in(tmp_path, edited("resend", "maybe"))
+    assert (wrong.where, wrong.found) == ("job 'nightly': trigger.on_ambiguous", "'maybe'")
+    assert (wrong.line, wrong.column, wrong.allowed) == (23, 7, "resend or hold")
+    assert wrong.source == "      on_ambiguous: maybe"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        edited("env: OPENAI_KEY", "value: hunter2-canary"),
+        edited("env: OPENAI_KEY}", "value: hunter2-canary, port: {}}"),
+        edited("secret: openai\n", "secret: openai\n      value: hunter2-canary\n"),
+        "secrets: {a: {type: openai, value: hunter2-canary",
+        "hunter2-canary",
+    ],
+)
+def test_the_shown_line_has_no_secret(tmp_path: Path, text: str) -> None:
+    """A line with what may be a secret's value is shown without it."""
+    shown = [problem.source for problem in found_in(tmp_path, text)]
+    assert shown and not any("hunter2" in line for line in shown)
+
+
+@pytest.mark.parametrize(
+    "jobs", ["{a: 1, a: 2}", "{a: '${UNSET}'}", "{a: !!float x}", "[!!float x]", "{1: {2: '${X}'}}"]
+)
+def test_jobs_of_another_shape(tmp_path: Path, jobs: str) -> None:
+    """A mapping with a duplicate key, a tag or an unset name in it is refused in words."""
+    assert all(line.startswith("jobs.yaml:1: ") for line in problems(tmp_path, f"jobs: {jobs}"))
+
+
+@pytest.mark.parametrize("field", ["variables: {key: '${TOKEN}'}", "component_id: 'a-${TOKEN}'"])
+def test_the_value_of_a_secret_is_refused_as_a_text(tmp_path: Path, field: str) -> None:
+    """What is known as a secret is neither stored with a job nor shown in an answer."""
+    old = "variables: {region: eu}" if field.startswith("v") else "component_id: comp"
+    env = ENV | {"TOKEN": ENV["KEBOOLA_KEY"]}
+    [said] = problems(tmp_path, edited(old, field), env)
+    assert "the value of a secret" in said and "name it in `secret`" in said
+    assert ENV["KEBOOLA_KEY"] not in said
+
+
+def test_a_reference_that_no_job_uses(tmp_path: Path) -> None:
+    """`validate` says that it cannot be read; `start`, which does not need it, goes on."""
+    text = edited("jobs:", "  spare: {type: api, file: '${CREDENTIALS_DIRECTORY}/x'}\njobs:")
+    config = load(tmp_path, text)
+    assert tecko.all_problems(config, {}) == []
+    [problem] = tecko.all_problems(config, {}, unused=True)
+    assert (problem.line, problem.where) == (8, "secrets.spare")
+    assert "${CREDENTIALS_DIRECTORY} is not set" in problem.found
+
+
+def test_a_reference_that_needs_what_is_unset(tmp_path: Path) -> None:
+    """${CREDENTIALS_DIRECTORY} outside of its service is an error only of the job that needs it."""
+    text = edited("env: OPENAI_KEY", "file: '${CREDENTIALS_DIRECTORY}/openai'")
+    [said] = problems(tmp_path, text)
+    assert said.startswith("jobs.yaml:13: job 'nightly': watch.secret:") and "not set" in said
 
 
 # ── What loads ────────────────────────────────────────────────────────────────────────────────
@@ -647,6 +785,13 @@ def test_an_interval_in_every_notation(tmp_path: Path, written: str, seconds: in
 def test_a_stack_url_is_kept_clean(tmp_path: Path, written: str, url: str) -> None:
     """One spelling of each, https, or http to this machine."""
     assert spec(tmp_path, "https://connection.keboola.com", written).trigger.stack_url == url
+
+
+def test_a_presigned_url_is_taken(tmp_path: Path) -> None:
+    """URLs and paths may have 2,000 characters, and no more."""
+    job = "  - {{name: a, ingest: {{type: csv, path: 'https://s3.example/{}'}}}}\n"
+    assert problems(tmp_path, f"jobs:\n{job.format('x' * 1981)}") == []
+    assert len(problems(tmp_path, f"jobs:\n{job.format('x' * 1982)}")) == 1
 
 
 def test_the_longest_names_and_ids(tmp_path: Path) -> None:
@@ -852,7 +997,7 @@ def test_a_database_that_cannot_be_used(tmp_path: Path, url: str, found: str) ->
         ("MAX_RETRIES", ["-1", "101", "many"], "0 to 100"),
         ("RETRY_DELAY", ["0", "3601", "1m"], "whole seconds, 1 to 3600"),
         ("TRIGGER_SETTLE_SECONDS", ["0", "86401", "2m"], "whole seconds, 1 to 86400"),
-        ("LOG_LEVEL", ["LOUD", "10"], "DEBUG, INFO, WARNING, ERROR or CRITICAL"),
+        ("LOG_LEVEL", ["chatty", "LOUD", "10"], "DEBUG, INFO, WARNING, ERROR or CRITICAL"),
         ("LOG_FORMAT", ["xml"], "text or json"),
     ],
 )
@@ -861,6 +1006,70 @@ def test_a_setting_out_of_range(tmp_path: Path, name: str, values: list[str], al
     for value in values:
         said = problems(tmp_path, GOOD, ENV | {name: value})
         assert said == [f"environment: {name}: found {value!r}; allowed: {allowed}"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"MIN_POLL_INTERVAL": "500", "MAX_POLL_INTERVAL": "100"},
+            "MIN_POLL_INTERVAL is 500, which is more than MAX_POLL_INTERVAL, 100",
+        ),
+        (
+            {"OPENAI_BASE_URL": "http://api.openai.com/v1"},
+            "OPENAI_BASE_URL: found 'http://api.openai.com/v1'; allowed: a URL like"
+            " https://api.openai.com/v1 (a secret goes over https only)",
+        ),
+        ({"ADMIN_TOKEN": "a-token"}, "ADMIN_TOKEN: found fewer characters; allowed: at least 8,"),
+    ],
+)
+def test_settings_that_would_do_harm(tmp_path: Path, given: dict[str, str], said: str) -> None:
+    """Bounds that contradict each other, a key over plain http, a token that is soon guessed."""
+    [line] = problems(tmp_path, GOOD, ENV | given)
+    assert line.startswith(f"environment: {said}")
+
+
+def test_openai_on_this_machine_may_be_plain(tmp_path: Path) -> None:
+    """Nobody listens in on loopback."""
+    made = load(tmp_path, GOOD, ENV | {"OPENAI_BASE_URL": "http://127.0.0.1:1/v1"}).settings
+    assert made.openai_base_url == "http://127.0.0.1:1/v1"
+
+
+def test_what_dot_env_sets_in_vain_is_said(tmp_path: Path) -> None:
+    """A line without `=`, and a name that is almost one of ours; foreign names are nobody's."""
+    (tmp_path / ".env").write_text("API_PORT\n# a remark\nAPI_PRT=9000\nOPENAI_API_KEY=x\n\n")
+    config = load(tmp_path, GOOD)
+    assert [line.replace(f"{tmp_path}/", "") for line in config.warnings] == [
+        ".env:1: ignored, for it is not NAME=value",
+        ".env:3: API_PRT is no setting of TeckoChecker (did you mean 'API_PORT'?)",
+    ]
+
+
+def test_a_key_file_that_all_can_read_is_said(tmp_path: Path) -> None:
+    """Not refused, since it works; but it is no secret then."""
+    tecko.write_private(tmp_path / "teckochecker.key", "x")
+    assert load(tmp_path, GOOD).warnings == []
+    (tmp_path / "teckochecker.key").chmod(0o644)
+    [said] = load(tmp_path, GOOD).warnings
+    assert "teckochecker.key can be read by all" in said and "chmod 600" in said
+
+
+def test_a_database_on_a_server(tmp_path: Path) -> None:
+    """PostgreSQL's URL goes through as it is, and its password is a secret everywhere."""
+    url = "postgresql://me:hunter2%40home@db.example:5433/tecko"
+    with secrets_forgotten():
+        made = load(tmp_path, GOOD, ENV | {"DATABASE_URL": url}).settings
+        assert made.database_url is not None and made.database_url.reveal() == url
+        assert "hunter2" not in repr(made)
+        assert tecko.redact(f"{url} hunter2@home") == "*** ***"
+
+
+def test_a_database_behind_a_symlink_is_the_one_it_leads_to(tmp_path: Path) -> None:
+    """Two spellings of one file are one database, with one lock."""
+    (tmp_path / "real.db").touch()
+    (tmp_path / "link.db").symlink_to("real.db")
+    made = load(tmp_path, "database: link.db\n").settings
+    assert made.database == tmp_path.resolve() / "real.db"
 
 
 def test_all_wrong_settings_at_once(tmp_path: Path) -> None:

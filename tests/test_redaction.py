@@ -145,6 +145,7 @@ def test_secrets_that_contain_each_other(secrets: list[str], text: str, left: st
         ("Incorrect API key: sk-proj-AbC_12-3456789.", "Incorrect API key: ***."),
         ("token=1234-567890-abcdefghijklmnopqrstuvwxyz0123", "token=***"),
         ("risk-free, task-12345678, 2026-11-22, batch_abc123def456", None),
+        ("task-nightly-classification-2026, sk-nightly-classification", None),
         ("0b1c7a3e-6a8e-4b52-9d5e-7c3f2a1b0d9e", None),
     ],
 )
@@ -162,6 +163,31 @@ def test_a_secret_is_not_cut_in_half(place: int) -> None:
         said = tecko.short("x" * place + "Hunter2-is-not-a-good-one" + "y" * 100)
         left = str(tecko.KeboolaError(said))
         assert "Hun" not in left and "-good-one" not in left and len(left) <= 303
+
+
+def test_a_secret_that_changes_for_ever_costs_nothing() -> None:
+    """A rewritten file: the last two values of its secret are known, and no more is kept."""
+    with known():
+        for n in range(2000):
+            tecko.SecretValue(f"value-number-{n}", "rewritten")
+        assert len(tecko.SecretValue.forms) == 2
+        assert tecko.redact("value-number-1999 value-number-1998") == "*** ***"
+
+
+def test_a_value_that_is_too_short_is_cut_out_of_nothing() -> None:
+    """A secret of one letter would make every text unreadable, and JSON invalid."""
+    with known("admin", "1"):
+        assert tecko.redact('{"admin": 1}') == '{"admin": 1}'
+
+
+@settings(deadline=None)
+@given(st.integers(0, 300), st.integers(0, 5000))
+def test_an_excerpt_of_an_endless_text(place: int, after: int) -> None:
+    """It is cut before it is redacted, and yet never in the middle of a secret."""
+    with known("Hunter2-is-not-a-good-one" * 9):
+        text = "x" * place + "Hunter2-is-not-a-good-one" * 9 + "y" * after
+        left = tecko.excerpt(text, 300)
+        assert len(left) <= 300 and ("x" * place + "***" + "y" * after).startswith(left)
 
 
 @pytest.mark.parametrize("error", [tecko.TeckoError, tecko.StoreError, tecko.OpenAIError])
