@@ -18,6 +18,7 @@ uses only what stands above it:
     Upstreams     the one place that calls OpenAI, Keboola and the sources of ingests
     Ingest        records out of files and pages, and what they become; writes nothing
     Steps         load, ask, decide, record, act
+    Doctor        what `validate --online` asks the other sides
     Desk          what people and programs may ask for, each rule once
     Service       scheduler, reload, health, start, drain, stop
     Metrics       what Prometheus is told
@@ -2631,6 +2632,55 @@ def all_problems(
     return sorted(problems, key=lambda problem: (problem.line, problem.column))
 
 
+Target = tuple[str, str, str, frozenset[str]]
+
+
+FIRED = ("triggering", "triggered", "completed", "completed_with_failures")
+
+
+def target_of(spec: Spec) -> Target | None:
+    """What a job is for, whatever its name: which batches start which configuration. None: it is
+    an ingest."""
+    if isinstance(spec, IngestSpec):
+        return None
+    at, batch_ids = spec.trigger, frozenset(spec.watch.batch_ids)
+    return at.stack_url, at.component_id, at.configuration_id, batch_ids
+
+
+def plan(
+    specs: Sequence[Spec], stored: Sequence[Job], fired: Mapping[Target | None, str]
+) -> list[str]:
+    """What would become of the jobs of jobs.yaml, a sentence each. `stored`: those that came from
+    it before; `fired`: what has started a Keboola job before, and when, in a few words."""
+    before = {job.name: job for job in stored}
+    gone = {job.name: job for job in stored if job.name not in {spec.name for spec in specs}}
+    watched = {target_of(job.spec): job.name for job in gone.values()}
+    said = []
+    for spec in specs:
+        job, target = before.get(spec.name), target_of(spec)
+        if job is None and target is not None and target in watched:
+            job = gone.pop(watched.pop(target))
+            said.append(f"job {job.name!r} is called {spec.name!r} now, and keeps its history")
+        elif job is None:
+            said.append(f"job {spec.name!r} is new")
+        elif job.removed_at is not None:
+            said.append(f"job {spec.name!r} is back")
+        elif names := differing(job.spec, spec):
+            said.append(f"job {spec.name!r} changes: {', '.join(names)}")
+        if target is not None and (job is None or target != target_of(job.spec)):
+            once = f"fires again only by `job retry`, for it has fired: {fired.get(target)}"
+            then = once if target in fired else "will fire when its batches are done"
+            said.append(f"job {spec.name!r} {then}")
+    left = [job.name for job in gone.values() if job.removed_at is None]
+    return said + [f"job {name!r} has left jobs.yaml: it is checked no more" for name in left]
+
+
+def differing(old: Spec, new: Spec) -> list[str]:
+    """The names of the fields that differ."""
+    was, now = (flat_fields(s) | {"ingest": getattr(s, "ingest", None)} for s in (old, new))
+    return [name for name in was | now if was.get(name) != now.get(name)]
+
+
 # ── Store ─────────────────────────────────────────────────────────────────────────────────────
 
 # Times are unix seconds, UTC. For PostgreSQL: AUTOINCREMENT becomes GENERATED ALWAYS AS IDENTITY,
@@ -4728,6 +4778,10 @@ class Keboola:
         data = await self._call(stack, "POST", f"{queue}/jobs", token=token, body=body)
         return keboola_job(data)
 
+    async def storage(self, stack: str, token: SecretValue, path: str) -> Any:
+        """GET a path of the stack's Storage API."""
+        return await self._call(stack, "GET", f"{stack}/v2/storage/{path}", token=token)
+
     async def job(self, stack: str, token: SecretValue, job_id: str) -> KeboolaJob:
         """GET /jobs/{jobId}."""
         queue = await self.queue(stack)
@@ -6759,6 +6813,124 @@ class Ingesting:
     def _note(self, text: str) -> None:
         if text not in self.notes and len(self.notes) < MAX_NOTES:
             self.notes.append(text)
+
+
+# ── Doctor ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Finding(NamedTuple):
+    """What one call has found about something that jobs.yaml names."""
+
+    subject: str
+    good: bool
+    said: str  # and, where it is not good, whose fault it is
+
+
+async def found(subject: str, call: Awaitable[str], missing: str) -> Finding:
+    """What a call says, or what its failure means; `missing`: what a 404 means."""
+    try:
+        return Finding(subject, True, await call)
+    except UpstreamError as e:
+        why = {401: "the secret is refused: replace it", 403: "the secret may not do this"}
+        why[404] = missing
+        blame = why.get(e.status or 0, "the request is refused")
+        if not e.permanent:
+            blame = "the other side, or the network between; nothing to change here"
+        return Finding(subject, False, f"{e} ({blame})")
+    except TeckoError as e:
+        return Finding(subject, False, str(e))
+
+
+class Doctor:
+    """Asks each key, batch, token, configuration, source and path of some jobs once, and changes
+    nothing: no trigger is sent and no record is stored."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+
+    async def examine(self, specs: Sequence[Spec]) -> list[Finding]:
+        asked: dict[str, Coroutine[Any, Any, Finding]] = {}  # by subject: each is asked once
+        for spec in specs:
+            checks = self._watch(spec) if isinstance(spec, JobSpec) else self._source(spec)
+            for subject, call, missing in checks:
+                if subject in asked:
+                    call.close()
+                else:
+                    asked[subject] = found(subject, call, missing)
+        return list(await asyncio.gather(*asked.values()))
+
+    def _watch(self, spec: JobSpec) -> Iterator[tuple[str, Coroutine[Any, Any, str], str]]:
+        key, target = str(spec.watch.secret), spec.trigger
+        token = f"Keboola token {str(target.secret)!r} at {target.stack_url}"
+        place = f"components/{quote(target.component_id)}/configs/{quote(target.configuration_id)}"
+        for batch_id in spec.watch.batch_ids:
+            unknown = "a wrong id, or one of a project that the key is not of"
+            yield f"batch {batch_id} with key {key!r}", self._batch(key, batch_id), unknown
+        yield token, self._token(target), "no stack of Keboola is there"
+        unknown = "no such configuration in the token's project"
+        yield f"{place} with {token}", self._configuration(target, place), unknown
+
+    async def _batch(self, key: str, batch_id: str) -> str:
+        batch = await self._steps.openai.retrieve(await self._steps._secret(key), batch_id)
+        return f"{batch.status}, {batch.requests_completed} of {batch.requests_total} requests"
+
+    async def _token(self, target: KeboolaTrigger) -> str:
+        told = await self._ask(target, "tokens/verify")
+        owner = told.get("owner")
+        project = owner.get("name") if isinstance(owner, dict) else None
+        return (
+            f"a token of project {short(project)}, expires: {short(told.get('expires') or 'never')}"
+        )
+
+    async def _configuration(self, target: KeboolaTrigger, place: str) -> str:
+        return f"configuration {short((await self._ask(target, place)).get('name'))}"
+
+    async def _ask(self, target: KeboolaTrigger, path: str) -> dict[str, Any]:
+        token = await self._steps._secret(str(target.secret))
+        told = await self._steps.keboola.storage(target.stack_url, token, path)
+        return told if isinstance(told, dict) else {}
+
+    def _source(self, spec: IngestSpec) -> Iterator[tuple[str, Coroutine[Any, Any, str], str]]:
+        source = spec.ingest
+        remote = isinstance(source, ApiSource) or source.remote
+        call = self._url(source) if remote else self._files(source.place)
+        yield f"source {shown_url(source.place)}", call, "nothing is there"
+
+    async def _url(self, source: CsvSource | ApiSource) -> str:
+        secret = await self._steps.secret_of(source)
+        with tempfile.TemporaryFile() as sink:
+            try:
+                async with asyncio.timeout(CALL_DEADLINE):
+                    got = await self._steps.web.get(source, source.place, secret, sink=sink)
+            except TimeoutError:
+                if not sink.tell():
+                    raise SourceError("no answer in time") from None
+                return f"is sending, for more than {CALL_DEADLINE:.0f} s"
+        return f"answered {got.status}"
+
+    async def _files(self, path: str) -> str:
+        return await asyncio.to_thread(readable_files, str(self._steps.config.base / path))
+
+
+def readable_files(path: str) -> str:
+    files = [file for file in glob.glob(path, recursive=True) if Path(file).is_file()]
+    unreadable = [file for file in files if not os.access(file, os.R_OK)]
+    if unreadable or not files:
+        missing = f"cannot be read: {unreadable[0]}" if unreadable else f"there is no file {path}"
+        raise SourceError(missing, status=403 if unreadable else 404)
+    return f"{len(files)} files"
+
+
+async def examine(config: Config, store: Store, vault: Vault) -> list[Finding]:
+    """What `validate --online` finds."""
+    settings = config.settings
+    openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
+    upstreams = openai, Keboola(), Web()
+    try:
+        return await Doctor(Steps(config, store, vault, *upstreams)).examine(config.jobs or [])
+    finally:
+        for upstream in upstreams:
+            await upstream.close()
 
 
 # ── Desk ──────────────────────────────────────────────────────────────────────────────────────
@@ -8854,17 +9026,27 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
 
 
 async def cmd_validate(args: argparse.Namespace, config: Config) -> int:
-    """Everything `start` would refuse, and that every stored secret decrypts."""
+    """Everything `start` would refuse, that every stored secret decrypts, and what would change;
+    --online also asks the other sides."""
+    vault = Vault(config.settings)
     async with Store(config.settings.database) as store:
-        problems = await every_problem(config, store, Vault(config.settings), unused=True)
-        rows = await store.secrets()
-    for warning in config.warnings:
-        print(redact(f"warning: {warning}"), file=sys.stderr)
-    if problems:
-        raise Invalid(problems)
+        problems = await every_problem(config, store, vault, unused=True)
+        rows, stored = await store.secrets(), await store.jobs()
+        for warning in config.warnings:
+            print(redact(f"warning: {warning}"), file=sys.stderr)
+        if problems:
+            raise Invalid(problems)
+        findings = await examine(config, store, vault) if args.online else []
     jobs, names = config.jobs or [], sorted({*(r.name for r in rows), *config.secrets})
-    text = f"{config.path} is good: {len(jobs)} jobs, {len(names)} secrets"
-    return report(args, {"valid": True, "jobs": [j.name for j in jobs], "secrets": names}, text)
+    fired = {target_of(job.spec): f"job {job.name!r}" for job in stored if job.status in FIRED}
+    mine = [job for job in stored if job.origin == "file"]
+    changes = plan(jobs, mine, fired) if config.jobs is not None else []
+    text = [f"{config.path} is good: {len(jobs)} jobs, {len(names)} secrets", *changes]
+    text += [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
+    shown = {"valid": True, "jobs": [j.name for j in jobs], "secrets": names, "changes": changes}
+    shown["online"] = [f._asdict() for f in findings]
+    report(args, shown, "\n".join(text))
+    return int(not all(f.good for f in findings))
 
 
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
@@ -9470,7 +9652,10 @@ def make_parser() -> argparse.ArgumentParser:
     init.add_argument(
         "--new-key", action="store_true", help="even where secrets are sealed already"
     )
-    add(commands, "validate", cmd_validate, "check jobs.yaml and every secret")
+    validate = add(commands, "validate", cmd_validate, "check jobs.yaml and every secret")
+    validate.add_argument("--online", action="store_true", help="ask the other sides, too")
+    doctor = add(commands, "doctor", cmd_validate, "validate --online")
+    doctor.set_defaults(online=True)
     start = add(commands, "start", cmd_start, "run the service")
     start.add_argument("--daemon", action="store_true", help="in the background")
     add(commands, "stop", cmd_stop, "stop the service gracefully")
