@@ -10,10 +10,15 @@ uses only what stands above it:
     Constants     every number, with its unit and its reason
     Redaction     what keeps secrets out of logs and messages
     Errors        what can go wrong, and what follows from it
-    Model         what a job, a batch, a trigger is; the edge where input is validated
+    Model         texts, times and intervals as people and programs give them
+    Job           what a job is, nested as in jobs.yaml or flat; the edge of validation
+    Settings      what the environment and the head of jobs.yaml may say
+    Rows          what the store has of a job, a batch, a trigger, a run
     Decisions     the tables of states and the pure functions that say what to do next
     Secrets       master keys and encryption
-    Config        jobs.yaml, .env and the environment into settings and jobs
+    YAML          jobs.yaml as data that knows its lines; wrong values in words
+    Configuration jobs.yaml, .env and the environment into settings and jobs
+    Plan          what a changed jobs.yaml would do
     Store         the one place with SQL
     Upstreams     the one place that calls OpenAI, Keboola and the sources of ingests
     Ingest        records out of files and pages, and what they become; writes nothing
@@ -104,7 +109,6 @@ from collections.abc import (
     Sequence,
 )
 from contextvars import ContextVar
-from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -245,19 +249,14 @@ LOG_BYTES = 10_000_000  # per log file, five are kept
 PRUNE_SECONDS = 3600.0  # s between looks for log rows past their time
 PRUNE_ROWS = 1000  # of them are deleted in one transaction, so that it stays short
 
-BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
-VALUE_TEXT = "printable ASCII, without control characters, not empty"
-SHORTEST = 6  # characters of a secret
-MESSAGE = 8_000  # characters of an error
-PRINTABLE = r"^\s*[!-~][ -~]{4,}[!-~]\s*$"  # a short one would be redacted out of any text
-HOSTS = r"^\s*(([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:\d+)?\s*(,\s*|$))*$"
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+# ── Redaction ─────────────────────────────────────────────────────────────────────────────────
+
+
 KEY_SHAPES = re.compile(  # OpenAI's, Keboola's, a password in a URL
     r"(?<![\w-])sk-(?=[\w-]*\d)[A-Za-z0-9_-]{12,}|\b\d+-\d+-[A-Za-z0-9]{20,}\b|(?<=://)[^/\s@]+(?=@)"
 )
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-# ── Redaction ─────────────────────────────────────────────────────────────────────────────────
+SHORTEST = 6  # characters of a secret
 
 
 class SecretValue:
@@ -341,6 +340,9 @@ class RedactingFilter(logging.Filter):
 
 
 # ── Errors ────────────────────────────────────────────────────────────────────────────────────
+
+
+MESSAGE = 8_000  # characters of an error
 
 
 class TeckoError(Exception):
@@ -538,6 +540,9 @@ TriggerState = Literal[
 ]
 
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
 EARLIEST, LATEST = 946_684_800.0, 4_102_444_800.0  # 2000 and 2100, unix seconds
 
 
@@ -738,12 +743,8 @@ Pace = Annotated[  # of a watch
     ),
 ]
 SecretName = Annotated[str | int, PlainValidator(secret_name, json_schema_input_type=Letters | int)]
-Whole = Annotated[int, BeforeValidator(not_bool, json_schema_input_type=int)]
-Port = Annotated[
-    int,
-    Field(ge=0, le=65535),
-    BeforeValidator(not_bool, json_schema_input_type=Annotated[int, Field(ge=0, le=65535)]),
-]
+Whole = Annotated[int, BeforeValidator(not_bool)]
+Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(not_bool)]
 StackUrl = Annotated[
     str,
     AfterValidator(clean_stack_url),
@@ -785,6 +786,9 @@ OnAmbiguous = Annotated[
         " may start a second job; hold sends nothing and waits for `job retry`."
     ),
 ]
+
+
+# ── Job ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def title_of(model: type[Any]) -> str:
@@ -991,14 +995,6 @@ class AnyJob(StrictModel):
 
     name: Name
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_interval(cls, data: Any, info: ValidationInfo) -> Any:
-        default = (info.context or {}).get("default_interval")
-        if default is None or not isinstance(data, dict) or {*POLL_INTERVAL.choices} & data.keys():
-            return data
-        return {"poll_interval": default, **data}
-
 
 class JobSpec(AnyJob):
     """A job that watches batches, as its author wrote it."""
@@ -1022,21 +1018,25 @@ class IngestSpec(AnyJob):
 Spec = JobSpec | IngestSpec
 
 
-def absent(description: str) -> Any:
+def absent(**said: str) -> Any:
     """A field that may be left out, and has then no value that could be given as well."""
-    return Field(default_factory=lambda: None, description=description)
+    return Field(default_factory=lambda: None, **cast(Any, said))
 
 
 class FlatJob(AnyJob):
     """A watching job on one level, as the REST API and the command line have it."""
 
-    batch_ids: BatchIds = absent("1 to 10 different ids, each batch_ with letters, digits, _ or -")
-    batch_id: BatchId = absent("one batch, in place of batch_ids")
-    openai_secret: SecretName = absent("the name of a secret of type openai")
-    openai_secret_id: SecretName = absent("the id of a stored secret, in place of its name")
+    batch_ids: BatchIds = absent()
+    batch_id: BatchId = absent(description="one batch, in place of batch_ids")
+    openai_secret: SecretName = absent(description="the name of a secret of type openai")
+    openai_secret_id: SecretName = absent(
+        description="the id of a stored secret, in place of its name"
+    )
     trigger_when: TriggerWhen = "all_completed"
-    keboola_secret: SecretName = absent("the name of a secret of type keboola")
-    keboola_secret_id: SecretName = absent("the id of a stored secret, in place of its name")
+    keboola_secret: SecretName = absent(description="the name of a secret of type keboola")
+    keboola_secret_id: SecretName = absent(
+        description="the id of a stored secret, in place of its name"
+    )
     keboola_stack_url: StackUrl
     keboola_component_id: Component
     keboola_configuration_id: Configuration
@@ -1057,17 +1057,13 @@ class FlatJob(AnyJob):
 
     def to_spec(self) -> JobSpec:
         """The same job, nested. What is in it was validated here already."""
-        secrets = (
-            self.openai_secret or self.openai_secret_id,
-            (self.keboola_secret or self.keboola_secret_id),
-        )
         watch = OpenAIBatches.model_construct(
-            secret=secrets[0],
+            secret=self.openai_secret or self.openai_secret_id,
             batch_ids=self.batch_ids or [self.batch_id],
             trigger_when=self.trigger_when,
         )
         trigger = KeboolaTrigger.model_construct(
-            secret=secrets[1],
+            secret=self.keboola_secret or self.keboola_secret_id,
             stack_url=self.keboola_stack_url,
             component_id=self.keboola_component_id,
             configuration_id=self.keboola_configuration_id,
@@ -1098,21 +1094,15 @@ def flat_fields(spec: Spec) -> dict[str, Any]:
     }
 
 
-def all_optional(name: str, doc: str, model: type[BaseModel]) -> type[StrictModel]:
-    """The fields of a model, none of which has to be given, and none of which has a default."""
-    fields: dict[str, Any] = {}
-    for field_name, info in model.model_fields.items():
-        given, none = copy(info), absent("")
-        given.default, given.default_factory = none.default, none.default_factory
-        fields[field_name] = (info.annotation, given)
-    extra = ConfigDict(json_schema_extra={"minProperties": 1})
-    base = type(name, (StrictModel,), {"model_config": extra, "__doc__": doc})
-    return create_model(name, __base__=base, __doc__=doc, **fields)
+class JobChanges(FlatJob):
+    """What can be changed of a job that did not come from jobs.yaml."""
 
+    name: Name = absent()
+    keboola_stack_url: StackUrl = absent()
+    keboola_component_id: Component = absent()
+    keboola_configuration_id: Configuration = absent()
 
-JobChanges = all_optional(
-    "JobChanges", "What can be changed of a job that did not come from jobs.yaml.", FlatJob
-)
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
 
 def changed(spec: Spec, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -1152,6 +1142,9 @@ def secrets_of(job: Mapping[str, Any]) -> Iterator[tuple[Place, str, str | int]]
             yield tuple(field_name.split(".")), kind, cast(str | int, value)
 
 
+# ── Settings ──────────────────────────────────────────────────────────────────────────────────
+
+
 class SecretRef(StrictModel):
     """A secret that lives outside of the store: exactly one of `env` and `file`."""
 
@@ -1170,6 +1163,10 @@ class SecretRef(StrictModel):
         return self
 
 
+VALUE_TEXT = "printable ASCII, without control characters, not empty"
+PRINTABLE = r"^\s*[!-~][ -~]{4,}[!-~]\s*$"  # a short one would be redacted out of any text
+
+
 class SecretBody(StrictModel):
     """A secret to store."""
 
@@ -1180,6 +1177,7 @@ class SecretBody(StrictModel):
     )
 
 
+HOSTS = r"^\s*(([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:\d+)?\s*(,\s*|$))*$"
 SECONDS = "whole seconds, 1 to 86400"
 
 
@@ -1256,6 +1254,9 @@ class JobsFile(StrictModel):
         None, description="a block of name: {type, env or file}"
     )
     jobs: list[Any] | None = Field(None, description="a list of jobs")
+
+
+# ── Rows ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(slots=True)  # a frozen one takes five times as long to make, which each check does
@@ -2020,7 +2021,7 @@ class Vault:
         self.load(required=True)
 
 
-# ── Config ────────────────────────────────────────────────────────────────────────────────────
+# ── YAML ──────────────────────────────────────────────────────────────────────────────────────
 
 Place = tuple[str | int, ...]  # ("jobs", 0, "watch", "batch_ids")
 Mark = tuple[int, int]  # line and column, from 1
@@ -2348,6 +2349,8 @@ def invalid(faults: Iterable[Fault]) -> Invalid:
 def read_job(data: Any, context: Mapping[str, Any]) -> tuple[Spec | None, list[Fault]]:
     """A job in any of its forms, or None and its faults by the names of the form it is in."""
     form = form_of(data)
+    if isinstance(data, dict) and not {*POLL_INTERVAL.choices} & data.keys():
+        data = {"poll_interval": context.get("default_interval", 120)} | data
     job, faults = validated(form, data, context)
     if form is not FlatJob:
         return job, faults
@@ -2366,6 +2369,9 @@ def job_spec(data: Any, context: Mapping[str, Any] = MappingProxyType({})) -> Sp
     if spec is None:
         raise invalid(faults)
     return spec
+
+
+# ── Configuration ─────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
@@ -2633,6 +2639,9 @@ def all_problems(
 
 
 Target = tuple[str, str, str, frozenset[str]]
+
+
+# ── Plan ──────────────────────────────────────────────────────────────────────────────────────
 
 
 FIRED = ("triggering", "triggered", "completed", "completed_with_failures")
@@ -9570,7 +9579,7 @@ async def cmd_explain(args: argparse.Namespace, config: Config) -> int:
 def cmd_schema(args: argparse.Namespace) -> int:
     """The JSON Schema of jobs.yaml, for editors."""
     jobs: Any = list[JobSpec | FlatJob | IngestSpec] | None
-    whole = create_model("JobsYaml", __base__=JobsFile, jobs=(jobs, None))
+    whole = create_model("JobsYaml", __base__=JobsFile, __doc__="jobs.yaml", jobs=(jobs, None))
     say(json.dumps(whole.model_json_schema(), indent=2))
     return 0
 

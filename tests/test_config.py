@@ -1170,6 +1170,28 @@ def test_the_example_loads_as_it_is(tmp_path: Path) -> None:
     assert (job.poll_interval, job.trigger.variables) == (120, {"region": "eu"})
 
 
+def test_the_schema_speaks_to_an_editor() -> None:
+    """Completion and hover show words, no class names, and say what a value does."""
+    schemas = [m.model_json_schema() for m in (tecko.JobSpec, tecko.FlatJob, tecko.IngestSpec)]
+    models = [m for schema in schemas for m in (schema, *schema.get("$defs", {}).values())]
+    assert not {m.get("title") for m in models} & set(vars(tecko))
+    said = schemas[1]["properties"]["on_ambiguous"]["description"]
+    block = schemas[0]["$defs"]["KeboolaTrigger"]["properties"]
+    assert said == block["on_ambiguous"]["description"]
+    assert "resend sends it again" in said and "hold sends nothing" in said
+
+
+def test_the_flat_form_has_every_field_of_the_nested_one() -> None:
+    """A new field of jobs.yaml cannot be forgotten in REST and on the command line."""
+    text = GOOD.replace("all_completed", "all_finished").replace("resend", "hold")
+    with tempfile.TemporaryDirectory() as folder:
+        [job] = watching(load(Path(folder), text))
+    flat = tecko.flat_fields(job)
+    assert tecko.job_spec(flat) == job
+    names = flat.keys() | {"batch_id", "openai_secret_id", "keboola_secret_id"}
+    assert names == tecko.FlatJob.model_fields.keys() == tecko.JobChanges.model_fields.keys()
+
+
 MODELS = [
     *(tecko.JobsFile, tecko.AdminBlock, tecko.SecretRef, tecko.JobSpec),
     *(tecko.OpenAIBatches, tecko.KeboolaTrigger),
