@@ -433,6 +433,34 @@ async def test_a_key_file_that_cannot_be_written(tmp_path: Path, phase: str) -> 
         getattr(vault, phase)(*([set()] if phase == "end_rotation" else []))
 
 
+def told(folder: Path, *args: str, **env: str) -> tuple[int, str]:
+    """How a command ended, and all that it said."""
+    ran = run_program(*args, cwd=folder, env=env)
+    return ran.returncode, ran.stdout + ran.stderr
+
+
+async def test_init_makes_no_key_that_opens_nothing(tmp_path: Path) -> None:
+    """Where secrets are sealed a lost key is not replaced, unless somebody insists."""
+    file = key_file(tmp_path, MASTER_KEY)
+    async with tecko.Store(tmp_path / "teckochecker.db") as store:
+        await stored(store, loaded(tmp_path), 2)
+    file.unlink()
+    code, said = told(tmp_path, "init")
+    assert code == 1 and not file.exists()
+    assert "name-0, name-1" in said and "--new-key" in said and str(file) in said
+    assert told(tmp_path, "init", "--new-key")[0] == 0 and file.exists()
+
+
+async def test_a_rotation_says_which_files_it_changed(tmp_path: Path) -> None:
+    """The database, the key file and where the key of before is; and that a copy is needed."""
+    file = key_file(tmp_path, MASTER_KEY)
+    async with tecko.Store(tmp_path / "teckochecker.db") as store:
+        await stored(store, loaded(tmp_path), 2)
+    code, said = told(tmp_path, "secret", "rotate")
+    assert code == 0 and f"2 secrets of {tmp_path}/teckochecker.db" in said
+    assert f"back up {file} (the one before is in {file}.old)" in said
+
+
 def test_init_with_a_key_file_that_cannot_be_written(tmp_path: Path) -> None:
     """One line on stderr, exit code 1, and nothing half made."""
     ran = run_program("init", cwd=tmp_path, env={"SECRET_KEY_FILE": "nowhere/secret.key"})
