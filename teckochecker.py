@@ -342,18 +342,16 @@ class RedactingFilter(logging.Filter):
 # ── Errors ────────────────────────────────────────────────────────────────────────────────────
 
 
-MESSAGE = 8_000  # characters of an error
-
-
 class TeckoError(Exception):
     """Something that a person is told in one line; `hint` says what to do, where we know it."""
 
     code = 1000
     http_status = 400
     permanent = True  # trying again without a change elsewhere cannot help
+    longest = 8_000  # characters of the message
 
     def __init__(self, message: str, *, hint: str = "", code: int = 0) -> None:
-        super().__init__(excerpt(message, MESSAGE).encode(errors="replace").decode())
+        super().__init__(excerpt(message, self.longest).encode(errors="replace").decode())
         self.hint = hint
         self.code = code or type(self).code
 
@@ -415,6 +413,7 @@ class Invalid(TeckoError):
 
     code = 1004
     http_status = 422
+    longest = 1 << 20  # each of its lines is bounded
 
     def __init__(self, problems: Iterable[Problem | str], *, hint: str = "") -> None:
         given = (Problem(found=p) if isinstance(p, str) else p for p in problems)
@@ -724,11 +723,9 @@ BatchIds = Annotated[
 ]
 Written = Annotated[str, StringConstraints(pattern=r"^\s*\d{1,6}\s*[smh]?\s*$")]
 WrittenPace = Annotated[str, StringConstraints(pattern=r"^(\s*\d{1,6}\s*[smh]?\s*|auto)$")]
+Seconds = Annotated[int, BeforeValidator(parse_interval, json_schema_input_type=int | Written)]
 Interval = Annotated[
-    int,
-    BeforeValidator(parse_interval, json_schema_input_type=int | Written),
-    AfterValidator(within_bounds),
-    Field(description="seconds, or 30s, 2m, 1h"),
+    Seconds, AfterValidator(within_bounds), Field(description="seconds, or 30s, 2m, 1h")
 ]
 Pace = Annotated[  # of a watch
     int | Literal["auto"],
@@ -753,14 +750,10 @@ StackUrl = Annotated[
         json_schema_extra={"pattern": r"^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@\s]+/?$"},
     ),
 ]
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Variables = Annotated[
-    dict[Label, Annotated[str, StringConstraints(min_length=1)]],
-    BeforeValidator(
-        texts,
-        json_schema_input_type=dict[
-            Letters, Annotated[str, StringConstraints(min_length=1)] | float | bool
-        ],
-    ),
+    dict[Label, NonEmpty],
+    BeforeValidator(texts, json_schema_input_type=dict[Letters, NonEmpty | float | bool]),
     AfterValidator(not_reserved),
     Field(
         description="names with non-empty values, none of TeckoChecker's own names\n"
@@ -875,11 +868,7 @@ class Since(ShortForm):
 
     field: Label = Field(description="the field of a record that tells when it changed, dotted")
     param: Label = Field("since", description="the query parameter")
-    overlap: Annotated[
-        int,
-        BeforeValidator(parse_interval, json_schema_input_type=int | Written),
-        Field(ge=0, le=10**7),
-    ] = Field(
+    overlap: Annotated[Seconds, Field(ge=0, le=10**7)] = Field(
         300,  # a source may be late to show a record under its own time stamp
         description="seconds, or 30s, 5m, 1h; what is that old is asked for again",
     )
@@ -1058,12 +1047,12 @@ class FlatJob(AnyJob):
     def to_spec(self) -> JobSpec:
         """The same job, nested. What is in it was validated here already."""
         watch = OpenAIBatches.model_construct(
-            secret=self.openai_secret or self.openai_secret_id,
+            secret=self.openai_secret_id if self.openai_secret is None else self.openai_secret,
             batch_ids=self.batch_ids or [self.batch_id],
             trigger_when=self.trigger_when,
         )
         trigger = KeboolaTrigger.model_construct(
-            secret=self.keboola_secret or self.keboola_secret_id,
+            secret=self.keboola_secret_id if self.keboola_secret is None else self.keboola_secret,
             stack_url=self.keboola_stack_url,
             component_id=self.keboola_component_id,
             configuration_id=self.keboola_configuration_id,
@@ -1124,6 +1113,7 @@ def form_of(data: object) -> type[JobSpec | IngestSpec | FlatJob]:
     return FlatJob if flat and not {"watch", "trigger"} & data.keys() else JobSpec
 
 
+Place = tuple[str | int, ...]  # ("jobs", 0, "watch", "batch_ids")
 SECRETS_OF = {  # where a job names a secret, nested or flat, and of which type it has to be
     **{"watch.secret": "openai", "trigger.secret": "keboola", "ingest.secret": "api"},
     **{"openai_secret": "openai", "openai_secret_id": "openai"},
@@ -1154,7 +1144,9 @@ class SecretRef(StrictModel):
 
     type: SecretType
     env: Label | None = Field(None, description="the name of an environment variable")
-    file: Location | None = Field(None, description="the path of a file with nothing but the value")
+    file: Annotated[Location, AfterValidator(clean_path)] | None = Field(
+        None, description="the path of a file with nothing but the value"
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> SecretRef:
@@ -1817,7 +1809,7 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 def read_text(path: Path, most: int) -> str:
     """The text of a regular file. Raises OSError, also for a pipe, which would block whoever waits
     for its end, and for more than `most` bytes; and UnicodeDecodeError."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         data = file.read(most + 1)
@@ -2023,7 +2015,6 @@ class Vault:
 
 # ── YAML ──────────────────────────────────────────────────────────────────────────────────────
 
-Place = tuple[str | int, ...]  # ("jobs", 0, "watch", "batch_ids")
 Mark = tuple[int, int]  # line and column, from 1
 PLAIN_INT = r"-?(?:0|[1-9][0-9]{0,17})"
 YAML_BYTES = 10 << 20  # of jobs.yaml: some 20,000 jobs
@@ -2071,7 +2062,6 @@ class Block(dict[str, Any]):
     """A mapping of jobs.yaml; `marks` tells where each of its keys stands."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.marks: dict[str | int, Mark] = {}
 
 
@@ -2079,7 +2069,6 @@ class Items(list[Any]):
     """A list of jobs.yaml; `marks` tells where each of its items stands."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.marks: dict[str | int, Mark] = {}
 
 
@@ -2272,13 +2261,10 @@ def located(model: type[BaseModel], path: Place) -> tuple[Place, type[BaseModel]
     place: Place = ()
     choice = [model]
     for part in path:
-        tagged = (
-            [m for m in choice if str(part) in get_args(m.model_fields["type"].annotation)]
-            if len(choice) > 1
-            else []
-        )
-        if tagged or part == "[key]":
-            choice = tagged or choice
+        if len(choice) > 1 and part in SOURCES:
+            choice = [SOURCES[str(part)]]
+            continue
+        if part == "[key]":
             continue
         place = (*place, part)
         info = choice[0].model_fields.get(str(part)) if choice else None
@@ -2294,10 +2280,8 @@ def unknown_key(place: Place, model: type[BaseModel]) -> Fault:
         return Fault(place, said)
     if model is IngestSpec and place[-1] in ("watch", "trigger"):
         return Fault(place, "does not go with ingest; a job has watch and trigger, or ingest")
-    known = sorted(
-        {*model.model_fields}
-        | ({"watch", "trigger", "ingest"} if issubclass(model, AnyJob) else set())
-    )
+    others = ("watch", "trigger", "ingest") if issubclass(model, AnyJob) else ()
+    known = sorted({*model.model_fields, *others})
     return Fault(place, f"{UNKNOWN_KEY}{meant(place[-1], known)}", ", ".join(known))
 
 
@@ -2406,9 +2390,9 @@ def database_of(url: str, base: Path, where: str) -> dict[str, Any]:
     database are one."""
     scheme, found, rest = url.partition("://")
     if found and scheme in ("postgresql", "postgres"):
-        SecretValue(unquote(urlsplit(url).password or ""))
+        SecretValue(unquote(urlsplit(url).password or ""), "DATABASE_URL's password")
         beside = base / "teckochecker.db"  # which is not there, but what lies beside it is
-        return {"database": beside.resolve(), "database_url": SecretValue(url)}
+        return {"database": beside.resolve(), "database_url": SecretValue(url, "DATABASE_URL")}
     path = rest.removeprefix("/") if found else url
     local = scheme == "sqlite" and rest.startswith("/") if found else ":" not in url
     if path in ("", ":memory:"):
@@ -2638,12 +2622,10 @@ def all_problems(
     return sorted(problems, key=lambda problem: (problem.line, problem.column))
 
 
-Target = tuple[str, str, str, frozenset[str]]
-
-
 # ── Plan ──────────────────────────────────────────────────────────────────────────────────────
 
 
+Target = tuple[str, str, str, frozenset[str]]
 FIRED = ("triggering", "triggered", "completed", "completed_with_failures")
 
 

@@ -1188,6 +1188,10 @@ def test_the_flat_form_has_every_field_of_the_nested_one() -> None:
         [job] = watching(load(Path(folder), text))
     flat = tecko.flat_fields(job)
     assert tecko.job_spec(flat) == job
+    by_id = {k: v for k, v in flat.items() if "secret" not in k}
+    by_id |= {"openai_secret": 0, "keboola_secret_id": 0}
+    made = tecko.job_spec(by_id)
+    assert isinstance(made, tecko.JobSpec) and (made.watch.secret, made.trigger.secret) == (0, 0)
     names = flat.keys() | {"batch_id", "openai_secret_id", "keboola_secret_id"}
     assert names == tecko.FlatJob.model_fields.keys() == tecko.JobChanges.model_fields.keys()
 
