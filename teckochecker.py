@@ -2052,7 +2052,7 @@ def dotted(at: Place) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
 
 
-def meant(word: object, names: Iterable[str], closeness: float = 0.6) -> str:
+def meant(word: object, names: Iterable[str], closeness: float = 0.65) -> str:
     """A question after a word that nobody knows, where a known one is close to it."""
     close = difflib.get_close_matches(str(word)[:80], names, 1, closeness)
     return f" (did you mean {close[0]!r}?)" if close else ""

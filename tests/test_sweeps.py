@@ -222,10 +222,11 @@ async def test_a_list_that_does_not_pay_is_left_alone(world: World) -> None:
 
 async def test_a_batch_from_long_ago_costs_one_request_not_the_whole_list(world: World) -> None:
     """Thirty new ones and an old one with a thousand in between: a page and a retrieve."""
-    world.openai.batch("batch_old", created_at=1000)
+    world.openai.batch("batch_old", created_at=1_400_000_000)
     old = await world.job("old", batch_ids=["batch_old"])
     await world.steps.step(old)
-    world.openai.many(KEY, [f"batch_foreign_{n}" for n in range(1000)], created_at_start=2000)
+    foreign = [f"batch_foreign_{n}" for n in range(1000)]
+    world.openai.many(KEY, foreign, created_at_start=1_500_000_000)
     ids = await watch(world, 30)
     await world.steps.step_all(ids)
     world.clock.turn(INTERVAL)
