@@ -331,7 +331,7 @@ class RedactingFilter(logging.Filter):
             said = record.getMessage()
         except (TypeError, ValueError):  # a library's format string that does not fit
             said = f"{record.msg!r} {record.args!r}"
-        record.msg, record.args = redact(said), None
+        record.msg, record.args = excerpt(said, 20_000), None
         if record.exc_info:
             record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
         if record.stack_info:
@@ -1887,10 +1887,12 @@ def write_private(path: Path, text: str) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # without it a power loss may bring the old file back
         os.close(folder)
-    except OSError as e:
+    except BaseException as e:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft)
-        raise SecretError(f"cannot write {path}: {e.strerror}") from None
+        if isinstance(e, OSError):
+            raise SecretError(f"cannot write {path}: {e.strerror}") from None
+        raise
 
 
 class Vault:
@@ -2005,7 +2007,8 @@ class Vault:
     def old_file(self) -> Path:
         """Where the key file of before the last rotation is."""
         assert self.file is not None
-        return self.file.with_name(f"{self.file.name}.old")
+        file = self.file.resolve()
+        return file.with_name(f"{file.name}.old")
 
     def _write(self, texts: Sequence[str]) -> None:
         assert self.file is not None
