@@ -10,14 +10,20 @@ uses only what stands above it:
     Constants     every number, with its unit and its reason
     Redaction     what keeps secrets out of logs and messages
     Errors        what can go wrong, and what follows from it
-    Model         what a job, a batch, a trigger is; the edge where input is validated
+    Model         texts, times and intervals as people and programs give them
+    Job           what a job is, nested as in jobs.yaml or flat; the edge of validation
+    Settings      what the environment and the head of jobs.yaml may say
+    Rows          what the store has of a job, a batch, a trigger, a run
     Decisions     the tables of states and the pure functions that say what to do next
     Secrets       master keys and encryption
-    Config        jobs.yaml, .env and the environment into settings and jobs
+    YAML          jobs.yaml as data that knows its lines; wrong values in words
+    Configuration jobs.yaml, .env and the environment into settings and jobs
+    Plan          what a changed jobs.yaml would do
     Store         the one place with SQL
     Upstreams     the one place that calls OpenAI, Keboola and the sources of ingests
     Ingest        records out of files and pages, and what they become; writes nothing
     Steps         load, ask, decide, record, act
+    Doctor        what `validate --online` asks the other sides
     Desk          what people and programs may ask for, each rule once
     Service       scheduler, reload, health, start, drain, stop
     Metrics       what Prometheus is told
@@ -53,6 +59,8 @@ import base64
 import codecs
 import contextlib
 import csv
+import difflib
+import errno
 import fcntl
 import gc
 import getpass
@@ -78,6 +86,7 @@ import secrets as randomness
 import signal
 import socket
 import sqlite3
+import stat
 import struct
 import subprocess
 import sys
@@ -125,11 +134,12 @@ from typing import (
     cast,
     get_args,
 )
-from urllib.parse import parse_qs, quote, quote_plus, urljoin, urlsplit
+from urllib.parse import parse_qs, quote, quote_plus, unquote, urljoin, urlsplit
 
 import orjson
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -146,7 +156,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
@@ -209,67 +218,43 @@ DATA_FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")  # what H
 SOURCE_DEADLINE = 120.0  # s for one page of a source
 DOWNLOAD_DEADLINE = 3600.0  # s for a file behind a URL
 INGESTS_AT_ONCE = 2  # more would only take turns on the same processor and the same store
-SINCE_OVERLAP = 300  # s that a source may be late to show a record under its own time stamp
+DELETE_ROWS = 5000  # of a deleted job's records in one transaction, so that it stays short
 
 HTTP_ANSWER = 5.0  # s that a route may take before its caller is answered without the result
 LOG_BYTES = 10_000_000  # per log file, five are kept
 
-BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
-VALUE_TEXT = "printable ASCII, without control characters, not empty"
-PRINTABLE = r"^\s*[!-~][ -~]{4,}[!-~]\s*$"  # a short one would be redacted out of any text
-HOSTS = r"^\s*(([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:\d+)?\s*(,\s*|$))*$"
-ORIGIN = r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?"
-ORIGINS = rf'(?i)^\s*\[?\s*("?{ORIGIN}"?\s*(,\s*|\]?\s*$))*$'  # a JSON list will do, too
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-KEY_SHAPES = re.compile(  # OpenAI's, Keboola's, a password in a URL
-    r"sk-[A-Za-z0-9_-]{12,}|\b\d+-\d+-[A-Za-z0-9]{20,}\b|(?<=://)[^/\s@]+(?=@)"
-)
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-FIRST_JOBS_FILE = """\
-# TeckoChecker's jobs. jobs.yaml.example explains every key.
-# After an edit: teckochecker.py validate, then restart the service or send it SIGHUP.
-
-database: teckochecker.db
-admin: {host: 127.0.0.1, port: 8000}
-
-secrets: {}
-#  openai-prod:  {type: openai,  env: OPENAI_API_KEY}
-#  keboola-prod: {type: keboola, env: KEBOOLA_TOKEN}
-
-jobs: []
-#  - name: nightly-classification
-#    poll_interval: 2m
-#    watch:   {type: openai_batches, secret: openai-prod, batch_ids: [batch_abc123]}
-#    trigger:
-#      type: keboola
-#      secret: keboola-prod
-#      stack_url: https://connection.eu-central-1.keboola.com
-#      component_id: kds-team.app-custom-python
-#      configuration_id: "123456"
-"""
 
 # ── Redaction ─────────────────────────────────────────────────────────────────────────────────
 
 
+KEY_SHAPES = re.compile(  # OpenAI's, Keboola's, a password in a URL
+    r"(?<![\w-])sk-(?=[\w-]*\d)[A-Za-z0-9_-]{12,}|\b\d+-\d+-[A-Za-z0-9]{20,}\b|(?<=://)[^/\s@]+(?=@)"
+)
+SHORTEST = 6  # characters of a secret
+
+
 class SecretValue:
     """A secret in memory: prints as ***, and from its making on is cut out of every log line
-    and error message. `reveal()` is for the one call that needs it."""
+    and error message. `reveal()` is for the one call that needs it.
+
+    `place` says where the value comes from (the name of a secret or of a setting). The last two
+    values of a place are known: a request with the one before may be under way, and a file that
+    is rewritten for ever must not fill the memory. A value of fewer than SHORTEST characters is
+    not cut out, since it would be found in any text; no secret is that short, see `clean_secret`.
+    """
 
     __slots__ = ("_value",)
-    known: ClassVar[set[str]] = set()
-    pattern: ClassVar[re.Pattern[str]] = KEY_SHAPES
+    known: ClassVar[dict[str, dict[str, set[str]]]] = {}  # by place, by value: what it looks like
+    forms: ClassVar[list[str]] = []  # of all that are known, the longest first
 
-    def __init__(self, value: str) -> None:
+    def __init__(self, value: str, place: str = "") -> None:
         self._value = value
-        doubled = value.replace("\\", "\\\\")  # as repr has it, whichever quotes it chooses
-        forms = {value, doubled, doubled.replace("'", "\\'"), json.dumps(value)[1:-1]}
-        forms |= {quote(value, safe=""), quote(value), quote_plus(value)}
-        if not forms <= SecretValue.known:
-            SecretValue.known |= forms
-            longest_first = sorted(SecretValue.known, key=len, reverse=True)
-            either = "|".join([*map(re.escape, longest_first), KEY_SHAPES.pattern])
-            SecretValue.pattern = re.compile(either)
+        there = SecretValue.known.get(place or value, {})
+        if value not in there and len(value) >= SHORTEST:
+            before = list(there.items())[-1:]
+            SecretValue.known[place or value] = dict([*before, (value, forms_of(value))])
+            kept = [f for values in SecretValue.known.values() for f in values.values()]
+            SecretValue.forms = sorted(set().union(*kept), key=len, reverse=True)
 
     def reveal(self) -> str:
         return self._value
@@ -280,9 +265,35 @@ class SecretValue:
     __str__ = __repr__
 
 
+def forms_of(value: str) -> set[str]:
+    """What a value looks like as it is, in JSON, in a URL, and as repr has it, whichever quotes it
+    chooses."""
+    doubled = value.replace("\\", "\\\\")
+    quoted = {doubled, doubled.replace("'", "\\'"), json.dumps(value)[1:-1]}
+    return {value, *quoted, quote(value, safe=""), quote(value), quote_plus(value)}
+
+
 def redact(text: str) -> str:
-    """`text` without any secret's value, nor anything that has the shape of a key."""
-    return SecretValue.pattern.sub("***", text)
+    """`text` without any secret's value, nor anything that has the shape of a key. One search for
+    each value: a pattern of all of them takes a second to compile, and is new with each value."""
+    for form in SecretValue.forms:
+        if form in text:
+            text = text.replace(form, "***")
+    return KEY_SHAPES.sub("***", text)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a secret's value that we know is in a text."""
+    return any(form in text for form in SecretValue.forms)
+
+
+def excerpt(text: str, most: int) -> str:
+    """The redacted beginning of a text. It is cut before it is redacted, for it may be endless,
+    but not where a secret could be cut in half, which would then not be recognized."""
+    spare = max(1000, len(SecretValue.forms[0]) if SecretValue.forms else 0)
+    if len(text) <= most + spare:
+        return redact(text)[:most]
+    return redact(text[: most + spare])[:-spare][:most]
 
 
 class RedactingFilter(logging.Filter):
@@ -294,7 +305,7 @@ class RedactingFilter(logging.Filter):
             said = record.getMessage()
         except (TypeError, ValueError):  # a library's format string that does not fit
             said = f"{record.msg!r} {record.args!r}"
-        record.msg, record.args = redact(said), None
+        record.msg, record.args = excerpt(said, 20_000), None
         if record.exc_info:
             record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
         if record.stack_info:
@@ -311,9 +322,10 @@ class TeckoError(Exception):
     code = 1000
     http_status = 400
     permanent = True  # trying again without a change elsewhere cannot help
+    longest = 8_000  # characters of the message
 
     def __init__(self, message: str, *, hint: str = "", code: int = 0) -> None:
-        super().__init__(redact(message).encode(errors="replace").decode())
+        super().__init__(excerpt(message, self.longest).encode(errors="replace").decode())
         self.hint = hint
         self.code = code or type(self).code
 
@@ -331,17 +343,56 @@ ERROR_NAMES = {  # what `error` is in an answer, by code
 }
 
 
+MISSING, UNKNOWN_KEY = "missing", "unknown key"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with what somebody gave.
+
+    `where` names the place as they wrote it (keboola_stack_url, or job 'x': watch.secret); `found`
+    is what stands there, or the whole message where nothing is `allowed` instead. In a file there
+    are also `line` and `column` (from 1; 0 is unknown) and `source`, the text of that line.
+    """
+
+    where: str = ""
+    found: str = ""
+    allowed: str = ""
+    file: str = ""
+    line: int = 0
+    column: int = 0
+    source: str = ""
+
+    @property
+    def text(self) -> str:
+        """Without the place."""
+        if not self.found or not self.allowed:
+            return self.found or f"allowed: {self.allowed}"
+        if self.found == MISSING:
+            return f"{MISSING}; needed: {self.allowed}"
+        word = "" if self.found.startswith(UNKNOWN_KEY) else "found "
+        return f"{word}{self.found}; allowed: {self.allowed}"
+
+    def redacted(self) -> Problem:
+        where, found, source = map(redact, (self.where, self.found, self.source))
+        return replace(self, where=where, found=found, source=source)
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        return ": ".join(filter(None, (place, self.where, self.text)))
+
+
 class Invalid(TeckoError):
-    """Input that the model refuses: every problem found, one a line; `fields` names the places."""
+    """Input that the model refuses: every problem found, one a line."""
 
     code = 1004
     http_status = 422
+    longest = 1 << 20  # each of its lines is bounded
 
-    def __init__(
-        self, problems: Sequence[str], *, hint: str = "", fields: Sequence[tuple[str, str]] = ()
-    ) -> None:
-        super().__init__("\n".join(problems), hint=hint)
-        self.fields = [(place, redact(text)) for place, text in fields]
+    def __init__(self, problems: Iterable[Problem | str], *, hint: str = "") -> None:
+        given = (Problem(found=p) if isinstance(p, str) else p for p in problems)
+        self.problems = [p.redacted() for p in given]
+        super().__init__("\n".join(map(str, self.problems)), hint=hint)
 
 
 class NotFound(TeckoError):
@@ -456,9 +507,26 @@ TriggerState = Literal[
 ]
 
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+ORIGIN = r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?"
+ORIGINS = rf'(?i)^\s*\[?\s*("?{ORIGIN}"?\s*(,\s*|\]?\s*$))*$'  # a JSON list will do, too
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
+EARLIEST, LATEST = 946_684_800.0, 4_102_444_800.0  # 2000 and 2100, unix seconds
+
+
 def iso(at: float) -> str:
-    """A unix time as ISO 8601 in UTC, to the second."""
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    """A unix time as ISO 8601 in UTC, to the second. What no date can say becomes the nearest one
+    that can be said: a nonsense time in one row must not hide all the others."""
+    shown = min(253_402_300_799.0, max(-62_135_596_800.0, at))  # years 1 to 9999
+    return datetime.fromtimestamp(shown, UTC).isoformat(timespec="seconds")[:19] + "Z"
+
+
+def plausible(at: object) -> float | None:
+    """A unix time that another program named; None where it can be none, like milliseconds."""
+    if isinstance(at, bool) or not isinstance(at, int | float):
+        return None
+    return float(at) if EARLIEST <= at <= LATEST else None
 
 
 At = Annotated[  # unix seconds, shown as a date in answers
@@ -539,10 +607,11 @@ def clean_path(value: str) -> str:
     return clean_url(value) if "://" in value else value
 
 
-def safe_for_secret(url: str) -> None:
+def safe_for_secret(url: str) -> str:
     """A secret is not sent where others listen in."""
-    if url.startswith("http://") and urlsplit(url).hostname not in LOOPBACK:
+    if url.lower().startswith("http://") and urlsplit(url).hostname not in LOOPBACK:
         raise ValueError("a secret goes over https only")
+    return url
 
 
 def one_character(value: str) -> str:
@@ -589,111 +658,144 @@ RESERVED_VARIABLES = frozenset(
     """.split()
 )
 
-SOME_TEXT = {"anyOf": [{"type": "string", "minLength": 1, "maxLength": 255}, {"type": "number"}]}
-Text = Annotated[
+
+def as_given(value: object) -> object:
+    """A text may be given as a number: configuration_id: 123."""
+    return value
+
+
+Letters = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+Label = Annotated[  # a name or an id
     str,
     StringConstraints(min_length=1, max_length=255, strip_whitespace=True),
-    WithJsonSchema(SOME_TEXT, mode="validation"),
+    BeforeValidator(as_given, json_schema_input_type=Letters | float),
 ]
-Name = Annotated[Text, AfterValidator(a_name)]
+Location = Annotated[  # a URL or a path; a presigned URL of S3 has some 1,500 characters
+    str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True)
+]
+Name = Annotated[
+    Label, AfterValidator(a_name), Field(description="1 to 255 characters, not only digits")
+]
+SecretType = Annotated[
+    Literal["openai", "keboola", "api"], Field(description="openai, keboola or api")
+]
 BatchId = Annotated[str, StringConstraints(pattern=f"^{BATCH_ID.pattern}$")]
-Interval = Annotated[
-    int,
-    BeforeValidator(parse_interval),
-    AfterValidator(within_bounds),
-    WithJsonSchema(
-        {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^\d{1,6}\s*[smh]?$"}]}
-    ),
-]
-Pace = Annotated[  # of a watch
-    int | Literal["auto"],
-    BeforeValidator(lambda value: value if value == "auto" else parse_interval(value)),
-    AfterValidator(lambda value, info: value if value == "auto" else within_bounds(value, info)),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "integer"},
-                {"type": "string", "pattern": r"^(\d{1,6}\s*[smh]?|auto)$"},
-            ]
-        }
-    ),
-]
-SecretName = Annotated[
-    str | int,
-    PlainValidator(secret_name),
-    WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer"}]}),
-]
-Port = Annotated[
-    int,
-    Field(ge=0, le=65535),
-    BeforeValidator(not_bool),
-    WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 65535}),
-]
-StackUrl = Annotated[
-    str,
-    AfterValidator(clean_stack_url),
-    WithJsonSchema({"type": "string", "pattern": r"^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@\s]+/?$"}),
-]
-Variables = Annotated[
-    dict[Text, Annotated[str, StringConstraints(min_length=1)]],
-    BeforeValidator(texts),
-    AfterValidator(not_reserved),
-    WithJsonSchema(
-        {
-            "type": "object",
-            "propertyNames": {"minLength": 1, "maxLength": 255},
-            "additionalProperties": {"type": ["string", "number", "boolean"], "minLength": 1},
-        },
-        mode="validation",
-    ),
-]
-
-
-class Strict(BaseModel):
-    """Unknown keys are refused; numbers become text where text is meant (configuration_id: 12)."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, coerce_numbers_to_str=True, hide_input_in_errors=True
-    )
-
-
-class OpenAIBatches(Strict):
-    """The batches to watch, and when they count as done. A field's description is what an error
-    message says is allowed."""
-
-    type: Literal["openai_batches"] = Field("openai_batches", description="openai_batches")
-    secret: SecretName = Field(description="the name of a secret of type openai")
-    batch_ids: Annotated[list[BatchId], AfterValidator(without_twins)] = Field(
+BatchIds = Annotated[
+    list[BatchId],
+    AfterValidator(without_twins),
+    Field(
         min_length=1,
         max_length=10,
         json_schema_extra={"uniqueItems": True},
-        description="1 to 10 different ids, each batch_ with letters, digits, _ or -",
-    )
-    trigger_when: Literal["all_completed", "all_finished"] = Field(
-        "all_completed", description="all_completed or all_finished"
+        description="1 to 10 different ids, each batch_ with letters, digits, _ or -\n"
+        "Another set of ids is a new round: the job fires again when those are done.",
+    ),
+]
+Written = Annotated[str, StringConstraints(pattern=r"^\s*\d{1,6}\s*[smh]?\s*$")]
+WrittenPace = Annotated[str, StringConstraints(pattern=r"^(\s*\d{1,6}\s*[smh]?\s*|auto)$")]
+Seconds = Annotated[int, BeforeValidator(parse_interval, json_schema_input_type=int | Written)]
+Interval = Annotated[
+    Seconds, AfterValidator(within_bounds), Field(description="seconds, or 30s, 2m, 1h")
+]
+Pace = Annotated[  # of a watch
+    int | Literal["auto"],
+    BeforeValidator(
+        lambda value: value if value == "auto" else parse_interval(value),
+        json_schema_input_type=int | WrittenPace,
+    ),
+    AfterValidator(lambda value, info: value if value == "auto" else within_bounds(value, info)),
+    Field(
+        description="seconds, or 30s, 2m, 1h, or auto\n"
+        "How often the batches are checked; auto: often while a batch is young, then less."
+    ),
+]
+SecretName = Annotated[str | int, PlainValidator(secret_name, json_schema_input_type=Letters | int)]
+Whole = Annotated[int, BeforeValidator(not_bool)]
+Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(not_bool)]
+StackUrl = Annotated[
+    str,
+    AfterValidator(clean_stack_url),
+    Field(
+        description="https://connection.keboola.com or another stack, without a path",
+        json_schema_extra={"pattern": r"^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@\s]+/?$"},
+    ),
+]
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Variables = Annotated[
+    dict[Label, NonEmpty],
+    BeforeValidator(texts, json_schema_input_type=dict[Letters, NonEmpty | float | bool]),
+    AfterValidator(not_reserved),
+    Field(
+        description="names with non-empty values, none of TeckoChecker's own names\n"
+        "Sent to Keboola beside the outcome of the batches. Variables that are sent replace all"
+        " defaults of a configuration."
+    ),
+]
+Component = Annotated[Label, Field(description="a component id like kds-team.app-custom-python")]
+Configuration = Annotated[Label, Field(description="a configuration id, in quotes")]
+TriggerWhen = Annotated[
+    Literal["all_completed", "all_finished"],
+    Field(
+        description="all_completed or all_finished\n"
+        "all_completed fires when every batch has completed; one that fails, expires or is"
+        " cancelled fails the job. all_finished takes those as done and fires all the same."
+    ),
+]
+OnAmbiguous = Annotated[
+    Literal["resend", "hold"],
+    Field(
+        description="resend or hold\n"
+        "When it cannot be found out whether Keboola got a trigger: resend sends it again, which"
+        " may start a second job; hold sends nothing and waits for `job retry`."
+    ),
+]
+
+
+# ── Job ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def title_of(model: type[Any]) -> str:
+    """What an editor's completion shows: the first words of the docstring, not the class."""
+    return re.split(r"[.:;,]", str(model.__doc__), maxsplit=1)[0]
+
+
+class StrictModel(BaseModel):
+    """Unknown keys are refused; numbers become text where text is meant (configuration_id: 12).
+
+    The first line of a field's description is what an error message says is allowed; the others
+    say what the values do."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        coerce_numbers_to_str=True,
+        hide_input_in_errors=True,
+        model_title_generator=title_of,
     )
 
 
-class KeboolaTrigger(Strict):
+class OpenAIBatches(StrictModel):
+    """The batches to watch, and when they count as done."""
+
+    type: Literal["openai_batches"] = Field("openai_batches", description="openai_batches")
+    secret: SecretName = Field(description="the name of a secret of type openai")
+    batch_ids: BatchIds
+    trigger_when: TriggerWhen = "all_completed"
+
+
+class KeboolaTrigger(StrictModel):
     """The Keboola job to start."""
 
     type: Literal["keboola"] = Field("keboola", description="keboola")
     secret: SecretName = Field(description="the name of a secret of type keboola")
-    stack_url: StackUrl = Field(
-        description="https://connection.keboola.com or another stack, without a path"
-    )
-    component_id: Text = Field(description="a component id like kds-team.app-custom-python")
-    configuration_id: Text = Field(description="a configuration id, in quotes")
-    variables: Variables = Field(
-        {}, description="names with non-empty values, none of TeckoChecker's own names"
-    )
-    on_ambiguous: Literal["resend", "hold"] = Field("resend", description="resend or hold")
+    stack_url: StackUrl
+    component_id: Component
+    configuration_id: Configuration
+    variables: Variables = {}
+    on_ambiguous: OnAmbiguous = "resend"
 
 
-Whole = Annotated[int, BeforeValidator(not_bool)]
-
-
-class Short(Strict):
+class ShortForm(StrictModel):
     """A block that may be given as the value of its first field alone."""
 
     @model_validator(mode="before")
@@ -708,58 +810,69 @@ class Short(Strict):
         return {"anyOf": [inner["properties"][next(iter(cls.model_fields))], {**inner}]}
 
 
-class Paging(Short):
+class Paging(ShortForm):
     """How the next page of an API is asked for: by the Link header of the answer (RFC 8288), by a
     cursor out of it, or by a number that counts pages or records."""
 
     type: Literal["link", "cursor", "page", "offset"] = Field(
-        description="link, cursor, page or offset"
+        description="link, cursor, page or offset\n"
+        "link: the answer's Link header; cursor: a value out of the answer, found at `path`;"
+        " page and offset: a number that counts pages or records."
     )
-    param: Text | None = Field(
+    param: Label | None = Field(
         None, description="the query parameter; default cursor, page or offset"
     )
-    path: Text = Field("next_cursor", description="where the answer has the cursor, dotted")
+    path: Label = Field("next_cursor", description="where the answer has the cursor, dotted")
     start: Whole | None = Field(
         None, ge=0, le=10**9, description="the first page's number; default 1, for offset 0"
     )
     size: Whole | None = Field(None, ge=1, le=100_000, description="records a page, 1 to 100000")
-    size_param: Text | None = Field(
+    size_param: Label | None = Field(
         None, description="the query parameter of `size`; default per_page, for offset limit"
     )
 
 
-class Since(Short):
+class Since(ShortForm):
     """What makes an API's ingest incremental: the greatest value of a field is remembered and
     sent along."""
 
-    field: Text = Field(description="the field of a record that tells when it changed, dotted")
-    param: Text = Field("since", description="the query parameter")
-    overlap: Annotated[int, BeforeValidator(parse_interval), Field(ge=0, le=10**7)] = Field(
-        SINCE_OVERLAP, description="seconds, or 30s, 5m, 1h; what is that old is asked for again"
+    field: Label = Field(description="the field of a record that tells when it changed, dotted")
+    param: Label = Field("since", description="the query parameter")
+    overlap: Annotated[Seconds, Field(ge=0, le=10**7)] = Field(
+        300,  # a source may be late to show a record under its own time stamp
+        description="seconds, or 30s, 5m, 1h; what is that old is asked for again",
     )
 
 
-UNIFIED = ("title", "description", "content", "author", "published_at", "url", "category")
 UnifiedField = Literal[
     "title", "description", "content", "author", "published_at", "url", "category"
 ]
+UNIFIED = get_args(UnifiedField)
 
 
-class Source(Strict):
+class Source(StrictModel):
     """What CSV and API have in common."""
 
     type: str
-    id: Text = Field("id", description="the column or field that identifies a record")
-    fields: dict[UnifiedField, Text] = Field(
+    id: Label = Field("id", description="the column or field that identifies a record")
+    fields: dict[UnifiedField, Label] = Field(
         {}, description=f"a block of unified field: source field; unified: {', '.join(UNIFIED)}"
     )
     dates: Literal["dmy", "mdy"] | None = Field(
-        None, description="dmy or mdy: how to read 03/04/2024"
+        None,
+        description="dmy or mdy: how to read 03/04/2024\nWithout it, such a record is rejected.",
     )
     max_failed: (
         Annotated[str, StringConstraints(pattern=r"^(\d{1,9}|\d{1,2}(\.\d+)?%)$")] | None
-    ) = Field(None, description="a number of records, or a share like 5%")
-    on_drift: Literal["evolve", "freeze"] = Field("evolve", description="evolve or freeze")
+    ) = Field(
+        None,
+        description="a number of records, or a share like 5%\nMore rejected ones fail the run.",
+    )
+    on_drift: Literal["evolve", "freeze"] = Field(
+        "evolve",
+        description="evolve or freeze\nWhen a source's fields change: evolve goes on and notes it;"
+        " freeze fails the run, and nothing of it is kept.",
+    )
     secret: SecretName | None = Field(None, description="the name of a secret of type api")
     header: Annotated[str, AfterValidator(header_line)] = Field(
         "Authorization: Bearer {secret}", description="a header like X-Token: {secret}"
@@ -777,16 +890,16 @@ class CsvSource(Source):
         return self.path
 
     type: Literal["csv"] = Field(description="csv or api")
-    path: Annotated[Text, AfterValidator(clean_path)] = Field(
+    path: Annotated[Location, AfterValidator(clean_path)] = Field(
         description="a path or glob, relative to jobs.yaml, or an https:// URL"
     )
     delimiter: Annotated[str, AfterValidator(one_character)] | None = Field(
         None, description="one character, or tab; default: the one that parts the header best"
     )
-    encoding: Annotated[Text, AfterValidator(known_encoding)] | None = Field(
+    encoding: Annotated[Label, AfterValidator(known_encoding)] | None = Field(
         None, description="a name like cp1252; default: that of a byte order mark, else utf-8"
     )
-    columns: list[Text] | None = Field(
+    columns: list[Label] | None = Field(
         None, min_length=1, description="the names of the columns, for files without a header row"
     )
 
@@ -797,11 +910,11 @@ class CsvSource(Source):
     @field_validator("path")
     @classmethod
     def _secret_needs_url(cls, value: str, info: ValidationInfo) -> str:
-        if info.data.get("secret") is not None:
-            if "://" not in value:
-                raise ValueError("a secret goes with a URL, not with a file")
-            safe_for_secret(value)
-        return value
+        if info.data.get("secret") is None:
+            return value
+        if "://" not in value:
+            raise ValueError("a secret goes with a URL, not with a file")
+        return safe_for_secret(value)
 
 
 class ApiSource(Source):
@@ -812,11 +925,11 @@ class ApiSource(Source):
         return self.url
 
     type: Literal["api"] = Field(description="csv or api")
-    url: Annotated[Text, AfterValidator(clean_url)] = Field(description="an https:// URL")
-    params: Annotated[dict[Text, str], BeforeValidator(texts)] = Field(
+    url: Annotated[Location, AfterValidator(clean_url)] = Field(description="an https:// URL")
+    params: Annotated[dict[Label, str], BeforeValidator(texts)] = Field(
         {}, description="names and values of query parameters"
     )
-    items: Text | None = Field(
+    items: Label | None = Field(
         None, description="where the list is in the answer, dotted; default: the answer itself"
     )
     next: Paging | None = Field(
@@ -828,78 +941,24 @@ class ApiSource(Source):
     @field_validator("url")
     @classmethod
     def _secret_needs_https(cls, value: str, info: ValidationInfo) -> str:
-        if info.data.get("secret") is not None:
-            safe_for_secret(value)
-        return value
+        return value if info.data.get("secret") is None else safe_for_secret(value)
 
 
 SOURCES: dict[str, type[Source]] = {"csv": CsvSource, "api": ApiSource}
-
-FLAT_FIELDS: dict[str, tuple[str, ...]] = {
-    "batch_ids": ("watch", "batch_ids"),
-    "openai_secret": ("watch", "secret"),
-    "openai_secret_id": ("watch", "secret"),
-    "trigger_when": ("watch", "trigger_when"),
-    "keboola_secret": ("trigger", "secret"),
-    "keboola_secret_id": ("trigger", "secret"),
-    "keboola_stack_url": ("trigger", "stack_url"),
-    "keboola_component_id": ("trigger", "component_id"),
-    "keboola_configuration_id": ("trigger", "configuration_id"),
-    "variables": ("trigger", "variables"),
-    "on_ambiguous": ("trigger", "on_ambiguous"),
-    "poll_interval_seconds": ("poll_interval",),
-}
+POLL_INTERVAL = AliasChoices("poll_interval", "poll_interval_seconds")
+POLL_INTERVAL_SECONDS = AliasChoices("poll_interval_seconds", "poll_interval")
 
 
-def nested(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat form of a job (one level, as the REST API has it) as the nested one of jobs.yaml."""
-    job = dict(data)
-    if is_flat(job):
-        job = {"watch": {}, "trigger": {}} | job  # so that what is missing in them is named
-    if "batch_id" in job and "batch_ids" not in job:
-        job["batch_ids"] = [job.pop("batch_id")]
-    for flat, (*blocks, name) in FLAT_FIELDS.items():
-        inner = {**(job.get(blocks[0]) or {})} if blocks and is_block(job.get(blocks[0])) else None
-        target = inner if blocks else job
-        if flat in job and target is not None and name not in target:
-            target[name] = job.pop(flat)
-            if inner is not None:
-                job[blocks[0]] = inner
-    return job
-
-
-def is_flat(data: object) -> bool:
-    flat = isinstance(data, dict) and bool({"batch_id", *FLAT_FIELDS} & data.keys())
-    return flat and not is_ingest(data)
-
-
-def is_ingest(data: object) -> bool:
-    return isinstance(data, dict) and "ingest" in data
-
-
-def is_block(value: object) -> bool:
-    return value is None or isinstance(value, dict)
-
-
-class AnyJob(Strict):
+class AnyJob(StrictModel):
     """What every job has."""
 
-    name: Name = Field(description="1 to 255 characters, not only digits")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, data: Any, info: ValidationInfo) -> Any:
-        if not isinstance(data, dict):
-            return data
-        context = info.context or {}
-        return {"poll_interval": context.get("default_interval", 120), **nested(data)}
+    name: Name
 
 
 class JobSpec(AnyJob):
-    """A job that watches batches, as its author wrote it: in jobs.yaml, on the command line, or
-    flat."""
+    """A job that watches batches, as its author wrote it."""
 
-    poll_interval: Pace = Field(120, description="seconds, or 30s, 2m, 1h, or auto")
+    poll_interval: Pace = Field(120, validation_alias=POLL_INTERVAL)
     watch: OpenAIBatches = Field(description="a block with type, secret and batch_ids")
     trigger: KeboolaTrigger = Field(
         description="a block with type, secret, stack_url, component_id and configuration_id"
@@ -909,7 +968,7 @@ class JobSpec(AnyJob):
 class IngestSpec(AnyJob):
     """A job that ingests records, as its author wrote it."""
 
-    poll_interval: Interval = Field(120, description="seconds, or 30s, 2m, 1h")
+    poll_interval: Interval = Field(120, validation_alias=POLL_INTERVAL)
     ingest: Annotated[CsvSource | ApiSource, Field(discriminator="type")] = Field(
         description="a block with type: csv and path, or type: api and url"
     )
@@ -918,92 +977,146 @@ class IngestSpec(AnyJob):
 Spec = JobSpec | IngestSpec
 
 
-def spec_model(data: object) -> type[JobSpec | IngestSpec]:
-    """The model of a job that was given as `data`."""
-    return IngestSpec if is_ingest(data) else JobSpec
+def absent(**said: str) -> Any:
+    """A field that may be left out, and has then no value that could be given as well."""
+    return Field(default_factory=lambda: None, **cast(Any, said))
 
 
-def secrets_of(job: Mapping[str, Any]) -> list[tuple[str, str, str | int]]:
-    """What a nested job, valid or not, needs: in which block, a secret of which type, and its
-    name or id."""
-    needed = (("watch", "openai"), ("trigger", "keboola"), ("ingest", "api"))
-    blocks = [(name, kind, job.get(name)) for name, kind in needed]
-    uses = [(name, kind, b.get("secret")) for name, kind, b in blocks if isinstance(b, dict)]
-    named = (str, int)
-    return [(n, k, cast(str | int, s)) for n, k, s in uses if type(s) in named and str(s).strip()]
+class FlatJob(AnyJob):
+    """A watching job on one level, as the REST API and the command line have it."""
 
+    batch_ids: BatchIds = absent()
+    batch_id: BatchId = absent(description="one batch, in place of batch_ids")
+    openai_secret: SecretName = absent(description="the name of a secret of type openai")
+    openai_secret_id: SecretName = absent(
+        description="the id of a stored secret, in place of its name"
+    )
+    trigger_when: TriggerWhen = "all_completed"
+    keboola_secret: SecretName = absent(description="the name of a secret of type keboola")
+    keboola_secret_id: SecretName = absent(
+        description="the id of a stored secret, in place of its name"
+    )
+    keboola_stack_url: StackUrl
+    keboola_component_id: Component
+    keboola_configuration_id: Configuration
+    variables: Variables = {}
+    on_ambiguous: OnAmbiguous = "resend"
+    poll_interval_seconds: Pace = Field(120, validation_alias=POLL_INTERVAL_SECONDS)
 
-def flat_field(path: tuple[str, ...]) -> Any:
-    """The field of JobSpec that a field of the flat form stands for."""
-    if path == ("batch_id",):
-        return FieldInfo(annotation=BatchId, description="one batch, in place of batch_ids")
-    model: Any = JobSpec
-    for part in path[:-1]:
-        model = model.model_fields[part].annotation
-    return model.model_fields[path[-1]]
+    EITHER: ClassVar = (
+        ("batch_ids", "batch_id"),
+        ("openai_secret", "openai_secret_id"),
+        ("keboola_secret", "keboola_secret_id"),
+    )
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [{"oneOf": [{"required": [way]} for way in ways]} for ways in EITHER]
+        }
+    )
 
-
-def schema_without_default(schema: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """A field that may be left out has no null that one could send."""
-    schema.pop("default", None)
-    schema.update(more)
-
-
-def flat_model(name: str, doc: str, flat: Iterable[str], *, optional: bool) -> type[Strict]:
-    """A model of the flat form, out of the nested one's fields. Of two ways to say the same (a
-    secret by id or by name, one batch or several) each is optional, and one is needed."""
-    made: dict[str, Any] = {}
-    either_way = {way for ways in EITHER for way in ways}
-    for field_name in flat:
-        info = flat_field(FLAT_FIELDS.get(field_name, (field_name,)))
-        kind: Any = Annotated[info.annotation, *info.metadata, None]
-        said, extra = info.description, info.json_schema_extra
-        if field_name.endswith("secret_id"):
-            kind, said = int, "the id of a stored secret, in place of its name"
-        needed = info.is_required() and not optional and field_name not in either_way
-        given = Field(
-            ... if needed else None,
-            description=said,
-            json_schema_extra=partial(schema_without_default, more=extra or {}),
+    def to_spec(self) -> JobSpec:
+        """The same job, nested. What is in it was validated here already."""
+        watch = OpenAIBatches.model_construct(
+            secret=self.openai_secret_id if self.openai_secret is None else self.openai_secret,
+            batch_ids=self.batch_ids or [self.batch_id],
+            trigger_when=self.trigger_when,
         )
-        made[field_name] = (kind, given)
-    model = create_model(name, __base__=Strict, __doc__=doc, **made)
-    either: Any = [{"oneOf": [{"required": [way]} for way in ways]} for ways in EITHER]
-    extra_schema: Any = {"minProperties": 1} if optional else {"allOf": either}
-    model.model_config["json_schema_extra"] = extra_schema
-    model.model_rebuild(force=True)
-    return model
+        trigger = KeboolaTrigger.model_construct(
+            secret=self.keboola_secret_id if self.keboola_secret is None else self.keboola_secret,
+            stack_url=self.keboola_stack_url,
+            component_id=self.keboola_component_id,
+            configuration_id=self.keboola_configuration_id,
+            variables=self.variables,
+            on_ambiguous=self.on_ambiguous,
+        )
+        return JobSpec.model_construct(
+            name=self.name, poll_interval=self.poll_interval_seconds, watch=watch, trigger=trigger
+        )
 
 
-EITHER = (
-    ("batch_id", "batch_ids"),
-    ("openai_secret", "openai_secret_id"),
-    ("keboola_secret", "keboola_secret_id"),
-)
-FlatJob = flat_model(
-    "FlatJob",
-    "A job in the flat form, which is accepted wherever a job is.",
-    ["name", "batch_id", *FLAT_FIELDS],
-    optional=False,
-)
-JobChanges = flat_model(
-    "JobChanges",
-    "What can be changed of a job that did not come from jobs.yaml.",
-    ["name", "poll_interval_seconds", *(n for n in FLAT_FIELDS if n.startswith("keboola_"))],
-    optional=True,
-)
+def flat_fields(spec: Spec) -> dict[str, Any]:
+    """A job's definition by the names of FlatJob; of an ingest, those that it has."""
+    flat: dict[str, Any] = {"name": spec.name, "poll_interval_seconds": spec.poll_interval}
+    if isinstance(spec, IngestSpec):
+        return flat
+    watch, trigger = spec.watch, spec.trigger
+    return flat | {
+        "batch_ids": watch.batch_ids,
+        "openai_secret": watch.secret,
+        "trigger_when": watch.trigger_when,
+        "keboola_secret": trigger.secret,
+        "keboola_stack_url": trigger.stack_url,
+        "keboola_component_id": trigger.component_id,
+        "keboola_configuration_id": trigger.configuration_id,
+        "variables": trigger.variables,
+        "on_ambiguous": trigger.on_ambiguous,
+    }
 
 
-class SecretRef(Strict):
+class JobChanges(FlatJob):
+    """What can be changed of a job that did not come from jobs.yaml."""
+
+    name: Name = absent()
+    keboola_stack_url: StackUrl = absent()
+    keboola_component_id: Component = absent()
+    keboola_configuration_id: Configuration = absent()
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+
+def changed(spec: Spec, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A job with some fields of FlatJob changed, for `job_spec`. What `changes` names stands under
+    that name, so that an error says it as its author did."""
+    said = {other for ways in FlatJob.EITHER for name in ways if name in changes for other in ways}
+    if isinstance(spec, IngestSpec):
+        return {"ingest": spec.ingest.model_dump()} | flat_fields(spec) | dict(changes)
+    return {k: v for k, v in flat_fields(spec).items() if k not in said} | dict(changes)
+
+
+def form_of(data: object) -> type[JobSpec | IngestSpec | FlatJob]:
+    """Which of the three forms of a job was meant."""
+    if not isinstance(data, dict):
+        return JobSpec
+    if "ingest" in data:
+        return IngestSpec
+    flat = data.keys() & FlatJob.model_fields.keys() - {"name", "poll_interval_seconds"}
+    return FlatJob if flat and not {"watch", "trigger"} & data.keys() else JobSpec
+
+
+Place = tuple[str | int, ...]  # ("jobs", 0, "watch", "batch_ids")
+SECRETS_OF = {  # where a job names a secret, nested or flat, and of which type it has to be
+    **{"watch.secret": "openai", "trigger.secret": "keboola", "ingest.secret": "api"},
+    **{"openai_secret": "openai", "openai_secret_id": "openai"},
+    **{"keboola_secret": "keboola", "keboola_secret_id": "keboola"},
+}
+
+
+def secrets_of(job: Mapping[str, Any]) -> Iterator[tuple[Place, str, str | int]]:
+    """What a job in any form, valid or not, needs: where it says so, a secret of which type, and
+    its name or id."""
+    for field_name, kind in SECRETS_OF.items():
+        block, _, name = field_name.rpartition(".")
+        inner = job.get(block) if block else job
+        value = inner.get(name) if isinstance(inner, Mapping) else None
+        if type(value) in (str, int) and str(value).strip():
+            yield tuple(field_name.split(".")), kind, cast(str | int, value)
+
+
+# ── Settings ──────────────────────────────────────────────────────────────────────────────────
+
+
+class SecretRef(StrictModel):
     """A secret that lives outside of the store: exactly one of `env` and `file`."""
 
     model_config = ConfigDict(
         json_schema_extra={"oneOf": [{"required": ["env"]}, {"required": ["file"]}]}
     )
 
-    type: Literal["openai", "keboola", "api"] = Field(description="openai, keboola or api")
-    env: Text | None = Field(None, description="the name of an environment variable")
-    file: Text | None = Field(None, description="the path of a file with nothing but the value")
+    type: SecretType
+    env: Label | None = Field(None, description="the name of an environment variable")
+    file: Annotated[Location, AfterValidator(clean_path)] | None = Field(
+        None, description="the path of a file with nothing but the value"
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> SecretRef:
@@ -1012,39 +1125,52 @@ class SecretRef(Strict):
         return self
 
 
-class SecretBody(Strict):
+VALUE_TEXT = "printable ASCII, without control characters, not empty"
+PRINTABLE = r"^\s*[!-~][ -~]{4,}[!-~]\s*$"  # a short one would be redacted out of any text
+
+
+class SecretBody(StrictModel):
     """A secret to store."""
 
-    name: Name = Field(description="1 to 255 characters, not only digits")
-    type: Literal["openai", "keboola", "api"] = Field(description="openai, keboola or api")
+    name: Name
+    type: SecretType
     value: StrictStr = Field(
         pattern=PRINTABLE, max_length=10_000, description=f"{VALUE_TEXT}, at least 6 characters"
     )
 
 
+HOSTS = r"^\s*(([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:\d+)?\s*(,\s*|$))*$"
+SECONDS = "whole seconds, 1 to 86400"
+
+
 class Settings(BaseModel):
-    """What the environment, .env and the head of jobs.yaml set; names as in the environment."""
+    """What the environment, .env and the head of jobs.yaml set; the environment has the names of
+    the fields in capitals."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, hide_input_in_errors=True)
 
-    database: Path
+    database: Path = Field(description="the SQLite file")
+    database_url: SecretValue | None = Field(
+        None, description="sqlite:///path, a path, or postgresql://user:password@host/name"
+    )
     api_host: str = Field("127.0.0.1", min_length=1, description="a host name or address")
     api_port: Port = Field(8000, description="0 to 65535; 0 takes a free one")
-    admin_token: SecretValue | None = None
-    default_poll_interval: int = Field(120, ge=1, le=86400, description="whole seconds, 1 to 86400")
-    min_poll_interval: int = Field(30, ge=1, le=86400, description="whole seconds, 1 to 86400")
-    max_poll_interval: int = Field(3600, ge=1, le=86400, description="whole seconds, 1 to 86400")
+    admin_token: SecretValue | None = Field(None, description="at least 8 characters")
+    default_poll_interval: int = Field(120, ge=1, le=86400, description=SECONDS)
+    min_poll_interval: int = Field(30, ge=1, le=86400, description=SECONDS)
+    max_poll_interval: int = Field(3600, ge=1, le=86400, description=SECONDS)
     max_retries: int = Field(3, ge=0, le=100, description="0 to 100")
     retry_delay: int = Field(60, ge=1, le=3600, description="whole seconds, 1 to 3600")
-    trigger_settle_seconds: int = Field(
-        120, ge=1, le=86400, description="whole seconds, 1 to 86400"
-    )
+    trigger_settle_seconds: int = Field(120, ge=1, le=86400, description=SECONDS)
     max_requests_per_minute: int | None = Field(
         None, ge=1, le=100_000, description="1 to 100000, for each OpenAI key"
     )
-    openai_base_url: Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+")] | None = Field(
-        None, description="a URL like https://api.openai.com/v1"
-    )
+    openai_base_url: (
+        Annotated[
+            str, StringConstraints(pattern=r"^https?://[^/\s]+"), AfterValidator(safe_for_secret)
+        ]
+        | None
+    ) = Field(None, description="a URL like https://api.openai.com/v1")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
         "INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL"
     )
@@ -1067,25 +1193,35 @@ class Settings(BaseModel):
 
     @property
     def job_context(self) -> dict[str, Any]:
-        """What `JobSpec` needs to know of the settings."""
+        """What the models of a job need to know of the settings."""
         bounds = (self.min_poll_interval, self.max_poll_interval)
         return {"bounds": bounds, "default_interval": self.default_poll_interval}
 
 
-class AdminBlock(Strict):
-    host: Text = Field("127.0.0.1", description="a host name or address")
+ENVIRONMENT = [name.upper() for name in Settings.model_fields if name != "database"]
+
+
+class AdminBlock(StrictModel):
+    """Where the admin surface listens."""
+
+    host: Label = Field("127.0.0.1", description="a host name or address")
     port: Port = Field(8000, description="0 to 65535")
 
 
-class JobsFile(Strict):
+class JobsFile(StrictModel):
     """jobs.yaml without its jobs, which are validated one by one."""
 
-    database: Text = Field("teckochecker.db", description="the path of the SQLite file")
+    database: Location = Field("teckochecker.db", description="the path of the SQLite file")
     admin: AdminBlock = Field(
         AdminBlock(host="127.0.0.1", port=8000), description="a block with host and port"
     )
-    secrets: dict[Name, SecretRef] = Field({}, description="a block of name: {type, env or file}")
-    jobs: list[Any] = Field([], description="a list of jobs")
+    secrets: dict[Name, SecretRef] | None = Field(
+        None, description="a block of name: {type, env or file}"
+    )
+    jobs: list[Any] | None = Field(None, description="a list of jobs")
+
+
+# ── Rows ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(slots=True)  # a frozen one takes five times as long to make, which each check does
@@ -1143,7 +1279,8 @@ def spec_of(text: str) -> Spec:
     """A job's definition from its row; it was validated when it came in, under the bounds of
     then, and is the same at each check."""
     data = json.loads(text)
-    return spec_model(data).model_validate(data, context={"bounds": (0, sys.maxsize)})
+    spec = form_of(data).model_validate(data, context={"bounds": (0, sys.maxsize)})
+    return cast(Spec, spec)
 
 
 @dataclass(slots=True)  # not frozen: to make one would take as long as all the rest of a check
@@ -1674,6 +1811,18 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 # ── Secrets ───────────────────────────────────────────────────────────────────────────────────
 
 
+def read_text(path: Path, most: int) -> str:
+    """The text of a regular file. Raises OSError, also for a pipe, which would block whoever waits
+    for its end, and for more than `most` bytes; and UnicodeDecodeError."""
+    with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes")
+    return data.decode("utf-8-sig")
+
+
 @dataclass(frozen=True, slots=True)
 class SealedSecret:
     """A row of the table `secrets`."""
@@ -1712,14 +1861,22 @@ def new_master_key() -> str:
 def clean_secret(value: str) -> str:
     """A value without the white space that pasting leaves around it; never echoed in an error."""
     value = value.strip()
-    if not value or CONTROL.search(value) or not value.isascii():
-        raise SecretError(f"a secret's value is {VALUE_TEXT}")
+    if len(value) < SHORTEST or CONTROL.search(value) or not value.isascii():
+        raise SecretError(f"a secret's value is {VALUE_TEXT}, at least {SHORTEST} characters")
+    if value[0] == value[-1] and value[0] in "\"'":
+        raise SecretError(
+            "a secret's value has quotes around it, which a service would take for a part of it",
+            hint="an env file of systemd or docker takes them literally: leave them out",
+        )
     return value
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write `path` (mode 0600) at once or not at all."""
+    """Write the file that `path` leads to at once or not at all, and durably: for its owner alone
+    (0600), or for those who could read it before, but never for everybody."""
+    path = path.resolve()
     try:
+        before = path.stat() if path.exists() else None
         handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as e:
         raise SecretError(f"cannot write {path}: {e.strerror}") from None
@@ -1727,10 +1884,19 @@ def write_private(path: Path, text: str) -> None:
         with os.fdopen(handle, "w") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if before is not None:
+                os.fchown(handle, before.st_uid, before.st_gid)
+                os.fchmod(handle, before.st_mode & 0o660)
+            os.fsync(handle)
         os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # without it a power loss may bring the old file back
+        os.close(folder)
+    except BaseException as e:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+        if isinstance(e, OSError):
+            raise SecretError(f"cannot write {path}: {e.strerror}") from None
         raise
 
 
@@ -1766,7 +1932,7 @@ class Vault:
             text = s.secret_key.reveal() if s.secret_key else ""
         elif file.exists():
             try:
-                text = file.read_text()
+                text = read_text(file, 10_000)
             except (OSError, UnicodeDecodeError) as e:
                 why = e.strerror if isinstance(e, OSError) else "it is no text"
                 raise SecretError(f"cannot read the master key {file}: {why}") from None
@@ -1778,7 +1944,7 @@ class Vault:
             return
         keys = [parse_master_key(part) for part in re.split(r"[\s,]+", text.strip())]
         for key in keys:
-            SecretValue(key_text(key))  # so that it is redacted, whatever it is met in
+            SecretValue(key_text(key), "master key")  # so that it is redacted everywhere
         self._keys = {hashlib.sha256(key).hexdigest()[:16]: key for key in keys}
 
     @property
@@ -1816,11 +1982,13 @@ class Vault:
             raise SecretError(
                 f"secret {row.name!r} does not decrypt: its row was changed"
             ) from None
-        return SecretValue(plain.decode())
+        return SecretValue(plain.decode(), row.name)
 
     def begin_rotation(self) -> None:
         """Put a fresh key in front of the key file's; from here on it seals. None is dropped: one
-        of them may be what a rotation that died has left everything sealed with."""
+        of them may be what a rotation that died has left everything sealed with. FILE.old keeps
+        what the file was until the next rotation. To be called within a transaction of the store,
+        so that of two rotations one waits for the other."""
         self.load(required=True)
         if self.file is None:
             if len(self._keys) < 2:
@@ -1829,12 +1997,23 @@ class Vault:
                     hint="set SECRET_KEY=NEW,OLD, run this again, then drop OLD",
                 )
             return
-        self._write([new_master_key(), *map(key_text, self._keys.values())])
+        kept = [key_text(key) for key in self._keys.values()]
+        write_private(self.old_file(), "\n".join(kept) + "\n")
+        self._write([new_master_key(), *kept])
 
-    def end_rotation(self) -> None:
-        """Forget every key but the first, now that nothing is sealed with them."""
+    def end_rotation(self, needed: Collection[str]) -> None:
+        """Forget every key but the first and those whose ids are `needed`, because a row is sealed
+        with them. Within a transaction, like the beginning."""
+        self.load(required=True)
         if self.file is not None:
-            self._write([key_text(next(iter(self._keys.values())))])
+            kept = [k for n, k in enumerate(self._keys) if n == 0 or k in needed]
+            self._write([key_text(self._keys[key_id]) for key_id in kept])
+
+    def old_file(self) -> Path:
+        """Where the key file of before the last rotation is."""
+        assert self.file is not None
+        file = self.file.resolve()
+        return file.with_name(f"{file.name}.old")
 
     def _write(self, texts: Sequence[str]) -> None:
         assert self.file is not None
@@ -1842,28 +2021,67 @@ class Vault:
         self.load(required=True)
 
 
-# ── Config ────────────────────────────────────────────────────────────────────────────────────
+# ── YAML ──────────────────────────────────────────────────────────────────────────────────────
 
-Place = tuple[str | int, ...]  # ("jobs", 0, "watch", "batch_ids")
-Problem = tuple[Place, str]
+Mark = tuple[int, int]  # line and column, from 1
 PLAIN_INT = r"-?(?:0|[1-9][0-9]{0,17})"
+YAML_BYTES = 10 << 20  # of jobs.yaml: some 20,000 jobs
+YAML_DEPTH = 40  # levels; a job has six
+YAML_REPEATED = 100_000  # values that aliases may repeat: a few hundred bytes could say 10**8
+VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+HIDDEN = re.compile(r"(?i)((?:value|token|password|header|key)['\"]?\s*:\s*)\S.*")
 
 
-def mark_of(node: Any) -> tuple[int, int]:
-    return node.start_mark.line + 1, node.start_mark.column
+class Fault(NamedTuple):
+    """A problem before its place is looked up in the file, or in what else was given."""
+
+    at: Place
+    found: str
+    allowed: str = ""
+
+
+def trimmed(value: object, depth: int = 3) -> object:
+    """A value without what a message has no room for: a structure of aliases can be small in
+    memory and endless when it is printed."""
+    if isinstance(value, dict):
+        some = itertools.islice(value.items(), 12)
+        return {k: trimmed(v, depth - 1) for k, v in some} if depth else ...
+    if isinstance(value, list):
+        return [trimmed(v, depth - 1) for v in itertools.islice(value, 12)] if depth else ...
+    return value[:12_000] if isinstance(value, str) else value
 
 
 def cut(value: object) -> str:
     """What was found, short enough for a message, and without what looks like a key."""
-    return redact(repr(value))[:80]
+    return excerpt(repr(trimmed(value)), 80)
 
 
 def dotted(at: Place) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
 
 
+def meant(word: object, names: Iterable[str], closeness: float = 0.65) -> str:
+    """A question after a word that nobody knows, where a known one is close to it."""
+    close = difflib.get_close_matches(str(word)[:80], names, 1, closeness)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class Block(dict[str, Any]):
+    """A mapping of jobs.yaml; `marks` tells where each of its keys stands."""
+
+    def __init__(self) -> None:
+        self.marks: dict[str | int, Mark] = {}
+
+
+class Items(list[Any]):
+    """A list of jobs.yaml; `marks` tells where each of its items stands."""
+
+    def __init__(self) -> None:
+        self.marks: dict[str | int, Mark] = {}
+
+
 class JobsYaml:
-    """jobs.yaml as plain data, with the line of every place in it and every problem met.
+    """jobs.yaml as plain data that knows its lines, and every fault met in reading it.
 
     Only YAML's JSON-like core is typed: null, true, false and plain decimal integers; all else
     is text. So `region: no` is not False, `configuration_id: 0123` not 83, 1.10 stays 1.10.
@@ -1871,33 +2089,34 @@ class JobsYaml:
 
     def __init__(self, path: Path, env: Mapping[str, str]) -> None:
         self.path, self.env = path, env
-        self.problems: list[Problem] = []
-        self._marks: dict[Place, tuple[int, int]] = {(): (1, 0)}  # line and column
-        self._made: dict[int, Any] = {}  # by node: an alias is its anchor's value once more
+        self.faults: list[Fault] = []
+        self._lines: list[str] = []
+        self._made: dict[int, tuple[Any, int]] = {}  # by node: the value, and how much is in it
         data = self._read() if path.exists() else None
-        if data is not None and not isinstance(data, dict):
-            found = "a list" if isinstance(data, list) else "text"  # which may be a key file's
-            said = f"found {found}; allowed: {', '.join(JobsFile.model_fields)}"
-            self.problems.append(((), said))
-        self.data: dict[str, Any] = data if isinstance(data, dict) else {}
+        if data is not None and not isinstance(data, Block):
+            kind = "a list" if isinstance(data, Items) else "text"  # which may be a key file's
+            self.faults.append(Fault((), kind, ", ".join(JobsFile.model_fields)))
+        self.data = data if isinstance(data, Block) else Block()
 
     def _read(self) -> Any:
         import yaml
 
         try:
-            loader = self._loader()(self.path.read_text(encoding="utf-8-sig"))
-            node = loader.get_single_node()
-            return None if node is None else self._plain(loader, node, ())
+            text = read_text(self.path, YAML_BYTES)
+            self._lines = text.splitlines()
+            loader: Any = self._loader()
+            node = loader(text).get_single_node()
+            return None if node is None else self._plain(node, ())[0]
         except yaml.MarkedYAMLError as e:
-            line = e.problem_mark.line + 1 if e.problem_mark else 1
-            what = f"{line}: not YAML: {e.problem or e.context}"
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            what = f" not a YAML text: {str(e).splitlines()[0]}"
-        except RecursionError:
-            what = " an alias that contains itself"
+            at = e.problem_mark
+            mark = (at.line + 1, at.column + 1) if at else (1, 1)
+            broken = self._placed("", f"not YAML: {e.problem or e.context}", "", mark)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+            what = f"not a YAML text: {str(e).splitlines()[0]}"
+            broken = Problem(found=what, file=str(self.path))
         except OSError as e:
-            what = f" cannot be read: {e.strerror}"
-        raise Invalid([f"{self.path}:{what}"])
+            broken = Problem(found=f"cannot be read: {e.strerror}", file=str(self.path))
+        raise Invalid([broken])
 
     @staticmethod
     def _loader() -> type[Any]:
@@ -1916,194 +2135,241 @@ class JobsYaml:
             Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", whole, first)
         return Loader
 
-    def _plain(self, loader: Any, node: Any, at: Place) -> Any:
-        self._marks.setdefault(at, mark_of(node))
+    def _plain(self, node: Any, at: Place) -> tuple[Any, int]:
+        """The value of a node, and how many values are in it with its aliases followed. A node is
+        made once: an alias is its anchor's value once more."""
+        made = self._made.get(id(node), (None, 0))
+        if made[1]:
+            return made
         if id(node) in self._made:
-            if self._made[id(node)] is self:
-                raise RecursionError
-            return self._made[id(node)]
-        self._made[id(node)] = self  # under way
-        if node.id == "mapping":
-            value = self._mapping(loader, node, at)
-        elif node.id == "sequence":
-            value = [self._plain(loader, item, (*at, i)) for i, item in enumerate(node.value)]
-        else:
-            value = self._scalar(node, at)
-        self._made[id(node)] = value
-        return value
+            raise self._refused(node, "an alias that contains itself")
+        if len(at) > YAML_DEPTH:
+            raise self._refused(node, f"nested more than {YAML_DEPTH} levels deep")
+        self._made[id(node)] = made  # under way
+        make: Any = {"mapping": self._block, "sequence": self._items}.get(node.id, self._scalar)
+        made = cast(tuple[Any, int], make(node, at))
+        if made[1] > len(self._made) + YAML_REPEATED:
+            raise self._refused(node, f"its aliases repeat more than {YAML_REPEATED} values")
+        self._made[id(node)] = made
+        return made
 
-    def _mapping(self, loader: Any, node: Any, at: Place) -> Any:
-        own = [str(k.value) for k, _ in node.value if not k.tag.endswith(":merge")]
-        loader.flatten_mapping(node)
-        out = {}
+    def _refused(self, node: Any, what: str) -> Invalid:
+        return Invalid([self._placed("", what, "", mark_of(node))])
+
+    def _items(self, node: Any, at: Place) -> tuple[Items, int]:
+        items, size = Items(), 1
+        for i, item in enumerate(node.value):
+            value, more = self._plain(item, (*at, i))
+            items.append(value)
+            items.marks[i] = mark_of(item)
+            size += more
+        return items, size
+
+    def _block(self, node: Any, at: Place) -> tuple[Block, int]:
+        block, size = Block(), 1
+        merged: list[Any] = []
         for key_node, value_node in node.value:
-            if key_node.id != "scalar":
-                self._marks[(*at, "?")] = mark_of(key_node)
-                self.problems.append(((*at, "?"), "found a list or block as a key; allowed: text"))
-                continue
-            key = str(key_node.value)
-            self._marks[(*at, key)] = mark_of(key_node)
-            if own.count(key) > 1 and key in out:
-                self.problems.append(((*at, key), "stands here twice"))
-            out[key] = self._plain(loader, value_node, (*at, key))
-        return out
+            if key_node.tag.endswith(":merge"):
+                value, more = self._plain(value_node, at)
+                merged += value if isinstance(value, Items) else [value]
+            elif key_node.id != "scalar":
+                raise self._refused(key_node, "a list or block as a key; allowed: text")
+            else:
+                more = self._entry(block, key_node, value_node, at)
+            size += more
+        for other in merged:
+            if not isinstance(other, Block):
+                raise self._refused(node, "<< takes blocks only")
+            for key in other.keys() - block.keys():
+                block[key], block.marks[key] = other[key], other.marks[key]
+        return block, size
 
-    def _scalar(self, node: Any, at: Place) -> Any:
+    def _entry(self, block: Block, key_node: Any, value_node: Any, at: Place) -> int:
+        key = str(key_node.value)
+        if key in block:
+            said = f'duplicate key "{key}" (first on line {block.marks[key][0]})'
+            self.faults.append(Fault((*at, key), said))
+        block.marks[key] = mark_of(key_node)
+        block[key], size = self._plain(value_node, (*at, key))
+        return size
+
+    def _scalar(self, node: Any, at: Place) -> tuple[Any, int]:
         kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
         if kind == "null":
-            return None
+            return None, 1
         if kind == "bool" and text in ("true", "false"):
-            return text == "true"
+            return text == "true", 1
         if kind == "int" and re.fullmatch(PLAIN_INT, text):
-            return int(text)
+            return int(text), 1
         if kind != "str":
-            self.problems.append((at, f"found the tag {kind}; allowed: plain text and numbers"))
-        return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", lambda m: self._variable(m[1], at), text)
+            self.faults.append(Fault(at, f"the tag {kind}", "plain text and numbers"))
+        return VARIABLE.sub(lambda m: self._variable(m, at), text), 1
 
-    def _variable(self, name: str, at: Place) -> str:
-        if name not in self.env:
-            self.problems.append((at, f"${{{name}}} is not set in the environment"))
-        return self.env.get(name, "")
+    def _variable(self, found: re.Match[str], at: Place) -> str:
+        """The value of ${NAME}. Under `secrets:` an unset one concerns only who needs that secret:
+        outside of its service $CREDENTIALS_DIRECTORY is not set."""
+        if found[1] not in self.env and at[:1] != ("secrets",):
+            self.faults.append(Fault(at, f"{found[0]} is not set in the environment"))
+        return self.env.get(found[1], found[0])
 
-    def mark(self, at: Place) -> tuple[int, int]:
+    def mark(self, at: Place) -> Mark:
         """Line and column of a place, or of the innermost block around it that is there."""
-        while at not in self._marks:
-            at = at[:-1]
-        return self._marks[at]
+        data: Any = self.data
+        mark = (1, 1)
+        for part in at:
+            if not isinstance(data, Block | Items) or part not in data.marks:
+                break
+            mark, data = data.marks[part], data[part]  # type: ignore[index]
+        return mark
 
-    def line(self, at: Place) -> int:
-        return self.mark(at)[0]
+    def problems(self, faults: Iterable[Fault]) -> list[Problem]:
+        """The faults with file, line and job, in the order of the file."""
+        ordered = sorted(dict.fromkeys(faults), key=lambda fault: self.mark(fault.at))
+        return [self._problem(fault) for fault in ordered]
 
-    def told(self, problems: Iterable[Problem]) -> list[str]:
-        """The problems, each in one line that names file, line, job and field, in file order."""
-        ordered = sorted(dict.fromkeys(problems), key=lambda problem: self.mark(problem[0]))
-        lines = [
-            ": ".join(filter(None, (f"{self.path}:{self.line(at)}", self._who(at), text)))
-            for at, text in ordered
-        ]
-        return [CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", line) for line in lines]
+    def _problem(self, fault: Fault) -> Problem:
+        problem = self._placed(self._who(fault.at), fault.found, fault.allowed, self.mark(fault.at))
+        shown = fault.at and fault.at[0] != "secrets"
+        return problem if shown else replace(problem, source="")
+
+    def _placed(self, where: str, found: str, allowed: str, mark: Mark) -> Problem:
+        line, column = mark
+        source = self._lines[line - 1][:500] if line <= len(self._lines) else ""
+        texts = (where, found, allowed, HIDDEN.sub(r"\1***", source))
+        where, found, allowed, source = (
+            CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", text) for text in texts
+        )
+        return Problem(where, found, allowed, str(self.path), line, column, source)
 
     def _who(self, at: Place) -> str:
-        if at[:1] != ("jobs",) or len(at) < 2:
+        if at[:1] != ("jobs",) or len(at) < 2 or not isinstance(at[1], int):
             return dotted(at)
         item = self.data["jobs"][at[1]]
         name = item.get("name") if isinstance(item, dict) else None
-        job = f"job {name!r}" if name else f"job number {int(at[1]) + 1}"
+        job = f"job {name!r}" if isinstance(name, str | int) and name else f"job number {at[1] + 1}"
         return f"{job}: {dotted(at[2:]) or 'job'}"
 
 
-def model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model that a field's type is, or may be beside None."""
-    kinds = [k for k in (annotation, *get_args(annotation)) if isinstance(k, type)]
-    return next((k for k in kinds if issubclass(k, BaseModel)), None)
+def mark_of(node: Any) -> Mark:
+    return node.start_mark.line + 1, node.start_mark.column + 1
 
 
-def field_of(model: type[BaseModel], at: Place) -> tuple[type[BaseModel], str]:
-    """The innermost model on the path `at`, and what the innermost field allows."""
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field's value may be or contain."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in models_in(part)]
+
+
+def located(model: type[BaseModel], path: Place) -> tuple[Place, type[BaseModel], str]:
+    """pydantic's path to an error as a place in what was given, the innermost model on it, and
+    what the innermost field allows. Of a union the path has the tag, which nobody wrote."""
     needed = [name for name, info in model.model_fields.items() if info.is_required()]
-    above = ""
     allowed = f"a block with {', '.join(needed[:-1])} and {needed[-1]}" if needed else ""
-    for part in at:
-        info = model.model_fields.get(str(part))
-        if model is JobsFile and above == "secrets":
-            model = SecretRef
-        elif model is IngestSpec and above == "ingest":
-            model = SOURCES[str(part)]
-        elif info is not None:
-            allowed = info.description or allowed
-            if info.discriminator is None:
-                model = model_in(info.annotation) or model
-        above = str(part)
-    return model, allowed
+    place: Place = ()
+    choice = [model]
+    for part in path:
+        if len(choice) > 1 and part in SOURCES:
+            choice = [SOURCES[str(part)]]
+            continue
+        if part == "[key]":
+            continue
+        place = (*place, part)
+        info = choice[0].model_fields.get(str(part)) if choice else None
+        if info is not None:
+            model, allowed = choice[0], info.description or allowed
+            choice = models_in(info.annotation)
+    return place, choice[0] if len(choice) == 1 else model, allowed.partition("\n")[0]
 
 
-def problem_text(model: type[BaseModel], error: Any) -> str:
+def unknown_key(place: Place, model: type[BaseModel]) -> Fault:
+    if model is SecretRef and place[-1] == "value":
+        said = "a secret's value does not belong here; allowed: env, file, or `secret add`"
+        return Fault(place, said)
+    if model is IngestSpec and place[-1] in ("watch", "trigger"):
+        return Fault(place, "does not go with ingest; a job has watch and trigger, or ingest")
+    others = ("watch", "trigger", "ingest") if issubclass(model, AnyJob) else ()
+    known = sorted({*model.model_fields, *others})
+    return Fault(place, f"{UNKNOWN_KEY}{meant(place[-1], known)}", ", ".join(known))
+
+
+def fault_of(model: type[BaseModel], error: Any) -> Fault:
     """One pydantic error as: what was found, and what is allowed. What stands where a secret
     could stand is not shown."""
-    if error["type"].startswith("union_tag"):  # which of two blocks is meant
-        kinds = " or ".join(SOURCES)
-        found = error["ctx"].get("tag")
-        return f"found {cut(found)}; allowed: {kinds}" if found else f"missing; needed: {kinds}"
-    inner, allowed = field_of(model, error["loc"])
+    place, inner, allowed = located(model, error["loc"])
+    if error["type"].startswith("union_tag") and isinstance(error["input"], dict):
+        tag = error["ctx"].get("tag")
+        return Fault((*place, "type"), cut(tag) if tag else MISSING, " or ".join(SOURCES))
     if error["type"] == "extra_forbidden":
-        if inner is SecretRef and error["loc"][-1] == "value":
-            return "a secret's value does not belong here; allowed: env, file, or `secret add`"
-        known = {*inner.model_fields}
-        if inner is IngestSpec and error["loc"][-1] in ("watch", "trigger"):
-            return "does not go with ingest; a job has watch and trigger, or ingest"
-        if issubclass(inner, AnyJob):
-            known |= {"watch", "trigger", "ingest"}
-        return f"unknown key; allowed: {', '.join(sorted(known))}"
+        return unknown_key(place, inner)
     if error["type"] == "missing":
-        return f"missing; needed: {allowed}"
+        return Fault(place, MISSING, allowed)
     why = str(error["ctx"]["error"]) if error["type"] == "value_error" else ""
     if why.startswith("allowed: "):
         allowed = why.removeprefix("allowed: ")
     elif why:
         allowed += f" ({why})"
-    hidden = (
-        inner in (SecretRef, SecretBody)
-        or error["loc"][-1:] == ("header",)
-        or (model is JobsFile and error["loc"][:1] == ("secrets",))
-    )
-    return ("" if hidden else f"found {cut(error['input'])}; ") + f"allowed: {allowed}"
+    hidden = inner in (SecretRef, SecretBody) or place[-1:] == ("header",)
+    if hidden or (model is JobsFile and place[:1] == ("secrets",)):
+        return Fault(place, "", allowed)
+    return Fault(place, cut(error["input"]), allowed)
 
 
 def validated(
     model: type[BaseModel], data: Any, context: Mapping[str, Any] = MappingProxyType({})
-) -> tuple[Any, list[Problem]]:
-    """The model, or None and the errors with their paths and texts."""
+) -> tuple[Any, list[Fault]]:
+    """The model, or None and its faults."""
     try:
         return model.model_validate(data, context={**context}), []
     except ValidationError as e:
-        errors = e.errors(include_url=False)
-        return None, [(place_of(model, error), problem_text(model, error)) for error in errors]
+        return None, [fault_of(model, error) for error in e.errors(include_url=False)]
 
 
-def place_of(model: type[BaseModel], error: Any) -> Place:
-    """pydantic's path to an error as the path in what was given."""
-    at, tagged = error["loc"], model is IngestSpec and error["loc"][:1] == ("ingest",)
-    place = tuple(p for i, p in enumerate(at) if p != "[key]" and not (tagged and i == 1))
-    return (*place, "type") if error["type"].startswith("union_tag") else place
-
-
-def flat_place(at: Place, given: Collection[str]) -> Place:
-    """Where a field of the nested form stands in the flat one; of two names the one given."""
-    names = [name for name, path in FLAT_FIELDS.items() if at[: len(path)] == path]
-    names.sort(key=lambda name: name not in given)
-    if not names:
-        return at
-    if names[0] == "batch_ids" and "batch_id" in given:
-        return ("batch_id",)
-    return (names[0], *at[len(FLAT_FIELDS[names[0]]) :])
-
-
-def parse(
-    model: type[M],
-    data: Any,
-    context: Mapping[str, Any] = MappingProxyType({}),
-    flat: Collection[str] = (),
-) -> M:
-    """`data` as `model`. Raises Invalid with every field that is wrong, by the names of the flat
-    form where `data` is flat, or where `flat` says which of its fields were given."""
-    made, errors = validated(model, data, context)
+def parse(model: type[M], data: Any, context: Mapping[str, Any] = MappingProxyType({})) -> M:
+    """`data` as `model`. Raises Invalid with every field that is wrong."""
+    made, faults = validated(model, data, context)
     if made is None:
-        if flat or (model is JobSpec and is_flat(data)):
-            given = flat or data.keys()
-            names = f"allowed: {', '.join(FlatJob.model_fields)}"
-            errors = [
-                (flat_place(at, given), f"unknown key; {names}" if "unknown key" in text else text)
-                for at, text in errors
-            ]
-        places = [(dotted(at), text) for at, text in errors]
-        lines = [f"{place}: {text}" if place else text for place, text in places]
-        raise Invalid(lines, fields=places)
+        raise invalid(faults)
     return cast(M, made)
+
+
+def invalid(faults: Iterable[Fault]) -> Invalid:
+    """What did not come out of a file."""
+    return Invalid([Problem(dotted(at), found, allowed) for at, found, allowed in faults])
+
+
+def read_job(data: Any, context: Mapping[str, Any]) -> tuple[Spec | None, list[Fault]]:
+    """A job in any of its forms, or None and its faults by the names of the form it is in."""
+    form = form_of(data)
+    if isinstance(data, dict) and not {*POLL_INTERVAL.choices} & data.keys():
+        data = {"poll_interval": context.get("default_interval", 120)} | data
+    job, faults = validated(form, data, context)
+    if form is not FlatJob:
+        return job, faults
+    for one, other in FlatJob.EITHER:
+        given = [name for name in (one, other) if name in data]
+        if len(given) != 1:
+            found = f"{one} and {other}" if given else MISSING
+            faults.append(Fault(((given or [one])[-1],), found, f"either {one} or {other}"))
+    return (None if faults else job.to_spec()), faults
+
+
+def job_spec(data: Any, context: Mapping[str, Any] = MappingProxyType({})) -> Spec:
+    """The one way in for a job that does not come from jobs.yaml, nested or flat. Raises Invalid,
+    which names the fields as they were given."""
+    spec, faults = read_job(data, context)
+    if spec is None:
+        raise invalid(faults)
+    return spec
+
+
+# ── Configuration ─────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Settings, secret references and jobs. `jobs` is None where there is no jobs.yaml.
+    """Settings, secret references and jobs. `jobs` is None where no jobs are named: the file is
+    missing, empty, or has no `jobs:`; that is no wish to remove those that are stored.
 
     `problems` is what is wrong with the jobs: a command that runs none may go on despite it.
     """
@@ -2115,6 +2381,7 @@ class Config:
     jobs: list[Spec] | None
     text: JobsYaml
     problems: list[Problem]
+    warnings: list[str]
 
     @property
     def base(self) -> Path:
@@ -2122,35 +2389,35 @@ class Config:
         return self.path.absolute().parent
 
 
-ENVIRONMENT = """
-    API_HOST API_PORT ADMIN_TOKEN DEFAULT_POLL_INTERVAL MIN_POLL_INTERVAL MAX_POLL_INTERVAL
-    MAX_RETRIES RETRY_DELAY TRIGGER_SETTLE_SECONDS MAX_REQUESTS_PER_MINUTE OPENAI_BASE_URL
-    LOG_LEVEL LOG_FORMAT LOG_FILE
-    LOG_RETENTION_DAYS LOG_RETENTION_ROWS API_MAX_CONNECTIONS ADMIN_HOSTS CORS_ORIGINS
-    SECRET_KEY SECRET_KEY_FILE CREDENTIALS_DIRECTORY
-    """.split()
+DATABASES = "sqlite:///path, a path, or postgresql://host/name"
 
 
-def database_path(url: str, base: Path, name: str) -> Path:
-    """The file that DATABASE_URL means: sqlite:///relative, sqlite:////absolute, or a path."""
+def database_of(url: str, base: Path, where: str) -> dict[str, Any]:
+    """What DATABASE_URL means: sqlite:///relative, sqlite:////absolute, a path, or the URL of a
+    PostgreSQL database, whose password is a secret. The file is resolved: two spellings of one
+    database are one."""
     scheme, found, rest = url.partition("://")
+    if found and scheme in ("postgresql", "postgres"):
+        SecretValue(unquote(urlsplit(url).password or ""), "DATABASE_URL's password")
+        beside = base / "teckochecker.db"  # which is not there, but what lies beside it is
+        return {"database": beside.resolve(), "database_url": SecretValue(url, "DATABASE_URL")}
     path = rest.removeprefix("/") if found else url
     local = scheme == "sqlite" and rest.startswith("/") if found else ":" not in url
     if path in ("", ":memory:"):
-        raise Invalid([f"{name}: found no file; allowed: sqlite:///path or a path"])
-    if not local or "?" in path:
-        shown = f"{scheme}://" if found else cut(url)
-        raise Invalid([f"{name}: found {shown}; allowed: sqlite:///path or a path"])
-    return (base / path).absolute()
+        raise Invalid([Problem(where, "no file", DATABASES)])
+    if not local or "?" in path or "\0" in path:
+        raise Invalid([Problem(where, f"{scheme}://" if found else cut(url), DATABASES)])
+    return {"database": (base / path).resolve()}
 
 
 def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name: str) -> Settings:
     """The environment over jobs.yaml; every wrong value is named with what is allowed."""
+    written = {name: env[name].strip() for name in ENVIRONMENT if env.get(name, "").strip()}
     given: dict[str, Any] = {"api_host": file.admin.host, "api_port": file.admin.port}
-    given |= {name.lower(): env[name].strip() for name in ENVIRONMENT if env.get(name, "").strip()}
-    url = env.get("DATABASE_URL", "").strip()
+    given |= {name.lower(): value for name, value in written.items()}
+    url = given.pop("database_url", "")
     name = "DATABASE_URL" if url else f"{file_name}: database"
-    given["database"] = database_path(url or file.database, base, name)
+    given |= database_of(url or file.database, base, name)
     shapes: dict[str, Callable[[str], Any]] = {
         "admin_token": SecretValue,
         "secret_key": SecretValue,
@@ -2160,14 +2427,30 @@ def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name:
         "log_file": base.joinpath,
     }
     given |= {name: shape(given[name]) for name, shape in shapes.items() if name in given}
-    settings, errors = validated(Settings, given)
-    if settings is None:
-        raise Invalid([f"environment: {str(at[0]).upper()}: {text}" for at, text in errors])
-    s = cast(Settings, settings)
-    if not s.min_poll_interval <= s.default_poll_interval <= s.max_poll_interval:
-        found = f"found {s.default_poll_interval}"
-        allowed = f"{s.min_poll_interval} to {s.max_poll_interval}, the bounds of intervals"
-        raise Invalid([f"environment: DEFAULT_POLL_INTERVAL: {found}; allowed: {allowed}"])
+    settings, faults = validated(Settings, given)
+    names = [str(at[0]).upper() for at, _, _ in faults]
+    problems = [
+        Problem(f"environment: {name}", cut(written.get(name, given.get(name.lower()))), allowed)
+        for name, (_, _, allowed) in zip(names, faults, strict=True)
+    ]
+    if len(written.get("ADMIN_TOKEN", "enough for no token")) < 8:
+        said = "fewer characters", "at least 8, for it is all that keeps others out"
+        problems.append(Problem("environment: ADMIN_TOKEN", *said))
+    if problems:
+        raise Invalid(problems)
+    return consistent(cast(Settings, settings))
+
+
+def consistent(s: Settings) -> Settings:
+    """Raises Invalid where settings that are right by themselves contradict each other."""
+    low, high = s.min_poll_interval, s.max_poll_interval
+    if low > high:
+        said = f"MIN_POLL_INTERVAL is {low}, which is more than MAX_POLL_INTERVAL, {high}"
+        raise Invalid([f"environment: {said}"])
+    if not low <= s.default_poll_interval <= high:
+        allowed = f"{low} to {high}, from MIN_POLL_INTERVAL to MAX_POLL_INTERVAL"
+        found = str(s.default_poll_interval)
+        raise Invalid([Problem("environment: DEFAULT_POLL_INTERVAL", found, allowed)])
     if s.api_host not in LOOPBACK and s.admin_token is None:
         raise Invalid(
             [f"the admin surface would listen on {s.api_host} without a token"],
@@ -2176,15 +2459,34 @@ def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name:
     return s
 
 
-def read_dot_env(path: Path) -> dict[str, str]:
-    from dotenv import dotenv_values
+def read_dot_env(path: Path) -> tuple[dict[str, str], list[str]]:
+    """The variables of .env, and a warning for each line that sets nothing, or sets what only
+    looks like a setting of ours."""
+    from dotenv.parser import parse_stream
 
-    if not path.is_file():
-        return {}
+    if not path.exists():
+        return {}, []
     try:
-        return {k: v for k, v in dotenv_values(path, interpolate=False).items() if v is not None}
+        bindings = list(parse_stream(io.StringIO(read_text(path, 1 << 20))))
     except (OSError, UnicodeDecodeError):
         raise Invalid([f"{path}: cannot be read as UTF-8 text"]) from None
+    env, warnings = {}, []
+    for binding in bindings:
+        place, name = f"{path}:{binding.original.line}", binding.key
+        if binding.error or (name is not None and binding.value is None):
+            warnings.append(f"{place}: ignored, for it is not NAME=value")
+        elif name is not None and binding.value is not None:
+            env[name] = binding.value
+            if name not in ENVIRONMENT and (question := meant(name, ENVIRONMENT, 0.85)):
+                warnings.append(f"{place}: {name} is no setting of TeckoChecker{question}")
+    return env, warnings
+
+
+def open_to_all(key_file: Path | None) -> list[str]:
+    """A warning where everybody on this machine can read the master key."""
+    if key_file is None or not key_file.exists() or not key_file.stat().st_mode & 0o004:
+        return []
+    return [f"{key_file} can be read by all users of this machine: chmod 600 {key_file}"]
 
 
 def register_references(secrets: Any, env: Mapping[str, str]) -> None:
@@ -2192,7 +2494,7 @@ def register_references(secrets: Any, env: Mapping[str, str]) -> None:
     for ref in secrets.values() if isinstance(secrets, dict) else ():
         name = ref.get("env") if isinstance(ref, dict) else None
         if isinstance(name, str) and env.get(name, "").strip():
-            SecretValue(env[name].strip())
+            SecretValue(env[name].strip(), name)
 
 
 def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = False) -> Config:
@@ -2205,49 +2507,55 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     if must_exist and not path.exists():
         hint = "teckochecker.py init writes a first one"
         raise Invalid([f"{path}: there is no such file"], hint=hint)
-    env = {**read_dot_env(base / ".env"), **environ}
+    dot_env, warnings = read_dot_env(base / ".env")
+    env = {**dot_env, **environ}
     text = JobsYaml(path, env)
     register_references(text.data.get("secrets"), env)
     head = {k: v for k, v in text.data.items() if v is not None}
-    file, errors = validated(JobsFile, head)
-    in_head = [*(p for p in text.problems if len(p[0]) < 2 or p[0][0] != "jobs"), *errors]
-    items = head.get("jobs") if isinstance(head.get("jobs"), list) else []
+    file, faults = validated(JobsFile, head)
+    in_head = [*(f for f in text.faults if len(f.at) < 2 or f.at[0] != "jobs"), *faults]
+    items = head.get("jobs")
     file = file or JobsFile.model_validate({})  # to go on looking: all is told at once
-    settings = settings_from(env, file, base, f"{path}:{text.line(('database',))}")
-    jobs, problems = read_jobs(items or [], settings, text)
+    settings = settings_from(env, file, base, f"{path}:{text.mark(('database',))[0]}")
+    warnings += open_to_all(Vault(settings).file)
+    jobs, in_jobs = read_jobs(items if isinstance(items, list) else [], settings, text)
     if in_head:
-        raise Invalid(text.told([*in_head, *problems]))
-    specs = jobs if path.exists() else None
-    return Config(path, settings, env, file.secrets, specs, text, problems)
+        raise Invalid(text.problems([*in_head, *in_jobs]))
+    specs = None if items is None else jobs
+    problems = text.problems(in_jobs)
+    return Config(path, settings, env, file.secrets or {}, specs, text, problems, warnings)
 
 
 def read_jobs(
     items: list[Any], settings: Settings, text: JobsYaml
-) -> tuple[list[Spec], list[Problem]]:
+) -> tuple[list[Spec], list[Fault]]:
     """The jobs, and what is wrong with them; those are the good ones where anything is."""
     jobs: list[Spec] = []
-    problems = [p for p in text.problems if len(p[0]) > 1 and p[0][0] == "jobs"]
+    faults = [f for f in text.faults if len(f.at) > 1 and f.at[0] == "jobs"]
     lines: dict[Any, int] = {}
     for i, item in enumerate(items):
-        job, errors = validated(spec_model(item), item, settings.job_context)
-        problems += [(("jobs", i, *at), said) for at, said in errors]
+        job, found = read_job(item, settings.job_context)
+        faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
         name = str(item["name"]).strip() if isinstance(item, dict) and "name" in item else None
         if name is not None and name in lines:
             said = f"line {lines[name]} has a job of this name already"
-            problems.append((("jobs", i, "name"), said))
+            faults.append(Fault(("jobs", i, "name"), said))
         elif name is not None:
-            lines[name] = text.line(("jobs", i))
+            lines[name] = text.mark(("jobs", i))[0]
         if job is not None:
             jobs.append(job)
-    return jobs, problems
+    return jobs, faults
 
 
 def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
     """A secret that jobs.yaml refers to; read at each use, so that a changed file counts."""
+    unset = VARIABLE.search(f"{ref.env} {ref.file}")
     try:
+        if unset:
+            raise SecretError(f"{unset[0]} is not set in the environment")
         if ref.env is not None:
-            return SecretValue(clean_secret(config.env[ref.env]))
-        return SecretValue(clean_secret((config.base / str(ref.file)).read_text()))
+            return SecretValue(clean_secret(config.env[ref.env]), name)
+        return SecretValue(clean_secret(read_text(config.base / str(ref.file), 100_000)), name)
     except KeyError:
         why = f"the environment variable {ref.env} is not set"
     except (OSError, UnicodeDecodeError) as e:
@@ -2257,37 +2565,119 @@ def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
     raise SecretError(f"secret {name!r}: {why}")
 
 
-def secret_problems(
+def secret_faults(
     job: Mapping[str, Any], stored: Mapping[str | int, str], config: Config
-) -> list[Problem]:
+) -> list[Fault]:
     """Which secrets of a job are not there, of another type, or cannot be read from where
-    jobs.yaml refers to. `stored`: the types of those in the store, by name and by id."""
-    said: list[Problem] = []
-    for block, kind, name in secrets_of(job):
+    jobs.yaml refers to, and where it has the value of a secret in place of its name. `stored`:
+    the types of those in the store, by name and by id."""
+    said: list[Fault] = []
+    for place, kind, name in secrets_of(job):
         ref = config.secrets.get(str(name)) if name not in stored else None
-        found, place = ref.type if ref else stored.get(name), (block, "secret")
+        found = ref.type if ref else stored.get(name)
         if found is None:
-            names = {known for known in stored if isinstance(known, str)} | {*config.secrets}
-            there = ", ".join(sorted(names)) or "none yet"
-            said.append((place, f"there is no secret {name!r} (there are: {there})"))
+            names = sorted(
+                {*config.secrets, *(known for known in stored if isinstance(known, str))}
+            )
+            there = f"{meant(name, names)} (there are: {', '.join(names) or 'none yet'})"
+            command = f"secret add --name {name} --type {kind}"
+            said.append(Fault(place, f"there is no secret {name!r}{there}; `{command}` stores it"))
         elif found != kind:
-            said.append((place, f"secret {name!r} is of type {found}; needed: {kind}"))
-        elif ref:
-            try:
-                read_reference(str(name), ref, config)
-            except SecretError as e:
-                said.append((place, str(e)))
-    return said
+            said.append(Fault(place, f"secret {name!r} is of type {found}; needed: {kind}"))
+        elif ref and (why := unreadable(str(name), ref, config)):
+            said.append(Fault(place, why))
+    held = "the value of a secret, which would be stored and shown; name it in `secret` instead"
+    return [*said, *(Fault(at, held) for at, text in texts_in(job) if holds_secret(text))]
 
 
-def all_problems(config: Config, stored: Mapping[str | int, str]) -> list[str]:
-    """Everything that keeps this configuration from being run, a line each."""
-    problems = list(config.problems)
-    for i, item in enumerate(config.text.data.get("jobs") or []):
+def texts_in(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
+    """Every text in a job, with its place. Not those of a structure that no job has so deep."""
+    if isinstance(value, str):
+        yield at, value
+    elif len(at) < 5 and isinstance(value, Mapping | list):
+        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for part, inner in itertools.islice(pairs, 1000):
+            yield from texts_in(inner, (*at, part))
+
+
+def unreadable(name: str, ref: SecretRef, config: Config) -> str:
+    """Why the value of a reference cannot be read; nothing where it can."""
+    try:
+        read_reference(name, ref, config)
+    except SecretError as e:
+        return f"{e}; {e.hint}" if e.hint else str(e)
+    return ""
+
+
+def all_problems(
+    config: Config, stored: Mapping[str | int, str], *, unused: bool = False
+) -> list[Problem]:
+    """Everything that keeps this configuration from being run; with `unused` also what is wrong
+    with secrets that no job uses."""
+    faults: list[Fault] = []
+    used: set[str | int] = set()
+    items = config.text.data.get("jobs")
+    for i, item in enumerate(items if isinstance(items, list) else []):
         if isinstance(item, dict):
-            found = secret_problems(nested(item), stored, config)
-            problems += [(("jobs", i, *at), said) for at, said in found]
-    return config.text.told(problems)
+            used |= {name for _, _, name in secrets_of(item)}
+            found = secret_faults(item, stored, config)
+            faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
+    others = {name: ref for name, ref in config.secrets.items() if unused and name not in used}
+    for name, ref in others.items():
+        if why := unreadable(name, ref, config):
+            faults.append(Fault(("secrets", name), why))
+    problems = dict.fromkeys([*config.problems, *config.text.problems(faults)])
+    return sorted(problems, key=lambda problem: (problem.line, problem.column))
+
+
+# ── Plan ──────────────────────────────────────────────────────────────────────────────────────
+
+
+Target = tuple[str, str, str, frozenset[str]]
+FIRED = ("triggering", "triggered", "completed", "completed_with_failures")
+
+
+def target_of(spec: Spec) -> Target | None:
+    """What a job is for, whatever its name: which batches start which configuration. None: it is
+    an ingest."""
+    if isinstance(spec, IngestSpec):
+        return None
+    at, batch_ids = spec.trigger, frozenset(spec.watch.batch_ids)
+    return at.stack_url, at.component_id, at.configuration_id, batch_ids
+
+
+def plan(
+    specs: Sequence[Spec], stored: Sequence[Job], fired: Mapping[Target | None, str]
+) -> list[str]:
+    """What would become of the jobs of jobs.yaml, a sentence each. `stored`: those that came from
+    it before; `fired`: what has started a Keboola job before, and when, in a few words."""
+    before = {job.name: job for job in stored}
+    gone = {job.name: job for job in stored if job.name not in {spec.name for spec in specs}}
+    watched = {target_of(job.spec): job.name for job in gone.values()}
+    said = []
+    for spec in specs:
+        job, target = before.get(spec.name), target_of(spec)
+        if job is None and target is not None and target in watched:
+            job = gone.pop(watched.pop(target))
+            said.append(f"job {job.name!r} is called {spec.name!r} now, and keeps its history")
+        elif job is None:
+            said.append(f"job {spec.name!r} is new")
+        elif job.removed_at is not None:
+            said.append(f"job {spec.name!r} is back")
+        elif names := differing(job.spec, spec):
+            said.append(f"job {spec.name!r} changes: {', '.join(names)}")
+        if target is not None and (job is None or target != target_of(job.spec)):
+            once = f"fires again only by `job retry`, for it has fired: {fired.get(target)}"
+            then = once if target in fired else "will fire when its batches are done"
+            said.append(f"job {spec.name!r} {then}")
+    left = [job.name for job in gone.values() if job.removed_at is None]
+    return said + [f"job {name!r} has left jobs.yaml: it is checked no more" for name in left]
+
+
+def differing(old: Spec, new: Spec) -> list[str]:
+    """The names of the fields that differ."""
+    was, now = (flat_fields(s) | {"ingest": getattr(s, "ingest", None)} for s in (old, new))
+    return [name for name in was | now if was.get(name) != now.get(name)]
 
 
 # ── Schema ────────────────────────────────────────────────────────────────────────────────────
@@ -7105,6 +7495,124 @@ class Ingesting:
             self.notes.append(text)
 
 
+# ── Doctor ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Finding(NamedTuple):
+    """What one call has found about something that jobs.yaml names."""
+
+    subject: str
+    good: bool
+    said: str  # and, where it is not good, whose fault it is
+
+
+async def found(subject: str, call: Awaitable[str], missing: str) -> Finding:
+    """What a call says, or what its failure means; `missing`: what a 404 means."""
+    try:
+        return Finding(subject, True, await call)
+    except UpstreamError as e:
+        why = {401: "the secret is refused: replace it", 403: "the secret may not do this"}
+        why[404] = missing
+        blame = why.get(e.status or 0, "the request is refused")
+        if not e.permanent:
+            blame = "the other side, or the network between; nothing to change here"
+        return Finding(subject, False, f"{e} ({blame})")
+    except TeckoError as e:
+        return Finding(subject, False, str(e))
+
+
+class Doctor:
+    """Asks each key, batch, token, configuration, source and path of some jobs once, and changes
+    nothing: no trigger is sent and no record is stored."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+
+    async def examine(self, specs: Sequence[Spec]) -> list[Finding]:
+        asked: dict[str, Coroutine[Any, Any, Finding]] = {}  # by subject: each is asked once
+        for spec in specs:
+            checks = self._watch(spec) if isinstance(spec, JobSpec) else self._source(spec)
+            for subject, call, missing in checks:
+                if subject in asked:
+                    call.close()
+                else:
+                    asked[subject] = found(subject, call, missing)
+        return list(await asyncio.gather(*asked.values()))
+
+    def _watch(self, spec: JobSpec) -> Iterator[tuple[str, Coroutine[Any, Any, str], str]]:
+        key, target = str(spec.watch.secret), spec.trigger
+        token = f"Keboola token {str(target.secret)!r} at {target.stack_url}"
+        place = f"components/{quote(target.component_id)}/configs/{quote(target.configuration_id)}"
+        for batch_id in spec.watch.batch_ids:
+            unknown = "a wrong id, or one of a project that the key is not of"
+            yield f"batch {batch_id} with key {key!r}", self._batch(key, batch_id), unknown
+        yield token, self._token(target), "no stack of Keboola is there"
+        unknown = "no such configuration in the token's project"
+        yield f"{place} with {token}", self._configuration(target, place), unknown
+
+    async def _batch(self, key: str, batch_id: str) -> str:
+        batch = await self._steps.openai.retrieve(await self._steps._secret(key), batch_id)
+        return f"{batch.status}, {batch.requests_completed} of {batch.requests_total} requests"
+
+    async def _token(self, target: KeboolaTrigger) -> str:
+        told = await self._ask(target, "tokens/verify")
+        owner = told.get("owner")
+        project = owner.get("name") if isinstance(owner, dict) else None
+        return (
+            f"a token of project {short(project)}, expires: {short(told.get('expires') or 'never')}"
+        )
+
+    async def _configuration(self, target: KeboolaTrigger, place: str) -> str:
+        return f"configuration {short((await self._ask(target, place)).get('name'))}"
+
+    async def _ask(self, target: KeboolaTrigger, path: str) -> dict[str, Any]:
+        token = await self._steps._secret(str(target.secret))
+        told = await self._steps.keboola.storage(target.stack_url, token, path)
+        return told if isinstance(told, dict) else {}
+
+    def _source(self, spec: IngestSpec) -> Iterator[tuple[str, Coroutine[Any, Any, str], str]]:
+        source = spec.ingest
+        remote = isinstance(source, ApiSource) or source.remote
+        call = self._url(source) if remote else self._files(source.place)
+        yield f"source {shown_url(source.place)}", call, "nothing is there"
+
+    async def _url(self, source: CsvSource | ApiSource) -> str:
+        secret = await self._steps.secret_of(source)
+        with tempfile.TemporaryFile() as sink:
+            try:
+                async with asyncio.timeout(CALL_DEADLINE):
+                    got = await self._steps.web.get(source, source.place, secret, sink=sink)
+            except TimeoutError:
+                if not sink.tell():
+                    raise SourceError("no answer in time") from None
+                return f"is sending, for more than {CALL_DEADLINE:.0f} s"
+        return f"answered {got.status}"
+
+    async def _files(self, path: str) -> str:
+        return await asyncio.to_thread(readable_files, str(self._steps.config.base / path))
+
+
+def readable_files(path: str) -> str:
+    files = [file for file in glob.glob(path, recursive=True) if Path(file).is_file()]
+    unreadable = [file for file in files if not os.access(file, os.R_OK)]
+    if unreadable or not files:
+        missing = f"cannot be read: {unreadable[0]}" if unreadable else f"there is no file {path}"
+        raise SourceError(missing, status=403 if unreadable else 404)
+    return f"{len(files)} files"
+
+
+async def examine(config: Config, store: Store, vault: Vault) -> list[Finding]:
+    """What `validate --online` finds."""
+    settings = config.settings
+    openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
+    upstreams = openai, Keboola(), Web()
+    try:
+        return await Doctor(Steps(config, store, vault, *upstreams)).examine(config.jobs or [])
+    finally:
+        for upstream in upstreams:
+            await upstream.close()
+
+
 # ── Answers ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -7350,7 +7858,6 @@ class Stats(Answer):
 def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -> dict[str, Any]:
     """The fields of JobAnswer; `secrets`: the ids of the stored ones, by name."""
     ends = Counter(outcome(batch) for batch in batches)
-    spec = {} if job.damage else job.spec.model_dump()
     shown: dict[str, Any] = {
         "id": job.id,
         "name": job.name,
@@ -7362,10 +7869,9 @@ def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -
         "completed_count": ends["completed"],
         "failed_count": ends["failed"],
     }
-    for flat, path in FLAT_FIELDS.items():
-        block = spec.get(path[0]) if len(path) > 1 else spec
-        shown[flat] = block[path[-1]] if block else None
-    if spec and isinstance(job.spec, IngestSpec):
+    shown |= dict.fromkeys(FlatJob.model_fields) | {"name": job.name}
+    shown |= {} if job.damage else flat_fields(job.spec)
+    if not job.damage and isinstance(job.spec, IngestSpec):
         shown["ingest"] = job.spec.ingest.model_dump(exclude_defaults=True)
     shown["batch_ids"] = shown["batch_ids"] or []
     shown["batch_id"] = next(iter(shown["batch_ids"]), None)
@@ -7515,6 +8021,11 @@ class Desk:
         await save(body.name, body.type, seal, self.clock())
         return await self.secret(body.name)
 
+    async def _together(self, work: Callable[[], Awaitable[T]]) -> T:
+        """One transaction, in which no rotation can come between the reading of a key and the row
+        that is sealed with it."""
+        return await asyncio.shield(asyncio.ensure_future(self.store.transact(work)))
+
     async def secrets(self) -> SecretList:
         rows = [secret_answer(row) for row in await self.store.secrets()]
         return SecretList(secrets=rows, total=len(rows))
@@ -7532,26 +8043,30 @@ class Desk:
         return Done(success=True, message=f"Secret {name!r} deleted successfully")
 
     async def rotate(self) -> int:
-        """New key in front of the old one, everything sealed anew in one transaction, old key
-        gone: a crash between any two of these leaves keys that open every secret."""
-        self.vault.begin_rotation()
+        """New key in front of the old one, everything sealed anew, the old key dropped: a crash
+        between any two of these leaves keys that open every secret. Of two rotations one waits for
+        the other, in the transaction."""
 
         def reseal(row: SealedSecret) -> tuple[bytes, str]:
             return self.vault.seal(row.name, row.type, self.vault.open(row))
 
-        count = await self.store.reseal_secrets(reseal, self.clock())
+        async def seal_all() -> int:
+            if not await self.store.secrets():
+                raise Conflict(
+                    f"nothing rotated: {self.store.place} holds no secrets",
+                    hint="is this the right database? DATABASE_URL and -c say which one",
+                )
+            self.vault.begin_rotation()
+            return await self.store.reseal_secrets(reseal, self.clock())
 
-        def drop(needed: Collection[str]) -> None:
-            if {*needed} <= {self.vault.key_id}:  # else another rotation has begun
-                self.vault.end_rotation()
-
-        await self.store.drop_keys(drop)
+        count = await self.store.transact(seal_all)
+        await self.store.drop_keys(self.vault.end_rotation)
         return count
 
     async def create_job(self, spec: Spec) -> JobDetail:
         if isinstance(spec, IngestSpec):
             self._check_path(spec.ingest)
-        self._check_secrets(spec, await self.store.secret_types())
+        self._check_secrets(spec.model_dump(), await self.store.secret_types())
         return await self.job(str(await self.store.create_job(spec, "store", self.clock())))
 
     def _check_path(self, source: Source) -> None:
@@ -7563,7 +8078,7 @@ class Desk:
         if not may_be_read(base / source.path, self.config()):
             allowed = f"beneath {base.name}, ending in {', '.join(DATA_FILES)}"
             text = f"found {cut(source.path)}; allowed: {allowed} (in jobs.yaml: any)"
-            raise Invalid([f"ingest.path: {text}"], fields=[("ingest.path", text)])
+            raise Invalid([Problem("ingest.path", text)])
 
     async def update_job(self, ref: str, changes: Mapping[str, Any]) -> JobDetail:
         """Change what `changes` names in the flat form."""
@@ -7572,30 +8087,23 @@ class Desk:
             raise Invalid(["nothing to change was named"], hint="job update --help lists it")
         stored = await self.store.secret_types()
 
-        def changed(job: Job) -> Spec:
-            data = job.spec.model_dump()
-            for name, value in changes.items():
-                path = FLAT_FIELDS.get(name, (name,))
-                if len(path) > 1 and path[0] not in data:
-                    text = "an ingest has no such field; allowed: poll_interval_seconds"
-                    raise Invalid([f"{name}: {text}"], fields=[(name, text)])
-                (data if len(path) == 1 else data[path[0]])[path[-1]] = value
-            context = self.config().settings.job_context
-            spec: Spec = parse(spec_model(data), data, context, flat=changes.keys())
-            self._check_secrets(spec, stored, changes.keys())
-            return spec
+        def change(job: Job) -> Spec:
+            unknown = changes.keys() - flat_fields(job.spec).keys()
+            if unknown and isinstance(job.spec, IngestSpec):
+                said = "an ingest has no such field; allowed: name, poll_interval_seconds"
+                raise Invalid([Problem(name, said) for name in sorted(unknown)])
+            data = changed(job.spec, changes)
+            self._check_secrets(data, stored)
+            return job_spec(data, self.config().settings.job_context)
 
-        return await self.job(str(await self.store.update_job(ref, changed, self.clock())))
+        return await self.job(str(await self.store.update_job(ref, change, self.clock())))
 
-    def _check_secrets(
-        self, spec: Spec, stored: Mapping[str | int, str], given: Collection[str] = ()
-    ) -> None:
-        if problems := secret_problems(spec.model_dump(), stored, self.config()):
-            said = "; ".join(text for _, text in problems)
-            if "there is no secret" not in said:
-                flat = [(flat_place(at, given) if given else at, text) for at, text in problems]
-                raise Invalid([said], fields=[(dotted(at), text) for at, text in flat])
-            raise NotFound(said, hint="secret add stores one", code=1001)
+    def _check_secrets(self, job: Mapping[str, Any], stored: Mapping[str | int, str]) -> None:
+        if faults := secret_faults(job, stored, self.config()):
+            refused = invalid(faults)
+            if "there is no secret" not in str(refused):
+                raise refused
+            raise NotFound("; ".join(f.found for f in faults), code=1001)
 
     async def jobs(self, status: str | None, limit: int, after: int) -> JobList:
         """A page of jobs, by id."""
@@ -7941,18 +8449,21 @@ def notify(*states: str) -> None:
             log.debug("cannot notify the service manager: %s", e)
 
 
-async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]:
+async def every_problem(
+    config: Config, store: Store, vault: Vault, *, unused: bool = False
+) -> list[Problem]:
     """What keeps this configuration from being run, a stored secret that does not open included."""
-    problems, rows = all_problems(config, await store.secret_types()), await store.secrets()
+    rows = await store.secrets()
+    problems = all_problems(config, await store.secret_types(), unused=unused)
     try:
         vault.load(required=bool(rows))
     except SecretError as e:
-        return [*problems, str(e)]
+        return [*problems, Problem(found=str(e))]
     for row in rows:
         try:
             vault.open(row)
         except SecretError as e:
-            problems.append(str(e))
+            problems.append(Problem(found=str(e)))
     return problems
 
 
@@ -8060,7 +8571,9 @@ class Service:
 
     async def _adopt(self, config: Config) -> None:
         if problems := await every_problem(config, self.store, self.steps.vault):
-            raise Invalid(problems, hint="teckochecker.py validate checks again")
+            raise Invalid(problems)
+        for warning in config.warnings:
+            log.warning("%s", warning)
         if config.jobs is None and any(j.origin == "file" for j in await self.store.jobs("active")):
             said = "is gone or names no jobs, but the store has active jobs that come from it"
             raise Invalid([f"{config.path} {said}"], hint="`jobs: []` removes them all")
@@ -9015,13 +9528,13 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         if isinstance(error, (StoreError, SecretError)):  # its words name files of this machine
             log.error("request %s: %s", self.request_id, error)
             detail = f"{name}; see the log for request ID {self.request_id}"
-        wrong = error.fields if isinstance(error, Invalid) else []
+        wrong = error.problems if isinstance(error, Invalid) else []
         shown = ErrorAnswer(
             error=name or re.sub(r"\W+", "_", HTTPStatus(error.http_status).phrase.lower()),
             detail=detail,
             code=error.code,
             request_id=self.request_id,
-            details=[FieldError(field=f, message=m) for f, m in wrong] or None,
+            details=[FieldError(field=p.where, message=p.text) for p in wrong if p.where] or None,
         )
         text = shown.model_dump_json(exclude_none=True)
         self.answer(error.http_status, "application/json", text)
@@ -9209,7 +9722,7 @@ class Admin:
         ref, query, data = route.match(exchange.path) or "", None, None
         if "{id}" in route.path and not re.fullmatch("[0-9]{1,18}", ref):
             said = f"must be a number; GET {route.path.partition('/{id}')[0]} lists them"
-            raise Invalid([f"id {said}"], fields=[("id", said)])
+            raise Invalid([Problem("id", said)])
         if route.query:
             given = parse_qs(exchange.query, keep_blank_values=True)
             query = parse(route.query, {name: values[-1] for name, values in given.items()})
@@ -9217,8 +9730,8 @@ class Admin:
             if exchange.headers.get_content_type() != "application/json":
                 raise Refused(415, "the body must be application/json")
             given = json_body(body)
-            model = spec_model(given) if route.body is JobSpec else route.body
-            data = parse(model, given, self.service.settings.job_context)
+            read = job_spec if route.body is JobSpec else partial(parse, route.body)
+            data = read(given, self.service.settings.job_context)
         scheme = "https" if exchange.header("X-Forwarded-Proto") == "https" else "http"
         address, request_id = f"{scheme}://{exchange.host}", exchange.request_id
         return Request(self.service, ref, query, data, request_id, trusted, address)
@@ -9416,10 +9929,47 @@ def config_of(args: argparse.Namespace) -> Config:
     )
 
 
+FIRST_JOBS_FILE = """\
+# TeckoChecker's jobs. To begin, take the # away from the lines below and put in your own IDs.
+# After an edit: teckochecker.py validate, then restart the service or send it SIGHUP.
+
+database: teckochecker.db
+admin: {host: 127.0.0.1, port: 8000}
+
+secrets:
+#  openai-prod:  {type: openai,  env: OPENAI_API_KEY}
+#  keboola-prod: {type: keboola, env: KEBOOLA_TOKEN}
+
+jobs:
+#  - name: nightly-classification
+#    poll_interval: 2m
+#    watch:   {type: openai_batches, secret: openai-prod, batch_ids: [batch_abc123]}
+#    trigger:
+#      type: keboola
+#      secret: keboola-prod
+#      stack_url: https://connection.eu-central-1.keboola.com
+#      component_id: kds-team.app-custom-python
+#      configuration_id: "123456"
+"""
+
+
+async def refuse_a_lost_key(database: Path, key_file: Path) -> None:
+    async with Store(database) as store:
+        sealed = [row.name for row in await store.secrets()]
+    if sealed:
+        raise SecretError(
+            f"{key_file} is missing, and a new key would not open what {database} has sealed:"
+            f" {', '.join(sealed)}",
+            hint="put the key file back, or --new-key, and store these secrets again",
+        )
+
+
 def cmd_init(args: argparse.Namespace, config: Config) -> int:
     settings, vault, done = config.settings, Vault(config.settings), []
     key_file = vault.file
     if key_file is not None and not key_file.exists():
+        if settings.database.exists() and not args.new_key:
+            asyncio.run(refuse_a_lost_key(settings.database, key_file))
         write_private(key_file, new_master_key() + "\n")
         done.append(f"made the master key {key_file} (back it up: without it no secret opens)")
     vault.load(required=True)
@@ -9433,7 +9983,7 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
     steps = [
         f"{name} secret add --name openai-prod --type openai",
         f"{name} secret add --name keboola-prod --type keboola",
-        f"edit {config.path} (jobs.yaml.example explains every key), then: {name} validate",
+        f"edit {config.path}, then: {name} validate",
         f"{name} start",
     ]
     text = [*(done or ["everything is there already; nothing was changed"]), "", "Next:"]
@@ -9441,16 +9991,28 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
 
 
 async def cmd_validate(args: argparse.Namespace, config: Config) -> int:
-    """Everything `start` would refuse, and that every stored secret decrypts."""
+    """Everything `start` would refuse, that every stored secret decrypts, and what would change;
+    --online also asks the other sides."""
+    vault = Vault(config.settings)
     async with Store(config.settings.database) as store:
-        problems = await every_problem(config, store, Vault(config.settings))
-        problems += await client_problems()
-        rows = await store.secrets()
-    if problems:
-        raise Invalid(problems)
+        problems = await every_problem(config, store, vault, unused=True)
+        problems += [Problem("", said) for said in await client_problems()]
+        rows, stored = await store.secrets(), await store.jobs()
+        for warning in config.warnings:
+            print(redact(f"warning: {warning}"), file=sys.stderr)
+        if problems:
+            raise Invalid(problems)
+        findings = await examine(config, store, vault) if args.online else []
     jobs, names = config.jobs or [], sorted({*(r.name for r in rows), *config.secrets})
-    text = f"{config.path} is good: {len(jobs)} jobs, {len(names)} secrets"
-    return report(args, {"valid": True, "jobs": [j.name for j in jobs], "secrets": names}, text)
+    fired = {target_of(job.spec): f"job {job.name!r}" for job in stored if job.status in FIRED}
+    mine = [job for job in stored if job.origin == "file"]
+    changes = plan(jobs, mine, fired) if config.jobs is not None else []
+    text = [f"{config.path} is good: {len(jobs)} jobs, {len(names)} secrets", *changes]
+    text += [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
+    shown = {"valid": True, "jobs": [j.name for j in jobs], "secrets": names, "changes": changes}
+    shown["online"] = [f._asdict() for f in findings]
+    report(args, shown, "\n".join(text))
+    return int(not all(f.good for f in findings))
 
 
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
@@ -9651,8 +10213,12 @@ async def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
 
 async def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
     async with desk_of(config) as desk:
-        count = await desk.rotate()
-    return report(args, {"resealed": count}, f"new master key; {count} secrets encrypted anew")
+        count, vault = await desk.rotate(), desk.vault
+    database = config.settings.database
+    text = f"{count} secrets of {database} are sealed with a new master key"
+    if vault.file is not None:
+        text += f": back up {vault.file} (the one before is in {vault.old_file()})"
+    return report(args, {"resealed": count}, text)
 
 
 def flat_job(args: argparse.Namespace) -> dict[str, Any]:
@@ -9675,7 +10241,7 @@ def flat_job(args: argparse.Namespace) -> dict[str, Any]:
 
 async def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
     async with desk_of(config) as desk:
-        spec = parse(JobSpec, flat_job(args), config.settings.job_context)
+        spec = job_spec(flat_job(args), config.settings.job_context)
         answer = await desk.create_job(spec)
     return report(args, answer, f"created job {answer.name!r} (ID {answer.id})")
 
@@ -9966,8 +10532,8 @@ async def cmd_explain(args: argparse.Namespace, config: Config) -> int:
 
 def cmd_schema(args: argparse.Namespace) -> int:
     """The JSON Schema of jobs.yaml, for editors."""
-    jobs: Any = list[JobSpec | FlatJob | IngestSpec]  # type: ignore[valid-type]
-    whole = create_model("JobsYaml", __base__=JobsFile, jobs=(jobs, []))
+    jobs: Any = list[JobSpec | FlatJob | IngestSpec] | None
+    whole = create_model("JobsYaml", __base__=JobsFile, __doc__="jobs.yaml", jobs=(jobs, None))
     say(json.dumps(whole.model_json_schema(), indent=2))
     return 0
 
@@ -10045,8 +10611,14 @@ def make_parser() -> argparse.ArgumentParser:
         parser.set_defaults(run=run)
         return parser
 
-    add(commands, "init", cmd_init, "make the key, the database and a first jobs.yaml")
-    add(commands, "validate", cmd_validate, "check jobs.yaml and every secret")
+    init = add(commands, "init", cmd_init, "make the key, the database and a first jobs.yaml")
+    init.add_argument(
+        "--new-key", action="store_true", help="even where secrets are sealed already"
+    )
+    validate = add(commands, "validate", cmd_validate, "check jobs.yaml and every secret")
+    validate.add_argument("--online", action="store_true", help="ask the other sides, too")
+    doctor = add(commands, "doctor", cmd_validate, "validate --online")
+    doctor.set_defaults(online=True)
     start = add(commands, "start", cmd_start, "run the service")
     start.add_argument("--daemon", action="store_true", help="in the background")
     add(commands, "stop", cmd_stop, "stop the service gracefully")

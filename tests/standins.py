@@ -1242,6 +1242,8 @@ class Keboola(StandIn):
                 return self._index()
             case "GET", "/v2/storage/tokens/verify":
                 return self._refuses(request) or self._token_detail()
+        if found := re.fullmatch(r"/v2/storage/components/([^/]+)/configs/([^/]+)", request.path):
+            return self._refuses(request) or self._configuration(unquote(found[1]), found[2])
         return self.error(404, f"No route found for {request.method} {request.path}")
 
     def _index(self) -> Answer:
@@ -1253,6 +1255,12 @@ class Keboola(StandIn):
             "services": [{"id": name, "url": url} for name, url in services.items()],
         }
         return Answer(200, as_json(index))
+
+    def _configuration(self, component: str, configuration: str) -> Answer:
+        there = self.only_configurations
+        if there is not None and (component, configuration) not in there:
+            return self.error(404, f"Configuration {configuration} not found")
+        return Answer(200, as_json({"id": configuration, "name": f"{component}'s stand-in"}))
 
     def _token_detail(self) -> Answer:
         detail = {

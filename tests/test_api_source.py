@@ -1335,7 +1335,7 @@ def load(folder: Path, text: str) -> tuple[list[str], list[tecko.Spec]]:
     path.write_text(text)
     config = tecko.load_config(path, {"MINE": SECRET})
     problems = tecko.all_problems(config, {})
-    return [line.replace(f"{folder}/", "") for line in problems], [*(config.jobs or [])]
+    return [str(line).replace(f"{folder}/", "") for line in problems], [*(config.jobs or [])]
 
 
 def test_the_file_that_the_wrong_ones_are_made_of_is_good(tmp_path: Path) -> None:
@@ -1400,18 +1400,19 @@ def shown(text: str) -> str:
     return text if text.lstrip("-").isdecimal() else repr(text)
 
 
+MEANT = "unknown key (did you mean {!r}?); allowed:"
 WRONG = [
-    ("      items:", "      itms:", f"12: ingest.itms: unknown key; allowed: {API_KEYS}"),
+    ("      items:", "      itms:", f"12: ingest.itms: {MEANT.format('items')} {API_KEYS}"),
     ("items: data.posts", "path: a", f"12: ingest.path: unknown key; allowed: {API_KEYS}"),
     (
         "param: p,",
         "parm: p,",
-        "13: ingest.next.parm: unknown key; allowed: param, path, size, size_param, start, type",
+        f"13: ingest.next.parm: {MEANT.format('param')} param, path, size, size_param, start, type",
     ),
     (
         "overlap: 10m",
         "over: 10m",
-        "14: ingest.since.over: unknown key; allowed: field, overlap, param",
+        f"14: ingest.since.over: {MEANT.format('overlap')} field, overlap, param",
     ),
     ("{title: ", "{titel: ", f"16: ingest.fields.titel: found 'titel'; allowed: {FIELDS}"),
     ("type: api\n ", "type: rest\n ", "8: ingest.type: found 'rest'; allowed: csv or api"),
@@ -1436,7 +1437,8 @@ WRONG = [
     (
         "secret: mine",
         "secret: nobody",
-        "10: ingest.secret: there is no secret 'nobody' (there are: mine, other)",
+        "10: ingest.secret: there is no secret 'nobody' (there are: mine, other);"
+        " `secret add --name nobody --type api` stores it",
     ),
     (
         "secret: mine",

@@ -344,9 +344,12 @@ def test_a_secret_at_the_wrong_place_is_refused_unseen(tmp_path: Path, where: st
     environ = {"CANARY_BY_ENV": BY_ENV}
     try:
         config = tecko.load_config(tmp_path / "jobs.yaml", environ)
-        said = "\n".join(tecko.all_problems(config, {}))
+        said = "\n".join(
+            f"{problem}\n{problem.source}" for problem in tecko.all_problems(config, {})
+        )
     except tecko.TeckoError as e:
-        said = f"{e}\n{e.hint}"
+        shown = [p.source for p in e.problems] if isinstance(e, tecko.Invalid) else []
+        said = "\n".join([str(e), e.hint, *shown])
     assert "jobs.yaml:" in said and not leaks(said)
 
 

@@ -225,7 +225,7 @@ ROWS: tuple[tuple[Any, ...], ...] = (
     (Told("secret add --name 'a\tb' --type openai", {}, "value-x"), "name"),
     (Told(f"secret add --name {'n' * 256} --type openai", {}, "value-x"), "name"),
     (Told("secret add --name x --type openai", PLACEHOLDER, "value-x"), "master key", "44"),
-    (Told("validate", PLACEHOLDER), "master key", "44"),
+    (Told("validate", PLACEHOLDER | {"TEST_OPENAI_KEY": "sk-1234"}), "master key", "44"),
     (Told("init", PLACEHOLDER), "master key", "44"),
     (Told("secret rotate", {"SECRET_KEY": MASTER_KEY}), "hint: set SECRET_KEY=NEW,OLD"),
     (Told("-c nothing.yaml validate"), "nothing.yaml", "no such file", "hint: "),
@@ -234,7 +234,7 @@ ROWS: tuple[tuple[Any, ...], ...] = (
     (Told("secret add --name x --type api", {"SECRET_KEY_FILE": "."}, "value-x"), "key"),
     (Told("job list", {"DATABASE_URL": "sqlite:///nowhere/x.db"}), "nowhere/x.db"),
     (Told("job list", {"DATABASE_URL": "sqlite:///jobs.yaml"}), "jobs.yaml", "database"),
-    (Told("job list", {"DATABASE_URL": "postgres://host/db"}), "DATABASE_URL", "sqlite:///"),
+    (Told("job list", {"DATABASE_URL": "mysql://host/db"}), "DATABASE_URL", "sqlite:///"),
     (Told("job list", {"LOG_LEVEL": "LOUD"}), "LOG_LEVEL", "DEBUG"),
     (Told("job list", {"API_PORT": "http"}), "API_PORT", "0 to 65535"),
     (Told("job list", {"API_HOST": "0.0.0.0"}), "0.0.0.0", "hint: set ADMIN_TOKEN"),  # noqa: S104
@@ -527,7 +527,15 @@ def test_commands_without_openai_do_not_import_its_sdk(home: Path, tmp_path: Pat
     """The SDK costs 0.7 s and 30 MB: what asks OpenAI nothing does without."""
     shutil.copytree(home, tmp_path / "home")
     lines: list[Told | str] = [Told("secret add --name y --type api", {}, "value-y"), CREATE]
-    lines += ["init", "validate", "job list", "job show 1", "secret list", "status", "stop"]
+    lines += [
+        "init",
+        Told("validate", {"TEST_OPENAI_KEY": "sk-of-tests"}),
+        "job list",
+        "job show 1",
+        "secret list",
+        "status",
+        "stop",
+    ]
     done, modules = run_many(tmp_path / "home", lines)
     assert [ended.code for ended in done] == [0] * 8 + [1]
     assert not modules & {"openai", "httpx2", "apscheduler"}

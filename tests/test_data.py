@@ -370,7 +370,7 @@ def test_what_cannot_be_changed(rest: Rest, changes: dict[str, Any], status: int
         ({"ingest": {"type": "csv", "path": "many.csv", "delimeter": ";"}}, "ingest.delimeter"),
         ({"ingest": {"type": "api", "url": "ftp://x/y"}}, "ingest.url"),
         ({"ingest": {"type": "csv", "path": "many.csv"}, "watch": {}}, "watch"),
-        ({"ingest": {"type": "csv", "path": "many.csv"}, "batch_id": "batch_1"}, "watch"),
+        ({"ingest": {"type": "csv", "path": "many.csv"}, "batch_id": "batch_1"}, "batch_id"),
     ],
 )
 def test_fields_of_an_ingest(rest: Rest, changes: dict[str, Any], field: str) -> None:

@@ -136,15 +136,6 @@ def test_the_example_explains_every_key() -> None:
     assert [line for line in keys.values() if " # " not in line] == []
 
 
-def test_the_first_jobs_file_is_good_once_its_comments_are_taken_away(tmp_path: Path) -> None:
-    """What init writes as a comment is a job that loads."""
-    text = tecko.FIRST_JOBS_FILE.replace("secrets: {}", "secrets:").replace("jobs: []", "jobs:")
-    path = tmp_path / "jobs.yaml"
-    path.write_text(re.sub(r"^#(?=  )", "", text, flags=re.MULTILINE))
-    config = tecko.load_config(path, {"OPENAI_API_KEY": "sk-1", "KEBOOLA_TOKEN": "kbc-1"})
-    assert tecko.all_problems(config, {}) == [] and len(config.jobs or []) == 1
-
-
 # ── Command lines in the README ───────────────────────────────────────────────────────────────
 
 

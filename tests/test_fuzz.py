@@ -37,7 +37,7 @@ import pytest
 import requests
 import schemathesis
 import standins
-from conftest import MASTER_KEY
+from conftest import MASTER_KEY, secrets_forgotten
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
@@ -119,8 +119,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzed]:
     """A service with secrets and jobs, whose batches never end, so that nothing ever fires at an
     address that was made up; after all tests it has to be as healthy as before."""
     folder = tmp_path_factory.mktemp("fuzz")
-    known, pattern = set(tecko.SecretValue.known), tecko.SecretValue.pattern
-    with standins.OpenAI() as openai, standins.Keboola() as keboola:
+    with secrets_forgotten(), standins.OpenAI() as openai, standins.Keboola() as keboola:
         openai.batch("batch_1")
         env = {"OPENAI_BASE_URL": openai.base_url, "SECRET_KEY": MASTER_KEY}
         with surface(folder, **env) as made:
@@ -131,8 +130,6 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzed]:
                 fuzzed.job()
             with fuzzed.session:
                 yield fuzzed
-    # what was stored here as a secret is none to the tests that share this process
-    tecko.SecretValue.known, tecko.SecretValue.pattern = known, pattern
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def spec(name: str = "nightly", variables: Mapping[str, str] = {}) -> tecko.JobS
         "keboola_configuration_id": "123456",
         "variables": dict(variables),
     }
-    return tecko.JobSpec.model_validate(flat)
+    return tecko.FlatJob.model_validate(flat).to_spec()
 
 
 def settings(**changed: Any) -> tecko.Settings:
@@ -355,6 +355,23 @@ def test_a_batch_that_was_found_again_is_denied_from_the_start() -> None:
     assert (known.missing_since, known.missing_checks) == (NOW + 660, 1)
     assert not tecko.is_lost(known, NOW + 660)
     assert not tecko.is_lost(known, NOW + 9999)
+
+
+@unhurried
+@given(st.floats() | st.integers() | st.sampled_from([1_732_600_000_000, 253_402_300_800, -1e14]))
+def test_no_time_raises(at: float) -> None:
+    """Whatever number stands for a time becomes a date, and a nonsense one is none at the edge."""
+    assert datetime.fromisoformat(tecko.iso(at)).tzinfo is UTC
+    seen = tecko.plausible(at)
+    assert seen is None or 2000 <= datetime.fromtimestamp(seen, UTC).year <= 2100
+
+
+@unhurried
+@given(st.none() | st.booleans() | st.text() | st.lists(st.integers()) | st.just(10**400))
+def test_a_time_that_is_no_number_is_none(at: object) -> None:
+    """An upstream may write anything there."""
+    seen = tecko.parse_batch("b", {"id": "b", "status": "x", "created_at": at, "expires_at": at})
+    assert (seen.created_at, seen.expires_at) == (None, None)
 
 
 # ── Whether a job fires ───────────────────────────────────────────────────────────────────────

@@ -218,7 +218,7 @@ class Histories(RuleBasedStateMachine):
             "keboola_configuration_id": configuration,
         }
         self.keboola.fault(POST, fault)
-        self.sync(tecko.JobSpec.model_validate(flat | self.wanted))
+        self.sync(tecko.FlatJob.model_validate(flat | self.wanted).to_spec())
 
     @rule()
     def leaves_the_file(self) -> None:

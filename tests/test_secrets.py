@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import contextlib
 import json
 import os
 import shutil
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import MASTER_KEY, run_program
+from conftest import MASTER_KEY, run_program, secrets_forgotten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,20 +22,14 @@ import teckochecker as tecko
 
 OTHER_KEY = base64.urlsafe_b64encode(bytes(range(100, 132))).decode()
 THIRD_KEY = base64.urlsafe_b64encode(bytes(range(200, 232))).decode()
-PRINTABLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1)
-
-
-@contextlib.contextmanager
-def forgotten() -> Iterator[None]:
-    """What becomes a secret in here is none afterwards: one of a letter would redact all texts."""
-    known, pattern = set(tecko.SecretValue.known), tecko.SecretValue.pattern
-    yield
-    tecko.SecretValue.known, tecko.SecretValue.pattern = known, pattern
+PRINTABLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=6).filter(
+    lambda text: text[0] not in "\"'"
+)
 
 
 @pytest.fixture(autouse=True)
 def _forgotten() -> Iterator[None]:
-    with forgotten():
+    with secrets_forgotten():
         yield
 
 
@@ -55,6 +49,10 @@ def sealed(vault: tecko.Vault, value: str = "sk-value", name: str = "n") -> teck
     return tecko.SealedSecret(1, name, "openai", box, key_id, 0.0)
 
 
+def body(name: str) -> tecko.SecretBody:
+    return tecko.SecretBody(name=name, type="api", value="a-value-of-tests")
+
+
 def key_file(folder: Path, *keys: str, name: str = "teckochecker.key") -> Path:
     tecko.write_private(folder / name, "\n".join(keys) + "\n")
     return folder / name
@@ -67,7 +65,7 @@ def key_file(folder: Path, *keys: str, name: str = "teckochecker.key") -> Path:
 @given(name=st.text(), kind=st.text(), value=PRINTABLE)
 def test_what_is_sealed_opens_again(name: str, kind: str, value: str) -> None:
     """Any printable value under any name and type comes back, and is nowhere in the box."""
-    with forgotten():
+    with secrets_forgotten():
         vault = loaded(Path(), SECRET_KEY=MASTER_KEY)
         box, key_id = vault.seal(name, kind, tecko.SecretValue(value))
         assert vault.open(tecko.SealedSecret(1, name, kind, box, key_id, 0.0)).reveal() == value
@@ -229,12 +227,13 @@ def test_an_unusable_key_file_is_a_clear_error(tmp_path: Path, content: bytes | 
 
 
 def test_a_key_file_is_for_its_owner_alone(tmp_path: Path) -> None:
-    """0600 from the first byte on, whatever it was before; a failure leaves no draft behind."""
+    """0600 where it is new, never readable for all; a failure leaves no draft behind."""
     file = tmp_path / "k"
-    file.write_text("old")
+    tecko.write_private(file, "old")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
     file.chmod(0o644)
     tecko.write_private(file, "new")
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and file.read_text() == "new"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640 and file.read_text() == "new"
     (tmp_path / "folder").mkdir()
     with pytest.raises((OSError, tecko.SecretError)):
         tecko.write_private(tmp_path / "folder", "text")
@@ -259,9 +258,9 @@ async def reseal(store: tecko.Store, vault: tecko.Vault) -> int:
 
 
 async def rotate(store: tecko.Store, vault: tecko.Vault) -> None:
-    vault.begin_rotation()
-    await reseal(store, vault)
-    vault.end_rotation()
+    """As `secret rotate` does it."""
+    config = tecko.load_config(store.path.with_name("jobs.yaml"), {"DATABASE_URL": str(store.path)})
+    await tecko.Desk(store, vault, lambda: config).rotate()
 
 
 VALUES = ["value-0", "value-1", "value-2"]
@@ -280,6 +279,61 @@ async def test_rotation_encrypts_everything_anew(tmp_path: Path) -> None:
                 old.open(row)
     assert MASTER_KEY not in file.read_text() and len(file.read_text().split()) == 1
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert file.with_name("teckochecker.key.old").read_text().split() == [MASTER_KEY]
+
+
+async def test_a_rotation_that_would_seal_nothing_is_refused(tmp_path: Path) -> None:
+    """In the wrong database: it is named, and the key of the right one stays."""
+    file = key_file(tmp_path, MASTER_KEY)
+    async with tecko.Store(tmp_path / "s.db") as store:
+        with pytest.raises(tecko.Conflict, match=r"nothing rotated: .*s\.db holds no secrets") as e:
+            await rotate(store, loaded(tmp_path))
+    assert "right database" in e.value.hint and file.read_text().split() == [MASTER_KEY]
+
+
+async def test_a_key_that_a_row_needs_is_not_dropped(tmp_path: Path) -> None:
+    """A row that another process sealed with the old key while we rotated opens afterwards."""
+    key_file(tmp_path, MASTER_KEY)
+    async with tecko.Store(tmp_path / "s.db") as store:
+        late = sealed(loaded(tmp_path), "value-3", "name-3")
+        await stored(store, loaded(tmp_path))
+        vault = loaded(tmp_path)
+        vault.begin_rotation()
+        await reseal(store, vault)
+        await store.add_secret(late.name, late.type, late.value, late.key_id, 0.0)
+        vault.end_rotation({row.key_id for row in await store.secrets()})
+        assert await opened(store, loaded(tmp_path)) == [*VALUES, "value-3"]
+
+
+async def test_additions_and_rotations_at_once_lose_nothing(tmp_path: Path) -> None:
+    """Two connections add, replace and rotate as fast as they can; all opens in the end."""
+    key_file(tmp_path, MASTER_KEY)
+    config = tecko.load_config(tmp_path / "jobs.yaml", {"DATABASE_URL": "s.db"})
+    async with tecko.Store(tmp_path / "s.db") as one, tecko.Store(tmp_path / "s.db") as two:
+        desks = [tecko.Desk(s, loaded(tmp_path), lambda: config) for s in (one, two)]
+        for n in range(3):
+            await desks[0].add_secret(body(f"first-{n}"))
+        work = [desk.rotate() for desk in desks for _ in range(4)]
+        work += [desks[n % 2].add_secret(body(f"more-{n}")) for n in range(8)]  # type: ignore[misc]
+        await asyncio.gather(*work)
+        assert await opened(one, loaded(tmp_path)) == ["a-value-of-tests"] * 11
+    assert len((tmp_path / "teckochecker.key").read_text().split()) == 1
+
+
+async def test_a_rotation_keeps_owner_mode_and_symlink(tmp_path: Path) -> None:
+    """A key file that root rotates for a service stays the service's, wherever it really is."""
+    (tmp_path / "real").mkdir()
+    real = key_file(tmp_path / "real", MASTER_KEY)
+    os.chown(real, 65534, 65534)
+    real.chmod(0o640)
+    (tmp_path / "teckochecker.key").symlink_to(real)
+    async with tecko.Store(tmp_path / "s.db") as store:
+        await stored(store, loaded(tmp_path))
+        await rotate(store, loaded(tmp_path))
+        assert await opened(store, loaded(tmp_path)) == VALUES
+    after = real.stat()
+    assert (after.st_uid, after.st_gid, stat.S_IMODE(after.st_mode)) == (65534, 65534, 0o640)
+    assert (tmp_path / "teckochecker.key").is_symlink() and MASTER_KEY not in real.read_text()
 
 
 @pytest.mark.parametrize("phases", [0, 1, 2, 3])
@@ -295,7 +349,7 @@ async def test_a_crash_in_a_rotation_loses_nothing(tmp_path: Path, phases: int, 
         if phases > 1:
             await reseal(store, vault)
         if phases > 2:
-            vault.end_rotation()
+            vault.end_rotation(set())
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         if then == "rotate again":
             await rotate(store, loaded(tmp_path))
@@ -333,6 +387,7 @@ async def test_nothing_is_sealed_with_a_key_that_is_gone(tmp_path: Path) -> None
     key_file(tmp_path, MASTER_KEY)
     waiting = loaded(tmp_path)
     async with tecko.Store(tmp_path / "s.db") as store:
+        await stored(store, loaded(tmp_path), 1)
         await rotate(store, loaded(tmp_path))
     assert loaded(tmp_path).open(sealed(waiting)).reveal() == "sk-value"
 
@@ -377,7 +432,35 @@ async def test_a_key_file_that_cannot_be_written(tmp_path: Path, phase: str) -> 
         vault.begin_rotation()
     shutil.rmtree(folder)  # as root no mode keeps from writing, but this does
     with pytest.raises(tecko.SecretError, match=r"teckochecker\.key"):
-        getattr(vault, phase)()
+        getattr(vault, phase)(*([set()] if phase == "end_rotation" else []))
+
+
+def told(folder: Path, *args: str, **env: str) -> tuple[int, str]:
+    """How a command ended, and all that it said."""
+    ran = run_program(*args, cwd=folder, env=env)
+    return ran.returncode, ran.stdout + ran.stderr
+
+
+async def test_init_makes_no_key_that_opens_nothing(tmp_path: Path) -> None:
+    """Where secrets are sealed a lost key is not replaced, unless somebody insists."""
+    file = key_file(tmp_path, MASTER_KEY)
+    async with tecko.Store(tmp_path / "teckochecker.db") as store:
+        await stored(store, loaded(tmp_path), 2)
+    file.unlink()
+    code, said = told(tmp_path, "init")
+    assert code == 1 and not file.exists()
+    assert "name-0, name-1" in said and "--new-key" in said and str(file) in said
+    assert told(tmp_path, "init", "--new-key")[0] == 0 and file.exists()
+
+
+async def test_a_rotation_says_which_files_it_changed(tmp_path: Path) -> None:
+    """The database, the key file and where the key of before is; and that a copy is needed."""
+    file = key_file(tmp_path, MASTER_KEY)
+    async with tecko.Store(tmp_path / "teckochecker.db") as store:
+        await stored(store, loaded(tmp_path), 2)
+    code, said = told(tmp_path, "secret", "rotate")
+    assert code == 0 and f"2 secrets of {tmp_path}/teckochecker.db" in said
+    assert f"back up {file} (the one before is in {file}.old)" in said
 
 
 def test_init_with_a_key_file_that_cannot_be_written(tmp_path: Path) -> None:
@@ -409,28 +492,32 @@ def test_a_reference_by_env_and_by_file(tmp_path: Path, around: str) -> None:
 
 def test_a_changed_file_counts_at_once(tmp_path: Path) -> None:
     """A mounted secret that is replaced is used at the next look, also through a symlink."""
-    (tmp_path / "a").write_text("first")
-    (tmp_path / "b").write_text("third")
+    (tmp_path / "a").write_text("the-first")
+    (tmp_path / "b").write_text("the-third")
     (tmp_path / "token").symlink_to("a")
-    assert read(tmp_path, file="token") == "first"
+    assert read(tmp_path, file="token") == "the-first"
     (tmp_path / "a").write_text("second")
     assert read(tmp_path, file="token") == "second"
     (tmp_path / "new").symlink_to("b")
     (tmp_path / "new").replace(tmp_path / "token")
-    assert read(tmp_path, file="token") == "third"
+    assert read(tmp_path, file="token") == "the-third"
 
 
 @pytest.mark.parametrize(
     ("where", "told"),
     [
         ({"env": "NOT_SET"}, "'prod'.*NOT_SET is not set"),
-        ({"env": "EMPTY"}, "'prod'.*not empty"),
+        ({"env": "EMPTY"}, "'prod'.*at least 6"),
+        ({"env": "SHORT"}, "'prod'.*at least 6"),
+        ({"env": "QUOTED"}, "'prod'.*quotes around it"),
         ({"env": "CONTROL"}, "'prod'.*control"),
         ({"file": "missing"}, "'prod': cannot read missing: No such file"),
         ({"file": "folder"}, "'prod': cannot read folder: Is a directory"),
         ({"file": "folder/x/y"}, "'prod': cannot read folder/x/y: No such file"),
         ({"file": "binary"}, "'prod': cannot read binary: it is no"),
-        ({"file": "empty"}, "'prod'.*not empty"),
+        ({"file": "empty"}, "'prod'.*at least 6"),
+        ({"file": "pipe"}, "'prod': cannot read pipe: it is no regular file"),
+        ({"file": "${CREDENTIALS_DIRECTORY}/key"}, r"\$\{CREDENTIALS_DIRECTORY\} is not set"),
     ],
 )
 def test_a_reference_that_cannot_be_read(tmp_path: Path, where: dict[str, str], told: str) -> None:
@@ -438,8 +525,10 @@ def test_a_reference_that_cannot_be_read(tmp_path: Path, where: dict[str, str], 
     (tmp_path / "folder").mkdir()
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00hidden")
     (tmp_path / "empty").write_text(" \n")
+    os.mkfifo(tmp_path / "pipe")
+    env = {"EMPTY": "", "CONTROL": "hid\x07den", "SHORT": "hid-e", "QUOTED": "'a-hidden-key'"}
     with pytest.raises(tecko.SecretError, match=told) as e:
-        read(tmp_path, {"EMPTY": "", "CONTROL": "hid\x07den"}, **where)
+        read(tmp_path, env, **where)
     assert "den" not in str(e.value) and e.value.code == 3002
 
 

@@ -44,7 +44,7 @@ async def add_job(service: tecko.Service, keboola: standins.Keboola, name: str) 
     }
     async with beside(service.store.path) as store:
         await store.create_job(
-            tecko.parse(tecko.JobSpec, flat, service.settings.job_context), "store", time.time()
+            tecko.job_spec(flat, service.settings.job_context), "store", time.time()
         )
 
 

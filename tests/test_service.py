@@ -458,13 +458,21 @@ def become_a_folder(path: Path) -> None:
     path.mkdir()
 
 
+def become_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 BAD: dict[str, Callable[[World, Path], object]] = {
     "not YAML": lambda world, folder: world.config.path.write_text("jobs: ["),
     "not text": lambda world, folder: world.config.path.write_bytes(b"\xff\xfe\xfd"),
     "unknown key": lambda world, folder: world.config.path.write_text("jops: []"),
     "unknown secret": lambda world, folder: write_file(world, secret="nobody"),
     "gone": lambda world, folder: world.config.path.unlink(),
+    "empty": lambda world, folder: world.config.path.write_text(""),
+    "without jobs": lambda world, folder: world.config.path.write_text("database: teckochecker.db"),
     "a folder": lambda world, folder: become_a_folder(world.config.path),
+    "a pipe": lambda world, folder: become_a_pipe(world.config.path),
     ".env is not text": lambda world, folder: (folder / ".env").write_bytes(b"A=\xff\xfe\n"),
     "bad setting": lambda world, folder: (folder / ".env").write_text("MAX_RETRIES=lots\n"),
 }

@@ -51,7 +51,7 @@ def spec(name: str = "job", **flat: Any) -> tecko.JobSpec:
         "keboola_component_id": "comp",
         "keboola_configuration_id": "1",
     }
-    return tecko.JobSpec.model_validate(given | flat)
+    return tecko.FlatJob.model_validate(given | flat).to_spec()
 
 
 async def get(store: tecko.Store, job_id: int) -> tecko.Job:

@@ -198,7 +198,9 @@ async def test_an_error_repeats_no_secret_and_no_long_page(
 async def test_a_batch_is_read_as_the_contract_has_it(nulls: bool) -> None:
     """Empty fields may come as null or not at all."""
     with standins.OpenAI(nulls=nulls) as openai:
-        told = openai.batch("batch_1", "expired", total=9, completed=7, failed=2, expires_at=5)
+        told = openai.batch(
+            "batch_1", "expired", total=9, completed=7, failed=2, expires_at=1_000_000_000
+        )
         upstream = tecko.OpenAI(openai.base_url)
         seen = await upstream.retrieve(KEY, "batch_1")
         await upstream.close()
@@ -206,7 +208,7 @@ async def test_a_batch_is_read_as_the_contract_has_it(nulls: bool) -> None:
         batch_id="batch_1",
         status="expired",
         created_at=told.created_at,
-        expires_at=5,
+        expires_at=1_000_000_000,
         output_file_id="file-out-batch_1",
         error_file_id="file-err-batch_1",
         requests_total=9,
