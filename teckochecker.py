@@ -87,7 +87,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -1153,6 +1153,7 @@ class Trigger:
     keboola_status: str | None = None
     message: str | None = None
     finished_at: At | None = None
+    kind: str = "keboola"  # which `Action` carries it out
 
 
 @lru_cache(maxsize=1024)
@@ -2387,6 +2388,7 @@ CREATE TABLE triggers (
     job_id BIGINT NOT NULL REFERENCES polling_jobs (id) ON DELETE CASCADE,
     round BIGINT NOT NULL,
     state TEXT NOT NULL,                     -- see TRIGGER_STEPS
+    kind TEXT NOT NULL,                      -- what it starts: keboola
     stack_url TEXT NOT NULL,
     secret TEXT NOT NULL,                    -- name of the Keboola token
     body TEXT NOT NULL,                      -- of POST /jobs, frozen with the decision
@@ -4939,14 +4941,8 @@ class Keboola:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._client: httpx2.AsyncClient | None = None
-        self._slots: dict[str, asyncio.Semaphore] = {}
         self._queues: dict[str, asyncio.Task[str]] = {}
         self._ahead: dict[str, float] = {}  # s by which a stack's clock is ahead of the monotonic
-
-    def turn(self, stack: str) -> asyncio.Semaphore:
-        """A place among the calls to a stack, to be taken before a trigger is claimed: it would
-        count as sent while it waits."""
-        return self._slots.setdefault(stack, asyncio.Semaphore(AT_ONCE))
 
     async def prepare(self, target: str) -> float | None:
         await self._queue(target)
@@ -6307,7 +6303,10 @@ class Steps:
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.store, self.vault = config, store, vault
-        self.openai, self.keboola, self.web = openai, keboola, web
+        self.openai, self.web = openai, web
+        self._actions: Mapping[str, Action] = {"keboola": keboola}  # by Trigger.kind
+        # Places among the calls to a stack, taken before a claim: what waits for one is not sent.
+        self._turns = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(AT_ONCE))
         self.ingesting: set[int] = set()  # ids of jobs whose run goes on
         self.stopping = False  # runs end at their next chunk
         self._ingest_slots = asyncio.Semaphore(INGESTS_AT_ONCE)
@@ -6549,7 +6548,7 @@ class Steps:
                 return StepResult(0.0, said)
             token = await self._secret(trigger.secret)
             act = {"pending": self._send, "unknown": self._settle, "running": self._follow}
-            async with self.keboola.turn(trigger.stack_url):
+            async with self._turns[trigger.stack_url]:
                 return await act[trigger.state](row, trigger, token)
         except (UpstreamError, SecretError) as e:
             self._count_error(e)
@@ -6577,7 +6576,7 @@ class Steps:
 
     async def _send(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
         try:
-            theirs = await self.keboola.prepare(trigger.stack_url)
+            theirs = await self._actions[trigger.kind].prepare(trigger.stack_url)
         except KeboolaError as e:
             if not is_refusal(e):
                 raise
@@ -6590,7 +6589,7 @@ class Steps:
         if claimed is None:
             return StepResult(0.0, "changed while it was triggered")
         try:
-            job = await self.keboola.send(claimed, token)
+            job = await self._actions[trigger.kind].send(claimed, token)
         except KeboolaError as e:
             return await self._not_accepted(row, claimed, e)
         return await self._accepted(row, claimed, job, f"Keboola job {job.id} started")
@@ -6626,11 +6625,11 @@ class Steps:
         window, searches = float(self.config.settings.trigger_settle_seconds), trigger.searches + 1
         since = self._unknown.setdefault(trigger.id, self._steady())
         try:
-            job = await self.keboola.find(trigger, token)
+            job = await self._actions[trigger.kind].find(trigger, token)
             waited = self._steady() - since
             event = after_search(trigger, waited, window)
             if job is None and event is not None:
-                job = await self.keboola.find(trigger, token, anytime=True)
+                job = await self._actions[trigger.kind].find(trigger, token, anytime=True)
         except KeboolaError as e:
             if not is_refusal(e) or self._steady() - since < REFUSED_LONG:
                 raise
@@ -6651,7 +6650,7 @@ class Steps:
         return StepResult(None if event == "hold" else 0.0, said)
 
     async def _follow(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
-        job = await self.keboola.follow(trigger, token)
+        job = await self._actions[trigger.kind].follow(trigger, token)
         if after_follow(job) is not None:
             return await self._finish(trigger, job)
         await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)
