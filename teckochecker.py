@@ -4760,11 +4760,9 @@ class OpenAI:
         found = self._key(key).list
         return self._clock() - found.at, found
 
-    def may_list(self, key: SecretValue, checks: int) -> bool:
-        """Whether a list may take fewer requests than so many single checks."""
-        mine, now = self._key(key), self._clock()
-        fewer = checks > 2 * mine.pages or now - mine.list.at > LIST_AGAIN
-        return checks > 2 and fewer and now >= mine.list_from
+    def may_list(self, key: SecretValue) -> bool:
+        """Whether the list is to be tried: not for some minutes after it was of no use."""
+        return self._clock() >= self._key(key).list_from
 
     async def read_list(
         self, key: SecretValue, wanted: Collection[str], checks: int
@@ -4777,6 +4775,9 @@ class OpenAI:
         if mine.reading.locked():
             async with mine.reading:
                 return ()
+        recent = self._clock() - mine.list.at < LIST_AGAIN
+        if checks <= 2 * max(mine.pages if recent else 1, math.ceil(len(wanted) / PAGE)):
+            return ()
         async with mine.reading:
             if mine.pause:  # one batch is asked for before hundreds; it is told in its own turn
                 first = min(wanted, key=lambda batch_id: batch_id in mine.failed)
@@ -4959,6 +4960,11 @@ class Keboola:
         if job.id != wanted:
             raise KeboolaError(f"Keboola's answer about job {wanted} is about {short(job.id, 80)}")
         return job
+
+    async def storage(self, stack: str, token: SecretValue, path: str) -> Any:
+        """GET a path of the stack's Storage API, for `validate --online`."""
+        headers = {"X-StorageApi-Token": token.reveal()}
+        return await self._ask("GET", stack, f"{stack}/v2/storage/{path}", headers=headers)
 
     async def find(
         self, trigger: Trigger, secret: SecretValue, *, anytime: bool = False
@@ -6303,7 +6309,7 @@ class Steps:
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.store, self.vault = config, store, vault
-        self.openai, self.web = openai, web
+        self.openai, self.keboola, self.web = openai, keboola, web
         self._actions: Mapping[str, Action] = {"keboola": keboola}  # by Trigger.kind
         # Places among the calls to a stack, taken before a claim: what waits for one is not sent.
         self._turns = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(AT_ONCE))
@@ -6431,7 +6437,7 @@ class Steps:
         now = self.clock()
         stale = [row for row in rows if self._listed(key, row, now) is None]
         checks = sum(len(open_batches(row.batches, now)) for row in stale)
-        if not self.openai.may_list(key, checks):
+        if checks <= 2 or not self.openai.may_list(key):  # two single ones cost no more than a page
             return None
         until = now + min(row.pace for row in stale) / 2
         wanted, worth = await self.store.watched(names, until)

@@ -248,7 +248,7 @@ async def test_a_service_without_its_key_says_so_and_goes_on(world: World, tmp_p
     world.openai.batch("batch_1", "completed")
     job_id = await world.job()
     config = tecko.load_config(tmp_path / "jobs.yaml", {})
-    upstreams = world.steps.openai, tecko.Keboola(), world.steps.web
+    upstreams = world.steps.openai, world.steps.keboola, world.steps.web
     steps = tecko.Steps(config, world.store, tecko.Vault(config.settings), *upstreams)
     await steps.step(job_id)
     job = await world.get(job_id)
