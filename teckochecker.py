@@ -4336,7 +4336,11 @@ async def look_up(host: Any, port: Any, **hints: int) -> Any:
             finally:
                 del look_ups[query]
 
-        threading.Thread(target=run, args=(answer,), name="look-up", daemon=True).start()
+        try:
+            threading.Thread(target=run, args=(answer,), name="look-up", daemon=True).start()
+        except RuntimeError as e:  # no thread is left
+            del look_ups[query]
+            raise OSError(f"{host} cannot be looked up: {e}") from e
     return await asyncio.wrap_future(answer)
 
 
@@ -4527,27 +4531,23 @@ OUTAGE_LONGEST = 300.0  # s, to which that grows
 
 
 class Provider(NamedTuple):
-    """How a provider of batches speaks: its statuses as ours, and where its Batch object has what
-    a BatchSeen holds, as dotted paths. A status that is not listed stands for itself."""
+    """How a provider of batches speaks: its statuses as ours (one that is not listed stands for
+    itself), and where its Batch object has what a BatchSeen holds, as dotted paths."""
 
     statuses: Mapping[str, str]
-    numbers: Mapping[str, str]
-    texts: Mapping[str, str]
+    fields: Mapping[str, str]
 
 
-# https://platform.openai.com/docs/api-reference/batch/object
-OPENAI = Provider(
+OPENAI = Provider(  # https://platform.openai.com/docs/api-reference/batch/object
     statuses={status: status for status in KNOWN_BATCH},
-    numbers={
+    fields={
         "created_at": "created_at",
         "expires_at": "expires_at",
+        "output_file_id": "output_file_id",
+        "error_file_id": "error_file_id",
         "requests_total": "request_counts.total",
         "requests_completed": "request_counts.completed",
         "requests_failed": "request_counts.failed",
-    },
-    texts={
-        "output_file_id": "output_file_id",
-        "error_file_id": "error_file_id",
         "error": "errors.data.0.message",
     },
 )
@@ -4563,11 +4563,14 @@ def value_at(data: Any, path: str) -> Any:
     return data
 
 
-def number_at(data: Any, path: str) -> float | None:
-    value = value_at(data, path)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if abs(value) < 1e15 else None  # and not NaN, nor what SQLite cannot keep
+def fact(name: str, value: Any) -> Any:
+    """What a field of BatchSeen becomes: a time of this or the next century, a count, or a text."""
+    if name.endswith("_at") or name.startswith("requests_"):
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if name.endswith("_at"):  # milliseconds are none
+            return value if known and 0 <= value < 4_102_444_800 else None
+        return int(value) if known and 0 <= value < 1e15 else 0  # nor NaN
+    return short(value) or None if isinstance(value, str) else None
 
 
 def parse_batch(batch_id: str, data: Any, provider: Provider = OPENAI) -> BatchSeen:
@@ -4578,11 +4581,7 @@ def parse_batch(batch_id: str, data: Any, provider: Provider = OPENAI) -> BatchS
         said = f"it is about {short(given, 80)!r}" if isinstance(given, str) else "it has no id"
         said = "it has no status" if given == batch_id else said
         raise OpenAIError(f"OpenAI's answer is not batch {batch_id}: {said}")
-    facts: dict[str, Any] = {o: number_at(data, path) for o, path in provider.numbers.items()}
-    facts |= {o: int(n or 0) for o, n in facts.items() if o.startswith("requests_")}
-    for ours, path in provider.texts.items():
-        said = value_at(data, path)
-        facts[ours] = short(said) or None if isinstance(said, str) else None
+    facts = {ours: fact(ours, value_at(data, path)) for ours, path in provider.fields.items()}
     return BatchSeen(batch_id, provider.statuses.get(status) or short(status), **facts)
 
 
