@@ -95,7 +95,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -1272,6 +1272,7 @@ class Trigger:
     keboola_status: str | None = None
     message: str | None = None
     finished_at: At | None = None
+    kind: str = "keboola"  # which `Action` carries it out
 
 
 @lru_cache(maxsize=1024)
@@ -2760,6 +2761,7 @@ CREATE TABLE triggers (
     job_id BIGINT NOT NULL REFERENCES polling_jobs (id) ON DELETE CASCADE,
     round BIGINT NOT NULL,
     state TEXT NOT NULL,                     -- see TRIGGER_STEPS
+    kind TEXT NOT NULL,                      -- what it starts: keboola
     stack_url TEXT NOT NULL,
     secret TEXT NOT NULL,                    -- name of the Keboola token
     body TEXT NOT NULL,                      -- of POST /jobs, frozen with the decision
@@ -4757,7 +4759,11 @@ async def look_up(host: Any, port: Any, **hints: int) -> Any:
             finally:
                 del look_ups[query]
 
-        threading.Thread(target=run, args=(answer,), name="look-up", daemon=True).start()
+        try:
+            threading.Thread(target=run, args=(answer,), name="look-up", daemon=True).start()
+        except RuntimeError as e:  # no thread is left
+            del look_ups[query]
+            raise OSError(f"{host} cannot be looked up: {e}") from e
     return await asyncio.wrap_future(answer)
 
 
@@ -4948,27 +4954,23 @@ OUTAGE_LONGEST = 300.0  # s, to which that grows
 
 
 class Provider(NamedTuple):
-    """How a provider of batches speaks: its statuses as ours, and where its Batch object has what
-    a BatchSeen holds, as dotted paths. A status that is not listed stands for itself."""
+    """How a provider of batches speaks: its statuses as ours (one that is not listed stands for
+    itself), and where its Batch object has what a BatchSeen holds, as dotted paths."""
 
     statuses: Mapping[str, str]
-    numbers: Mapping[str, str]
-    texts: Mapping[str, str]
+    fields: Mapping[str, str]
 
 
-# https://platform.openai.com/docs/api-reference/batch/object
-OPENAI = Provider(
+OPENAI = Provider(  # https://platform.openai.com/docs/api-reference/batch/object
     statuses={status: status for status in KNOWN_BATCH},
-    numbers={
+    fields={
         "created_at": "created_at",
         "expires_at": "expires_at",
+        "output_file_id": "output_file_id",
+        "error_file_id": "error_file_id",
         "requests_total": "request_counts.total",
         "requests_completed": "request_counts.completed",
         "requests_failed": "request_counts.failed",
-    },
-    texts={
-        "output_file_id": "output_file_id",
-        "error_file_id": "error_file_id",
         "error": "errors.data.0.message",
     },
 )
@@ -4984,11 +4986,14 @@ def value_at(data: Any, path: str) -> Any:
     return data
 
 
-def number_at(data: Any, path: str) -> float | None:
-    value = value_at(data, path)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if abs(value) < 1e15 else None  # and not NaN, nor what SQLite cannot keep
+def fact(name: str, value: Any) -> Any:
+    """What a field of BatchSeen becomes: a time of this or the next century, a count, or a text."""
+    if name.endswith("_at") or name.startswith("requests_"):
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if name.endswith("_at"):  # milliseconds are none
+            return value if known and 0 <= value < 4_102_444_800 else None
+        return int(value) if known and 0 <= value < 1e15 else 0  # nor NaN
+    return short(value) or None if isinstance(value, str) else None
 
 
 def parse_batch(batch_id: str, data: Any, provider: Provider = OPENAI) -> BatchSeen:
@@ -4999,11 +5004,7 @@ def parse_batch(batch_id: str, data: Any, provider: Provider = OPENAI) -> BatchS
         said = f"it is about {short(given, 80)!r}" if isinstance(given, str) else "it has no id"
         said = "it has no status" if given == batch_id else said
         raise OpenAIError(f"OpenAI's answer is not batch {batch_id}: {said}")
-    facts: dict[str, Any] = {o: number_at(data, path) for o, path in provider.numbers.items()}
-    facts |= {o: int(n or 0) for o, n in facts.items() if o.startswith("requests_")}
-    for ours, path in provider.texts.items():
-        said = value_at(data, path)
-        facts[ours] = short(said) or None if isinstance(said, str) else None
+    facts = {ours: fact(ours, value_at(data, path)) for ours, path in provider.fields.items()}
     return BatchSeen(batch_id, provider.statuses.get(status) or short(status), **facts)
 
 
@@ -5181,11 +5182,9 @@ class OpenAI:
         found = self._key(key).list
         return self._clock() - found.at, found
 
-    def may_list(self, key: SecretValue, checks: int) -> bool:
-        """Whether a list may take fewer requests than so many single checks."""
-        mine, now = self._key(key), self._clock()
-        fewer = checks > 2 * mine.pages or now - mine.list.at > LIST_AGAIN
-        return checks > 2 and fewer and now >= mine.list_from
+    def may_list(self, key: SecretValue) -> bool:
+        """Whether the list is to be tried: not for some minutes after it was of no use."""
+        return self._clock() >= self._key(key).list_from
 
     async def read_list(
         self, key: SecretValue, wanted: Collection[str], checks: int
@@ -5198,6 +5197,9 @@ class OpenAI:
         if mine.reading.locked():
             async with mine.reading:
                 return ()
+        recent = self._clock() - mine.list.at < LIST_AGAIN
+        if checks <= 2 * max(mine.pages if recent else 1, math.ceil(len(wanted) / PAGE)):
+            return ()
         async with mine.reading:
             if mine.pause:  # one batch is asked for before hundreds; it is told in its own turn
                 first = min(wanted, key=lambda batch_id: batch_id in mine.failed)
@@ -5362,14 +5364,8 @@ class Keboola:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._client: httpx2.AsyncClient | None = None
-        self._slots: dict[str, asyncio.Semaphore] = {}
         self._queues: dict[str, asyncio.Task[str]] = {}
         self._ahead: dict[str, float] = {}  # s by which a stack's clock is ahead of the monotonic
-
-    def turn(self, stack: str) -> asyncio.Semaphore:
-        """A place among the calls to a stack, to be taken before a trigger is claimed: it would
-        count as sent while it waits."""
-        return self._slots.setdefault(stack, asyncio.Semaphore(AT_ONCE))
 
     async def prepare(self, target: str) -> float | None:
         await self._queue(target)
@@ -5386,6 +5382,11 @@ class Keboola:
         if job.id != wanted:
             raise KeboolaError(f"Keboola's answer about job {wanted} is about {short(job.id, 80)}")
         return job
+
+    async def storage(self, stack: str, token: SecretValue, path: str) -> Any:
+        """GET a path of the stack's Storage API, for `validate --online`."""
+        headers = {"X-StorageApi-Token": token.reveal()}
+        return await self._ask("GET", stack, f"{stack}/v2/storage/{path}", headers=headers)
 
     async def find(
         self, trigger: Trigger, secret: SecretValue, *, anytime: bool = False
@@ -6821,6 +6822,9 @@ class Steps:
     ) -> None:
         self.config, self.store, self.vault = config, store, vault
         self.openai, self.keboola, self.web = openai, keboola, web
+        self._actions: Mapping[str, Action] = {"keboola": keboola}  # by Trigger.kind
+        # Places among the calls to a stack, taken before a claim: what waits for one is not sent.
+        self._turns = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(AT_ONCE))
         self.ingesting: set[int] = set()  # ids of jobs whose run goes on
         self.stopping = False  # runs end at their next chunk
         self._ingest_slots = asyncio.Semaphore(INGESTS_AT_ONCE)
@@ -6946,7 +6950,7 @@ class Steps:
         now = self.clock()
         stale = [row for row in rows if self._listed(key, row, now) is None]
         checks = sum(len(open_batches(row.batches, now)) for row in stale)
-        if not self.openai.may_list(key, checks):
+        if checks <= 2 or not self.openai.may_list(key):  # two single ones cost no more than a page
             return None
         until = now + min(row.pace for row in stale) / 2
         wanted, worth = await self.store.watched(names, until)
@@ -7063,7 +7067,7 @@ class Steps:
                 return StepResult(0.0, said)
             token = await self._secret(trigger.secret)
             act = {"pending": self._send, "unknown": self._settle, "running": self._follow}
-            async with self.keboola.turn(trigger.stack_url):
+            async with self._turns[trigger.stack_url]:
                 return await act[trigger.state](row, trigger, token)
         except (UpstreamError, SecretError) as e:
             self._count_error(e)
@@ -7091,7 +7095,7 @@ class Steps:
 
     async def _send(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
         try:
-            theirs = await self.keboola.prepare(trigger.stack_url)
+            theirs = await self._actions[trigger.kind].prepare(trigger.stack_url)
         except KeboolaError as e:
             if not is_refusal(e):
                 raise
@@ -7104,7 +7108,7 @@ class Steps:
         if claimed is None:
             return StepResult(0.0, "changed while it was triggered")
         try:
-            job = await self.keboola.send(claimed, token)
+            job = await self._actions[trigger.kind].send(claimed, token)
         except KeboolaError as e:
             return await self._not_accepted(row, claimed, e)
         return await self._accepted(row, claimed, job, f"Keboola job {job.id} started")
@@ -7140,11 +7144,11 @@ class Steps:
         window, searches = float(self.config.settings.trigger_settle_seconds), trigger.searches + 1
         since = self._unknown.setdefault(trigger.id, self._steady())
         try:
-            job = await self.keboola.find(trigger, token)
+            job = await self._actions[trigger.kind].find(trigger, token)
             waited = self._steady() - since
             event = after_search(trigger, waited, window)
             if job is None and event is not None:
-                job = await self.keboola.find(trigger, token, anytime=True)
+                job = await self._actions[trigger.kind].find(trigger, token, anytime=True)
         except KeboolaError as e:
             if not is_refusal(e) or self._steady() - since < REFUSED_LONG:
                 raise
@@ -7165,7 +7169,7 @@ class Steps:
         return StepResult(None if event == "hold" else 0.0, said)
 
     async def _follow(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
-        job = await self.keboola.follow(trigger, token)
+        job = await self._actions[trigger.kind].follow(trigger, token)
         if after_follow(job) is not None:
             return await self._finish(trigger, job)
         await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)

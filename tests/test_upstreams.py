@@ -249,6 +249,14 @@ def test_any_json_is_a_batch_that_can_be_stored_or_an_openai_error(data: Any) ->
         db.execute(f"SELECT {', '.join('?' * len(values))}", values)
 
 
+@Given("odd", [1_732_600_000_000, 253_402_300_800, 1e14, -1, -62_135_596_801, True, "soon", None])
+def test_a_time_that_no_calendar_has_is_none(odd: Any) -> None:
+    """Milliseconds, or before 1970: it could be neither shown nor counted with."""
+    data = {"id": "batch_1", "status": "in_progress", "created_at": odd, "expires_at": odd}
+    seen = tecko.parse_batch("batch_1", data)
+    assert (seen.created_at, seen.expires_at) == (None, None)
+
+
 variables = st.fixed_dictionaries({"values": anything})
 job_like = st.fixed_dictionaries(
     {"id": st.just("1") | plain, "status": st.just("error") | plain, "isFinished": st.booleans()},
