@@ -4297,6 +4297,56 @@ class Store(Checks):
         )
         return [row[0] for row in rows]
 
+    async def undelivered(self, now: float, settle: float) -> list[str]:
+        """Jobs whose trigger Keboola has not got for longer than three intervals and the settle
+        window, or whose Keboola job has not been followed for three checks in a row; at most 100
+        names."""
+        rows = await self._sql(
+            "SELECT DISTINCT j.id, j.name FROM triggers t JOIN polling_jobs j ON j.id = t.job_id"
+            f" WHERE {OPEN_TRIGGER} AND (t.state <> 'running' OR j.errors_in_row >= 3)"
+            " AND t.created_at < :now - :settle AND t.created_at < :now - 3 * j.pace"
+            " ORDER BY j.id LIMIT 100",
+            {"now": now, "settle": settle},
+        )
+        return [name for _, name in rows]
+
+    async def oldest_open_trigger(self, now: float) -> float:
+        """Seconds since the oldest trigger was decided that Keboola has not got; 0: there is
+        none."""
+        [[oldest]] = await self._sql(
+            "SELECT min(created_at) FROM triggers WHERE finished_at IS NULL"
+            " AND state IN ('pending', 'sending', 'unknown')"
+        )
+        return max(0.0, now - oldest) if oldest is not None else 0.0
+
+    async def attention(self, limit: int) -> list[dict[str, Any]]:
+        """Jobs that wait for a person: failed, held, or an ingest whose last run with work in it
+        failed or rejected records."""
+        rows = await self._sql(
+            "SELECT j.name, j.last_error, CASE WHEN j.openai_secret = '' THEN 'ingest'"
+            " WHEN EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND t.round = j.round"
+            " AND t.state = 'held') THEN 'held' ELSE 'failed' END FROM polling_jobs j"
+            " WHERE j.removed_at IS NULL AND (j.status = 'failed' OR j.openai_secret = ''"
+            " AND j.status = 'active' AND j.last_error IS NOT NULL) ORDER BY j.id LIMIT :limit",
+            {"limit": limit},
+        )
+        return [{"job": job, "reason": reason, "what": what} for job, reason, what in rows]
+
+    @transactional
+    async def note_failure(self, job_id: int, said: str, now: float, wait: float) -> None:
+        """Write down that a step of a job met an internal error."""
+        job = (await self.jobs_among([job_id])).get(job_id)
+        if job is None:  # it was deleted meanwhile
+            return
+        row = job.errors_in_row + 1
+        await self._set_job(job, last_error=said, errors_in_row=row, next_check_at=now + wait)
+        await self._log(job_id, "error", said, now)
+
+    @transactional
+    async def log_event(self, status: str, message: str, now: float) -> None:
+        """A log row that belongs to no job."""
+        await self._log(None, status, message, now)
+
     async def due_next(self, limit: int) -> list[tuple[str, float]]:
         """Names and planned times of the checks that come next."""
         rows = await self._sql(
