@@ -14,7 +14,12 @@ uses only what stands above it:
     Decisions     the tables of states and the pure functions that say what to do next
     Secrets       master keys and encryption
     Config        jobs.yaml, .env and the environment into settings and jobs
-    Store         the one place with SQL
+    Schema        the tables; from here to Housekeeping is the store, the one place with SQL
+    Database      two small engines: SQLite and PostgreSQL
+    Transactions  opening, locks, and transactions that end
+    Stored ...    records, secrets, jobs
+    Checks and triggers   what checks decide, written once
+    Housekeeping  what is kept for how long, times, figures
     Upstreams     the one place that calls OpenAI, Keboola and the sources of ingests
     Ingest        records out of files and pages, and what they become; writes nothing
     Steps         load, ask, decide, record, act
@@ -79,10 +84,10 @@ import secrets as randomness
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 import zlib
@@ -155,7 +160,6 @@ if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK 
     from aiolimiter import AsyncLimiter
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
     from apscheduler.triggers.interval import IntervalTrigger
-    from prometheus_client.core import HistogramMetricFamily
     from psycopg import AsyncConnection
     from rich.console import RenderableType
 
@@ -196,19 +200,9 @@ FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the bat
 
 AUTO_SHARE = 0.08  # of a batch's age, `auto` waits at most: half of that is the latency to expect
 AUTO_STEP = 1.25  # between the intervals of `auto`: few of them, so that jobs are due together
-START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
 STOP_SECONDS = 2.0  # that a run has after Ctrl-C to write its chunk
 FOLLOW_SECONDS = 0.2  # s between looks at a run that is shown on a terminal
 NEWS = 20  # checks with news that are written in one transaction, which takes some 5 ms
-TOGETHER = 500  # jobs read by one query of those due in one tick
-MANY = 1000  # jobs, from which on their times lie on a grid of whole seconds: each tick has a cost
-NEIGHBOURS = 32  # jobs due together then whose rows lie together: alone, each would cost a page
-GRID = 0.25  # s; due times on a grid wake the loop once for many jobs
-GC_THRESHOLD = 10_000  # objects more than at the last collection: several ticks' worth
-CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one between ticks
-TICK = 1.0  # s between looks at what other processes changed in the store
-STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
-DRAIN_SECONDS = 8.0  # s that work in flight may take after SIGTERM, of the 10 s promised
 STORE_RETRY = 1.0  # s between attempts to write down what Keboola answered
 
 CHUNK_ROWS = 2000  # records that commit together: beyond that a transaction only gets longer
@@ -231,17 +225,15 @@ DOWNLOAD_DEADLINE = 3600.0  # s for a file behind a URL
 INGESTS_AT_ONCE = 2  # more would only take turns on the same processor and the same store
 SINCE_OVERLAP = 300  # s that a source may be late to show a record under its own time stamp
 
-HTTP_IDLE = 5.0  # s without a byte before a connection is closed
-HTTP_DEADLINE = 8.0  # s for one request to arrive in whole, however it drips
-HTTP_ANSWER = 5.0  # s that the loop has to compute an answer
-HTTP_BODY = 1 << 20  # bytes of a request's body
+HTTP_ANSWER = 5.0  # s that a route may take before its caller is answered without the result
 LOG_BYTES = 10_000_000  # per log file, five are kept
-PRUNE_SECONDS = 3600.0  # s between looks for log rows past their time
 
 BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
 VALUE_TEXT = "printable ASCII, without control characters, not empty"
 PRINTABLE = r"^\s*[!-~][ -~]{4,}[!-~]\s*$"  # a short one would be redacted out of any text
 HOSTS = r"^\s*(([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:\d+)?\s*(,\s*|$))*$"
+ORIGIN = r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?"
+ORIGINS = rf'(?i)^\s*\[?\s*("?{ORIGIN}"?\s*(,\s*|\]?\s*$))*$'  # a JSON list will do, too
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 KEY_SHAPES = re.compile(  # OpenAI's, Keboola's, a password in a URL
     r"sk-[A-Za-z0-9_-]{12,}|\b\d+-\d+-[A-Za-z0-9]{20,}\b|(?<=://)[^/\s@]+(?=@)"
@@ -436,19 +428,13 @@ class IngestFailed(TeckoError):
 
 
 class Refused(TeckoError):
-    """A request that HTTP itself forbids: `http_status` says why; `close` ends the connection,
-    since what follows on it cannot be told from this request's body."""
+    """A request that HTTP itself forbids: `http_status` says why."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        close: bool = False,
-        headers: Mapping[str, str] = MappingProxyType({}),
+        self, status: int, message: str, *, headers: Mapping[str, str] = MappingProxyType({})
     ) -> None:
         super().__init__(message)
-        self.http_status, self.close, self.headers = status, close, headers
+        self.http_status, self.headers = status, headers
 
 
 class StoreError(TeckoError):
@@ -1086,6 +1072,9 @@ class Settings(BaseModel):
     admin_hosts: Annotated[str, StringConstraints(pattern=HOSTS)] = Field(
         "", description="host names, separated by commas"
     )
+    cors_origins: Annotated[str, StringConstraints(pattern=ORIGINS)] = Field(
+        "", description="origins like https://app.example.com, separated by commas; no *"
+    )
     secret_key: SecretValue | None = None
     secret_key_file: Path | None = None
     credentials_directory: Path | None = None
@@ -1200,9 +1189,9 @@ class Job:
         try:
             return spec_of(self.text)
         except ValueError as e:  # pydantic's is one
-            reason = str(e).replace("\n", " ")
+            reason = " ".join(str(e).split())
             raise TeckoError(
-                f"the definition of job {self.name!r} (ID {self.id}) cannot be used: {reason}"
+                f"the row of job {self.name!r} (ID {self.id}) is damaged: {reason}"
             ) from e
 
     @property
@@ -2171,7 +2160,7 @@ ENVIRONMENT = """
     API_HOST API_PORT ADMIN_TOKEN DEFAULT_POLL_INTERVAL MIN_POLL_INTERVAL MAX_POLL_INTERVAL
     MAX_RETRIES RETRY_DELAY TRIGGER_SETTLE_SECONDS MAX_REQUESTS_PER_MINUTE OPENAI_BASE_URL
     LOG_LEVEL LOG_FORMAT LOG_FILE
-    LOG_RETENTION_DAYS LOG_RETENTION_ROWS API_MAX_CONNECTIONS ADMIN_HOSTS
+    LOG_RETENTION_DAYS LOG_RETENTION_ROWS API_MAX_CONNECTIONS ADMIN_HOSTS CORS_ORIGINS
     SECRET_KEY SECRET_KEY_FILE CREDENTIALS_DIRECTORY
     """.split()
 
@@ -2925,11 +2914,10 @@ class Database:
             return None
         try:
             found = self.path.stat()
-        except OSError as e:
-            return f"the database {self.path} is gone: {e.strerror}"
-        if (found.st_dev, found.st_ino) != self._identity:
-            return f"another file has taken the place of the database {self.path}"
-        return None
+        except OSError:
+            return "the database file was deleted while it was in use"
+        same = (found.st_dev, found.st_ino) == self._identity
+        return None if same else "the database file was replaced while it was in use"
 
     async def transact(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` in a transaction of its own."""
@@ -2972,7 +2960,8 @@ class Database:
                 now = time.monotonic()
                 self._blocked_since = self._blocked_since or now
                 if now - self._blocked_since >= self.patience:
-                    raise self._store_error(e) from e
+                    said = f"the database {self.place} is locked by another process"
+                    raise StoreError(said) from e
         raise StoreError("the program ends: nothing more is written")
 
     def _engine(self) -> Sqlite | Postgres:
@@ -4243,17 +4232,18 @@ class Store(Checks):
             )
         await self._log(None, "updated", f"the clock was set by {step:+.0f} s", now)
 
-    @transactional
     async def clamp_times(self, now: float) -> None:
         """At the start: what lies in the future was written by a clock that was ahead, and happened
-        now at the latest."""
+        now at the latest. Where nothing does, no lock is waited for."""
         for table, columns in LIVE_TIMES.items():
             for name in columns:
                 latest = now + FARTHEST if name == "next_check_at" else now
-                await self._sql(
-                    f"UPDATE {table} SET {name} = :now WHERE {name} > :latest",
-                    {"now": now, "latest": latest},
-                )
+                later = {"latest": latest}
+                sql = f"SELECT 1 FROM {table} WHERE {name} > :latest LIMIT 1"
+                if await self._sql(sql, later):
+                    await self.transact(
+                        partial(self._change, table, {name: now}, f"{name} > :latest", **later)
+                    )
 
     async def logs(self, job_id: int | None, limit: int, after: int = 0) -> list[LogRow]:
         """The last rows of a job, or of all (None); oldest first; only ids beyond `after`."""
@@ -4606,7 +4596,7 @@ class OpenAI:
         self._base_url, self._per_minute, self._clock = base_url, per_minute, clock
         self._client: openai.AsyncOpenAI | None = None
         self._slots = Slots(IN_FLIGHT)
-        self.requests: Counter[str] = Counter()  # made so far: retrieve, list
+        self.on_request: Callable[[str], None] = lambda kind: None  # told: retrieve or list
         self._gates: dict[str, KeyGate] = {}
 
     def _for_key(self, key: SecretValue) -> openai.AsyncOpenAI:
@@ -4779,7 +4769,7 @@ class OpenAI:
                 await gate.budget.acquire()
             async with self._slots.turn(rank):
                 self._admit(gate)
-                self.requests[kind] += 1
+                self.on_request(kind)
                 content = await self._judged(gate, call, about)
         try:
             return orjson.loads(content)
@@ -6238,6 +6228,96 @@ def failed_too_many(limit: str | None, failed: int, processed: int, *, ended: bo
     return (ended or processed >= CHUNK_ROWS) and failed * 100 > float(limit[:-1]) * processed
 
 
+# ── Metrics ───────────────────────────────────────────────────────────────────────────────────
+
+LATENESS = (  # s; fine where the aims lie: a median in milliseconds, 99 of 100 within a second
+    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
+    *(1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
+)
+METERED_JOBS = 1000  # jobs with series of their own: more would burden who collects them
+GAUGES = {  # set when Prometheus asks
+    "overdue_jobs": "Active jobs without a successful check for three poll intervals.",
+    "check_age_seconds": "Longest time since a successful check of an active job.",
+    "oldest_open_trigger_seconds": "Age of the oldest trigger that Keboola has not got yet.",
+    "store_writable": "1: the last write to the store succeeded.",
+    "loop_lag_seconds": "How late the last tick of the event loop was.",
+    "http_connections": "Open connections of the admin surface.",
+    "config_last_reload_successful": "1: the last reload was taken up; 0: it was refused.",
+    "config_last_reload_timestamp_seconds": "Time of the last reload, or of the start.",
+}
+
+
+class Metrics:
+    """What Prometheus reads: objects of its library, filled as things happen or when it asks."""
+
+    def __init__(self) -> None:
+        import prometheus_client as prometheus
+
+        # without it, each counter has a gauge beside it that nobody reads
+        prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=self.registry)
+
+        def made(kind: Any) -> Any:
+            return partial(kind, namespace="teckochecker", registry=self.registry)
+
+        counter, gauge = made(prometheus.Counter), made(prometheus.Gauge)
+        histogram = made(prometheus.Histogram)
+        self.checks = counter("checks", "Checks of a job's batches.", ["outcome"])
+        self.triggers = counter("triggers", "What happened to triggers.", ["event"])
+        self.ingest_runs = counter("ingest_runs", "Runs of ingests.", ["status"])
+        self.openai_requests = counter("openai_requests", "Requests to OpenAI.", ["kind"])
+        self.records = counter("records", "Records that ingests read.", ["became"])
+        labels = ["upstream", "status"]
+        self.upstream_errors = counter("upstream_errors", "Calls upstream that failed.", labels)
+        self.internal_errors = counter("internal_errors", "Steps that met an unexpected error.")
+        self.steps = histogram("check_duration_seconds", "Time that a step of a job took.")
+        self.lateness = histogram(
+            "check_lateness_seconds",
+            "Time from when a job's step was due until it was done, if it met no error.",
+            buckets=LATENESS,
+        )
+        self.writes = histogram(
+            "store_write_duration_seconds",
+            "Time that a transaction of the store took.",
+            buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        )
+        self.jobs = gauge("jobs", "Jobs by state.", ["status"])
+        self.paused_keys = gauge("paused_keys", "1: this key is not used for now.", ["secret"])
+        self.job_state = gauge("job_state", "1: the state of a job.", ["job", "status"])
+        self.job_ok = gauge(
+            "job_last_success_timestamp_seconds", "Time of its last successful check.", ["job"]
+        )
+        self._gauges = {name: gauge(name, text) for name, text in GAUGES.items()}
+        gauge("build_info", "The version that runs.", ["version"]).labels(VERSION).set(1)
+
+    def set(self, **values: float) -> None:
+        """Give gauges of GAUGES their values."""
+        for name, value in values.items():
+            self._gauges[name].set(value)
+
+    def jobs_are(self, jobs: Iterable[Job], counted: Mapping[str, int]) -> None:
+        """How many jobs there are by state, and some of them by name."""
+        for gauge in (self.jobs, self.job_state, self.job_ok):
+            gauge.clear()  # what is gone must not be reported for ever
+        for status, count in counted.items():
+            self.jobs.labels(status).set(count)
+        for job in jobs:
+            self.job_state.labels(job.name, job.shown_status).set(1)
+            self.job_ok.labels(job.name).set(job.last_ok_at)
+
+    def total(self, *counters: Any) -> int:
+        """The sum of counters over all their labels."""
+        samples = [s for c in counters for family in c.collect() for s in family.samples]
+        return int(sum(sample.value for sample in samples))
+
+    def text(self) -> str:
+        """All of it in Prometheus' text format."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(self.registry).decode()
+
+
 # ── Steps ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -6276,7 +6356,8 @@ class Steps:
         self.stopping = False  # runs end at their next chunk
         self._ingest_slots = asyncio.Semaphore(INGESTS_AT_ONCE)
         self.clock, self.luck = clock, luck
-        self.tally: Counter[tuple[str, str]] = Counter()  # (what, outcome), for the metrics
+        self.metrics = Metrics()
+        openai.on_request = lambda kind: self.metrics.openai_requests.labels(kind).inc()
         self.on_finished: Callable[[Collection[int]], None] = lambda job_ids: None
         self._first_used: dict[int, SealedSecret] = {}  # still to be noted
 
@@ -6285,8 +6366,6 @@ class Steps:
         asked for that (`rank`). Raises StoreError when the store cannot be used; then nothing was
         sent."""
         job, batches, has_open = await self.store.job_with_batches(job_id)
-        if job is not None and job.damage:  # others go on
-            return Stepped(LONGEST_WAIT, job.damage, TeckoError(job.damage))
         steps = []
         if has_open:
             for trigger in await self.store.open_triggers(job_id):
@@ -6429,7 +6508,7 @@ class Steps:
                 done[due.id] = quiet(wait)
             elif batches is not None or error is not None:
                 told.append(due)
-        self.tally["checks", "waiting"] += len(done)
+        self.metrics.checks.labels("waiting").inc(len(done))
         for at in range(0, len(told), NEWS):  # others take their turns at the store in between
             done |= await self._take_news(told[at : at + NEWS], shown, error)
         return done
@@ -6486,10 +6565,10 @@ class Steps:
     def _told(self, check: Checked, recorded: bool) -> Stepped:
         """Count a check, and say what came of it."""
         if not recorded:
-            self.tally["checks", "dropped"] += 1
+            self.metrics.checks.labels("dropped").inc()
             return Stepped(0.0, "changed while it was checked")
         event, errors = check.verdict.event, check.errors
-        self.tally["checks", event or ("error" if errors else "waiting")] += 1
+        self.metrics.checks.labels(event or ("error" if errors else "waiting")).inc()
         for error in errors:
             self._count_error(error)
         done = sum(outcome(b) is not None for b in check.batches)
@@ -6566,8 +6645,8 @@ class Steps:
             return Stepped(await self._wait(trigger, e), str(e), e)
 
     def _count_error(self, error: TeckoError) -> None:
-        status = getattr(error, "status", None)
-        self.tally["upstream_errors", f"{ERROR_NAMES[error.code]} {status or 'no answer'}"] += 1
+        status = str(getattr(error, "status", None) or "no answer")
+        self.metrics.upstream_errors.labels(ERROR_NAMES[error.code], status).inc()
 
     async def _wait(self, trigger: Trigger, error: TeckoError) -> float:
         job = await self.store.job(trigger.job_id)
@@ -6581,7 +6660,7 @@ class Steps:
     ) -> Trigger | None:
         """Write down what is known to have happened, however long the store stays locked: a
         Keboola job that is not written down would be searched for, or started again."""
-        self.tally["triggers", event] += 1
+        self.metrics.triggers.labels(event).inc()
         while True:
             try:
                 return await self.store.move_trigger(trigger, event, said, self.clock(), **facts)
@@ -6708,7 +6787,9 @@ class Steps:
             forget=isinstance(error, IngestFailed) and error.forget,
         )
         run = await self.store.end_run(ingesting.run, end, self.clock())
-        self.tally["ingests", status] += 1
+        self.metrics.ingest_runs.labels(status).inc()
+        for what in COUNTED:
+            self.metrics.records.labels(what).inc(getattr(run, f"records_{what}"))
         if isinstance(error, asyncio.CancelledError):
             raise error
         counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
@@ -6979,7 +7060,7 @@ class Ingesting:
             self.notes.append(text)
 
 
-# ── Desk ──────────────────────────────────────────────────────────────────────────────────────
+# ── Answers ───────────────────────────────────────────────────────────────────────────────────
 
 
 class Answer(BaseModel):
@@ -7070,28 +7151,96 @@ class Done(Answer):
 SchedulerState = Literal["running", "stopped", "stalled"]
 
 
-class CircuitAnswer(Answer):
-    """A key that is left alone for a while, since calls with it failed in a row."""
+class PausedKey(Answer):
+    """A key that is left alone for a while, since it was rate-limited or its calls failed."""
 
     secret: str
-    host: str
-    state: Literal["closed", "open"]
-    failures: int
-    until: At = Field(description="then one call is tried")
+    reason: str
+    until: At
+
+
+class Attention(Answer):
+    """A job that waits for a person."""
+
+    job: str
+    what: Literal["failed", "held", "ingest"] = Field(
+        description="failed: it has ended so; held: its trigger may have arrived, see `job retry`;"
+        " ingest: its last run with work in it failed or rejected records"
+    )
+    reason: str | None
 
 
 class Health(Answer):
-    status: Literal["healthy", "degraded", "unhealthy"]
+    """How the program is, judged by work really done."""
+
+    status: Literal["healthy", "degraded", "unhealthy"] = "healthy"
+    problems: list[str] = Field([], description="why it is not healthy; without names")
     timestamp: At
     version: str
     uptime_seconds: float
-    database: Literal["connected", "disconnected"]
+    database: Literal["connected", "disconnected"] = "connected"
     db_connected: bool
     scheduler: SchedulerState
-    overdue_jobs: list[str] = Field(description="no successful check for three intervals")
-    circuits: list[CircuitAnswer] = Field(description="keys of OpenAI that are not asked for now")
-    etl_last_run: At | None = Field(description="when the last ingest began; null: none did")
-    etl_status: str | None = Field(description="in_progress, success, failed or interrupted")
+    overdue_jobs: list[str] = Field([], description="no successful check for three intervals")
+    undelivered_jobs: list[str] = Field(
+        [],
+        description="their triggers are open for longer than three intervals and the settle"
+        " window, or Keboola's answers about them fail",
+    )
+    attention: list[Attention] = Field([], description="what waits for a person")
+    paused_keys: list[PausedKey] = Field([], description="keys of OpenAI that are not used now")
+    config_last_reload_successful: bool
+    config_last_reload_at: At = Field(description="of the last reload, or of the start")
+    config_last_reload_error: str | None
+    etl_last_run: At | None = Field(None, description="when the last ingest began; null: none did")
+    etl_status: str | None = Field(None, description="in_progress, success, failed or interrupted")
+
+    def anonymous(self) -> Health:
+        """What a caller without a token may read: no job's name, no secret's, no reason."""
+        named = "overdue_jobs", "undelivered_jobs", "attention", "paused_keys"
+        return self.model_copy(
+            update={name: [] for name in named} | {"config_last_reload_error": None}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """The last reload, or the start: when it was, and why it was refused."""
+
+    at: float
+    error: str | None = None
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """`1 job`, `2 jobs`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def judged(health: Health, file_problem: str | None, store_error: str | None) -> Health:
+    """Health with its status: `unhealthy` where nothing can go on, `degraded` where something
+    does not. A store that is only locked by another process will be free again."""
+    overdue, undelivered = len(health.overdue_jobs), len(health.undelivered_jobs)
+    locked = store_error is not None and "locked" in store_error
+    stopping = {
+        "the database does not answer": not health.db_connected,
+        file_problem or "": file_problem is not None,
+        "the database cannot be written; see the log": store_error is not None and not locked,
+        f"the scheduler is {health.scheduler}": health.scheduler != "running",
+    }
+    hindering = {
+        "another process has locked the database": locked,
+        f"{counted(overdue, 'active job')} without a successful check for three poll intervals":
+            overdue > 0,
+        f"{counted(undelivered, 'trigger')} not delivered, or not followed, for long":
+            undelivered > 0,
+        "the last reload was refused; see the log": not health.config_last_reload_successful,
+    }  # fmt: skip
+    bad, worse = ([t for t, holds in p.items() if holds] for p in (hindering, stopping))
+    status = "unhealthy" if worse else "degraded" if bad else "healthy"
+    database = "connected" if health.db_connected else "disconnected"
+    return health.model_copy(
+        update={"status": status, "problems": worse + bad, "database": database}
+    )
 
 
 class StoredRecord(Answer):
@@ -7143,6 +7292,7 @@ class Stats(Answer):
     total_records_processed: int
     total_records_inserted: int
     total_records_updated: int
+    total_records_unchanged: int
     total_records_failed: int
     last_run_id: str | None
     last_run_status: str | None
@@ -7194,23 +7344,22 @@ def secret_answer(row: SealedSecret) -> SecretAnswer:
     return SecretAnswer(**shown)
 
 
-JOB_MEANS = {
-    "active": "Next: it is checked{next}, {every}, while the service runs.",
-    "paused": "Next: nothing, until job resume.",
-    "triggering": "Next: the trigger is carried to Keboola, while the service runs.",
-    "triggered": "Next: Keboola's job is followed to its end.",
-    "completed": "Next: nothing; other batch ids would start a new round.",
-    "completed_with_failures": "Next: nothing; other batch ids would start a new round.",
-    "failed": "Next: nothing, until job retry, or other batch ids.",
-    "removed": "Next: no check, for the job has left jobs.yaml.",
+# ── Operations ────────────────────────────────────────────────────────────────────────────────
+
+NEXT: dict[str, str] = {  # what follows in a state without checks
+    "paused": "nothing, until `job resume`",
+    "triggering": "the trigger is delivered to Keboola, while the service runs",
+    "triggered": "the Keboola job is followed to its end",
+    "completed": "nothing; other batch IDs would start a new round",
+    "completed_with_failures": "nothing; other batch IDs would start a new round",
+    "failed": "nothing, until `job retry` or other batch IDs",
 }
-
-
 TRIGGER_MEANS: dict[TriggerState, str] = {
     "pending": "It has not reached Keboola yet.",
     "sending": "It is on its way to Keboola.",
     "unknown": "Whether Keboola took it is unknown; {searches} did not show it so far.",
-    "held": "Whether Keboola took it is unknown; it is left for you, as on_ambiguous: hold asks.",
+    "held": "Whether Keboola took it is unknown; it is on hold, as on_ambiguous: hold asks."
+    " `job retry` searches again and sends it if it is missing.",
     "running": "Keboola runs it as job {job}{which}.",
     "succeeded": "Keboola job {job} ended{end}.",
     "failed": "Keboola job {job} ended{end}{why}.",
@@ -7218,76 +7367,84 @@ TRIGGER_MEANS: dict[TriggerState, str] = {
 }
 
 
-def explain_trigger(trigger: Trigger) -> str:
-    """Where a trigger stands, in a sentence."""
+def explain(
+    job: Job,
+    batches: Sequence[Batch],
+    trigger: Trigger | None,
+    runs: Sequence[Run],
+    records: int,
+    now: float,
+) -> list[str]:
+    """In plain sentences: what a job waits for, what was seen, why it did or did not fire, and
+    what happens next."""
+    if isinstance(job.spec, IngestSpec):
+        said = explain_ingest(job.name, job.spec.ingest.place, runs, records, now)
+    else:
+        said = explain_watch(job, batches, now)
+    said += explain_trigger(trigger, now) if trigger is not None else []
+    said += [f"Last error: {job.last_error.rstrip('.')}."] if job.last_error else []
+    return [*said, f"Next: {next_step(job, trigger, now)}."]
+
+
+def explain_trigger(trigger: Trigger, now: float) -> list[str]:
     status, message = trigger.keboola_status, (trigger.message or "").rstrip(".")
-    searches = f"{trigger.searches} search" + ("es" if trigger.searches != 1 else "")
-    return TRIGGER_MEANS[trigger.state].format(
+    means = TRIGGER_MEANS[trigger.state].format(
         job=trigger.keboola_job_id,
         which=f", which is {status}" if status else "",
         end=f" with {status}" if status else "",
         why=f": {message}" if message else "",
-        searches=searches,
+        searches=counted(trigger.searches, "search", "searches"),
     )
+    return [f"It fired {span(now - trigger.created_at)} ago, as trigger {trigger.id}.", means]
 
 
-def explain_ingest(job: Job, runs: Sequence[Run], records: int, now: float) -> list[str]:
-    """What `Desk.explain` says of an ingest, from data alone."""
-    assert isinstance(job.spec, IngestSpec)
-    source = job.spec.ingest
-    said = [f"Job {job.name!r} ingests records from {source.place}; it has brought {records}."]
+def explain_ingest(
+    name: str, place: str, runs: Sequence[Run], records: int, now: float
+) -> list[str]:
+    said = [f"Job {name!r} ingests records from {place}; it has brought {records:,}."]
     if not runs:
-        said.append("It has not run yet.")
-    for run in runs[:1]:
-        when = span(now - run.start_time)
-        counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
-        said.append(f"Its last run began {when} ago: {run.status.replace('_', ' ')}; {counts}.")
-        said += [f"  {note}" for note in run.notes]
-    if job.last_error:
-        said.append(f"Last error: {job.last_error.rstrip('.')}.")
-    left = (job.next_check_at or now) - now
-    means = {
-        "active": f"Next: it runs{f' in {span(left)}' if left > 0 else ''}, every"
-        f" {job.spec.poll_interval} s, while the service runs.",
-        "paused": "Next: nothing, until job resume.",
-        "removed": "Next: nothing, for the job has left jobs.yaml.",
-    }
-    return [*said, means[job.shown_status]]
+        return [*said, "It has not run yet."]
+    run, counts = runs[0], ", ".join(f"{n} {what}" for what, n in record_counts(runs[0]).items())
+    when, status = span(now - run.start_time), run.status.replace("_", " ")
+    return [*said, f"Its last run began {when} ago: {status}; {counts}.", *run.notes]
 
 
-def explain(job: Job, batches: Sequence[Batch], trigger: Trigger | None, now: float) -> list[str]:
-    """What `Desk.explain` says of a job that watches batches, from data alone."""
-    ends = Counter(outcome(batch) for batch in batches)
-    many = len(batches) > 1
-    have, ended = ("have", "they end") if many else ("has", "it ends")
+def record_counts(run: Run) -> dict[str, int]:
+    """A run's records, by what became of them."""
+    return {name: getattr(run, f"records_{name}") for name in COUNTED}
+
+
+def explain_watch(job: Job, batches: Sequence[Batch], now: float) -> list[str]:
     goal = {
-        "all_completed": f"{have} completed",
-        "all_finished": f"{have} finished, however {ended}",
-    }
-    whose = f"all its {len(batches)} batches" if many else "its batch"
-    said = [f"Job {job.name!r} starts a Keboola job once {whose}"]
-    said[0] += f" {goal[job.watches.watch.trigger_when]}."
+        "all_completed": "completed",
+        "all_finished": "finished, whether completed, failed, expired or cancelled",
+    }[job.watches.watch.trigger_when]
+    whose = f"all its {len(batches)} batches have" if len(batches) > 1 else "its batch has"
+    said = f"Job {job.name!r} starts a Keboola job once {whose} {goal}."
     if job.last_check_at is None:
-        said.append("It has not been checked yet.")
-    else:
-        said.append(f"It was last checked {span(now - job.last_check_at)} ago:")
-        said[-1] += f" {ends['completed']} completed, {ends['failed']} failed, {ends[None]} go on."
-    said += [f"  {describe_progress(batch)}" for batch in batches if batch.status]
-    if trigger is not None:
-        said.append(f"It fired {span(now - trigger.created_at)} ago, as trigger {trigger.id}.")
-        said.append(explain_trigger(trigger))
-    if job.last_error:
-        said.append(f"Last error: {job.last_error.rstrip('.')}.")
-    left = (job.next_check_at or now) - now
-    next_check = f" in {span(left)}" if left > 0 else ""
-    means = JOB_MEANS["removed" if job.removed_at is not None else job.status]
+        return [said, "It has not been checked yet."]
+    ends = Counter(outcome(batch) for batch in batches)
+    seen = f"{ends['completed']} of {counted(len(batches), 'batch', 'batches')} completed"
+    rest = {"still running": ends[None], "failed": ends["failed"]}
+    figures = ", ".join([seen, *(f"{n} {what}" for what, n in rest.items() if n)])
+    checked = f"It was last checked {span(now - job.last_check_at)} ago: {figures}."
+    return [said, checked, *(f"  {describe_progress(b)}" for b in batches if b.status)]
+
+
+def next_step(job: Job, trigger: Trigger | None, now: float) -> str:
+    if job.removed_at is not None:
+        carried = trigger is not None and is_open(trigger)
+        rest = "; its trigger is still carried to its end" if carried else ""
+        return f"no check, for the job has left jobs.yaml{rest}"
     if trigger is not None and trigger.state == "unknown":
-        means = "Next: Keboola's search is asked again, until the trigger is settled."
-    elif job.removed_at is not None and trigger is not None and is_open(trigger):
-        means = "Next: no check, for the job has left jobs.yaml; its trigger is carried to its end."
-    pace = job.spec.poll_interval
+        return "Keboola's search is asked again, until the trigger is settled"
+    if job.status != "active":
+        return NEXT[job.status]
+    left, pace = (job.next_check_at or now) - now, job.spec.poll_interval
+    when = f" in {span(left)}" if left > 0 else ""
     every = "as often as its progress asks for" if pace == "auto" else f"every {pace} s"
-    return [*said, means.format(next=next_check, every=every)]
+    does = "it runs" if isinstance(job.spec, IngestSpec) else "it is checked"
+    return f"{does}{when}, {every}, while the service runs"
 
 
 class Desk:
@@ -7443,226 +7600,191 @@ class Desk:
         return Done(success=True, message=f"Job {job.name!r} deleted successfully")
 
     async def explain(self, ref: str) -> list[str]:
-        """In plain sentences: what the job waits for, what was seen, why it did or did not fire,
-        and what happens next."""
-        job = await self.store.find_job(ref)
-        if isinstance(job.spec, IngestSpec):
-            runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
-            return explain_ingest(job, runs, totals["records"], self.clock())
+        job, now = await self.store.find_job(ref), self.clock()
         batches, triggers = await self.store.batches(job.id), await self.store.triggers(job.id)
         trigger = next((t for t in triggers if t.round == job.round), None)
-        return explain(job, batches, trigger, self.clock())
+        runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
+        return explain(job, batches, trigger, runs, totals["records"], now)
 
 
-# ── Metrics ───────────────────────────────────────────────────────────────────────────────────
+# ── Run lock ──────────────────────────────────────────────────────────────────────────────────
+
+# One working process per database. The lock is a POSIX record lock on `<database>.lock` beside the
+# resolved path of the database:
+#
+# - the kernel lifts it when its process dies, however it dies, and it says itself who holds it
+#   (F_GETLK): nobody has to believe a number that a dead process, or one in another container, left
+#   behind in a file. `stop` and `reload` signal that process and no other;
+# - symbolic links are followed to one path, and a database with a second hard link is refused (two
+#   names of a file would be two locks, and two write-ahead logs, which damages it);
+# - the file is 0600, so that no other user can keep the program out with a lock of his own;
+# - a lock file that is deleted under us is made and locked again at the next tick.
+#
+# What the lock does not see: a process on another host that shares the folder over a file system
+# without record locks.
 
 
-LATENESS = (  # s; fine where the aims lie: a median in milliseconds, 99 of 100 within a second
-    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
-    *(1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
-)
+class Holder(NamedTuple):
+    """The process that works on a database."""
+
+    pid: int  # 0: it lives in another pid namespace
+    started_at: float  # unix seconds; 0: it has not said so yet
+    address: str  # of its admin surface; "": it has none, or none yet
+    command: str  # start, check ...; "": it has not said so yet
 
 
-class Metrics:
-    """What Prometheus is told: histograms that fill as things happen, the rest when it asks."""
-
-    def __init__(self) -> None:
-        import prometheus_client
-
-        self.registry = prometheus_client.CollectorRegistry()
-        self.steps = prometheus_client.Histogram(
-            "teckochecker_check_duration_seconds",
-            "Time that a step of a job took, or of many by one list, with all calls.",
-            registry=self.registry,
-        )
-        self.writes = prometheus_client.Histogram(
-            "teckochecker_store_write_duration_seconds",
-            "Time that a transaction of the store took.",
-            registry=self.registry,
-            buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
-        )
-        self._late, self._late_sum = [0] * (1 + len(LATENESS)), 0.0
-        self._families: list[Any] = []
-        self.registry.register(cast(Any, self))
-
-    def collect(self) -> list[Any]:
-        return [*self._families, self._lateness()]
-
-    def late(self, seconds: float) -> None:
-        """A step was done so long after it was due. The library's histogram takes 3 µs for it."""
-        self._late[bisect.bisect_left(LATENESS, seconds)] += 1
-        self._late_sum += seconds
-
-    def _lateness(self) -> HistogramMetricFamily:
-        from prometheus_client.core import HistogramMetricFamily
-
-        bounds = [*map(str, LATENESS), "+Inf"]
-        return HistogramMetricFamily(
-            "teckochecker_check_lateness_seconds",
-            "Time from when a job's step was due until it was done, if it met no error.",
-            buckets=[*zip(bounds, itertools.accumulate(self._late), strict=True)],
-            sum_value=self._late_sum,
-        )
-
-    def text(
-        self,
-        counters: Mapping[str, tuple[str, str, Mapping[str, float]]],
-        gauges: Mapping[str, tuple[str, str, Mapping[str, float]]],
-    ) -> str:
-        """The text format. A family: its name, help, label ("" for none), value by label."""
-        from prometheus_client import generate_latest
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        self._families = []
-        for kind, families in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
-            for name, (help_text, label, values) in families.items():
-                family = kind(f"teckochecker_{name}", help_text, labels=[label] if label else [])
-                for key, value in values.items():
-                    family.add_metric([key] if label else [], value)
-                self._families.append(family)
-        return generate_latest(self.registry).decode()
+FLOCK = "qqihh" if sys.platform == "darwin" else "hhqqi4x"  # struct flock, as <fcntl.h> has it
 
 
-# ── Service ───────────────────────────────────────────────────────────────────────────────────
+def lock_holder(file: IO[str]) -> int | None:
+    """The pid that holds a write lock on an open file; 0 where this pid namespace has no number
+    for it, None where nobody does. Our own locks do not count."""
+    is_mac = sys.platform == "darwin"
+    whole = (0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET) if is_mac else (fcntl.F_WRLCK, 0, 0, 0, 0)
+    found = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(FLOCK, *whole)))
+    kind, pid = (found[3], found[2]) if is_mac else (found[0], found[4])
+    return None if kind == fcntl.F_UNLCK else int(pid)
 
 
-def notify(*states: str) -> None:
-    """Tell systemd (sd_notify(3)): a datagram to $NOTIFY_SOCKET; nothing without one."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        channel.setblocking(False)  # who does not listen must not stop the loop
-        try:
-            channel.connect("\0" + address[1:] if address.startswith("@") else address)
-            channel.sendall("\n".join(states).encode())
-        except OSError as e:
-            log.debug("cannot notify the service manager: %s", e)
-
-
-def running(pid_file: Path) -> tuple[int, float, str] | None:
-    """Pid, start time and address of the process that holds the lock; None when none does."""
+def holder(database: Path) -> Holder | None:
+    """Who works on this database; None when no process does."""
     try:
-        with open(pid_file) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with open(lock_path(database)) as file:
+            if (pid := lock_holder(file)) is None:
                 return None
-            except BlockingIOError:
-                pid, started_at, address = [*file.read().split("\n"), "", "", ""][:3]
-                return int(pid or 0), float(started_at or 0), address
+            started_at, address, command, *_ = [*file.read().split("\n"), "", "", ""]
+            return Holder(pid, float(started_at or 0), address, command)
     except FileNotFoundError:
         return None
+    except PermissionError:
+        return foreign_holder(lock_path(database).with_suffix(".pid"))
+
+
+def foreign_holder(pid_file: Path) -> Holder | None:
+    """The process of another user that a pid file names, whose lock we may not look at. It is for
+    show: this user cannot signal that process either."""
+    try:
+        pid = int(pid_file.read_text())
+        os.kill(pid, 0)
+    except PermissionError:
+        return Holder(pid, pid_file.stat().st_mtime, "", "start")
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def lock_path(database: Path) -> Path:
+    real = database.resolve()
+    return real.with_name(real.name + ".lock")
 
 
 class RunLock:
-    """One working process per database: an flock on its pid file, which the kernel lifts when the
-    process dies, however it dies. The file's lines: pid, start time, address of the surface."""
+    """Holds the lock while its context lasts. A `check` that holds it is waited for, at most
+    `wait` seconds and as long as `stopped` does not say that we shall end; a service is not."""
 
-    def __init__(self, database: Path) -> None:
-        self.path = database.with_name(database.name + ".pid")
+    def __init__(
+        self,
+        database: Path,
+        command: str = "start",
+        wait: float = 0.0,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.path, self.command = lock_path(database), command
+        self.pid_file = self.path.with_suffix(".pid")
+        self._database, self._wait, self._stopped = database.resolve(), wait, stopped
+        self._said = (0.0, "")  # start time and address
         self._file: IO[str] | None = None
 
-    def __enter__(self) -> RunLock:
+    def __enter__(self) -> Self:
+        if self._database.exists() and self._database.stat().st_nlink > 1:
+            raise Conflict(
+                f"{self._database} has a second hard link; SQLite files must have one name",
+                hint=f"find the other one: find / -samefile {self._database}",
+            )
+        until, waited = time.monotonic() + self._wait, False
+        while not self._take():
+            found = holder(self._database)
+            by = f"TeckoChecker {found.command if found else ''} (pid {found.pid if found else 0})"
+            may_wait = found is None or found.command != "start"
+            if self._stopped() or not may_wait or time.monotonic() > until:
+                raise Conflict(f"another {by} works on this database", hint=LOCKED_HINT)
+            if not waited:
+                log.warning("waiting for %s to end its work on this database", by)
+            waited = True
+            time.sleep(0.1)
+        return self
+
+    def _take(self) -> bool:
+        """Make the file where it is missing, and lock it; whether that was possible."""
         try:
-            self._file = open(self.path, "a+")  # held until __exit__
+            file = open(  # noqa: SIM115 held until __exit__
+                self.path, "a+", opener=partial(os.open, mode=0o600)
+            )
         except OSError as e:
             raise StoreError(f"cannot write {self.path}: {e.strerror}") from e
-        for _ in range(20):  # a `status` may hold it for an instant
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.write("", 0.0)
-                return self
-            time.sleep(0.02)
-        self._file.close()
-        found = running(self.path)
-        raise Conflict(
-            f"another TeckoChecker (pid {found[0] if found else 'unknown'}) works on this database",
-            hint="teckochecker.py status shows it, teckochecker.py stop ends it",
-        )
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        self._file = file
+        self.write(*self._said[::-1])
+        return True
 
     def write(self, address: str, started_at: float) -> None:
+        """Say where the admin surface is, and since when; the bare pid goes into the pid file."""
         assert self._file is not None
+        self._said = (started_at, address)
         self._file.seek(0)
         self._file.truncate()
-        self._file.write(f"{os.getpid()}\n{started_at}\n{address}\n")
+        self._file.write(f"{started_at}\n{address}\n{self.command}\n")
         self._file.flush()
+        if self.command == "start":
+            self.pid_file.write_text(f"{os.getpid()}\n")
+
+    def hold(self) -> None:
+        """Lock the file again where somebody deleted it. Raises Conflict where another process
+        was quicker."""
+        assert self._file is not None
+        if not self.path.exists() or not os.path.samestat(
+            os.stat(self.path), os.fstat(self._file.fileno())
+        ):
+            log.error("the lock file %s was deleted or replaced; locking it again", self.path)
+            if not self._take():
+                raise Conflict(f"another process has locked {self.path} meanwhile")
 
     def __exit__(self, *_: object) -> None:
         assert self._file is not None
+        if self.command == "start":
+            self.pid_file.unlink(missing_ok=True)
         self._file.truncate(0)
         self._file.close()
 
 
-def make_scheduler() -> AsyncIOScheduler:
-    """APScheduler with the settings that drop nothing, a calendar that does not grow slower with
-    the number of jobs, and a guard against a clock that is set.
+LOCKED_HINT = "`status` shows it, `stop` ends a service"
 
-    Its due times are wall clock, its timer is monotonic: a clock set back by ten minutes would
-    stop all checks for ten minutes. The guard moves all due times along with the clock.
-    """
+
+# ── Scheduler ─────────────────────────────────────────────────────────────────────────────────
+
+GRID = 0.25  # s; due times on a grid wake the event loop once for many jobs
+START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
+WHOLE_SECONDS_FROM = 1000  # jobs, from which on due times lie on whole seconds: a tick has a cost
+DUE_TOGETHER = 32  # jobs due together then whose rows lie together: alone, each would cost a page
+CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one between two looks
+
+
+def make_scheduler(on_step: Callable[[float], None] = lambda seconds: None) -> AsyncIOScheduler:
+    """APScheduler with the settings that drop nothing, and a guard against a clock that is set:
+    its due times are wall clock, its timer is monotonic, so that a clock set back by ten minutes
+    would stop all checks for ten minutes. The guard moves all due times along, and tells
+    `on_step` by how many seconds the clock was moved."""
     from apscheduler.executors.base import BaseExecutor
-    from apscheduler.jobstores.base import BaseJobStore, JobLookupError
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped tick is no news: see _run
-
-    class Calendar(BaseJobStore):  # type: ignore[misc]
-        """Jobs by due time, of which there are few, since they lie on a grid: 2 µs for a firing.
-        The library's own store keeps one sorted list, in which each firing searches, and moves half
-        of it on average: 6 µs with 1,000 jobs, 9 with 10,000, 28 with 100,000."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self._jobs: dict[str, tuple[Any, datetime]] = {}
-            self._due: dict[datetime, dict[str, Any]] = {}
-            self._times: list[datetime] = []  # a heap of them, and of some that are empty by now
-
-        def lookup_job(self, job_id: str) -> Any:
-            return self._jobs[job_id][0] if job_id in self._jobs else None
-
-        def get_due_jobs(self, now: datetime) -> list[Any]:
-            times = []
-            while self._times and self._times[0] <= now:
-                times.append(heapq.heappop(self._times))
-            times = [at for at in dict.fromkeys(times) if at in self._due]
-            for at in times:
-                heapq.heappush(self._times, at)
-            return [job for at in times for job in self._due[at].values()]
-
-        def get_next_run_time(self) -> datetime | None:
-            while self._times and self._times[0] not in self._due:
-                heapq.heappop(self._times)
-            return self._times[0] if self._times else None
-
-        def get_all_jobs(self) -> list[Any]:
-            return [job for job, _ in self._jobs.values()]
-
-        def add_job(self, job: Any) -> None:
-            if job.id in self._jobs:
-                self.remove_job(job.id)
-            at = job.next_run_time
-            self._jobs[job.id] = job, at
-            if at not in self._due:
-                self._due[at] = {}
-                heapq.heappush(self._times, at)
-            self._due[at][job.id] = job
-
-        update_job = add_job
-
-        def remove_job(self, job_id: str) -> None:
-            if job_id not in self._jobs:
-                raise JobLookupError(job_id)
-            _, at = self._jobs.pop(job_id)
-            del self._due[at][job_id]
-            if not self._due[at]:
-                del self._due[at]
-
-        def remove_all_jobs(self) -> None:
-            self._jobs, self._due, self._times = {}, {}, []
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped tick is no news
 
     class Notice(BaseExecutor):  # type: ignore[misc]
-        """Tells at once that a job is due, and since when. A task for each costs 50 µs, which is
-        half of a check."""
+        """Tells at once that a job is due, and since when. A task for each costs half a check."""
 
         def submit_job(self, job: Any, run_times: Sequence[datetime]) -> None:
             job.func(*job.args, run_times[-1].timestamp())
@@ -7678,8 +7800,9 @@ def make_scheduler() -> AsyncIOScheduler:
             step, self.offset = offset - self.offset, offset
             if abs(step) > CLOCK_JUMP:
                 log.warning("the clock was set by %+.0f s; all due times move with it", step)
-                for job in self._jobstores["default"].get_all_jobs():
+                for job in self.get_jobs():
                     self.move(job, job.next_run_time + timedelta(seconds=step))
+                on_step(step)
             return super()._process_jobs()
 
         def move(self, job: Any, at: datetime) -> None:
@@ -7689,13 +7812,13 @@ def make_scheduler() -> AsyncIOScheduler:
 
     # A missed time is caught up once, however late; a job never runs beside itself.
     defaults = {"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
-    scheduler = ClockGuarded(timezone=UTC, job_defaults=defaults, jobstores={"default": Calendar()})
+    scheduler = ClockGuarded(timezone=UTC, job_defaults=defaults)
     scheduler.add_executor(Notice(), "notice")
     return scheduler
 
 
 def on_grid(at: float) -> datetime:
-    """The next point of the grid: common due times wake the loop once for many jobs."""
+    """The next point of the grid, as the scheduler wants it."""
     return datetime.fromtimestamp(math.ceil(at / GRID) * GRID, UTC)
 
 
@@ -7705,21 +7828,71 @@ def phase(job_id: int, interval: float, jobs: int) -> float:
     return job_id * 0.6180339887 % 1 * min(interval, jobs / START_RATE)
 
 
-@cache
-def every(seconds: int) -> IntervalTrigger:
-    """One trigger for all timers of an interval: it knows nothing of them."""
-    from apscheduler.triggers.interval import IntervalTrigger
-
-    return IntervalTrigger(seconds=seconds, timezone=UTC)
-
-
 def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
     """Seconds from the start to a job's first check. Those of one key fall into half of the
     interval, less a little for delays, so that one list of its batches is young enough for all."""
     key = phase(zlib.crc32(secret.encode()), interval / 2, jobs)
-    if jobs < MANY:
+    if jobs < WHOLE_SECONDS_FROM:
         return key + 0.9 * phase(job_id, interval / 2, jobs)
-    return key + math.floor(0.9 * phase(job_id // NEIGHBOURS, interval / 2, jobs))
+    return key + math.floor(0.9 * phase(job_id // DUE_TOGETHER, interval / 2, jobs))
+
+
+@lru_cache(maxsize=4096)
+def slots(interval: float, first: float) -> IntervalTrigger:
+    """A timer's interval, counted from `first`: a job that was moved off its times comes back to
+    them by itself, after a quarter of the interval at the earliest."""
+    from apscheduler.triggers.interval import IntervalTrigger
+
+    class Slots(IntervalTrigger):  # type: ignore[misc]
+        def get_next_fire_time(self, previous: datetime | None, now: datetime) -> datetime:
+            soonest = now.timestamp() + (interval / 4 if previous else 0)
+            return on_grid(first + math.ceil((soonest - first) / interval) * interval)
+
+    return Slots(seconds=interval, timezone=UTC)
+
+
+# ── Service ───────────────────────────────────────────────────────────────────────────────────
+
+# What is unexpected costs the job that met it that step, and nothing else:
+#
+# - Whether a job has a step under way is not a flag that somebody has to take back. It is a fact:
+#   the task that its `JobTimer` names is not done. However that task ends, the job is free then.
+# - Its timer fires again by its interval whatever became of the step: nothing has to be put back.
+# - A group of jobs that is checked together falls apart into single steps where it fails, so that
+#   each meets its own trouble, and tells it.
+# - A step that raises what nobody expects is logged with its traceback, told in the job's
+#   last_error, and tried again at the job's pace, which doubles up to an hour.
+# - While the store cannot be written, no step is begun: it could not keep what it learns, and would
+#   ask upstream in vain. Each tick tries a small write, and all goes on when that succeeds.
+
+TICK = 1.0  # s between looks at what other processes changed in the store
+STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
+DRAIN_SECONDS = 8.0  # s that work in flight may take after SIGTERM, of the 10 s promised
+START_WAIT = 60.0  # s that a start waits for another process's lock on the store
+STORE_PAUSE = 5.0  # s until a step that met a failing store is tried again
+READ_TOGETHER = 500  # jobs read by one query of those due in one tick
+GC_THRESHOLD = 10_000  # objects more than at the last collection: several ticks' worth
+PRUNE_SECONDS = 3600.0  # s between looks for rows past their time
+HEALTH_SECONDS = 2.5  # s that the store has to answer a question of /health
+NAMED = 100  # jobs that /health names of each kind
+BOUND_AT_START = (  # settings that a reload does not change
+    *("database", "api_host", "api_port", "openai_base_url"),
+    *("log_level", "log_format", "log_file", "secret_key", "secret_key_file"),
+)
+
+
+def notify(*states: str) -> None:
+    """Tell systemd (sd_notify(3)): a datagram to $NOTIFY_SOCKET; nothing without one."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        channel.setblocking(False)  # who does not listen must not stop the event loop
+        try:
+            channel.connect("\0" + address[1:] if address.startswith("@") else address)
+            channel.sendall("\n".join(states).encode())
+        except OSError as e:
+            log.debug("cannot notify the service manager: %s", e)
 
 
 async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]:
@@ -7737,41 +7910,51 @@ async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]
     return problems
 
 
-class Service:
-    """The running program: timers, reload, figures, drain.
+@dataclass(slots=True)
+class JobTimer:
+    """All that the service remembers of a job. Its step is under way while `task` is not done."""
 
-    Everything here happens on the loop's thread; signals and HTTP threads only leave word.
-    """
+    plan: Plan | None = None  # None: nothing is left to do; kept while a step is under way
+    timer: Any = None  # APScheduler's job
+    task: asyncio.Task[None] | None = None  # owns the present step, alone or with those of a group
+    began_with: Plan | None = None  # the plan when that step began
+    since: float = 0.0  # unix time at which that step fell due
+    asked: bool = False  # somebody wants it checked for itself, and at once
+    ended: bool = False  # the last step left nothing to do; the next tick looks whether that holds
+    failed: bool = False  # the last step met an error
+    failures: int = 0  # steps in a row that met a failing store, or an internal error
+
+    @property
+    def busy(self) -> bool:
+        return self.task is not None and not self.task.done()
+
+
+class Service:
+    """The running program: timers, reload, figures, drain. Everything happens on the event loop;
+    signals only set `stop` and `reload`."""
 
     def __init__(self, steps: Steps, load: Callable[[], Config]) -> None:
         self.steps, self.store = steps, steps.store
         self._load = load
         self.started_at = time.time()
-        self.stop = asyncio.Event()
-        self.reload = asyncio.Event()
+        self.stop, self.reload = asyncio.Event(), asyncio.Event()
         self.desk = Desk(steps.store, steps.vault, lambda: steps.config)
-        self.counters: Counter[str] = Counter()
-        self.metrics = Metrics()
+        self.metrics = steps.metrics
         self.connections: Callable[[], int] = lambda: 0
-        self._lag = 0.0
-        self._scheduler = make_scheduler()
-        self._notice = self._fall_due  # one for all timers
+        self.lock: RunLock | None = None
+        self.reloaded = Reloaded(self.started_at)
+        self.store_error: str | None = None  # why the store cannot be written; None: it can
+        self._scheduler = make_scheduler(self._clock_moved)
+        self._timers: dict[int, JobTimer] = {}
+        self._due: dict[int, float] = {}  # since when; begun together when the tick is over
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._repeated: dict[Callable[..., Any], asyncio.Task[None]] = {}
+        self._epoch = time.time()  # from which slots count
+        self._seen_version = -1  # of the store
+        self._stale = True  # the timers may differ from the store
+        self._ticked, self._lag = time.monotonic(), 0.0
+        self._draining = self._woken = False
         steps.on_finished = self._hasten
-        self._plans: dict[int, Plan] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._due: dict[int, float] = {}  # since when; taken up when the tick is over
-        # jobs with a step under way: what they began with, and since when they were due
-        self._busy: dict[int, tuple[Plan, float]] = {}
-        self._asked: set[int] = set()  # someone wants these checked
-        self._ready: set[int] = set()  # a list shows that they have a finished batch
-        self._off: set[int] = set()  # their timers are not at their slots
-        self._idle: set[int] = set()  # nothing may be left to do for them
-        self._epoch = 0.0  # from which slots count
-        self._seen_version = -1
-        self._stale = True  # the plans may differ from the store
-        self._ticked = time.monotonic()
-        self._draining = False
-        self._woken = False  # the scheduler will be, at the end of this turn of the loop
 
     @property
     def settings(self) -> Settings:
@@ -7780,17 +7963,15 @@ class Service:
     async def start(self, *, timers: bool = True) -> None:
         """Bring the store up to jobs.yaml and start the timers."""
         await self._adopt(self.steps.config)
+        await self.store.clamp_times(time.time())
         if not timers:
             return
         self._epoch = time.time()
         await self._sync()
-        self._scheduler.add_job(
-            self._tick, "interval", seconds=TICK, next_run_time=datetime.now(UTC)
-        )
-        self._scheduler.add_job(
-            self._prune, "interval", seconds=PRUNE_SECONDS, next_run_time=datetime.now(UTC)
-        )
-        self.store.on_write = self.metrics.writes.observe
+        for work, seconds in ((self._tick, TICK), (self._prune, PRUNE_SECONDS)):
+            every, soon = {"seconds": seconds, "executor": "notice"}, datetime.now(UTC)
+            self._scheduler.add_job(self._repeat, "interval", (work,), next_run_time=soon, **every)
+        self.store.on_write = self._written
         self._scheduler.start()
         gc.collect()
         gc.freeze()  # what lives from here on need not be looked at by each full collection,
@@ -7808,8 +7989,8 @@ class Service:
                 await self._reload()
 
     def look_again(self) -> None:
-        """Something changed in the store that did not come from a step: take it up at the next
-        tick."""
+        """Something changed in the store that did not come from a step: the next tick takes it
+        up."""
         self._stale = True
 
     async def drain(self) -> None:
@@ -7819,219 +8000,159 @@ class Service:
         self._scheduler.pause()
         self._draining = self.steps.stopping = True
         until = time.monotonic() + DRAIN_SECONDS
+        self.store.close_soon(DRAIN_SECONDS + 0.5)  # however long its lock is held
         while self._tasks and (left := until - time.monotonic()) > 0:  # one may begin another
             await asyncio.wait(set(self._tasks), timeout=left)
         late = list(self._tasks)
         for task in late:  # a POST cut off here is found as `sending` at the next start
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
-        with contextlib.suppress(StoreError):
-            await self.store.flush()
         self._scheduler.shutdown(wait=False)
         await asyncio.sleep(0)
+
+    # configuration
 
     async def _adopt(self, config: Config) -> None:
         if problems := await every_problem(config, self.store, self.steps.vault):
             raise Invalid(problems, hint="teckochecker.py validate checks again")
         if config.jobs is None and any(j.origin == "file" for j in await self.store.jobs("active")):
-            raise Invalid(
-                [f"{config.path} is gone, but the store has active jobs that come from it"]
-            )
-        done = (
-            await self.store.sync_file_jobs(config.jobs, time.time())
-            if config.jobs is not None
-            else {}
-        )
+            said = "is gone or names no jobs, but the store has active jobs that come from it"
+            raise Invalid([f"{config.path} {said}"], hint="`jobs: []` removes them all")
+        done = Counter[str]()
+        if config.jobs is not None:
+            done = await self.store.sync_file_jobs(config.jobs, time.time())
         self.steps.config = config
         self._stale = True
-        words = ", ".join(f"{count} {what}" for what, count in done.items()) or "no change"
-        log.info("%s: %s", config.path, words)
+        words = ", ".join(f"{count} {what}" for what, count in done.items())
+        log.info("%s: %s", config.path, words or "no job changed")
 
     async def _reload(self) -> None:
-        """A bad file keeps the old configuration and says so. What was bound at the start (store,
-        address, token, log) stays until a restart."""
+        """A bad file keeps the old configuration and says so; so do settings that are bound at the
+        start. A job whose last step failed is tried at once: the file may have mended it."""
         notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        old = self.settings
+        old, error = self.settings, None
         try:
             config = self._load()
-            bound = ("database", "api_host", "api_port", "admin_token", "log_level", "log_format")
-            kept = {name: getattr(old, name) for name in bound}
+            kept = {name: getattr(old, name) for name in BOUND_AT_START}
+            changed = [n for n, value in kept.items() if getattr(config.settings, n) != value]
             await self._adopt(replace(config, settings=config.settings.model_copy(update=kept)))
+            if changed:
+                log.warning("changed, but taken up only by a restart: %s", ", ".join(changed))
         except TeckoError as e:
-            log.error("reload failed, the old configuration stays: %s", e)
+            error = str(e)
+            log.error("reload refused, the configuration before it stays: %s", e)
+        except Exception as e:
+            error = f"internal error; see the log: {type(e).__name__}"
+            log.exception("reload refused after an internal error")
+        self.reloaded = Reloaded(time.time(), error)
+        for timer in self._timers.values():
+            if timer.failed and not timer.busy:
+                self._move(timer, time.time())
         notify("READY=1")
 
-    # timers
+    # ticks
+
+    def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], since: float = 0.0) -> None:
+        """What the service's own timers call: begin `work`, unless it still goes on."""
+        if not self._draining and ((task := self._repeated.get(work)) is None or task.done()):
+            self._repeated[work] = self._spawn(work())
 
     async def _tick(self) -> None:
         """Once a second: write down the quiet checks, take up what other processes changed, and
         feed the watchdog."""
         ACTOR.set(None)
         try:
-            await self.store.flush()
+            await self._look_at_store()
             version = await self.store.data_version()
             if self._stale or version != self._seen_version:
                 await self._sync()
                 self._seen_version = version
-            if self._idle:
-                await self._sync_idle()
+            if ended := [job_id for job_id, timer in self._timers.items() if timer.ended]:
+                await self._sync(ended)
             now = time.monotonic()
             self._lag, self._ticked = max(0.0, now - self._ticked - TICK), now
             notify("WATCHDOG=1")
         except StoreError as e:
-            log.error("%s", e)
+            self._store_failed(e)
+        except Exception:
+            log.exception("internal error in a tick; the next one follows in %s s", TICK)
+
+    async def _look_at_store(self) -> None:
+        """See that the lock and the database file are ours, and that it can be written."""
+        if self.lock is not None:
+            self.lock.hold()
+        try:
+            await self.store.flush()
+            if self.store_error is not None:  # without quiet checks, nothing was tried
+                await self.store.log_event("error", f"it failed: {self.store_error}", time.time())
+        except StoreError as e:
+            self._store_failed(e)
+
+    def _store_failed(self, error: StoreError) -> None:
+        if str(error) != self.store_error:
+            log.error("the store cannot be used; no step is begun meanwhile: %s", error)
+        self.store_error = str(error)
+
+    def _written(self, seconds: float) -> None:
+        """A transaction of the store was committed, in so many seconds."""
+        self.metrics.writes.observe(seconds)
+        if self.store_error is not None:
+            log.info("the store can be written again")
+        self.store_error = None
+
+    def _clock_moved(self, step: float) -> None:
+        self._spawn(self.store.shift_times(step, time.time()))
 
     async def _prune(self) -> None:
-        """Delete log rows past their time or number, in small transactions."""
+        """Delete rows past their time or number, in small transactions."""
         keep, days = self.settings.log_retention_rows, self.settings.log_retention_days
         with contextlib.suppress(StoreError):  # it has time until the next look
             await self.store.prune(time.time() - 86400 * days, keep)
 
-    async def _sync(self) -> None:
-        """Make the timers what the store says."""
-        self._stale = False
-        wanted = await self.store.schedule()
-        for job_id in self._plans.keys() - wanted.keys():
-            self._forget(job_id)
+    # timers
+
+    async def _sync(self, ids: Collection[int] | None = None) -> None:
+        """Make the timers what the store says: all, or those of `ids`."""
+        self._stale &= ids is not None
+        wanted = await self.store.schedule(ids)
+        for job_id in [*self._timers] if ids is None else ids:
+            if job_id not in wanted and job_id in self._timers:
+                self._drop(job_id, self._timers[job_id])
         for job_id, plan in wanted.items():
-            if self._plans.get(job_id) != plan:
-                self._plan(job_id, plan, len(wanted))
+            timer = self._timers.setdefault(job_id, JobTimer())
+            timer.ended = False
+            if timer.plan != plan:
+                self._schedule(job_id, timer, plan, max(len(self._timers), len(wanted)))
 
-    async def _sync_idle(self) -> None:
-        """The same for those that said that nothing is left to do, since there may be again."""
-        ids = self._idle & self._plans.keys()
-        self._idle.clear()
-        wanted = await self.store.schedule(ids) if ids else {}
-        for job_id in ids - wanted.keys():
-            self._forget(job_id)
+    def _drop(self, job_id: int, timer: JobTimer) -> None:
+        """The job has nothing left to do. A step under way ends first: were the job to come back
+        meanwhile, a second one would run beside it."""
+        if timer.plan is not None:
+            self._scheduler.remove_job(str(job_id))
+        timer.plan, timer.ended = None, timer.busy
+        if not timer.busy:
+            del self._timers[job_id]
 
-    def _forget(self, job_id: int) -> None:
-        self._scheduler.remove_job(str(job_id))
-        del self._plans[job_id]
-
-    def _plan(self, job_id: int, plan: Plan, jobs: int) -> None:
+    def _schedule(self, job_id: int, timer: JobTimer, plan: Plan, jobs: int) -> None:
+        """Give a job its timer. A new job, or a changed one, is due soon."""
         interval = plan.interval or self.settings.min_poll_interval
-        at = self._epoch + slot(plan.secret, job_id, interval, jobs)
-        if self._scheduler.running:
-            at += time.time() - self._epoch
-            self._off.add(job_id)
-        self._plans[job_id] = plan
-        timer = self._scheduler.add_job(
-            self._notice,
-            every(plan.interval or self.settings.max_poll_interval),
+        first = slot(plan.secret, job_id, interval, jobs)
+        timer.plan = plan
+        timer.timer = self._scheduler.add_job(
+            self._fall_due,
+            slots(float(plan.interval or self.settings.max_poll_interval), self._epoch + first),
             (job_id,),
             id=str(job_id),
             name="check",
             executor="notice",
             replace_existing=True,
-            next_run_time=on_grid(at),
+            next_run_time=on_grid(time.time() + first),
         )
-        timer.func_ref = None  # a text of its own for each, for stores that outlive the process
 
-    def _fall_due(self, job_id: int, since: float = 0.0) -> None:
-        """What a job's timer calls. One that is still busy, or due already, is not twice."""
-        if self._draining or job_id in self._busy:
-            return
-        if not self._due:
-            asyncio.get_running_loop().call_soon(self._serve_due)
-        self._due.setdefault(job_id, since)
-        self._busy[job_id] = self._plans[job_id], since
-
-    def _serve_due(self) -> None:
-        due, self._due = self._due, {}
-        ids = sorted(due, key=due.__getitem__)
-        for at in range(0, len(ids), TOGETHER):
-            self._spawn(self._serve({i: due[i] for i in ids[at : at + TOGETHER]}))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _serve(self, due: Mapping[int, float]) -> None:
-        """Steps for jobs that fell due together: by a list of batches where one may answer, else
-        one by one. Whatever goes wrong with many is met again by each, and told there."""
-        ACTOR.set(None)  # a timer inherits the context of whoever set it
-        together, alone = dict[str, list[Due]](), list(due)
-        singly = (self._asked | self._ready) & due.keys()
-        self._ready -= singly
-        with contextlib.suppress(StoreError):
-            together, alone = await self.steps.sort_out([i for i in due if i not in singly])
-            alone += singly
-        for secret, group in together.items():
-            self._spawn(self._glance(secret, group, due))
-        for job_id in alone:
-            self._spawn(self._run(job_id, due[job_id]))
-
-    def _hasten(self, job_ids: Collection[int]) -> None:
-        """Let jobs confirm at once what a list showed; those under way do already."""
-        self._ready.update(ready := (set(job_ids) & self._plans.keys()) - self._busy.keys())
-        for job_id in ready:
-            self._move(job_id, time.time())
-
-    async def _glance(self, secret: str, group: Sequence[Due], due: Mapping[int, float]) -> None:
-        done, began = dict[int, Stepped](), time.perf_counter()
-        try:
-            done = await self.steps.glance(secret, group, min(due[each.id] for each in group))
-        except StoreError:
-            pass
-        except Exception:
-            log.exception("a defect of TeckoChecker; checking %d jobs one by one", len(group))
-        self.metrics.steps.observe(time.perf_counter() - began)
-        for each in group:
-            if each.id in done:
-                self._stepped(each.id, done[each.id])
-            else:
-                self._spawn(self._run(each.id, due[each.id]))
-
-    async def _run(self, job_id: int, since: float) -> None:
-        """A step of one job."""
-        asked = job_id in self._asked
-        self._asked.discard(job_id)
-        began = time.perf_counter()
-        try:
-            stepped = await self.steps.step(job_id, (not asked, since))
-        except asyncio.CancelledError:
-            log.warning("job %s: its step was cut off by the end of the service", job_id)
-            return
-        except StoreError as e:
-            stepped = Stepped(STORE_RETRY, str(e), e)
-            log.error("job %s: %s", job_id, e)
-        except Exception as e:
-            stepped = Stepped(LONGEST_WAIT, "a defect", TeckoError(str(e)))
-            log.exception("job %s: a defect of TeckoChecker; trying again in an hour", job_id)
-        self.metrics.steps.observe(time.perf_counter() - began)
-        self._stepped(job_id, stepped)
-
-    def _stepped(self, job_id: int, stepped: Stepped) -> None:
-        """Count a step, and see to the next one."""
-        self.counters["steps"] += 1
-        self.counters["errors"] += stepped.error is not None
-        log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
-        (began_with, since), plan = self._busy.pop(job_id), self._plans.get(job_id)
-        if stepped.error is None:  # how long a key that fails takes to do so is no lateness
-            self.metrics.late(max(0.0, time.time() - since))
-        if plan is None or stepped.wait is None:
-            self._idle.add(job_id)
-        elif began_with != plan or job_id in self._asked:  # changed while we looked at the old one
-            self._move(job_id, time.time())
-        elif abs(stepped.wait - plan.interval) > GRID if plan.interval else stepped.error:
-            self._move(job_id, time.time() + stepped.wait)
-        elif job_id in self._off or not plan.interval:
-            self._move(job_id, self._next_slot(job_id, plan, stepped.wait))
-            self._off.discard(job_id)
-
-    def _next_slot(self, job_id: int, plan: Plan, interval: float) -> float:
-        """The job's slot about an interval from now: not sooner than a quarter of it."""
-        soonest, interval = time.time() + interval / 4, max(interval, GRID)
-        first = self._epoch + slot(plan.secret, job_id, interval, len(self._plans))
-        return first + math.ceil((soonest - first) / interval) * interval
-
-    def _move(self, job_id: int, at: float) -> None:
+    def _move(self, timer: JobTimer, at: float) -> None:
         """Give a job another due time; its timer goes on from there."""
-        if job_id in self._plans and self._scheduler.running:
-            self._off.add(job_id)
-            self._scheduler.move(self._scheduler.get_job(str(job_id)), on_grid(at))
+        if timer.plan is not None and self._scheduler.running:
+            self._scheduler.move(timer.timer, on_grid(at))
             if not self._woken:
                 self._woken = True
                 asyncio.get_running_loop().call_soon(self._wake)
@@ -8042,61 +8163,205 @@ class Service:
         if self._scheduler.running:
             self._scheduler.wakeup()
 
+    def _hasten(self, job_ids: Collection[int]) -> None:
+        """A list showed that these have a finished batch: let them confirm that at once. Those
+        with a step under way do so already."""
+        for job_id in job_ids:
+            timer = self._timers.get(job_id)
+            if timer is not None and not timer.busy:
+                timer.asked = True
+                self._move(timer, time.time())
+
+    # steps
+
+    def _fall_due(self, job_id: int, since: float = 0.0) -> None:
+        """What a job's timer calls. A job with a step under way is looked at again after it."""
+        timer = self._timers.get(job_id)
+        if self._draining or timer is None or timer.busy:
+            return
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._begin)
+        self._due.setdefault(job_id, since)
+
+    def _begin(self) -> None:
+        """Begin the steps of all that fell due in this turn of the event loop."""
+        due, self._due = self._due, {}
+        ids = sorted(due.keys() & self._timers.keys(), key=due.__getitem__)
+        for job_id in ids:
+            timer = self._timers[job_id]
+            timer.since, timer.began_with = due[job_id], timer.plan
+        for start in range(0, len(ids), READ_TOGETHER):
+            some = ids[start : start + READ_TOGETHER]
+            self._spawn(self._take_up(some), some)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any], ids: Iterable[int] = ()) -> asyncio.Task[None]:
+        """Run something in a task that owns the steps of `ids` until it reports them, or passes
+        them on to another task."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        for job_id in ids:
+            self._timers[job_id].task = task
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("internal error in a step", exc_info=error)
+
+    async def _take_up(self, ids: Sequence[int]) -> None:
+        """Steps for jobs that fell due together: by a list of their batches where one may answer,
+        else one by one."""
+        ACTOR.set(None)  # a timer inherits the context of whoever set it
+        if self.store_error is not None:
+            error = StoreError(self.store_error)
+            for job_id in ids:
+                self._stepped(job_id, Stepped(STORE_PAUSE, str(error), error))
+            return
+        asked, by_key = {i for i in ids if self._timers[i].asked}, dict[str, list[Due]]()
+        try:
+            by_key, _ = await self.steps.sort_out([i for i in ids if i not in asked])
+        except StoreError as e:
+            self._store_failed(e)
+        except Exception:
+            log.exception("internal error; %d jobs are looked at one by one", len(ids))
+        for secret, rows in by_key.items():
+            self._spawn(self._check_together(secret, rows), [row.id for row in rows])
+        grouped = {row.id for rows in by_key.values() for row in rows}
+        for job_id in ids:
+            if job_id not in grouped:
+                self._spawn(self._step(job_id), [job_id])
+
+    async def _check_together(self, secret: str, rows: Sequence[Due]) -> None:
+        """Check jobs of one key by a list of its batches. Whatever goes wrong with many is met
+        again by each for itself, and told there."""
+        done, began = dict[int, Stepped](), time.perf_counter()
+        try:
+            done = await self.steps.glance(
+                secret, rows, min(self._timers[r.id].since for r in rows)
+            )
+        except StoreError as e:
+            self._store_failed(e)
+        except Exception:
+            log.exception("internal error; %d jobs are checked one by one", len(rows))
+        self.metrics.steps.observe(time.perf_counter() - began)
+        for row in rows:
+            if row.id in done:
+                self._stepped(row.id, done[row.id])
+            else:
+                self._spawn(self._step(row.id), [row.id])
+
+    async def _step(self, job_id: int) -> None:
+        """A step of one job."""
+        timer, began = self._timers[job_id], time.perf_counter()
+        asked, timer.asked = timer.asked, False
+        try:
+            stepped = await self.steps.step(job_id, (not asked, timer.since))
+            timer.failures = 0
+        except asyncio.CancelledError:
+            log.warning("job %s: its step was cut off by the end of the service", job_id)
+            return
+        except StoreError as e:
+            self._store_failed(e)
+            timer.failures += 1
+            stepped = Stepped(min(STORE_PAUSE * 2**timer.failures, LONGEST_WAIT), str(e), e)
+        except Exception as e:
+            stepped = await self._broke(job_id, timer, e)
+        self.metrics.steps.observe(time.perf_counter() - began)
+        self._stepped(job_id, stepped)
+
+    async def _broke(self, job_id: int, timer: JobTimer, error: Exception) -> Stepped:
+        """A step met what nobody expected: told in the log and in the job's last_error, of which
+        all but the words of our own errors may name what no caller may read."""
+        timer.failures += 1
+        self.metrics.internal_errors.inc()
+        known = str(error) if isinstance(error, TeckoError) else ""
+        said = known or f"internal error; see the log: {type(error).__name__}"
+        pace = (timer.plan.interval if timer.plan else 0) or self.settings.default_poll_interval
+        wait = min(pace * 2.0 ** (timer.failures - 1), LONGEST_WAIT)
+        log.error("job %s: %s; again in %.0f s", job_id, said, wait, exc_info=error)
+        with contextlib.suppress(StoreError):  # which is told by the next step
+            await self.store.note_failure(job_id, said, time.time(), wait)
+        return Stepped(wait, said, TeckoError(said))
+
+    def _stepped(self, job_id: int, stepped: Stepped) -> None:
+        """A step has ended: count it, and see to the next one."""
+        log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
+        timer, now = self._timers[job_id], time.time()
+        timer.task, plan = None, timer.plan
+        timer.failed = stepped.error is not None
+        if stepped.error is None:  # how long a key that fails takes to do so is no lateness
+            self.metrics.lateness.observe(max(0.0, now - timer.since))
+        if plan is None or stepped.wait is None:
+            timer.ended = True
+        elif timer.began_with != plan or timer.asked:  # changed while we looked at the old one
+            self._move(timer, now)
+        elif not plan.interval and stepped.error is None:
+            first = self._epoch + slot(plan.secret, job_id, stepped.wait or GRID, len(self._timers))
+            at, pace = datetime.now(UTC), slots(max(stepped.wait, GRID), first)
+            self._move(timer, pace.get_next_fire_time(at, at).timestamp())
+        elif abs(stepped.wait - plan.interval) > GRID:
+            self._move(timer, now + stepped.wait)
+
+    async def check_now(self, ref: str) -> Done:
+        """Have a job's next step made at once."""
+        job = await self.store.find_job(ref)
+        await self._sync()  # what was changed a moment ago counts
+        timer = self._timers.get(job.id)
+        if timer is None or timer.plan is None:
+            raise Conflict(f"Cannot check job {job.name!r}: it is {job.shown_status}")
+        if job.id in self.steps.ingesting:
+            raise Conflict(f"Cannot run job {job.name!r}: a run of it goes on already")
+        if self.store_error is not None:
+            raise StoreError(self.store_error)
+        timer.asked = True
+        self._move(timer, time.time())
+        return Done(success=True, message=f"Job {job.name!r} is checked now")
+
     # figures
 
     async def health(self) -> Health:
-        """`healthy`, `degraded` or `unhealthy`, out of work that was really done."""
-        try:
-            overdue = await asyncio.wait_for(
-                self.store.overdue(time.time(), self.started_at), HTTP_ANSWER / 2
-            )
-            runs, connected = await self.store.runs(None, 1), True
-        except (StoreError, TimeoutError):
-            overdue, runs, connected = [], [], False
-        return self._health(connected, self._scheduler_state(), overdue, runs)
-
-    def stalled_health(self) -> Health:
-        """What is said when the loop does not come to answer; nothing is known of the store."""
-        return self._health(False, "stalled", [], [])
-
-    def _health(
-        self, connected: bool, scheduler: SchedulerState, overdue: list[str], runs: Sequence[Run]
-    ) -> Health:
-        now, bad = time.time(), not connected or scheduler != "running"
-        return Health(
-            status="unhealthy" if bad else "degraded" if overdue else "healthy",
+        """Judged by work really done. It reads the store beside whoever writes it."""
+        now, settle = time.time(), float(self.settings.trigger_settle_seconds)
+        seen: dict[str, Any] = {"db_connected": False}
+        with contextlib.suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(HEALTH_SECONDS):
+                last = next(iter(await self.store.runs(None, 1)), None)
+                seen = {
+                    "db_connected": True,
+                    "overdue_jobs": await self.store.overdue(now, self.started_at),
+                    "undelivered_jobs": await self.store.undelivered(now, settle),
+                    "attention": [Attention(**row) for row in await self.store.attention(NAMED)],
+                    "etl_last_run": last.start_time if last else None,
+                    "etl_status": last.status if last else None,
+                }
+        health = Health(
             timestamp=now,
             version=VERSION,
             uptime_seconds=round(now - self.started_at, 1),
-            database="connected" if connected else "disconnected",
-            db_connected=connected,
-            scheduler=scheduler,
-            overdue_jobs=overdue,
-            etl_last_run=runs[0].start_time if runs else None,
-            etl_status=runs[0].status if runs else None,
-            circuits=self._circuits(),
+            scheduler=self._scheduler_state(),
+            paused_keys=self._paused_keys(),
+            config_last_reload_successful=self.reloaded.error is None,
+            config_last_reload_at=self.reloaded.at,
+            config_last_reload_error=self.reloaded.error,
+            **seen,
         )
-
-    def _circuits(self) -> list[CircuitAnswer]:
-        openai, now = self.steps.openai, time.time()
-        return [
-            CircuitAnswer(
-                secret=name,
-                host=openai.host,
-                state=circuit.state,
-                failures=circuit.failures,
-                until=now + wait,
-            )
-            for name, circuit, wait in openai.open_circuits()
-        ]
+        return judged(health, self.store.file_problem(), self.store_error)
 
     def _scheduler_state(self) -> SchedulerState:
         stalled = time.monotonic() - self._ticked > STALLED_TICKS
         return "stalled" if stalled else "running" if self._scheduler.running else "stopped"
 
+    def _paused_keys(self) -> list[PausedKey]:
+        now = time.time()
+        return [
+            PausedKey(secret=name, reason=f"{circuit.failures} failures in a row", until=now + wait)
+            for name, circuit, wait in self.steps.openai.open_circuits()
+        ]
+
     async def alive(self) -> Done:
-        """That this is answered at all is the answer: it runs on the loop."""
-        return Done(success=True, message="the loop turns")
+        """That this is answered at all is the answer: it runs on the event loop."""
+        return Done(success=True, message="the event loop responds")
 
     async def ready(self) -> Done:
         health = await self.health()
@@ -8104,89 +8369,48 @@ class Service:
         return Done(success=health.status != "unhealthy", message=said)
 
     async def stats(self) -> Stats:
-        counts, totals = await self.store.counts(), await self.store.totals()
-        runs, failure = await self.store.runs(None, 10), await self.store.last_failure()
-        last = runs[0] if runs else None
+        counts, runs = await self.store.counts(), await self.store.runs(None, 10)
         jobs: dict[str, int] = counts["jobs"]
+        ended = jobs.get("completed", 0) + jobs.get("completed_with_failures", 0)
+        last = runs[0] if runs else None
         return Stats(
             total_jobs=sum(jobs.values()),
-            active_jobs=jobs.get("active", 0),
-            paused_jobs=jobs.get("paused", 0),
-            completed_jobs=jobs.get("completed", 0) + jobs.get("completed_with_failures", 0),
-            failed_jobs=jobs.get("failed", 0),
+            **{f"{name}_jobs": jobs.get(name, 0) for name in ("active", "paused", "failed")},
+            completed_jobs=ended,
             jobs_by_status=jobs,
-            total_secrets=counts["secrets"],
-            total_logs=counts["logs"],
-            uptime_seconds=round(time.time() - self.started_at, 1),
-            checks=self.counters["steps"],
+            **{f"total_{name}": counts[name] for name in ("secrets", "logs")},
             triggers=counts["triggers"],
-            errors=self.counters["errors"],
-            total_records=totals["records"],
-            total_records_processed=totals["records_processed"],
-            total_records_inserted=totals["records_inserted"],
-            total_records_updated=totals["records_updated"],
-            total_records_failed=totals["records_failed"],
+            uptime_seconds=round(time.time() - self.started_at, 1),
+            checks=self.metrics.total(self.metrics.checks),
+            errors=self.metrics.total(self.metrics.upstream_errors, self.metrics.internal_errors),
+            **{f"total_{name}": n for name, n in (await self.store.totals()).items()},
             last_run_id=last.run_id if last else None,
             last_run_status=last.status if last else None,
             last_run_timestamp=last.start_time if last else None,
-            last_failure_timestamp=failure,
+            last_failure_timestamp=await self.store.last_failure(),
             runs=runs,
         )
 
     async def metrics_text(self) -> str:
         """What /metrics answers, in Prometheus' text format."""
-        now = time.time()
-        counts, (oldest, overdue) = (
-            await self.store.counts(),
-            await self.store.lateness(now, self.started_at),
+        now, jobs = time.time(), await self.store.jobs(None, METERED_JOBS)
+        oldest_check, overdue = await self.store.lateness(now, self.started_at)
+        counted = dict.fromkeys((*JOB_STEPS, "removed"), 0) | (await self.store.counts())["jobs"]
+        self.metrics.jobs_are(jobs, counted)
+        self.metrics.set(
+            overdue_jobs=overdue,
+            check_age_seconds=oldest_check,
+            oldest_open_trigger_seconds=await self.store.oldest_open_trigger(now),
+            store_writable=self.store_error is None,
+            loop_lag_seconds=self._lag,
+            http_connections=self.connections(),
+            config_last_reload_successful=self.reloaded.error is None,
+            config_last_reload_timestamp_seconds=self.reloaded.at,
         )
-        totals = await self.store.totals()
-        records = {name: float(totals[f"records_{name}"]) for name in COUNTED}
-
-        def tallied(what: str) -> dict[str, float]:
-            return {label: n for (family, label), n in self.steps.tally.items() if family == what}
-
-        jobs = dict.fromkeys((*JOB_STEPS, "removed"), 0.0) | counts["jobs"]
-        return self.metrics.text(
-            counters={
-                "checks": ("Checks of a job's batches.", "outcome", tallied("checks")),
-                "triggers": ("What happened to triggers.", "outcome", tallied("triggers")),
-                "ingest_runs": ("Runs of ingests.", "outcome", tallied("ingests")),
-                "upstream_errors": ("Calls that failed.", "kind", tallied("upstream_errors")),
-                "records": ("Records that ingests read, ever.", "became", records),
-                "openai_requests": ("Requests to OpenAI.", "kind", {**self.steps.openai.requests}),
-            },
-            gauges={
-                "jobs": ("Jobs by state.", "status", jobs),
-                "overdue_jobs": (
-                    "Active jobs not checked well for 3 intervals.",
-                    "",
-                    {"": overdue},
-                ),
-                "check_age_seconds": ("Longest time since a good check.", "", {"": oldest}),
-                "open_circuits": (
-                    "1: this key of OpenAI is not asked for now.",
-                    "secret",
-                    {name: 1.0 for name, *_ in self.steps.openai.open_circuits()},
-                ),
-                "loop_lag_seconds": ("How late the last tick was.", "", {"": self._lag}),
-                "http_connections": ("Open connections.", "", {"": self.connections()}),
-                "start_timestamp_seconds": ("When it was started.", "", {"": self.started_at}),
-                "build_info": ("The version that runs.", "version", {VERSION: 1.0}),
-            },
-        )
-
-    async def check_now(self, ref: str) -> Done:
-        """Have a job's next step made at once."""
-        job = await self.store.find_job(ref)
-        await self._sync()  # what was changed a moment ago counts
-        if job.id not in self._plans:
-            raise Conflict(f"Cannot check job {job.name!r}: it is {job.shown_status}")
-        if job.id in self.steps.ingesting:
-            raise Conflict(f"Cannot run job {job.name!r}: a run of it goes on already")
-        self._asked.add(job.id)
-        self._move(job.id, time.time())
-        return Done(success=True, message=f"Job {job.name!r} is checked now")
+        self.metrics.paused_keys.clear()
+        for pause in self._paused_keys():
+            self.metrics.paused_keys.labels(pause.secret).set(1)
+        return self.metrics.text()
 
 
 @contextlib.asynccontextmanager
@@ -8209,15 +8433,15 @@ async def make_service(
                 await upstream.close()
 
 
-# ── Admin ─────────────────────────────────────────────────────────────────────────────────────
+# ── Routes ────────────────────────────────────────────────────────────────────────────────────
 
 
 class About(Answer):
-    name: str
-    version: str
-    description: str
-    docs: str
-    health: str
+    name: str = "TeckoChecker"
+    version: str = VERSION
+    description: str = "watches OpenAI batches and starts a Keboola job when they are done"
+    docs: str = "/docs"
+    health: str = "/health"
 
 
 class FieldError(Answer):
@@ -8232,9 +8456,14 @@ class ErrorAnswer(Answer):
     detail: str
     code: int
     request_id: str
-    details: list[FieldError] | None = Field(
-        None, description="with 422: every field that is wrong"
-    )
+    details: list[FieldError] | None = Field(None, description="with 422: each wrong field")
+
+
+class Accepted(Answer):
+    """A change that takes longer than a caller is kept waiting. It is carried out all the same."""
+
+    detail: str = Field(description="where its outcome will be seen")
+    request_id: str
 
 
 class Query(BaseModel):
@@ -8252,9 +8481,7 @@ class JobsQuery(Query):
 
 
 class DataQuery(Query):
-    source: str | None = Field(
-        None, min_length=1, description="the name of an ingest's job; default: all"
-    )
+    source: str | None = Field(None, min_length=1, description="an ingest's job; default: all")
     limit: int = Field(10, ge=1, le=100, description="records a page, 1 to 100")
     offset: int = Field(0, ge=0, le=10**12, description="records to skip; costs as much as reading")
     after: int | None = Field(
@@ -8283,6 +8510,8 @@ class Request:
     query: Any = None
     body: Any = None
     request_id: str = ""
+    trusted: bool = True  # may see names of jobs and keys
+    address: str = ""  # where the caller reached us, like http://127.0.0.1:8000
 
     @property
     def desk(self) -> Desk:
@@ -8296,13 +8525,13 @@ class Route:
     method: str
     path: str  # {id} is a whole number
     does: str  # one line for the documentation
-    run: Callable[[Request], Awaitable[Any]]
+    run: Callable[[Request], Any]  # its answer, or a coroutine of it
     answer: Any  # an Answer, or the content type of a text
     body: Any = None  # what the body has to be
+    example: Mapping[str, Any] | None = None  # of a body
     query: type[Query] | None = None
     status: int = 200
-    errors: tuple[int, ...] = ()  # beside those that any request may meet
-    public: bool = False  # no token is asked for
+    public: bool = False  # no token is asked for, and any Host will do: probes use addresses
     also: str = ""  # a second path
 
     def match(self, path: str) -> str | None:
@@ -8314,11 +8543,9 @@ class Route:
         return middle if path == head + middle + tail and "/" not in middle and middle else None
 
 
-async def about(request: Request) -> About:
-    what = "watches OpenAI batches and starts a Keboola job when they are done"
-    return About(
-        name="TeckoChecker", version=VERSION, description=what, docs="/docs", health="/health"
-    )
+async def show_health(request: Request) -> Health:
+    health = await request.service.health()
+    return health if request.trusted else health.anonymous()
 
 
 async def show_job(request: Request) -> JobDetail:
@@ -8343,149 +8570,149 @@ async def show_data(request: Request) -> DataPage:
     )
 
 
-async def list_jobs(request: Request) -> JobList:
-    return await request.desk.jobs(**request.query.model_dump())
-
-
-async def update_job(request: Request) -> JobDetail:
-    return await request.desk.update_job(request.id, request.body.model_dump(exclude_unset=True))
-
-
-async def show_openapi(request: Request) -> str:
+def show_openapi(request: Request) -> str:
     return json.dumps(openapi())
 
 
-async def show_docs(request: Request) -> str:
-    return docs()
+def show_docs(request: Request) -> str:
+    return docs().replace(ADDRESS, html.escape(request.address))
 
 
-async def check_job(request: Request) -> Done:
-    return await request.service.check_now(request.id)
+def redirect_to_docs(request: Request) -> NoReturn:
+    raise Refused(307, "the description is at /docs", headers={"Location": "/docs"})
 
 
-def step_route(step: Literal["pause", "resume", "retry"], does: str) -> Route:
-    def run(request: Request) -> Awaitable[JobDetail]:
-        return request.desk.step_job(request.id, step)
-
-    return Route("POST", f"/api/jobs/{{id}}/{step}", does, run, JobDetail, errors=(404, 409))
-
-
-TEXT = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus text format
+SECRET_EXAMPLE = {"name": "openai-prod", "type": "openai", "value": "sk-..."}
+JOB_EXAMPLE = {
+    "name": "nightly",
+    "batch_id": "batch_abc123",
+    "openai_secret_id": 1,
+    "keboola_secret_id": 2,
+    "keboola_stack_url": "https://connection.keboola.com",
+    "keboola_component_id": "kds-team.app-custom-python",
+    "keboola_configuration_id": "123456",
+    "poll_interval_seconds": 120,
+}
+METRICS = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus text format
 HTML = "text/html; charset=utf-8"
 ROUTES: tuple[Route, ...] = (
-    Route("GET", "/", "Name and version", about, About),
-    Route("GET", "/health", "How it is, out of work really done", lambda r: r.service.health(),
-          Health, errors=(503,), public=True, also="/api/health"),
-    Route("GET", "/livez", "Whether the loop turns", lambda r: r.service.alive(),
-          Done, errors=(503,), public=True),
-    Route("GET", "/readyz", "Whether the store is open and the scheduler runs",
-          lambda r: r.service.ready(), Done, errors=(503,), public=True),
-    Route("GET", "/stats", "How much there is, and what was done since the start",
+    Route("GET", "/", "Name and version", lambda r: About(), About),
+    Route("GET", "/health", "Overall health, judged by recent checks; 503: unhealthy", show_health,
+          Health, public=True, also="/api/health"),
+    Route("GET", "/livez", "Liveness: the event loop responds", lambda r: r.service.alive(),
+          Done, public=True),
+    Route("GET", "/readyz", "Readiness: the store is open and the scheduler runs; 503: not ready",
+          lambda r: r.service.ready(), Done, public=True),
+    Route("GET", "/stats", "Totals, and what was done since the start",
           lambda r: r.service.stats(), Stats, also="/api/stats"),
-    Route("GET", "/data", "Records that ingests brought, in one schema", show_data, DataPage,
+    Route("GET", "/data", "The records of all ingests, in one schema", show_data, DataPage,
           query=DataQuery, also="/api/data"),
-    Route("GET", "/metrics", "Figures for Prometheus", lambda r: r.service.metrics_text(), TEXT),
+    Route("GET", "/metrics", "Metrics for Prometheus", lambda r: r.service.metrics_text(), METRICS),
     Route("GET", "/openapi.json", "This description", show_openapi, "application/json"),
     Route("GET", "/docs", "This description, as a page", show_docs, HTML),
+    Route("GET", "/redoc", "Redirects to /docs", redirect_to_docs, HTML),
     Route("GET", "/api/admin/secrets", "The stored secrets, without their values",
           lambda r: r.desk.secrets(), SecretList),
     Route("POST", "/api/admin/secrets", "Store a secret", lambda r: r.desk.add_secret(r.body),
-          SecretAnswer, body=SecretBody, status=201, errors=(409,)),
+          SecretAnswer, body=SecretBody, example=SECRET_EXAMPLE, status=201),
     Route("GET", "/api/admin/secrets/{id}", "A stored secret, without its value",
-          lambda r: r.desk.secret(r.id), SecretAnswer, errors=(404,)),
+          lambda r: r.desk.secret(r.id), SecretAnswer),
     Route("DELETE", "/api/admin/secrets/{id}", "Delete a secret that no running job uses",
-          lambda r: r.desk.delete_secret(r.id), Done, errors=(404, 409)),
-    Route("GET", "/api/jobs", "A page of jobs, by id", list_jobs, JobList, query=JobsQuery),
+          lambda r: r.desk.delete_secret(r.id), Done),
+    Route("GET", "/api/jobs", "A page of jobs, by id",
+          lambda r: r.desk.jobs(**r.query.model_dump()), JobList, query=JobsQuery),
     Route("POST", "/api/jobs", "Create a job, as in jobs.yaml or flat",
-          lambda r: r.desk.create_job(r.body), JobDetail, body=JobSpec, status=201,
-          errors=(404, 409)),
+          lambda r: r.desk.create_job(r.body), JobDetail, body=JobSpec, example=JOB_EXAMPLE,
+          status=201),
     Route("GET", "/api/jobs/{id}", "A job with its triggers and log", show_job, JobDetail,
-          query=JobQuery, errors=(404,)),
-    Route("PUT", "/api/jobs/{id}", "Change a job's name, interval or target", update_job,
-          JobDetail, body=JobChanges, errors=(404, 409)),
+          query=JobQuery),
+    Route("PUT", "/api/jobs/{id}", "Change a job's name, interval or target",
+          lambda r: r.desk.update_job(r.id, r.body.model_dump(exclude_unset=True)), JobDetail,
+          body=JobChanges, example={"poll_interval_seconds": 300}),
     Route("DELETE", "/api/jobs/{id}", "Delete a job with its history",
-          lambda r: r.desk.delete_job(r.id), Done, errors=(404, 409)),
-    step_route("pause", "Stop checking a job"),
-    step_route("resume", "Go on checking a paused job"),
-    step_route("retry", "Re-arm a failed job"),
+          lambda r: r.desk.delete_job(r.id), Done),
+    Route("POST", "/api/jobs/{id}/pause", "Stop checking a job",
+          lambda r: r.desk.step_job(r.id, "pause"), JobDetail),
+    Route("POST", "/api/jobs/{id}/resume", "Continue checking a paused job",
+          lambda r: r.desk.step_job(r.id, "resume"), JobDetail),
+    Route("POST", "/api/jobs/{id}/retry", "Re-arm a failed job",
+          lambda r: r.desk.step_job(r.id, "retry"), JobDetail),
     Route("POST", "/api/jobs/{id}/check", "Check a job now, without waiting for its interval",
-          check_job, Done, status=202, errors=(404, 409)),
+          lambda r: r.service.check_now(r.id), Done, status=202),
 )  # fmt: skip
 
 
-EXAMPLES: dict[str, dict[str, Any]] = {
-    "SecretBody": {"name": "openai-prod", "type": "openai", "value": "sk-..."},
-    "JobSpec": {
-        "name": "nightly",
-        "batch_id": "batch_abc123",
-        "openai_secret_id": 1,
-        "keboola_secret_id": 2,
-        "keboola_stack_url": "https://connection.keboola.com",
-        "keboola_component_id": "kds-team.app-custom-python",
-        "keboola_configuration_id": "123456",
-        "poll_interval_seconds": 120,
-    },
-    "JobChanges": {"poll_interval_seconds": 300},
-}
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise UnclearJson("an object has a duplicate key")
+    return dict(pairs)
 
-REFUSALS = (400, 401, 403, 411, 413, 421, 503)  # that any request may meet
+
+def json_body(body: bytes) -> Any:
+    """What a body says. What is JSON only to Python, or can be read in two ways, is refused."""
+    try:
+        return json.loads(body, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        said = f": {e}" if isinstance(e, UnclearJson) else ""
+        raise Refused(400, f"the body is not JSON{said}") from None
+
+
+# ── OpenAPI ───────────────────────────────────────────────────────────────────────────────────
+
+
+def json_of(*models: str) -> dict[str, Any]:
+    """The content of a body or an answer that is one of these models."""
+    forms = [{"$ref": f"#/components/schemas/{model}"} for model in models]
+    return {"application/json": {"schema": {"anyOf": forms} if len(forms) > 1 else forms[0]}}
+
+
+def responses(route: Route) -> dict[str, Any]:
+    """What a route answers, by status; what refuses a request is `default`."""
+    if isinstance(route.answer, str):
+        shape = "object" if route.answer == "application/json" else "string"
+        done: Any = {route.answer.partition(";")[0]: {"schema": {"type": shape}}}
+    else:
+        done = json_of(route.answer.__name__)
+    made = {str(route.status): {"description": "Done", "content": done}}
+    if route.method != "GET":
+        models = [route.answer.__name__] * (route.status == 202)
+        made["202"] = {"description": "Under way", "content": json_of(*models, "Accepted")}
+    if route.answer in (Health, Done) and route.public:  # bad news has the same shape
+        both = json_of(route.answer.__name__, "ErrorAnswer")
+        made["503"] = {"description": "Not well", "content": both}
+    return made | {"default": {"description": "Not done", "content": json_of("ErrorAnswer")}}
 
 
 def operation(route: Route) -> dict[str, Any]:
     """A route in the words of OpenAPI 3.1."""
     parameters: list[dict[str, Any]] = []
     if "{id}" in route.path:
-        number = {"type": "integer", "minimum": 1}
+        number = {"type": "integer", "minimum": 1, "description": "the number of it"}
         parameters.append({"name": "id", "in": "path", "required": True, "schema": number})
     if route.query:
         for name, schema in route.query.model_json_schema()["properties"].items():
             parameters.append({"name": name, "in": "query", "schema": schema})
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
-    refusals = {*route.errors, *REFUSALS} - ({401} if route.public else set())
-    refusals |= {415, 422} if route.body is not None else set()
-    refusals |= {422} if parameters else set()
-    answers = {
-        str(s): {"description": HTTPStatus(s).phrase, "content": error} for s in sorted(refusals)
-    }
-    kind = "application/json" if not isinstance(route.answer, str) else route.answer.split(";")[0]
-    shape: Any = {"type": "object" if kind == "application/json" else "string"}
-    if not isinstance(route.answer, str):
-        shape = {"$ref": f"#/components/schemas/{route.answer.__name__}"}
-    done = {kind: {"schema": shape}}
-    if route.answer is Health:
-        done["application/health+json"] = {"schema": {"type": "object"}}
-    answers[str(route.status)] = {"description": "done", "content": done}
-    if route.answer in (Health, Done) and route.public:  # bad news has the same shape
-        both = [shape, {"$ref": "#/components/schemas/ErrorAnswer"}]
-        answers["503"]["content"] = done | {"application/json": {"schema": {"anyOf": both}}}
     made: dict[str, Any] = {
         "summary": route.does,
         "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
         "parameters": parameters,
-        "responses": answers,
+        "responses": responses(route),
     }
     if route.public:
         made["security"] = []
     if route.body is not None:
-        name = "Job" if route.body is JobSpec else route.body.__name__
-        schema = {"$ref": f"#/components/schemas/{name}"}
-        made["requestBody"] = {
-            "required": True,
-            "content": {
-                "application/json": {"schema": schema, "example": EXAMPLES[route.body.__name__]}
-            },
-        }
+        content = json_of("Job" if route.body is JobSpec else route.body.__name__)
+        content["application/json"]["example"] = route.example
+        made["requestBody"] = {"required": True, "content": content}
     return made
 
 
 @cache
 def openapi() -> dict[str, Any]:
     """The surface as an OpenAPI 3.1 document, out of ROUTES and the models."""
-    models: set[type[BaseModel]] = {ErrorAnswer, FlatJob, IngestSpec}
-    for route in ROUTES:
-        models |= {m for m in (route.answer, route.body) if isinstance(m, type)}
-    inputs = {JobSpec, IngestSpec, FlatJob, JobChanges, SecretBody}
-    wanted = [(m, "validation" if m in inputs else "serialization") for m in models]
+    inputs: set[Any] = {JobSpec, IngestSpec, FlatJob, JobChanges, SecretBody}
+    answers = {r.answer for r in ROUTES if isinstance(r.answer, type)} | {ErrorAnswer, Accepted}
+    wanted = [(m, "validation" if m in inputs else "serialization") for m in inputs | answers]
     wanted.sort(key=lambda pair: pair[0].__name__)
     place = "#/components/schemas/{model}"
     _, schemas = models_json_schema(cast(Any, wanted), ref_template=place)
@@ -8497,58 +8724,131 @@ def openapi() -> dict[str, Any]:
             described = operation(route)
             described["operationId"] += "_api" if path == route.also else ""
             paths.setdefault(path, {})[route.method.lower()] = described
+    schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
     return {
         "openapi": "3.1.0",
         "info": {"title": "TeckoChecker", "version": VERSION, "summary": "Admin surface"},
         "paths": paths,
-        "components": {
-            "schemas": schemas["$defs"],
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-        },
-        "security": [{"token": []}, {}],
+        "components": {"schemas": schemas["$defs"], "securitySchemes": schemes},
+        "security": [{"bearer": []}, {"basic": []}, {}],
     }
 
 
-DOCS_HEAD = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>TeckoChecker</title><style>
+DOCS_STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
 pre{background:#f4f4f4;padding:.6rem;overflow-x:auto}h2 code{background:#def;padding:.1rem .4rem}
+nav{columns:20rem}input,textarea,button{font:inherit}textarea{width:100%;height:8rem}
 @media(prefers-color-scheme:dark){body{background:#111;color:#ddd}pre{background:#222}
-h2 code{background:#135}a{color:#8bf}}</style>"""
+h2 code{background:#135}a{color:#8bf}}
+"""
+DOCS_SCRIPT = """
+"use strict";
+async function send(form) {
+  const {method, path} = form.dataset, headers = {}, query = new URLSearchParams();
+  let target = path, body;
+  for (const {name, value} of form.querySelectorAll("input, textarea")) {
+    if (name === "body") { body = value; headers["Content-Type"] = "application/json"; }
+    else if (name === "id") target = target.replace("{id}", encodeURIComponent(value));
+    else if (value) query.set(name, value);
+  }
+  const token = document.getElementById("token").value;
+  if (token) headers.Authorization = `Bearer ${token}`;
+  const answer = await fetch(`${target}?${query}`, {method, headers, body});
+  return `${answer.status} ${answer.statusText}\\n${await answer.text()}`;
+}
+for (const form of document.forms) form.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  form.lastElementChild.hidden = false;
+  form.lastElementChild.textContent = await send(form).catch(String);
+});
+"""
+ADDRESS = "{address}"  # in the page: where the caller reached us
+
+
+def docs_section(method: str, path: str, described: Mapping[str, Any]) -> str:
+    """A route of the page: what it does, its models, a curl line, and a form that sends it."""
+    esc, method = html.escape, method.upper()
+    names = dict.fromkeys(re.findall(r"schemas/(\w+)", json.dumps(described)))
+    models = ", ".join(f'<a href="#{name}">{name}</a>' for name in names)
+    curl = f"curl {'' if method == 'GET' else f'-X {method} '}{ADDRESS}{path.format(id=1)}"
+    fields = "".join(
+        f'<p><label><code>{p["name"]}</code> <input name="{p["name"]}"> '
+        f"{esc(p['schema']['description'])}</label></p>"
+        for p in described["parameters"]
+    )
+    if body := described.get("requestBody"):
+        example = body["content"]["application/json"]["example"]
+        curl += f" \\\n  -H 'Content-Type: application/json' \\\n  -d '{json.dumps(example)}'"
+        text = esc(json.dumps(example, indent=1))
+        fields += f'<p><label>Body <textarea name="body">{text}</textarea></label></p>'
+    return f"""<section id="{described["operationId"]}"><h2><code>{method}</code> {esc(path)}</h2>
+<p>{esc(described["summary"])}. Models: {models}</p><pre>{esc(curl)}</pre>
+<form data-method="{method}" data-path="{esc(path)}">{fields}<button>Send {method}</button>
+<pre hidden></pre></form></section>"""
 
 
 @cache
 def docs() -> str:
-    """/docs: every route with its models and a curl line, with nothing from another host."""
-    api, parts = openapi(), [DOCS_HEAD, f"<h1>TeckoChecker {VERSION}</h1>"]
-    parts.append('<p>The same as <a href="/openapi.json">OpenAPI 3.1</a>. Models are below.</p>')
-    for route in ROUTES:
-        line = f"curl {'' if route.method == 'GET' else '-X ' + route.method + ' '}"
-        line += "http://127.0.0.1:8000" + route.path.replace("{id}", "1")
-        if route.body is not None:
-            example = json.dumps(EXAMPLES[route.body.__name__])
-            line += f" \\\n  -H 'Content-Type: application/json' \\\n  -d '{example}'"
-        answer = route.answer if isinstance(route.answer, str) else route.answer.__name__
-        takes = f"Takes {model_link(route.body.__name__)}. " if route.body else ""
-        gives = model_link(answer) if not isinstance(route.answer, str) else html.escape(answer)
-        parts.append(f"<h2><code>{route.method}</code> {html.escape(route.path)}</h2>")
-        parts.append(f"<p>{html.escape(route.does)}. {takes}Answers {route.status}, {gives}.</p>")
-        if route.query:
-            fields_ = route.query.model_fields.items()
-            listed = [
-                f"<li><code>{n}</code>: {html.escape(str(f.description))}" for n, f in fields_
-            ]
-            parts.append("<ul>" + "".join(listed) + "</ul>")
-        parts.append(f"<pre>{html.escape(line)}</pre>")
-    for name, schema in api["components"]["schemas"].items():
-        shown = html.escape(json.dumps(schema, indent=1))
-        details = f"<details><summary>schema</summary><pre>{shown}</pre></details>"
-        parts.append(f'<h3 id="{name}">{name}</h3>{details}')
-    return "\n".join(parts)
+    """/docs: the OpenAPI document as a page, with nothing from another host. It reads without
+    JavaScript; with it, each route can be tried."""
+    api, esc = openapi(), html.escape
+    operations = [(m, path, d) for path, ways in api["paths"].items() for m, d in ways.items()]
+    contents = "".join(
+        f'<a href="#{d["operationId"]}">{method.upper()} {esc(path)}</a><br>'
+        for method, path, d in operations
+    )
+    models = "".join(
+        f'<h3 id="{name}">{name}</h3><p>{esc(schema.get("description", ""))}</p><details>'
+        f"<summary>Schema</summary><pre>{esc(json.dumps(schema, indent=1))}</pre></details>"
+        for name, schema in api["components"]["schemas"].items()
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>TeckoChecker</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{DOCS_STYLE}</style></head><body><h1>TeckoChecker {VERSION}</h1>
+<p>Served at <code>{ADDRESS}</code>. The same as <a href="/openapi.json">OpenAPI 3.1</a>.</p>
+<p>Where ADMIN_TOKEN is set, every route but the health checks needs it: as the header
+<code>Authorization: Bearer ADMIN_TOKEN</code>, or as the password of Basic authentication with any
+user name, which browsers ask for.</p>
+<pre>curl -H "Authorization: Bearer $ADMIN_TOKEN" {ADDRESS}/stats</pre>
+<p><label>Token for the forms below: <input id="token" type="password"></label></p>
+<h2>Contents</h2><nav>{contents}<a href="#models">Models</a></nav>
+{"".join(docs_section(*each) for each in operations)}
+<h2 id="models">Models</h2>{models}
+<script>{DOCS_SCRIPT}</script></body></html>"""
 
 
-def model_link(name: str) -> str:
-    return f'<a href="#{name}">{name}</a>'
+# ── HTTP ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Streams of asyncio wait; the standard library's handler reads each request and writes each answer,
+# in memory. So no client costs a thread, and none holds up another:
+# - A head is taken only if every parser reads it the same way. What is refused for its form closes
+#   the connection, so that nothing behind it passes for a request (RFC 9112, section 11.2).
+# - Who makes us wait, for a request or with its answer, has bounded time, and goes first when there
+#   are too many connections. Who waits for us is never cut off.
+# - A change that has begun is carried out, also when its caller has gone. One that takes long is
+#   answered 202 with where to look, never by an error.
+# - Host (a name may point here by DNS rebinding, an address cannot), Origin (pages of others, whose
+#   browser may add a password) and the token decide who may call.
+
+HTTP_IDLE = 5.0  # s that a connection is kept between requests
+HTTP_DEADLINE = 8.0  # s from a request's first byte to its last, and for its answer to be taken
+HTTP_STOP = 1.5  # s for requests under way when the surface closes; 8 of the 10 s are the steps'
+HTTP_HEAD = 1 << 16  # bytes before a request's body
+HTTP_BODY = 1 << 20  # bytes of a request's body
+ACCEPT_PAUSE = 1.0  # s after a connection that could not be accepted, for lack of descriptors
+
+REQUEST_LINE = re.compile(rb"[!-~]+ [!-~]+ HTTP/\d\.\d\r\n")
+FIELD_LINE = re.compile(rb"[\w!#$%&'*+.^`|~-]+:[\t -~\x80-\xff]*\r\n")  # RFC 9110, section 5.5
+TARGET = re.compile(
+    r"(?:(?i:https?)://(?P<host>[^/?#@]+))?(?P<path>/[^?#]*)(?:\?(?P<query>[^#]*))?"
+)
+SINGLE = ("Host", "Origin", "Content-Length", "Content-Type", "Authorization", "Sec-Fetch-Site")
+
+
+def source_hash(text: str) -> str:
+    """What a Content-Security-Policy calls an inline script or style."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 SECURITY_HEADERS = {
@@ -8556,340 +8856,410 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; base-uri 'none';"
+    f" script-src {source_hash(DOCS_SCRIPT)}; style-src {source_hash(DOCS_STYLE)};"
+    " form-action 'none'; frame-ancestors 'none'",
+}
+CORS_HEADERS = {  # for pages of the origins that CORS_ORIGINS names
+    "Access-Control-Allow-Credentials": "true",
+    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Expose-Headers": "X-Request-ID, X-Error-Code, Retry-After",
 }
 
 
-def too_many() -> bytes:
-    """The answer to a connection for which there is no thread."""
-    request_id = uuid.uuid4().hex
-    detail = "too many connections at once"
-    body = {"error": "too_many_connections", "detail": detail, "code": 1000}
-    text = json.dumps(body | {"request_id": request_id})
-    head = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
-    headers = {"X-Error-Code": "1000", "X-Request-ID": request_id, **SECURITY_HEADERS}
-    head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    head += "Content-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode()
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise UnclearJson("a key stands twice in an object")
-    return dict(pairs)
-
-
-def bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def health_json(health: Health) -> dict[str, Any]:
-    """/health as draft-inadarei-api-health-check-06 has it."""
-    status = {"healthy": "pass", "degraded": "warn", "unhealthy": "fail"}[health.status]
-    shown = health.model_dump(mode="json")
-    checks = {name: [{"status": shown[name]}] for name in ("database", "scheduler")}
-    return {"status": status, "version": VERSION, "output": health.status, "checks": checks}
-
-
-class AdminServer(http.server.ThreadingHTTPServer):
-    """Standard-library HTTP in threads of its own: bounded in connections, and every request in
-    time and size, so that no client holds up another, let alone the loop."""
-
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 128
-
-    def __init__(self, service: Service, loop: asyncio.AbstractEventLoop) -> None:
-        self.service, self.loop, settings = service, loop, service.settings
-        self._slots = threading.BoundedSemaphore(settings.api_max_connections)
-        self._deadlines: dict[socket.socket, float] = {}
-        if ":" in settings.api_host:
-            self.address_family = socket.AF_INET6
+async def read_head(reader: asyncio.StreamReader, begun: bytes) -> bytes:
+    """A request's head, which begins with `begun`. Its lines are checked as they come: bare CR and
+    LF, folded lines, control characters and odd names are refused at once."""
+    head = bytearray()
+    while not head.endswith(b"\r\n\r\n"):
         try:
-            super().__init__((settings.api_host, settings.api_port), AdminHandler)
-        except OSError as e:
-            raise Conflict(
-                f"cannot listen on {settings.api_host}:{settings.api_port}: {e.strerror}",
-                hint="API_PORT or admin.port chooses another one",
-            ) from e
-        port = self.server_address[1]
-        self.url = f"http://{bracketed(settings.api_host)}:{port}"
-        self.hosts = {f"{bracketed(name)}:{port}" for name in self._names(settings)}
-        self.hosts |= {name.strip().lower() for name in settings.admin_hosts.split(",")} - {""}
-        service.connections = lambda: len(self._deadlines)
-
-    @staticmethod
-    def _names(settings: Settings) -> set[str]:
-        """What this host may be called in a Host header; ADMIN_HOSTS adds to it."""
-        names = {*LOOPBACK, settings.api_host.lower()}
-        return names if settings.api_host in LOOPBACK else names | {socket.gethostname().lower()}
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._slots.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                request.sendall(too_many())
-            self.shutdown_request(request)
-            return
-        self.expect(request)
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._deadlines.pop(request, None)
-            self._slots.release()
-
-    def expect(self, request: socket.socket) -> None:
-        """From now on the next request has HTTP_DEADLINE seconds to arrive and be answered."""
-        self._deadlines[request] = time.monotonic() + HTTP_DEADLINE
-
-    def service_actions(self) -> None:
-        """Cut off who drips: `timeout` counts from byte to byte, this from start to end."""
-        now = time.monotonic()
-        for request, deadline in list(self._deadlines.items()):
-            if now > deadline:
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("a connection of the admin surface broke", exc_info=True)
-
-    def ask(self, route: Route, request: Request, request_id: str) -> Any:
-        """Run a route on the loop, in bounded time. Raises TimeoutError."""
-
-        async def run() -> Any:
-            ACTOR.set(f"HTTP {request_id}")
-            try:
-                return await route.run(request)
-            finally:
-                if route.method != "GET":
-                    self.service.look_again()
-
-        future = asyncio.run_coroutine_threadsafe(run(), self.loop)
-        try:
-            return future.result(HTTP_ANSWER)
-        except TimeoutError:
-            future.cancel()
-            raise
+            line, begun = begun + await reader.readuntil(b"\n"), b""
+        except asyncio.LimitOverrunError:
+            raise Refused(431, f"a head has at most {HTTP_HEAD} bytes") from None
+        if line != b"\r\n":
+            if not (FIELD_LINE if head else REQUEST_LINE).fullmatch(line):
+                what = "header" if head else "request"
+                said = "lines are ASCII, end in CR LF, and are not folded"
+                raise Refused(400, f"malformed {what} line; {said}")
+        elif not head:
+            continue  # left over from the body before (RFC 9112, section 2.2)
+        head += line
+        if len(head) > HTTP_HEAD:
+            raise Refused(431, f"a head has at most {HTTP_HEAD} bytes")
+    return bytes(head)
 
 
-INTERNAL = {  # errors whose own words name files of this machine: those go to the log
-    StoreError.code: "the database cannot be used; the log has more under this id",
-    SecretError.code: "secrets cannot be sealed or opened; the log has more under this id",
-}
+class Exchange(http.server.BaseHTTPRequestHandler):
+    """One request and its answer, both in memory."""
 
-
-class AdminHandler(http.server.BaseHTTPRequestHandler):
-    """One connection: check who asks, find the route, validate, ask the loop, answer."""
-
-    server: AdminServer
     protocol_version = "HTTP/1.1"
-    server_version = f"TeckoChecker/{VERSION}"
-    sys_version = ""
-    timeout = HTTP_IDLE
-    wbufsize = 16384  # head and body in one segment: else Nagle and delayed ACK cost 40 ms
-    disable_nagle_algorithm = True
+    wfile: io.BytesIO
+    command, request_version, requestline = "", "HTTP/1.1", ""
+    path = query = host = ""
+    close_connection, length = True, 0
 
-    def handle_one_request(self) -> None:
-        self.request_id, self.unread = uuid.uuid4().hex, False
-        super().handle_one_request()
-        if self.unread:
-            self._linger()
-        self.server.expect(self.connection)
+    def __init__(self) -> None:
+        self.request_id, self.wfile = uuid.uuid4().hex, io.BytesIO()
+        self.more_headers: dict[str, str] = {}  # of the answer
 
-    def _linger(self) -> None:
-        """Read on what is not wanted, until the client has read its refusal (RFC 9112, 9.6): a
-        close at once would reset the connection and lose the answer. The deadline bounds it."""
-        with contextlib.suppress(OSError):
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_WR)
-            while self.rfile.read(65536):
-                pass
-
-    def handle_any(self) -> None:
-        route = None
-        try:
-            if self.request_version == "HTTP/0.9":  # its answers have neither status nor headers
-                self.request_version = "HTTP/1.1"
-                raise Refused(505, "HTTP/0.9 is not spoken here", close=True)
-            body = self._body()
-            path = self._path()
-            self._admit(path)
-            route, ref = self._route(path)
-            answer = self.server.ask(route, self._request(route, ref, body), self.request_id)
-            self._answer(route, answer)
-        except TimeoutError:
-            if route is not None and route.answer is Health:
-                self._answer(route, self.server.service.stalled_health())
-                return
-            late = Refused(
-                503, "the program is too busy to answer in time", headers={"Retry-After": "5"}
-            )
-            self._error(late)
-        except TeckoError as e:
-            self._error(e)
-        except OSError:  # the client has gone
-            self.close_connection = True
-        except Exception:
-            log.exception("request %s met a defect of TeckoChecker", self.request_id)
-            self._error(Refused(500, "a defect of TeckoChecker; its log has the request's id"))
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = handle_any
-
-    def _body(self) -> bytes:
-        """The request's body, or Refused: one that is left unread would pass for a request."""
-        if self.headers.defects or self.headers.get_payload():
-            raise Refused(400, "headers that can be read in two ways", close=True)
-        lengths = self.headers.get_all("Content-Length") or ["0"]
+    def read(self, head: bytes) -> None:
+        """Take in the head. Raises Refused for what could be read in two ways."""
+        self.rfile = io.BytesIO(head)
+        self.raw_requestline = self.rfile.readline()
+        self.parse_request()
+        if not self.request_version.startswith("HTTP/1."):
+            raise Refused(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+        if twice := [name for name in SINGLE if len(self.headers.get_all(name, [])) > 1]:
+            raise Refused(400, f"duplicate header {twice[0]}")
         if "Transfer-Encoding" in self.headers:
-            raise Refused(411, "a body needs a Content-Length; chunks are not taken", close=True)
-        if len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit()):
-            raise Refused(400, "a Content-Length that is no number, or two", close=True)
-        if int(lengths[0]) > HTTP_BODY:
-            self.unread = True
-            raise Refused(413, f"a body has at most {HTTP_BODY} bytes", close=True)
-        body = self.rfile.read(int(lengths[0]))
-        if len(body) < int(lengths[0]):
-            raise Refused(400, "the body is shorter than its Content-Length", close=True)
-        return body
+            raise Refused(411, "a body needs a Content-Length; chunks are not accepted")
+        length = self.header("Content-Length", "0")
+        if not re.fullmatch("[0-9]{1,15}", length):
+            raise Refused(400, "Content-Length must be a number")
+        if int(length) > HTTP_BODY:
+            raise Refused(413, f"a body has at most {HTTP_BODY} bytes")
+        self.host, target = self.header("Host"), TARGET.fullmatch(self.path)
+        if target is None or (target["host"] or self.host).lower() != self.host.lower():
+            raise Refused(400, "the target must be a path of the host that Host names")
+        self.length, self.path, self.query = int(length), target["path"], target["query"] or ""
+        self.close_connection |= self.request_version == "HTTP/1.0"
+        self.close_connection |= "close" in self.header("Connection").lower()
 
-    def _path(self) -> str:
-        try:
-            return urlsplit(self.path).path
-        except ValueError:
-            raise Refused(400, "no path that can be read", close=True) from None
+    def header(self, name: str, default: str = "") -> str:
+        return str(self.headers.get(name, default)).strip(" \t")
 
-    def _admit(self, path: str) -> None:
-        """Refuse DNS rebinding, pages of another origin, and strangers."""
-        host, origin = self.headers.get_all("Host") or [], self.headers.get("Origin")
-        if len(host) > 1:
-            raise Refused(400, "two Host headers", close=True)
-        if not host or host[0].lower() not in self.server.hosts:
-            raise Refused(421, "this is not the host you named; ADMIN_HOSTS adds names")
-        if origin is not None and origin.lower() != f"http://{host[0].lower()}":
-            raise Refused(403, "pages of another origin are not served")
-        token = self.server.service.settings.admin_token
-        if token is None or any(r.public for r in ROUTES if r.match(path) is not None):
-            return
-        given = self.headers.get("Authorization", "").encode()
-        if not hmac.compare_digest(given, f"Bearer {token.reveal()}".encode()):
-            wanted = {"WWW-Authenticate": "Bearer"}
-            raise Refused(401, "this needs Authorization: Bearer ADMIN_TOKEN", headers=wanted)
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class refuses: another version of HTTP, or too many headers."""
+        raise Refused(code, message or "malformed request")
 
-    def _route(self, path: str) -> tuple[Route, str]:
-        found = [(route, ref) for route in ROUTES if (ref := route.match(path)) is not None]
-        if not found:
-            raise Refused(
-                404, f"there is no {redact(path)[:100]!r} here; /docs shows what there is"
-            )
-        method = "GET" if self.command == "HEAD" else self.command
-        for route, ref in found:
-            if route.method == method:
-                return route, ref
-        allowed = sorted({route.method for route, _ in found})
-        allowed += ["HEAD"] if "GET" in allowed else []
-        raise Refused(405, f"allowed: {', '.join(allowed)}", headers={"Allow": ", ".join(allowed)})
+    def version_string(self) -> str:
+        return f"TeckoChecker/{VERSION}"
 
-    def _request(self, route: Route, ref: str, body: bytes) -> Request:
-        service = self.server.service
-        if "{id}" in route.path and not (ref.isascii() and ref.isdigit() and len(ref) < 19):
-            raise Invalid(["id: found no whole number"], fields=[("id", "a whole number")])
-        given = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
-        query = None
-        if route.query:
-            query = parse(route.query, {name: values[-1] for name, values in given.items()})
-        data = None
-        if route.body is not None:
-            if self.headers.get_content_type() != "application/json":
-                raise Refused(415, "the body has to be application/json")
-            try:
-                loaded = json.loads(
-                    body, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique
-                )
-            except (ValueError, RecursionError) as e:
-                said = f": {e}" if isinstance(e, UnclearJson) else ""
-                raise Refused(400, f"the body is not JSON{said}") from None
-            model = spec_model(loaded) if route.body is JobSpec else route.body
-            data = parse(model, loaded, service.settings.job_context)
-        return Request(service, ref, query, data, self.request_id)
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("request %s: %s", self.request_id, format % args)
 
-    def _answer(self, route: Route, answer: Any) -> None:
-        status, kind = route.status, "application/json"
-        if isinstance(route.answer, str):
-            kind = route.answer
-        if isinstance(answer, Health):
-            status = 503 if answer.status == "unhealthy" else 200
-            if "application/health+json" in self.headers.get("Accept", ""):
-                kind, answer = "application/health+json", health_json(answer)
-        if isinstance(answer, Done) and not answer.success:
-            status = 503
-        if isinstance(answer, BaseModel):
-            text = answer.model_dump_json()
-        else:
-            text = answer if isinstance(answer, str) else json.dumps(answer)
-        self._send(status, kind, text)
-
-    def _error(self, error: TeckoError) -> None:
-        if isinstance(error, Refused):
-            self.close_connection = self.close_connection or error.close
-        name = ERROR_NAMES.get(error.code) or HTTPStatus(error.http_status).phrase
-        fields_ = error.fields if isinstance(error, Invalid) else []
-        detail = INTERNAL.get(error.code, str(error))
-        if error.code in INTERNAL:
-            log.error("http %s: %s", self.request_id, error)
-        answer = ErrorAnswer(
-            error=name.lower().replace(" ", "_"),
-            detail=detail,
-            code=error.code,
-            request_id=self.request_id,
-            details=[FieldError(field=f, message=m) for f, m in fields_] or None,
-        )
-        headers = {"X-Error-Code": str(error.code)}
-        headers |= error.headers if isinstance(error, Refused) else {}
-        text = answer.model_dump_json(exclude_none=True)
-        self._send(error.http_status, "application/json", text, headers)
-
-    def _send(
-        self, status: int, kind: str, text: str, headers: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
-        data = text.encode()
+    def answer(self, status: int, kind: str, text: str) -> None:
+        data, self.wfile = text.encode(), io.BytesIO()
+        self.close_connection |= status >= 500
+        self.request_version = "HTTP/1.1"  # the base class answers HTTP/0.9 without a head
         self.send_response(status)
-        all_headers = {
+        headers = {
             "Content-Type": kind,
             "Content-Length": str(len(data)),
             "X-Request-ID": self.request_id,
-            **SECURITY_HEADERS,
-            **headers,
-            **({"Connection": "close"} if self.close_connection else {}),
         }
-        for name, value in all_headers.items():
+        if self.close_connection:
+            headers["Connection"] = "close"
+        for name, value in (headers | SECURITY_HEADERS | self.more_headers).items():
             self.send_header(name, value)
+        if status == 401:  # with Basic, a browser asks for the token
+            self.send_header("WWW-Authenticate", "Bearer")
+            self.send_header("WWW-Authenticate", 'Basic realm="TeckoChecker", charset="UTF-8"')
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses (a bad request line, an unknown method), in our shape."""
-        self.request_version = "HTTP/1.1"  # else a bad version would be answered as HTTP/0.9
-        self._error(Refused(code, message or "bad request", close=True))
+    def refuse(self, error: TeckoError) -> None:
+        self.more_headers["X-Error-Code"] = str(error.code)
+        self.more_headers |= error.headers if isinstance(error, Refused) else {}
+        name, detail = ERROR_NAMES.get(error.code), str(error)
+        if isinstance(error, (StoreError, SecretError)):  # its words name files of this machine
+            log.error("request %s: %s", self.request_id, error)
+            detail = f"{name}; see the log for request ID {self.request_id}"
+        wrong = error.fields if isinstance(error, Invalid) else []
+        shown = ErrorAnswer(
+            error=name or re.sub(r"\W+", "_", HTTPStatus(error.http_status).phrase.lower()),
+            detail=detail,
+            code=error.code,
+            request_id=self.request_id,
+            details=[FieldError(field=f, message=m) for f, m in wrong] or None,
+        )
+        text = shown.model_dump_json(exclude_none=True)
+        self.answer(error.http_status, "application/json", text)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug("http %s %s", self.request_id, format % args)
+
+def bare_host(host: str) -> str:
+    """A Host header, or an entry of ADMIN_HOSTS, without its port, case and final dot."""
+    return re.sub(r"\.?(:\d*)?$", "", host.strip().lower())
 
 
-@contextlib.contextmanager
-def serving(service: Service) -> Iterator[AdminServer]:
-    """The admin surface, in a thread, for as long as the context lasts."""
-    server = AdminServer(service, asyncio.get_running_loop())
-    thread = threading.Thread(target=server.serve_forever, name="admin", daemon=True)
-    thread.start()
+def same_place(origin: str, host: str) -> bool:
+    """Whether a page's origin is the host that it asks. Schemes are not compared, for a proxy may
+    have taken the TLS off, and so the ports 80 and 443 count as none."""
+    found = re.fullmatch(r"https?://(.+?)(?::(?:80|443))?", origin)
+    return found is not None and found[1] == re.sub(":(80|443)$", "", host.lower())
+
+
+def given_token(authorization: str) -> bytes:
+    """The token out of `Bearer TOKEN`, or out of Basic authentication, whatever its user name."""
+    scheme, _, value = authorization.partition(" ")
+    raw = value.strip().encode("latin-1")  # as http.client decoded it
+    if scheme.lower() != "basic":
+        return raw if scheme.lower() == "bearer" else b""
+    with contextlib.suppress(ValueError):
+        return base64.b64decode(raw, validate=True).partition(b":")[2]
+    return b""
+
+
+class Admin:
+    """The admin surface: its connections, who may call, and the work of routes."""
+
+    def __init__(self, service: Service, url: str) -> None:
+        self.service, self.url = service, url
+        self._talks: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
+        # those whose client we wait for, the longest first; whether to take its answer
+        self._waiting: dict[asyncio.StreamWriter, bool] = {}
+        self._late: set[asyncio.Task[Any]] = set()  # work that goes on after its caller's answer
+        self._stopping = False
+        self._hurry = asyncio.get_running_loop().create_future()  # done when no one waits longer
+        service.connections = lambda: len(self._talks)
+
+    async def listen(self, listener: socket.socket) -> None:
+        """Accept connections, until cancelled."""
+        while True:
+            try:
+                connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+                streams = await asyncio.open_connection(sock=connection, limit=HTTP_HEAD)
+            except Exception as e:  # for lack of descriptors, mostly; nothing may end this loop
+                log.warning("cannot accept a connection: %s", e)
+                await asyncio.sleep(ACCEPT_PAUSE)
+            else:
+                self._talks[streams[1]] = asyncio.create_task(self._talk(*streams))
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, until either side has enough. One more than there may be is heard out,
+        since it may ask for health."""
+        most = self.service.settings.api_max_connections
+        while len(self._talks) > most and self._waiting:
+            self._drop(next(iter(self._waiting)))
+        spare, full = len(self._talks) > most, len(self._talks) > 2 * most
+        writer.transport.set_write_buffer_limits(0)  # so that drain() waits for all of it
+        try:
+            while not (full or self._stopping) and await self._exchange(reader, writer, spare):
+                pass
+        except (OSError, EOFError) as e:  # TimeoutError is an OSError
+            log.debug("a connection ended: %r", e)
+        except Exception:
+            log.exception("a connection failed")
+        finally:
+            self._drop(writer)
+
+    def _drop(self, writer: asyncio.StreamWriter) -> None:
+        self._talks.pop(writer, None)
+        self._waiting.pop(writer, None)
+        writer.transport.abort()
+
+    async def _exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, spare: bool
+    ) -> bool:
+        """One request and its answer; whether another may follow."""
+        exchange, body = Exchange(), b""
+        self._waiting[writer] = False
+        try:
+            async with asyncio.timeout(HTTP_IDLE) as limit:
+                first = await reader.readexactly(1)
+                limit.reschedule(asyncio.get_running_loop().time() + HTTP_DEADLINE)
+                exchange.read(await read_head(reader, first))
+                writer.write(exchange.wfile.getvalue())  # 100 Continue, where it was asked for
+                body = await reader.readexactly(exchange.length)
+        except Refused as e:  # what follows on the connection cannot be told from its body
+            exchange.close_connection = True
+            exchange.refuse(e)
+        else:
+            if writer not in self._waiting:
+                return False  # it was dropped just before its last byte was seen
+            del self._waiting[writer]
+            await self._respond(exchange, body, spare)
+        return await self._send(exchange, reader, writer)
+
+    async def _send(
+        self, exchange: Exchange, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
+        """Have the client take its answer; whether the connection stays open."""
+        self._waiting[writer] = True
+        async with asyncio.timeout(HTTP_DEADLINE):
+            writer.write(exchange.wfile.getvalue())
+            await writer.drain()
+            self._waiting[writer] = False
+            if exchange.close_connection and not self._stopping:
+                writer.write_eof()  # to close at once could lose the answer (RFC 9112, 9.6)
+                while await reader.read(HTTP_HEAD):
+                    pass
+        return not exchange.close_connection
+
+    async def _respond(self, exchange: Exchange, body: bytes, spare: bool) -> None:
+        """Answer a request that has come in whole, whatever happens."""
+        try:
+            found = {r.method: r for r in ROUTES if r.match(exchange.path) is not None}
+            public = any(route.public for route in found.values())
+            if spare and not public:
+                raise Refused(503, "too many connections", headers={"Retry-After": "1"})
+            here = self._check_host(exchange, public)
+            if self._check_origin(exchange) and exchange.command == "OPTIONS":
+                exchange.answer(200, "text/plain", "")  # the browser asks whether it may ask
+                return
+            trusted = here and self._has_token(exchange)
+            if not trusted and not public:
+                raise Refused(401, "this needs ADMIN_TOKEN, as Bearer token or as Basic password")
+            route = self._route(exchange, found)
+            request = self._request(exchange, route, body, trusted)
+            done = await self._carry_out(route, request)
+            exchange.close_connection |= self._stopping
+            self._answer(exchange, route, done)
+        except TeckoError as e:
+            exchange.refuse(e)
+        except Exception:
+            log.exception("request %s: internal error", exchange.request_id)
+            said = f"internal error; see the log for request ID {exchange.request_id}"
+            exchange.refuse(Refused(500, said))
+
+    def _check_host(self, exchange: Exchange, public: bool) -> bool:
+        """Whether Host names this machine. Raises Refused where it does not but must."""
+        name, s = bare_host(exchange.host), self.service.settings
+        bound = self.url.removeprefix("http://")
+        ours = ["localhost", bound, socket.gethostname(), *s.admin_hosts.split(",")]
+        address = re.fullmatch(r"\[[0-9a-f:.]+\]|[0-9.]+", name)
+        if address or (name and name in map(bare_host, ours)):
+            return True
+        if not public:
+            said = f"Host header {cut(exchange.host)} is not allowed; add it to ADMIN_HOSTS"
+            raise Refused(421, said)
+        return False
+
+    def _check_origin(self, exchange: Exchange) -> bool:
+        """Whether a page of CORS_ORIGINS asks. Raises Refused for pages of other hosts."""
+        named = re.findall(ORIGIN, self.service.settings.cors_origins.lower())
+        exchange.more_headers |= {"Vary": "Origin"} if named else {}
+        origin = exchange.header("Origin").lower()
+        if origin in named:
+            exchange.more_headers |= CORS_HEADERS | {"Access-Control-Allow-Origin": origin}
+            return True
+        if "Origin" in exchange.headers and not same_place(origin, exchange.host):
+            raise Refused(403, f"Origin {cut(origin)} is not allowed; add it to CORS_ORIGINS")
+        elsewhere = exchange.header("Sec-Fetch-Site").lower() == "cross-site"
+        if elsewhere and exchange.command not in ("GET", "HEAD"):
+            raise Refused(403, "pages of other sites may change nothing here")
+        return False
+
+    def _has_token(self, exchange: Exchange) -> bool:
+        token = self.service.settings.admin_token
+        given = given_token(exchange.header("Authorization"))
+        return token is None or hmac.compare_digest(given, os.fsencode(token.reveal()))
+
+    def _route(self, exchange: Exchange, found: Mapping[str, Route]) -> Route:
+        if not found:
+            raise Refused(404, f"there is no {cut(exchange.path)} here; /docs lists the routes")
+        found = {**found, "HEAD": found["GET"]} if "GET" in found else found
+        if exchange.command not in found:
+            allowed = ", ".join(sorted(found))
+            raise Refused(405, f"allowed: {allowed}", headers={"Allow": allowed})
+        return found[exchange.command]
+
+    def _request(self, exchange: Exchange, route: Route, body: bytes, trusted: bool) -> Request:
+        """What the route's function gets. Raises Invalid and Refused."""
+        ref, query, data = route.match(exchange.path) or "", None, None
+        if "{id}" in route.path and not re.fullmatch("[0-9]{1,18}", ref):
+            said = f"must be a number; GET {route.path.partition('/{id}')[0]} lists them"
+            raise Invalid([f"id {said}"], fields=[("id", said)])
+        if route.query:
+            given = parse_qs(exchange.query, keep_blank_values=True)
+            query = parse(route.query, {name: values[-1] for name, values in given.items()})
+        if route.body:
+            if exchange.headers.get_content_type() != "application/json":
+                raise Refused(415, "the body must be application/json")
+            given = json_body(body)
+            model = spec_model(given) if route.body is JobSpec else route.body
+            data = parse(model, given, self.service.settings.job_context)
+        scheme = "https" if exchange.header("X-Forwarded-Proto") == "https" else "http"
+        address, request_id = f"{scheme}://{exchange.host}", exchange.request_id
+        return Request(self.service, ref, query, data, request_id, trusted, address)
+
+    async def _carry_out(self, route: Route, request: Request) -> Any:
+        """What the route's function returns within HTTP_ANSWER seconds. A change that takes longer
+        goes on, since half of one would be worse, and its caller is told Accepted."""
+
+        async def run() -> Any:
+            ACTOR.set(f"HTTP {request.request_id}")
+            try:
+                answer = route.run(request)
+                return await answer if isinstance(answer, Awaitable) else answer
+            finally:
+                if route.method != "GET":
+                    self.service.look_again()
+
+        work = asyncio.create_task(run(), name=f"request {request.request_id}")
+        first = asyncio.FIRST_COMPLETED
+        await asyncio.wait({work, self._hurry}, timeout=HTTP_ANSWER, return_when=first)
+        if work.cancelled():
+            raise RuntimeError("the work of a route was cancelled")
+        if work.done():
+            return work.result()
+        self._late.add(work)
+        work.add_done_callback(self._ended_late)
+        if route.method == "GET":
+            work.cancel()
+            raise Refused(503, "no answer in time", headers={"Retry-After": "5"})
+        place = route.path.partition("/{id}")[0] + (f"/{request.id}" if request.id else "")
+        said = f"still being carried out; GET {place} shows the outcome"
+        return Accepted(detail=said, request_id=request.request_id)
+
+    def _ended_late(self, work: asyncio.Task[Any]) -> None:
+        self._late.discard(work)
+        if work.cancelled():
+            log.warning("%s was cut off", work.get_name())
+        elif error := work.exception():
+            log.error("%s failed after its caller was answered: %s", work.get_name(), error)
+
+    def _answer(self, exchange: Exchange, route: Route, answer: Any) -> None:
+        bad = isinstance(answer, Health) and answer.status == "unhealthy"
+        bad |= isinstance(answer, Done) and not answer.success
+        status = 503 if bad else 202 if isinstance(answer, Accepted) else route.status
+        text = answer if isinstance(answer, str) else answer.model_dump_json()
+        kind = route.answer if isinstance(route.answer, str) else "application/json"
+        exchange.answer(status, kind, text)
+
+    async def stop(self) -> None:
+        """Take no new requests, and see to it that those under way are answered; then a change
+        that takes longer goes on while the service drains."""
+        self._stopping = True
+        for writer in [w for w, answering in self._waiting.items() if not answering]:
+            self._drop(writer)
+        for share in (0.8, 0.2):
+            if under_way := {*self._talks.values(), *self._late}:
+                await asyncio.wait(under_way, timeout=share * HTTP_STOP)
+            if not self._hurry.done():
+                self._hurry.set_result(None)
+        for writer in list(self._talks):
+            self._drop(writer)
+
+
+@contextlib.asynccontextmanager
+async def serving(service: Service) -> AsyncIterator[Admin]:
+    """The admin surface, for as long as the context lasts."""
+    host, port = service.settings.api_host, service.settings.api_port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        listener = socket.create_server(
+            (host, port), family=family, backlog=1024, dualstack_ipv6=both
+        )
+    except OSError as e:
+        why = str(e.strerror).partition(" (while")[0]
+        hint = "API_HOST and API_PORT, or admin: in jobs.yaml, choose another one"
+        raise Conflict(f"cannot listen on {host}:{port}: {why}", hint=hint) from e
+    with listener:
+        listener.setblocking(False)
+        shown = f"[{host}]" if ":" in host else host
+        admin = Admin(service, f"http://{shown}:{listener.getsockname()[1]}")
+        accepting = asyncio.create_task(admin.listen(listener))
+        try:
+            yield admin
+        finally:
+            accepting.cancel()
+            await asyncio.wait({accepting})
+            listener.close()
+            await admin.stop()
 
 
 # ── Command line ──────────────────────────────────────────────────────────────────────────────
@@ -9047,11 +9417,12 @@ def cmd_start(args: argparse.Namespace, config: Config) -> int:
 async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> None:
     """Run the service until SIGTERM or SIGINT."""
     async with make_service(config, load) as service:
+        service.lock = lock
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.stop.set)
         loop.add_signal_handler(signal.SIGHUP, service.reload.set)
-        with serving(service) as admin:
+        async with serving(service) as admin:
             lock.write(admin.url, service.started_at)
             log.info(
                 "TeckoChecker %s, pid %s, admin surface at %s", VERSION, os.getpid(), admin.url
@@ -9106,12 +9477,8 @@ def start_daemon(args: argparse.Namespace, config: Config) -> int:
     return report(args, document, f"started, pid {child.pid}; the log is {log_file}")
 
 
-def pid_file(config: Config) -> Path:
-    return RunLock(config.settings.database).path
-
-
 def cmd_stop(args: argparse.Namespace, config: Config) -> int:
-    found = running(pid_file(config))
+    found = holder(config.settings.database)
     if found is None:
         raise Conflict("no TeckoChecker runs on this database")
     if found[0] == 0:
@@ -9120,7 +9487,7 @@ def cmd_stop(args: argparse.Namespace, config: Config) -> int:
         )
     os.kill(found[0], signal.SIGTERM)
     until = time.monotonic() + DRAIN_SECONDS + 7  # the service's own 10 s, and some for the machine
-    while running(pid_file(config)) is not None:
+    while holder(config.settings.database) is not None:
         if time.monotonic() > until:
             raise Conflict(f"pid {found[0]} has not ended yet", hint="look at its log")
         time.sleep(0.05)
@@ -9128,10 +9495,10 @@ def cmd_stop(args: argparse.Namespace, config: Config) -> int:
 
 
 async def cmd_status(args: argparse.Namespace, config: Config) -> int:
-    found, now = running(pid_file(config)), time.time()
+    found, now = holder(config.settings.database), time.time()
     async with Store(config.settings.database) as store:
         counts, due = await store.counts(), await store.due_next(5)
-    pid, started_at, address = found or (None, None, None)
+    pid, started_at, address, _ = found or (None, None, None, None)
     document = {
         "running": found is not None,
         "pid": pid,
@@ -9159,7 +9526,7 @@ async def cmd_status(args: argparse.Namespace, config: Config) -> int:
 
 async def cmd_check(args: argparse.Namespace, config: Config) -> int:
     """One round in the foreground, with the retries that one round allows."""
-    with RunLock(config.settings.database):
+    with RunLock(config.settings.database, "check"):
         async with make_service(config, lambda: config, timers=False) as service:
             store = service.store
             ids = [(await store.find_job(ref)).id for ref in args.jobs] or list(
@@ -9361,11 +9728,11 @@ def reject_table(rejects: Sequence[RejectAnswer]) -> RenderableType:
 
 async def cmd_job_run(args: argparse.Namespace, config: Config) -> int:
     """One run of an ingest now: here, or by the service where one runs."""
-    if running(pid_file(config)) is not None:
+    if holder(config.settings.database) is not None:
         async with Store(config.settings.database) as store:
             run = await run_in_service(args, config, store)
     else:
-        with RunLock(config.settings.database):
+        with RunLock(config.settings.database, "job run"):
             async with make_service(config, lambda: config, timers=False) as service:
                 job = await ingest_job(service.store, args.job)
                 before = await last_run(service.store, job)
@@ -9407,7 +9774,7 @@ async def run_in_service(args: argparse.Namespace, config: Config, store: Store)
     """Have the running service do it, and follow."""
     job = await ingest_job(store, args.job)
     before = await last_run(store, job)
-    found = running(pid_file(config))
+    found = holder(config.settings.database)
     if not found or not found[2]:
         raise Conflict("TeckoChecker is just starting or stopping on this database")
     await asyncio.to_thread(ask_service, found[2], f"/api/jobs/{job.id}/check", config.settings)
@@ -9447,7 +9814,7 @@ async def step_over(step: asyncio.Task[Stepped]) -> str:
 async def service_over(config: Config) -> str:
     """Wait a little for a service that makes a run: whether it has ended."""
     await asyncio.sleep(FOLLOW_SECONDS)
-    return "the service has ended" if running(pid_file(config)) is None else ""
+    return "the service has ended" if holder(config.settings.database) is None else ""
 
 
 async def follow_run(store: Store, job: Job, after: int, over: Callable[[], Awaitable[str]]) -> Run:
@@ -9543,7 +9910,7 @@ async def cmd_job_delete(args: argparse.Namespace, config: Config) -> int:
 async def cmd_explain(args: argparse.Namespace, config: Config) -> int:
     async with desk_of(config) as desk:
         said = await desk.explain(args.job)
-    if running(pid_file(config)) is None:
+    if holder(config.settings.database) is None:
         said.append("The service does not run at the moment.")
     return report(args, {"job": args.job, "said": said}, "\n".join(said))
 

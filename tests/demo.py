@@ -167,8 +167,8 @@ async def run(folder: Path, keep: bool) -> int:
         play(openai)
         started = time.monotonic()
         asyncio.get_running_loop().call_later(3.5, change, folder / "products.csv")
-        async with tecko.make_service(config, lambda: config) as service:
-            with tecko.serving(service) as admin:
+        async with tecko.make_service(config, lambda: config) as service:  # noqa: SIM117
+            async with tecko.serving(service) as admin:
                 await watch(service.store, started)
                 jobs = {job.name: str(job.status) for job in await service.store.jobs()}
                 wrong = verdict(jobs, keboola) + await wrong_data(service.store)

@@ -259,7 +259,7 @@ def use(aviary: Aviary, program: RunningProgram) -> None:
     folder = aviary.folder
     wait_for(lambda: all(errors_of(folder).values()), "an error for every job")
     listen(program)
-    assert ask_everything(aviary, program.url) == [200, 200, 401, 401, 404, 501]
+    assert ask_everything(aviary, program.url) == [200, 200, 401, 401, 404, 404]
     pid = program.process.pid
     aviary.said["cmdline"] = Path(f"/proc/{pid}/cmdline").read_bytes()
     with ThreadPoolExecutor(3) as pool:
@@ -306,7 +306,7 @@ def test_a_traceback_has_no_canary(aviary: Aviary) -> None:
     """A defect that shows its values is logged with its place and without them; so is a definition
     that cannot be read, by a command."""
     assert b"next_state" in aviary.said["traceback in log"]
-    assert b"cannot be used" in aviary.said["check stdout"] + aviary.said["check stderr"]
+    assert b"is damaged" in aviary.said["check stdout"] + aviary.said["check stderr"]
     assert not loud(aviary, "traceback", "check")
 
 
