@@ -1313,9 +1313,9 @@ class Job:
         try:
             return spec_of(self.text)
         except ValueError as e:  # pydantic's is one
-            reason = str(e).replace("\n", " ")
+            reason = " ".join(str(e).split())
             raise TeckoError(
-                f"the definition of job {self.name!r} (ID {self.id}) cannot be used: {reason}"
+                f"the row of job {self.name!r} (ID {self.id}) is damaged: {reason}"
             ) from e
 
     @property
@@ -3272,11 +3272,10 @@ class Database:
             return None
         try:
             found = self.path.stat()
-        except OSError as e:
-            return f"the database {self.path} is gone: {e.strerror}"
-        if (found.st_dev, found.st_ino) != self._identity:
-            return f"another file has taken the place of the database {self.path}"
-        return None
+        except OSError:
+            return "the database file was deleted while it was in use"
+        same = (found.st_dev, found.st_ino) == self._identity
+        return None if same else "the database file was replaced while it was in use"
 
     async def transact(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` in a transaction of its own."""
@@ -3319,7 +3318,8 @@ class Database:
                 now = time.monotonic()
                 self._blocked_since = self._blocked_since or now
                 if now - self._blocked_since >= self.patience:
-                    raise self._store_error(e) from e
+                    said = f"the database {self.place} is locked by another process"
+                    raise StoreError(said) from e
         raise StoreError("the program ends: nothing more is written")
 
     def _engine(self) -> Sqlite | Postgres:
@@ -4336,7 +4336,7 @@ def describe_progress(batch: Batch) -> str:
     return f"{batch.batch_id} {batch.status}, {done} of {batch.requests_total} requests done"
 
 
-class UnchangedCheck(NamedTuple):
+class Quiet(NamedTuple):
     """A good check that saw nothing new, still to be written down."""
 
     id: int
@@ -4383,7 +4383,7 @@ class Checks(Jobs):
             await self.flush()
         await super().close()
 
-    async def record_check(self, check: CheckResult) -> bool:
+    async def record_check(self, check: Checked) -> bool:
         """Write down a check and what was decided on it, all or nothing.
 
         False, and nothing written, when the job was paused, removed, deleted or changed while
@@ -4393,7 +4393,7 @@ class Checks(Jobs):
         if not check.is_quiet():
             return bool(await self.record_checks([check]))
         job, now = check.job, check.now
-        quiet = UnchangedCheck(job.id, job.revision, job.round, now, now + check.wait, check.pace)
+        quiet = Quiet(job.id, job.revision, job.round, now, now + check.wait, check.pace)
         found = await self._sql(f"SELECT 1 FROM polling_jobs j WHERE {AS_CHECKED}", quiet._asdict())
         if found:
             self.note(quiet)
@@ -4590,17 +4590,18 @@ class Store(Checks):
             )
         await self._log(None, "updated", f"the clock was set by {step:+.0f} s", now)
 
-    @transactional
     async def clamp_times(self, now: float) -> None:
         """At the start: what lies in the future was written by a clock that was ahead, and happened
-        now at the latest."""
+        now at the latest. Where nothing does, no lock is waited for."""
         for table, columns in LIVE_TIMES.items():
             for name in columns:
                 latest = now + FARTHEST if name == "next_check_at" else now
-                await self._sql(
-                    f"UPDATE {table} SET {name} = :now WHERE {name} > :latest",
-                    {"now": now, "latest": latest},
-                )
+                later = {"latest": latest}
+                sql = f"SELECT 1 FROM {table} WHERE {name} > :latest LIMIT 1"
+                if await self._sql(sql, later):
+                    await self.transact(
+                        partial(self._change, table, {name: now}, f"{name} > :latest", **later)
+                    )
 
     async def logs(self, job_id: int | None, limit: int, after: int = 0) -> list[LogRow]:
         """The last rows of a job, or of all (None); oldest first; only ids beyond `after`."""
@@ -4649,12 +4650,12 @@ class Store(Checks):
         window, or whose Keboola job could not be followed three times in a row; at most 100."""
         rows = await self._sql(
             "SELECT DISTINCT j.id, j.name FROM triggers t JOIN polling_jobs j ON j.id = t.job_id"
-            " WHERE t.finished_at IS NULL AND t.state <> 'held'"
-            " AND (t.state <> 'running' OR j.errors_in_row >= 3) AND t.created_at < :now - :settle"
-            " AND t.created_at < :now - 3 * j.pace ORDER BY j.id LIMIT 100",
+            f" WHERE {OPEN_TRIGGER} AND (t.state <> 'running' OR j.errors_in_row >= 3)"
+            " AND t.created_at < :now - :settle AND t.created_at < :now - 3 * j.pace"
+            " ORDER BY j.id LIMIT 100",
             {"now": now, "settle": settle},
         )
-        return [row[1] for row in rows]
+        return [name for _, name in rows]
 
     async def oldest_open_trigger(self, now: float) -> float:
         """Seconds since the oldest trigger was decided that Keboola has not got; 0: there is
@@ -4669,24 +4670,23 @@ class Store(Checks):
         """Jobs that wait for a person, each with failed, held or ingest (its last run with work in
         it failed, or rejected records), and the reason."""
         rows = await self._sql(
-            "SELECT j.name, CASE WHEN openai_secret = '' THEN 'ingest' WHEN EXISTS"
-            " (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND t.round = j.round"
-            " AND t.state = 'held') THEN 'held' ELSE 'failed' END, last_error"
-            " FROM polling_jobs j WHERE removed_at IS NULL AND (status = 'failed'"
-            " OR openai_secret = '' AND status = 'active' AND last_error IS NOT NULL)"
-            " ORDER BY j.id LIMIT :limit",
+            "SELECT j.name, j.last_error, CASE WHEN j.openai_secret = '' THEN 'ingest'"
+            " WHEN EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND t.round = j.round"
+            " AND t.state = 'held') THEN 'held' ELSE 'failed' END FROM polling_jobs j"
+            " WHERE j.removed_at IS NULL AND (j.status = 'failed' OR j.openai_secret = ''"
+            " AND j.status = 'active' AND j.last_error IS NOT NULL) ORDER BY j.id LIMIT :limit",
             {"limit": limit},
         )
-        return [(row[0], row[1], row[2]) for row in rows]
+        return [{"job": job, "reason": reason, "what": what} for job, reason, what in rows]
 
     @transactional
     async def note_failure(self, job_id: int, said: str, now: float, wait: float) -> None:
-        """Write down that a step of a job met what nobody expected."""
-        await self._sql(
-            "UPDATE polling_jobs SET last_error = :said, errors_in_row = errors_in_row + 1,"
-            " next_check_at = :next WHERE id = :id",
-            {"id": job_id, "said": said, "next": now + wait},
-        )
+        """Write down that a step of a job met an internal error."""
+        job = (await self.jobs_among([job_id])).get(job_id)
+        if job is None:  # it was deleted meanwhile
+            return
+        row = job.errors_in_row + 1
+        await self._set_job(job, last_error=said, errors_in_row=row, next_check_at=now + wait)
         await self._log(job_id, "error", said, now)
 
     @transactional
@@ -6840,10 +6840,9 @@ class Steps:
         """Advance a job's open triggers, then check its batches if it is active; each singly if
         someone `asked` for that. Raises StoreError when the store cannot be used; then nothing was
         sent."""
-        steps, row = list[StepResult](), next(iter(await self.store.due([job_id])), None)
-        if row is not None and row.damage:  # others go on
-            return StepResult(LONGEST_WAIT, row.damage, TeckoError(row.damage))
-        if row is not None and row.has_open:
+        job, batches, has_open = await self.store.job_with_batches(job_id)
+        steps = []
+        if has_open:
             for trigger in await self.store.open_triggers(job_id):
                 steps.append(await self._advance(row, trigger))
             row = next(iter(await self.store.due([job_id])), None)
@@ -8525,6 +8524,7 @@ class Service:
         """Bring the store up to jobs.yaml and start the timers."""
         await self.store.clamp_times(time.time())
         await self._adopt(self.steps.config)
+        await self.store.clamp_times(time.time())
         if not timers:
             return
         self._epoch = time.time()
@@ -8562,6 +8562,7 @@ class Service:
         self._draining = self.steps.stopping = True
         self.store.close_soon(DRAIN_SECONDS)  # whoever holds its lock
         until = time.monotonic() + DRAIN_SECONDS
+        self.store.close_soon(DRAIN_SECONDS + 0.5)  # however long its lock is held
         while self._tasks and (left := until - time.monotonic()) > 0:  # one may begin another
             await asyncio.wait(set(self._tasks), timeout=left)
         late = list(self._tasks)

@@ -336,7 +336,7 @@ async def test_a_lock_held_for_long_is_an_error(store: tecko.Store, path: Place)
     job, before = await made(store), dump(path)
     with Holder(path) as other:
         for _ in range(2):
-            with pytest.raises(tecko.StoreError, match="lock") as e:
+            with pytest.raises(tecko.StoreError, match="locked") as e:
                 await store.pause_job(job.id, 2.0)
             assert not e.value.permanent and (await get(store, job.id)).status == "active"
         other.release()
