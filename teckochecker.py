@@ -4336,7 +4336,7 @@ def describe_progress(batch: Batch) -> str:
     return f"{batch.batch_id} {batch.status}, {done} of {batch.requests_total} requests done"
 
 
-class Quiet(NamedTuple):
+class UnchangedCheck(NamedTuple):
     """A good check that saw nothing new, still to be written down."""
 
     id: int
@@ -4383,7 +4383,7 @@ class Checks(Jobs):
             await self.flush()
         await super().close()
 
-    async def record_check(self, check: Checked) -> bool:
+    async def record_check(self, check: CheckResult) -> bool:
         """Write down a check and what was decided on it, all or nothing.
 
         False, and nothing written, when the job was paused, removed, deleted or changed while
@@ -4393,7 +4393,7 @@ class Checks(Jobs):
         if not check.is_quiet():
             return bool(await self.record_checks([check]))
         job, now = check.job, check.now
-        quiet = Quiet(job.id, job.revision, job.round, now, now + check.wait, check.pace)
+        quiet = UnchangedCheck(job.id, job.revision, job.round, now, now + check.wait, check.pace)
         found = await self._sql(f"SELECT 1 FROM polling_jobs j WHERE {AS_CHECKED}", quiet._asdict())
         if found:
             self.note(quiet)
@@ -4666,7 +4666,7 @@ class Store(Checks):
         )
         return max(0.0, now - oldest) if oldest is not None else 0.0
 
-    async def attention(self, limit: int) -> list[tuple[str, str, str | None]]:
+    async def attention(self, limit: int) -> list[dict[str, Any]]:
         """Jobs that wait for a person, each with failed, held or ingest (its last run with work in
         it failed, or rejected records), and the reason."""
         rows = await self._sql(
@@ -6840,9 +6840,10 @@ class Steps:
         """Advance a job's open triggers, then check its batches if it is active; each singly if
         someone `asked` for that. Raises StoreError when the store cannot be used; then nothing was
         sent."""
-        job, batches, has_open = await self.store.job_with_batches(job_id)
-        steps = []
-        if has_open:
+        steps, row = list[StepResult](), next(iter(await self.store.due([job_id])), None)
+        if row is not None and row.damage:  # others go on
+            return StepResult(LONGEST_WAIT, row.damage, TeckoError(row.damage))
+        if row is not None and row.has_open:
             for trigger in await self.store.open_triggers(job_id):
                 steps.append(await self._advance(row, trigger))
             row = next(iter(await self.store.due([job_id])), None)
@@ -8898,10 +8899,7 @@ class Service:
                     "db_connected": True,
                     "overdue_jobs": await self.store.overdue(now, self.started_at),
                     "undelivered_jobs": await self.store.undelivered(now, settle),
-                    "attention": [
-                        Attention(job=job, what=cast(Any, what), reason=reason)
-                        for job, what, reason in await self.store.attention(NAMED)
-                    ],
+                    "attention": [Attention(**row) for row in await self.store.attention(NAMED)],
                     "etl_last_run": last.start_time if last else None,
                     "etl_status": last.status if last else None,
                 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import standins
@@ -32,9 +34,9 @@ def ingest(**changed: object) -> tecko.Spec:
 
 
 def stored(of: tecko.Spec, status: tecko.JobStatus = "active", gone: bool = False) -> tecko.Job:
-    removed_at = 1.0 if gone else None
-    times = (None, 0.0, None, 0.0, None)
-    return tecko.Job(1, of.name, "file", of, status, removed_at, 1, 1, 0, None, *times)
+    known: dict[str, Any] = {f.name: None for f in fields(tecko.Job)}
+    known |= {"id": 1, "name": of.name, "origin": "file", "text": of.model_dump_json()}
+    return tecko.Job(**known | {"status": status, "removed_at": 1.0 if gone else None, "round": 1})
 
 
 FIRES = "will fire when its batches are done"

@@ -300,7 +300,7 @@ async def test_a_key_that_a_row_needs_is_not_dropped(tmp_path: Path) -> None:
         vault = loaded(tmp_path)
         vault.begin_rotation()
         await reseal(store, vault)
-        await store.add_secret(late.name, late.type, late.value, late.key_id, 0.0)
+        await store.add_secret(late.name, late.type, lambda: (late.value, late.key_id), 0.0)
         vault.end_rotation({row.key_id for row in await store.secrets()})
         assert await opened(store, loaded(tmp_path)) == [*VALUES, "value-3"]
 
