@@ -2423,11 +2423,11 @@ def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name:
     }
     given |= {name: shape(given[name]) for name, shape in shapes.items() if name in given}
     settings, faults = validated(Settings, given)
-    names = [str(at[0]).upper() for at, _, _ in faults]
-    problems = [
-        Problem(f"environment: {name}", cut(written.get(name, given.get(name.lower()))), allowed)
-        for name, (_, _, allowed) in zip(names, faults, strict=True)
-    ]
+    problems = []
+    for (field_name, *_), _, allowed in faults:  # what was found is shown as it was written
+        name = str(field_name).upper()
+        found = cut(written.get(name, given.get(str(field_name))))
+        problems.append(Problem(f"environment: {name}", found, allowed))
     if len(written.get("ADMIN_TOKEN", "enough for no token")) < 8:
         said = "fewer characters", "at least 8, for it is all that keeps others out"
         problems.append(Problem("environment: ADMIN_TOKEN", *said))
@@ -2617,9 +2617,8 @@ def all_problems(
             used |= {name for _, _, name in secrets_of(item)}
             found = secret_faults(item, stored, config)
             faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
-    others = {name: ref for name, ref in config.secrets.items() if unused and name not in used}
-    for name, ref in others.items():
-        if why := unreadable(name, ref, config):
+    for name, ref in config.secrets.items():
+        if unused and name not in used and (why := unreadable(name, ref, config)):
             faults.append(Fault(("secrets", name), why))
     problems = dict.fromkeys([*config.problems, *config.text.problems(faults)])
     return sorted(problems, key=lambda problem: (problem.line, problem.column))
@@ -9246,7 +9245,8 @@ async def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
     async with desk_of(config) as desk:
         count, vault = await desk.rotate(), desk.vault
     database = config.settings.database
-    text = f"{count} secrets of {database} are sealed with a new master key"
+    what = "1 secret" if count == 1 else f"{count} secrets"
+    text = f"sealed {what} of {database} with a new master key"
     if vault.file is not None:
         text += f": back up {vault.file} (the one before is in {vault.old_file()})"
     return report(args, {"resealed": count}, text)
