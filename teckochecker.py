@@ -2429,11 +2429,11 @@ def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name:
     }
     given |= {name: shape(given[name]) for name, shape in shapes.items() if name in given}
     settings, faults = validated(Settings, given)
-    names = [str(at[0]).upper() for at, _, _ in faults]
-    problems = [
-        Problem(f"environment: {name}", cut(written.get(name, given.get(name.lower()))), allowed)
-        for name, (_, _, allowed) in zip(names, faults, strict=True)
-    ]
+    problems = []
+    for (field_name, *_), _, allowed in faults:  # what was found is shown as it was written
+        name = str(field_name).upper()
+        found = cut(written.get(name, given.get(str(field_name))))
+        problems.append(Problem(f"environment: {name}", found, allowed))
     if len(written.get("ADMIN_TOKEN", "enough for no token")) < 8:
         said = "fewer characters", "at least 8, for it is all that keeps others out"
         problems.append(Problem("environment: ADMIN_TOKEN", *said))
@@ -2623,9 +2623,8 @@ def all_problems(
             used |= {name for _, _, name in secrets_of(item)}
             found = secret_faults(item, stored, config)
             faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
-    others = {name: ref for name, ref in config.secrets.items() if unused and name not in used}
-    for name, ref in others.items():
-        if why := unreadable(name, ref, config):
+    for name, ref in config.secrets.items():
+        if unused and name not in used and (why := unreadable(name, ref, config)):
             faults.append(Fault(("secrets", name), why))
     problems = dict.fromkeys([*config.problems, *config.text.problems(faults)])
     return sorted(problems, key=lambda problem: (problem.line, problem.column))
@@ -7510,10 +7509,10 @@ class Finding(NamedTuple):
     said: str  # and, where it is not good, whose fault it is
 
 
-async def found(subject: str, call: Awaitable[str], missing: str) -> Finding:
+async def found(subject: str, call: Callable[[], Awaitable[str]], missing: str) -> Finding:
     """What a call says, or what its failure means; `missing`: what a 404 means."""
     try:
-        return Finding(subject, True, await call)
+        return Finding(subject, True, await call())
     except UpstreamError as e:
         why = {401: "the secret is refused: replace it", 403: "the secret may not do this"}
         why[404] = missing
@@ -7525,6 +7524,9 @@ async def found(subject: str, call: Awaitable[str], missing: str) -> Finding:
         return Finding(subject, False, str(e))
 
 
+Check = tuple[str, Callable[[], Awaitable[str]], str]  # of what, the call, what a 404 means
+
+
 class Doctor:
     """Asks each key, batch, token, configuration, source and path of some jobs once, and changes
     nothing: no trigger is sent and no record is stored."""
@@ -7533,52 +7535,39 @@ class Doctor:
         self._steps = steps
 
     async def examine(self, specs: Sequence[Spec]) -> list[Finding]:
-        asked: dict[str, Coroutine[Any, Any, Finding]] = {}  # by subject: each is asked once
-        for spec in specs:
-            checks = self._watch(spec) if isinstance(spec, JobSpec) else self._source(spec)
-            for subject, call, missing in checks:
-                if subject in asked:
-                    call.close()
-                else:
-                    asked[subject] = found(subject, call, missing)
-        return list(await asyncio.gather(*asked.values()))
+        once = {check[0]: check for spec in specs for check in self._checks(spec)}
+        return list(await asyncio.gather(*(found(*check) for check in once.values())))
 
-    def _watch(self, spec: JobSpec) -> Iterator[tuple[str, Coroutine[Any, Any, str], str]]:
+    def _checks(self, spec: Spec) -> Iterator[Check]:
+        if isinstance(spec, IngestSpec):
+            source = spec.ingest
+            remote = isinstance(source, ApiSource) or source.remote
+            ask = partial(self._url, source) if remote else partial(self._files, source.place)
+            yield f"source {shown_url(source.place)}", ask, "nothing is there"
+            return
         key, target = str(spec.watch.secret), spec.trigger
-        token = f"Keboola token {str(target.secret)!r} at {target.stack_url}"
-        place = f"components/{quote(target.component_id)}/configs/{quote(target.configuration_id)}"
         for batch_id in spec.watch.batch_ids:
             unknown = "a wrong id, or one of a project that the key is not of"
-            yield f"batch {batch_id} with key {key!r}", self._batch(key, batch_id), unknown
-        yield token, self._token(target), "no stack of Keboola is there"
-        unknown = "no such configuration in the token's project"
-        yield f"{place} with {token}", self._configuration(target, place), unknown
+            ask = partial(self._batch, key, batch_id)
+            yield f"batch {batch_id} with key {key!r}", ask, unknown
+        token = f"Keboola token {str(target.secret)!r} at {target.stack_url}"
+        shown = {"project": "owner.name", "expires": "expires"}
+        ask = partial(self._storage, target, "tokens/verify", shown)
+        yield token, ask, "no stack of Keboola is there"
+        place = f"components/{quote(target.component_id)}/configs/{quote(target.configuration_id)}"
+        ask = partial(self._storage, target, place, {"name": "name"})
+        yield f"{place} with {token}", ask, "no such configuration in the token's project"
 
     async def _batch(self, key: str, batch_id: str) -> str:
         batch = await self._steps.openai.retrieve(await self._steps._secret(key), batch_id)
         return f"{batch.status}, {batch.requests_completed} of {batch.requests_total} requests"
 
-    async def _token(self, target: KeboolaTrigger) -> str:
-        told = await self._ask(target, "tokens/verify")
-        owner = told.get("owner")
-        project = owner.get("name") if isinstance(owner, dict) else None
-        return (
-            f"a token of project {short(project)}, expires: {short(told.get('expires') or 'never')}"
-        )
-
-    async def _configuration(self, target: KeboolaTrigger, place: str) -> str:
-        return f"configuration {short((await self._ask(target, place)).get('name'))}"
-
-    async def _ask(self, target: KeboolaTrigger, path: str) -> dict[str, Any]:
+    async def _storage(self, target: KeboolaTrigger, path: str, shown: Mapping[str, str]) -> str:
+        """What the Storage API answers; of it, some fields by their dotted paths."""
         token = await self._steps._secret(str(target.secret))
         told = await self._steps.keboola.storage(target.stack_url, token, path)
-        return told if isinstance(told, dict) else {}
-
-    def _source(self, spec: IngestSpec) -> Iterator[tuple[str, Coroutine[Any, Any, str], str]]:
-        source = spec.ingest
-        remote = isinstance(source, ApiSource) or source.remote
-        call = self._url(source) if remote else self._files(source.place)
-        yield f"source {shown_url(source.place)}", call, "nothing is there"
+        record = told if isinstance(told, dict) else {}
+        return ", ".join(f"{name}: {short(picker(at)(record))}" for name, at in shown.items())
 
     async def _url(self, source: CsvSource | ApiSource) -> str:
         secret = await self._steps.secret_of(source)
@@ -10218,7 +10207,8 @@ async def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
     async with desk_of(config) as desk:
         count, vault = await desk.rotate(), desk.vault
     database = config.settings.database
-    text = f"{count} secrets of {database} are sealed with a new master key"
+    what = "1 secret" if count == 1 else f"{count} secrets"
+    text = f"sealed {what} of {database} with a new master key"
     if vault.file is not None:
         text += f": back up {vault.file} (the one before is in {vault.old_file()})"
     return report(args, {"resealed": count}, text)

@@ -87,7 +87,7 @@ async def test_all_is_well(world: World) -> None:
     two = one.model_copy(update={"name": "other"})
     found = await tecko.Doctor(world.steps).examine([one, two, ingest()])
     assert [f.good for f in found] == [True] * 4, found
-    assert "in_progress" in found[0].said and "project Stand-in" in found[1].said
+    assert "in_progress" in found[0].said and "project: Stand-in, expires: None" in found[1].said
     assert "comp's stand-in" in found[2].said and found[3].said == "1 files"
     assert world.keboola.created == [] and len(world.openai.requests) == 1
 

@@ -459,7 +459,7 @@ async def test_a_rotation_says_which_files_it_changed(tmp_path: Path) -> None:
     async with tecko.Store(tmp_path / "teckochecker.db") as store:
         await stored(store, loaded(tmp_path), 2)
     code, said = told(tmp_path, "secret", "rotate")
-    assert code == 0 and f"2 secrets of {tmp_path}/teckochecker.db" in said
+    assert code == 0 and f"sealed 2 secrets of {tmp_path}/teckochecker.db" in said
     assert f"back up {file} (the one before is in {file}.old)" in said
 
 
