@@ -205,13 +205,13 @@ ROWS: tuple[tuple[Any, ...], ...] = (
     (Told("check nothing"), "'nothing'", "not found"),
     (Told(CREATE.replace("new", "active")), "there is a job 'active' already"),
     (Told("job update paused --name active"), "there is a job 'active' already"),
-    (Told(f"{CREATE} --poll-interval 5"), "poll_interval: found '5'; allowed: 30 to 3600"),
-    (Told("job update active --poll-interval 2h"), "poll_interval_seconds: found '2h'"),
-    (Told(f"{CREATE} --batch-id nobatch"), "batch_ids[1]: found 'nobatch'"),
+    (Told(f"{CREATE} --poll-interval 5"), "--poll-interval: found '5'; allowed: 30 to 3600"),
+    (Told("job update active --poll-interval 2h"), "--poll-interval: found '2h'"),
+    (Told(f"{CREATE} --batch-id nobatch"), "--batch-id[1]: found 'nobatch'"),
     (Told(f"{CREATE} --batch-id batch_1"), "twice"),
-    (Told(f"{CREATE} --keboola-stack http://a.com"), "stack_url: found 'http://a.com'"),
-    (Told(f"{CREATE} --name 12"), "name: found '12'"),
-    (Told(f"{CREATE} --name ''"), "name: found ''"),
+    (Told(f"{CREATE} --keboola-stack http://a.com"), "--keboola-stack: found 'http://a.com'"),
+    (Told(f"{CREATE} --name 12"), "--name: found '12'"),
+    (Told(f"{CREATE} --name ''"), "--name: found ''"),
     (Told(f"{CREATE} --variable batch_count_total=1"), "variables", "batch_count_total"),
     (Told(f"{CREATE} --openai-secret nothing"), "no secret 'nothing'", "hint: "),
     (Told(f"{CREATE} --openai-secret keboola"), "of type keboola", "needed: openai"),
@@ -290,12 +290,15 @@ def test_refusals_change_nothing(refusals: Refusals) -> None:
 
 
 def test_every_bad_value_of_a_job_is_named_at_once(home: Path) -> None:
-    """Three bad values of one job are three lines, each with its field; --json changes nothing."""
+    """Three bad values of one job are three lines, each with the option that was typed; with --json
+    stdout has them as a document, too."""
     bad = "--batch-id no --keboola-stack ftp://a --poll-interval 1"
     [done], _ = run_many(home, [f"--json {CREATE} {bad}"])
-    assert (done.code, done.out) == (1, "")
-    for field_name in ("poll_interval", "batch_ids", "stack_url"):
-        assert sum(field_name in line for line in done.err.splitlines()) == 1
+    document = json.loads(done.out)
+    assert (done.code, document["error"]) == (1, "validation_error")
+    for option in ("--poll-interval", "--batch-id[1]", "--keboola-stack"):
+        assert sum(f"teckochecker: {option}: " in line for line in done.err.splitlines()) == 1
+        assert sum(error["where"] == option for error in document["errors"]) == 1
 
 
 def test_wrong_usage_is_exit_code_2(home: Path) -> None:
@@ -764,9 +767,9 @@ class TestLive:
     """What the command line and signals do to a service while it runs."""
 
     def test_a_second_process_is_refused(self, live: Live) -> None:
-        """start, start --daemon and check name the process that works on this database."""
+        """start and start --daemon name the process that works on this database."""
         pid = str(live.program.process.pid)
-        lines = ["start", "start --daemon", "check", "--json status"]
+        lines = ["start", "start --daemon", "--json status"]
         *refused, status = run_many(live.program.cwd, lines, live.program.env)[0]
         for done in refused:
             done.refused(f"pid {pid}")
