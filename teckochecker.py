@@ -8556,11 +8556,16 @@ class Table(NamedTuple):
         """The cells of each column, with its name; one line each."""
         rows = [["-" if v in (None, "") else redact(str(v)) for v in row] for row in self.rows]
         clean = [[CONTROL.sub(" ", text) for text in row] for row in (self.columns, *rows)]
-        if sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf"):
-            clean = [[f"{SIGNS[t][0]} {t}" if t in SIGNS else t for t in row] for row in clean]
-        if short:
-            clean = [[ISO_TIME.sub(r"\1 \2", text) for text in row] for row in clean]
-        return [list(column) for column in zip(*clean, strict=True)]
+        columns = [list(column) for column in zip(*clean, strict=True)]
+        signs = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
+        for i, column in enumerate(columns):
+            if short:
+                columns[i] = [ISO_TIME.sub(r"\1 \2", text) for text in column]
+            if signs and column[0] in ("State", "Status"):
+                columns[i] = [
+                    f"{SIGNS[text][0]} {text}" if text in SIGNS else text for text in column
+                ]
+        return columns
 
 
 def fitted(table: Table, room: int) -> list[tuple[int, list[str]]]:
@@ -8574,15 +8579,15 @@ def fitted(table: Table, room: int) -> list[tuple[int, list[str]]]:
     columns = table.texts()
     if total([max(map(cell_len, column)) for column in columns]) > room:
         columns = table.texts(short=True)
-    cap = max(room // 2, 8)  # a longer word, like a URL, may break
+    cap = max(min(room // 2, 40), 8)  # a longer word, like a URL, may break
     words = [[cell_len(word) for text in column for word in text.split()] for column in columns]
     widths = {i: min(max(lengths, default=1), cap) for i, lengths in enumerate(words)}
     for i in table.spare:
         if total(widths.values()) > room:
             del widths[i]
-    for i in widths:
-        wanted = max(map(cell_len, columns[i])) - widths[i]
-        widths[i] += max(0, min(wanted, room - total(widths.values())))
+    wanted = {i: max(map(cell_len, columns[i])) - width for i, width in widths.items()}
+    for i in sorted(wanted, key=wanted.__getitem__):
+        widths[i] += max(0, min(wanted[i], room - total(widths.values())))
     while total(widths.values()) > room and max(widths.values()) > 1:
         widths[max(widths, key=widths.__getitem__)] -= 1
     return [(width, columns[i]) for i, width in widths.items()]
@@ -8603,7 +8608,8 @@ def draw(table: Table) -> None:
 
     console = Console(highlight=False, emoji=False, markup=False)
     shown, colours = fitted(table, console.width), dict(SIGNS.values())
-    drawn = RichTable(box=None, padding=(0, GAP, 0, 0), show_header=any(table.columns))
+    drawn = RichTable(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    drawn.show_header = any(table.columns)
     for width, column in shown:
         drawn.add_column(column[0], overflow="fold", width=width)
     for row in zip(*(column[1:] for _, column in shown), strict=True):
@@ -8684,8 +8690,12 @@ def confirmed(args: argparse.Namespace, question: str) -> bool:
         return True
     if not sys.stdin.isatty():
         raise Conflict("without a terminal to ask on, nothing is deleted", hint="add --force")
-    print(f"{redact(question)} [y/N]: ", end="", file=sys.stderr, flush=True)
-    sure = asked(input, "nothing deleted").strip().lower() in ("y", "yes")
+
+    def answer() -> str:
+        print(f"{redact(question)} [y/N]: ", end="", file=sys.stderr, flush=True)
+        return input()
+
+    sure = asked(answer, "nothing deleted").strip().lower() in ("y", "yes")
     if not sure:
         say("nothing deleted")
     return sure
@@ -8802,7 +8812,7 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
 
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
     database = config.settings.database
-    if config.jobs is None and not has_jobs(config):
+    if config.jobs is None and not database.exists():
         raise no_jobs_file(config)
     found = holder(database)
     wait = START_WAIT if found is None or found.command != "start" else 0.0
@@ -8811,13 +8821,6 @@ def cmd_start(args: argparse.Namespace, config: Config) -> int:
     with RunLock(database, "start", wait=wait) as lock, contextlib.suppress(asyncio.CancelledError):
         asyncio.run(serve(config, lambda: config_of(args), lock))
     return 0
-
-
-def has_jobs(config: Config) -> bool:
-    try:
-        return bool(on_desk(config, lambda desk: desk.store.jobs(limit=1), looks=True))
-    except StoreError:  # what only a start can bring up to date may have some
-        return config.settings.database.exists()
 
 
 async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> None:
