@@ -97,6 +97,7 @@ import re
 import secrets as randomness
 import socket
 import sqlite3
+import struct
 import subprocess
 import tempfile
 import threading
@@ -188,7 +189,6 @@ if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK 
     from aiolimiter import AsyncLimiter
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
     from apscheduler.triggers.interval import IntervalTrigger
-    from prometheus_client.core import HistogramMetricFamily
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -227,17 +227,7 @@ FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the bat
 
 AUTO_SHARE = 0.08  # of a batch's age, `auto` waits at most: half of that is the latency to expect
 AUTO_STEP = 1.25  # between the intervals of `auto`: few of them, so that jobs are due together
-START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
 NEWS = 20  # checks with news that are written in one transaction, which takes some 5 ms
-TOGETHER = 500  # jobs read by one query of those due in one tick
-MANY = 1000  # jobs, from which on their times lie on a grid of whole seconds: each tick has a cost
-NEIGHBOURS = 32  # jobs due together then whose rows lie together: alone, each would cost a page
-GRID = 0.25  # s; due times on a grid wake the loop once for many jobs
-GC_THRESHOLD = 10_000  # objects more than at the last collection: several ticks' worth
-CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one between ticks
-TICK = 1.0  # s between looks at what other processes changed in the store
-STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
-DRAIN_SECONDS = 8.0  # s that work in flight may take after SIGTERM, of the 10 s promised
 STORE_RETRY = 1.0  # s between attempts to write down what Keboola answered
 BUSY_TIMEOUT = 5000  # ms that SQLite waits for another process's lock
 
@@ -268,7 +258,6 @@ HTTP_DEADLINE = 8.0  # s for one request to arrive in whole, however it drips
 HTTP_ANSWER = 5.0  # s that the loop has to compute an answer
 HTTP_BODY = 1 << 20  # bytes of a request's body
 LOG_BYTES = 10_000_000  # per log file, five are kept
-PRUNE_SECONDS = 3600.0  # s between looks for log rows past their time
 PRUNE_ROWS = 1000  # of them are deleted in one transaction, so that it stays short
 
 BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
@@ -2569,6 +2558,7 @@ PACES = (  # each interval that is in use, found by as many steps through its in
 )
 
 ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the audit: who asks
+INSIDE: ContextVar[object] = ContextVar("inside", default=None)  # whose transaction this task runs
 
 
 class Plan(NamedTuple):
@@ -2668,6 +2658,8 @@ def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[An
     @wraps(method)
     async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         store = cast(Database, args[0])
+        if INSIDE.get() is store:  # part of the transaction that goes on
+            return await method(*args, **kwargs)
         return await asyncio.shield(
             asyncio.ensure_future(store.transact(partial(method, *args, **kwargs)))
         )
@@ -2732,22 +2724,23 @@ class Checked:
 
 
 class Database:
-    """The SQLite file: one connection, one writer, migrations, and transactions that end.
+    """The SQLite file: a connection that writes and one that reads, migrations, and transactions
+    that end. Readers never wait, whoever holds the lock for writing.
 
     Raises StoreError when the file cannot be used, Conflict where one of its rules forbids a
-    change.
+    change. `read_only` makes no file and no tables.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path, self.read_only = path, read_only
-        self._lock = asyncio.Lock()
-        self._db: aiosqlite.Connection | None = None
+        self._lock = asyncio.Lock()  # held by the transaction that goes on
+        self._writer: aiosqlite.Connection | None = None
+        self._reader: aiosqlite.Connection | None = None
+        self._version = -1
         self._news: list[tuple[int, str]] = []  # log lines of the transaction under way
         self.on_write: Callable[[float], None] = lambda seconds: None  # told of each transaction
 
     async def __aenter__(self) -> Self:
-        import aiosqlite
-
         try:
             if not self.path.exists():
                 if self.read_only:
@@ -2755,39 +2748,40 @@ class Database:
                         f"there is no database at {self.path}", hint="`init` makes one"
                     )
                 self.path.touch(mode=0o600)
-            mode = "rw"
-            if self.read_only:  # without a -wal nobody writes, and SQLite has to make no files
-                busy = self.path.with_name(self.path.name + "-wal").exists()
-                mode = "ro" if busy else "ro&immutable=1"
-            if not os.access(self.path, os.R_OK):  # aiosqlite would print a traceback
-                raise PermissionError("no permission to read it")
-            uri = f"file:{quote(str(self.path.absolute()))}?mode={mode}"
-            self._db = await aiosqlite.connect(uri, uri=True, isolation_level=None)
-        except (OSError, sqlite3.Error) as e:
-            raise StoreError(f"cannot open the database {self.path}: {e}") from e
-        try:
-            self._db.row_factory = sqlite3.Row
-            await self._sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
-            if self.read_only:
-                await self._migrate()
-                return self
-            await self._use_wal()
-            await self._sql("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits
-            await self._sql("PRAGMA foreign_keys = ON")
+            if not self.read_only:
+                self._writer = await self._connect("rw")
+                await self._use_wal(self._writer)
+                await self._writer.execute("PRAGMA synchronous = FULL")  # NORMAL may lose commits
+                await self._writer.execute("PRAGMA foreign_keys = ON")
+            self._reader = await self._connect("ro" if self.read_only else "rw")
+            await self._reader.execute("PRAGMA query_only = ON")
             await self._migrate()
+            self._opened = os.stat(self.path)
+        except (OSError, sqlite3.Error) as e:
+            await self.close()
+            raise StoreError(f"cannot open the database {self.path}: {e}") from e
         except BaseException:
             await self.close()
             raise
         return self
 
-    async def _use_wal(self) -> None:
+    async def _connect(self, mode: str) -> aiosqlite.Connection:
+        import aiosqlite
+
+        uri = f"file:{quote(str(self.path.absolute()))}?mode={mode}"
+        db = await aiosqlite.connect(uri, uri=True, isolation_level=None)
+        db.row_factory = sqlite3.Row
+        await db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+        return db
+
+    async def _use_wal(self, db: aiosqlite.Connection) -> None:
         """Two processes that make the file at once: SQLite tells one of them at once that it is
         locked, busy_timeout or not."""
         for tries_left in reversed(range(BUSY_TIMEOUT // 50)):
             try:
-                await self._sql("PRAGMA journal_mode = WAL")
+                await db.execute("PRAGMA journal_mode = WAL")
                 return
-            except StoreError:
+            except sqlite3.OperationalError:
                 if not tries_left:
                     raise
                 await asyncio.sleep(0.05)
@@ -2802,12 +2796,14 @@ class Database:
 
     async def close(self) -> None:
         async with self._lock:  # a transaction under way ends first
-            if self._db is not None:  # an open connection would keep the interpreter from exiting
-                await self._db.close()
-                self._db = None
+            opened = self._writer, self._reader
+            self._writer = self._reader = None
+            for db in filter(None, opened):  # an open one would keep the interpreter from exiting
+                await db.close()
 
     async def transact(self, work: Callable[[], Awaitable[T]]) -> T:
         async with self._lock:
+            INSIDE.set(self)
             begun = time.perf_counter()
             await self._sql("BEGIN IMMEDIATE")  # a deferred one that reads first gets BUSY at once
             try:
@@ -2822,15 +2818,25 @@ class Database:
                 self._news.clear()
                 raise
 
+    def _connection(self) -> aiosqlite.Connection:
+        db = self._writer if INSIDE.get() is self else self._reader
+        if db is None:
+            only = self.read_only and self._reader is not None
+            raise StoreError(f"the database is {'open for reading only' if only else 'closed'}")
+        return db
+
     async def _sql(
         self, sql: str, values: Mapping[str, Any] | Sequence[Any] = MappingProxyType({})
     ) -> list[Any]:
-        """Run one statement inside of a transaction or under the lock; all its rows."""
-        if self._db is None:
-            raise StoreError("the database is closed")
+        """Run one statement, in this task's transaction or for reading; all its rows."""
+        return await self._run(self._connection(), sql, values)
+
+    async def _run(
+        self, db: aiosqlite.Connection, sql: str, values: Mapping[str, Any] | Sequence[Any] = ()
+    ) -> list[Any]:
         given = {**values} if isinstance(values, Mapping) else values
         try:
-            return list(await self._db.execute_fetchall(sql, given))
+            return list(await db.execute_fetchall(sql, given))
         except sqlite3.IntegrityError as e:
             raise Conflict(f"the database refuses this: {e}") from e
         except sqlite3.Error as e:
@@ -2840,30 +2846,21 @@ class Database:
         self, sql: str, rows: Sequence[Mapping[str, Any]] | Sequence[Sequence[Any]]
     ) -> None:
         """Run one statement for each of `rows`, inside of a transaction."""
-        if self._db is None:
-            raise StoreError("the database is closed")
         try:
-            await (await self._db.executemany(sql, rows)).close()
+            await (await self._connection().executemany(sql, rows)).close()
         except sqlite3.Error as e:
             raise StoreError(f"database {self.path}: {e}") from e
 
-    async def _read(self, sql: str, values: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
-        async with self._lock:
-            return await self._sql(sql, values)
-
     async def _migrate(self) -> None:
-        [[version]] = await self._read("PRAGMA user_version")
+        [[version]] = await self._sql("PRAGMA user_version")
+        if self.read_only and version == 0:
+            raise StoreError(f"{self.path} is no database of TeckoChecker", hint="`init` makes one")
         if version > len(MIGRATIONS):
             raise StoreError(
                 f"{self.path} was written by a newer TeckoChecker (schema {version})",
                 hint="run that version, or restore a backup made before it",
             )
-        if version < len(MIGRATIONS) and self.read_only:
-            what = "an older TeckoChecker" if version else "something else than TeckoChecker"
-            raise StoreError(
-                f"{self.path} was written by {what}", hint="`init` brings it up to date"
-            )
-        if version < len(MIGRATIONS):
+        if version < len(MIGRATIONS) and not self.read_only:
             await self._apply_migrations()
 
     @transactional
@@ -2876,9 +2873,13 @@ class Database:
         await self._sql(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     async def data_version(self) -> int:
-        """Changes whenever another process has committed something."""
-        [[version]] = await self._read("PRAGMA data_version")
-        return int(version)
+        """Changes whenever another process has committed something. While a transaction of our own
+        goes on, or waits for another's lock, the last one known: readers never wait."""
+        if not self._lock.locked():
+            [[self._version]] = await self._run(
+                self._writer or self._connection(), "PRAGMA data_version"
+            )
+        return self._version
 
     async def _upsert(
         self, insert: str, values: Sequence[Any], conflict: str, *, columns: int
@@ -2941,18 +2942,17 @@ class Records(Database):
         return run_of(row)
 
     async def checkpoint(self, source: str) -> Checkpoint:
-        async with self._lock:
-            rows = await self._sql(
-                "SELECT * FROM etl_checkpoint WHERE source = :source", {"source": source}
-            )
-            parts = await self._sql(
-                "SELECT part, state FROM etl_part WHERE source = :source", {"source": source}
-            )
-            whole = await self._sql(
-                "SELECT 1 FROM etl_run WHERE source = :source AND status = 'success'"
-                " AND job_id IS NOT NULL LIMIT 1",
-                {"source": source},
-            )
+        rows = await self._sql(
+            "SELECT * FROM etl_checkpoint WHERE source = :source", {"source": source}
+        )
+        parts = await self._sql(
+            "SELECT part, state FROM etl_part WHERE source = :source", {"source": source}
+        )
+        whole = await self._sql(
+            "SELECT 1 FROM etl_run WHERE source = :source AND status = 'success'"
+            " AND job_id IS NOT NULL LIMIT 1",
+            {"source": source},
+        )
         states = {row["part"]: json.loads(row["state"]) for row in parts}
         if not rows:
             return Checkpoint(0, None, {}, False, states)
@@ -2963,12 +2963,11 @@ class Records(Database):
     async def hashes(self, source: str, ids: Sequence[str]) -> dict[str, bytes]:
         """The hashes of those records that are there already, by id."""
         marks = ", ".join("?" * len(ids))
-        async with self._lock:
-            rows = await self._sql(
-                f"SELECT source_id, hash FROM normalized_data WHERE source = ?"
-                f" AND source_id IN ({marks})",
-                (source, *ids),
-            )
+        rows = await self._sql(
+            f"SELECT source_id, hash FROM normalized_data WHERE source = ?"
+            f" AND source_id IN ({marks})",
+            (source, *ids),
+        )
         return {row[0]: row[1] for row in rows}
 
     @transactional
@@ -3098,19 +3097,19 @@ class Records(Database):
     async def runs(self, source: str | None, limit: int) -> list[Run]:
         """The last runs of a source, or of all (None), newest first."""
         where = "" if source is None else "WHERE source = :source AND job_id IS NOT NULL"
-        rows = await self._read(
+        rows = await self._sql(
             f"SELECT * FROM etl_run {where} ORDER BY id DESC LIMIT :limit",
             {"limit": limit} | ({} if source is None else {"source": source}),
         )
         return [run_of(row) for row in rows]
 
     async def run(self, run_id: int) -> Run | None:
-        rows = await self._read("SELECT * FROM etl_run WHERE id = :id", {"id": run_id})
+        rows = await self._sql("SELECT * FROM etl_run WHERE id = :id", {"id": run_id})
         return run_of(rows[0]) if rows else None
 
     async def last_failure(self) -> float | None:
         """When the last failed run ended."""
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT end_time FROM etl_run WHERE status = 'failed' ORDER BY id DESC LIMIT 1"
         )
         return rows[0]["end_time"] if rows else None
@@ -3119,7 +3118,7 @@ class Records(Database):
         """How many records there are (`records`), and what became of all those that were ever
         read, of a source or of all; kept with each chunk, so that nothing is counted here."""
         names = ("records", *(f"records_{name}" for name in COUNTED))
-        rows = await self._read(
+        rows = await self._sql(
             f"SELECT {', '.join(names)} FROM etl_checkpoint WHERE source = :source",
             {"source": source},
         )
@@ -3127,7 +3126,7 @@ class Records(Database):
 
     async def ingested(self) -> dict[str, tuple[int, int]]:
         """How many records each source has brought, and how many of them are rejected now."""
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT source, records, (SELECT count(*) FROM etl_reject r WHERE r.source = c.source)"
             " FROM etl_checkpoint c WHERE source <> ''"
         )
@@ -3137,7 +3136,7 @@ class Records(Database):
         """Unified records with ids beyond `after`, by id: found by key, at the same cost however
         deep; `offset` skips some, which costs what reading them would."""
         where = "id > :after" + ("" if source is None else " AND source = :source")
-        return await self._read(
+        return await self._sql(
             "SELECT id, data, created_at, updated_at FROM normalized_data"
             f" WHERE {where} ORDER BY id LIMIT :limit OFFSET :offset",
             {"limit": limit, "after": after, "offset": offset}
@@ -3147,7 +3146,7 @@ class Records(Database):
     async def rejects(self, source: str | None, limit: int) -> list[Any]:
         """The rejected records met last, of a source or of all (None), newest first."""
         where = "" if source is None else "WHERE source = :source"
-        return await self._read(
+        return await self._sql(
             "SELECT source, place, reason, record, created_at FROM etl_reject"
             f" {where} ORDER BY id DESC LIMIT :limit",
             {"limit": limit} | ({} if source is None else {"source": source}),
@@ -3245,11 +3244,11 @@ class Store(Records):
         return {row.name: row.type for row in rows} | {row.id: row.type for row in rows}
 
     async def secrets(self) -> list[SealedSecret]:
-        rows = await self._read("SELECT * FROM secrets ORDER BY name")
+        rows = await self._sql("SELECT * FROM secrets ORDER BY name")
         return [SealedSecret(**row) for row in rows]
 
     async def secret(self, name: str) -> SealedSecret | None:
-        rows = await self._read("SELECT * FROM secrets WHERE name = :name", {"name": name})
+        rows = await self._sql("SELECT * FROM secrets WHERE name = :name", {"name": name})
         return SealedSecret(**rows[0]) if rows else None
 
     @transactional
@@ -3303,7 +3302,7 @@ class Store(Records):
         self, status: str | None = None, limit: int = sys.maxsize, after: int = 0
     ) -> list[Job]:
         """Jobs of a shown status, or all (None), with ids beyond `after`, by id."""
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT * FROM polling_jobs WHERE id > :after AND (:status IS NULL OR :status ="
             " CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END)"
             " ORDER BY id LIMIT :limit",
@@ -3320,13 +3319,13 @@ class Store(Records):
         return replace(job, last_check_at=at, last_ok_at=at, next_check_at=quiet.next_check_at)
 
     async def job(self, job_id: int) -> Job | None:
-        rows = await self._read("SELECT * FROM polling_jobs WHERE id = :id", {"id": job_id})
+        rows = await self._sql("SELECT * FROM polling_jobs WHERE id = :id", {"id": job_id})
         return self._job_of(rows[0]) if rows else None
 
     async def job_with_batches(self, job_id: int) -> tuple[Job | None, list[Batch], bool]:
         """A job, its batches, and whether it has an open trigger: all that a check wants to know,
         in one question."""
-        rows = await self._read(
+        rows = await self._sql(
             f"SELECT j.*, {HAS_OPEN} AS has_open, {OF_BATCH} FROM polling_jobs j LEFT JOIN"
             " polling_batches b ON b.job_id = j.id WHERE j.id = :id ORDER BY b.position",
             {"id": job_id},
@@ -3338,7 +3337,7 @@ class Store(Records):
 
     async def due(self, ids: Iterable[int]) -> list[Due]:
         """Of these jobs, those that are there, with their batches; in one question."""
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT j.id, revision, round, openai_secret, poll_interval_seconds, pace,"
             " last_check_at, last_error, j.status = 'active' AND removed_at IS NULL,"
             f" {HAS_OPEN}, {OF_BATCH} FROM polling_jobs j LEFT JOIN polling_batches b"
@@ -3354,7 +3353,7 @@ class Store(Records):
 
     async def jobs_among(self, ids: Iterable[int]) -> dict[int, Job]:
         """Those of these jobs that are there, by id."""
-        rows = await self._read(
+        rows = await self._sql(
             f"SELECT * FROM polling_jobs WHERE id IN ({', '.join(map(str, ids))})"
         )
         return {row["id"]: self._job_of(row) for row in rows}
@@ -3366,7 +3365,7 @@ class Store(Records):
         created (None: not seen yet), and how many looks at them fall due before `until`."""
         names = {f"name{n}": name for n, name in enumerate(secrets)}
         ended = ", ".join(f"'{status}'" for status in FINISHED_BATCH)
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT b.batch_id, b.created_at, coalesce(j.next_check_at, 0) < :until"
             " FROM polling_jobs j JOIN polling_batches b ON b.job_id = j.id"
             f" WHERE j.openai_secret IN ({', '.join(':' + name for name in names)})"
@@ -3378,7 +3377,7 @@ class Store(Records):
     async def find_job(self, ref: str) -> Job:
         """The job with this id or name."""
         column = "id" if ref.isdigit() else "name"
-        rows = await self._read(f"SELECT * FROM polling_jobs WHERE {column} = :ref", {"ref": ref})
+        rows = await self._sql(f"SELECT * FROM polling_jobs WHERE {column} = :ref", {"ref": ref})
         if not rows:
             what = f"ID {ref}" if column == "id" else f"name {ref!r}"
             raise NotFound(f"Job with {what} not found", hint="teckochecker.py job list shows them")
@@ -3386,15 +3385,19 @@ class Store(Records):
 
     async def names(self, table: Literal["polling_jobs", "secrets"]) -> list[str]:
         """The names of all jobs or secrets."""
-        return [row[0] for row in await self._read(f"SELECT name FROM {table} ORDER BY name")]
+        return [row[0] for row in await self._sql(f"SELECT name FROM {table} ORDER BY name")]
 
     async def batches(self, job_id: int) -> list[Batch]:
-        async with self._lock:
-            return await self._batches(job_id)
+        rows = await self._sql(
+            f"SELECT {', '.join(BATCH_COLUMNS)} FROM polling_batches"
+            " WHERE job_id = :job_id ORDER BY position",
+            {"job_id": job_id},
+        )
+        return [Batch(**row) for row in rows]
 
     async def batches_of(self, first: int, last: int) -> dict[int, list[Batch]]:
         """The batches of all jobs from one id to another, by job."""
-        rows = await self._read(
+        rows = await self._sql(
             f"SELECT job_id, {', '.join(BATCH_COLUMNS)} FROM polling_batches"
             " WHERE job_id BETWEEN :first AND :last ORDER BY job_id, position",
             {"first": first, "last": last},
@@ -3408,7 +3411,7 @@ class Store(Records):
         """The active jobs that watch one of these batches with one of these secrets."""
         names = {f"name{n}": name for n, name in enumerate(secrets)}
         batches = {f"batch{n}": batch_id for n, batch_id in enumerate(batch_ids)}
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT DISTINCT j.id FROM polling_batches b JOIN polling_jobs j ON j.id = b.job_id"
             f" WHERE b.batch_id IN ({', '.join(':' + name for name in batches)})"
             f" AND j.openai_secret IN ({', '.join(':' + name for name in names)})"
@@ -3420,7 +3423,7 @@ class Store(Records):
     async def schedule(self, ids: Collection[int] | None = None) -> dict[int, Plan]:
         """The jobs that have something left to do: all (None), or those of `ids`."""
         some = "" if ids is None else f" AND id IN ({', '.join(map(str, ids))})"
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT id, poll_interval_seconds, revision, round, openai_secret FROM polling_jobs"
             " WHERE (status = 'active' AND removed_at IS NULL OR id IN (SELECT job_id FROM triggers"
             f" WHERE finished_at IS NULL AND state <> 'held')){some}"
@@ -3473,13 +3476,16 @@ class Store(Records):
             await self._insert("polling_batches", row)
 
     @transactional
-    async def update_job(self, job_id: int, spec: Spec, now: float) -> None:
-        job = await self._job(job_id)
+    async def update_job(self, ref: str | int, change: Callable[[Job], Spec], now: float) -> int:
+        """Give a job the definition that `change` makes of it: read, changed and written in one
+        transaction, so that two changes of different fields both count. Its id."""
+        job = await self.find_job(str(ref))
         if job.origin == "file":
             raise Conflict(
                 f"Cannot update {job.name!r}: it comes from jobs.yaml", hint="edit it there"
             )
-        await self._update(job, spec, now)
+        await self._update(job, change(job), now)
+        return job.id
 
     async def _update(self, job: Job, spec: Spec, now: float) -> bool:
         """Give a job its new definition; True when that changed anything.
@@ -3638,7 +3644,7 @@ class Store(Records):
             return bool(await self.record_checks([check]))
         job, now = check.job, check.now
         quiet = Quiet(job.id, job.revision, job.round, now, now + check.wait, check.pace)
-        if not await self._read(
+        if not await self._sql(
             "SELECT 1 FROM polling_jobs WHERE id = :id AND revision = :revision AND round = :round"
             " AND status = 'active' AND removed_at IS NULL",
             quiet._asdict(),
@@ -3717,14 +3723,6 @@ class Store(Records):
         )
         return bool(rows)
 
-    async def _batches(self, job_id: int) -> list[Batch]:
-        rows = await self._sql(
-            f"SELECT {', '.join(BATCH_COLUMNS)} FROM polling_batches"
-            " WHERE job_id = :job_id ORDER BY position",
-            {"job_id": job_id},
-        )
-        return [Batch(**row) for row in rows]
-
     async def _save_batch(self, job_id: int, batch: Batch) -> None:
         values = asdict(batch)
         columns = ", ".join(f"{name} = :{name}" for name in values if name != "batch_id")
@@ -3734,13 +3732,11 @@ class Store(Records):
         )
 
     async def triggers(self, job_id: int) -> list[Trigger]:
-        async with self._lock:
-            return await self._triggers(job_id, "TRUE")
+        return await self._triggers(job_id, "TRUE")
 
     async def open_triggers(self, job_id: int) -> list[Trigger]:
         """Those with something left to do."""
-        async with self._lock:
-            return await self._triggers(job_id, "finished_at IS NULL AND state <> 'held'")
+        return await self._triggers(job_id, "finished_at IS NULL AND state <> 'held'")
 
     async def _triggers(self, job_id: int, condition: str) -> list[Trigger]:
         rows = await self._sql(
@@ -3821,7 +3817,7 @@ class Store(Records):
 
     async def logs(self, job_id: int | None, limit: int, after: int = 0) -> list[LogRow]:
         """The last rows of a job, or of all (None); oldest first; only ids beyond `after`."""
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT * FROM polling_logs WHERE (job_id = :job_id OR :job_id IS NULL) AND id > :after"
             " ORDER BY id DESC LIMIT :limit",
             {"job_id": job_id, "limit": limit, "after": after},
@@ -3842,7 +3838,7 @@ class Store(Records):
 
     async def counts(self) -> dict[str, Any]:
         """Jobs by shown status, and how many secrets, triggers and log rows there are."""
-        counts = {row[0]: row[1] for row in await self._read("SELECT what, n FROM counts")}
+        counts = {row[0]: row[1] for row in await self._sql("SELECT what, n FROM counts")}
         jobs = {what.removeprefix("job:"): n for what, n in counts.items() if ":" in what and n}
         return {"jobs": jobs} | {what: n for what, n in counts.items() if ":" not in what}
 
@@ -3850,7 +3846,7 @@ class Store(Records):
         """Of active jobs: the longest time since a successful check (or `since`, when the service
         started), in seconds, and how many had none for three intervals. Costs a look at an index
         for each interval in use, and for each of those jobs."""
-        [row] = await self._read(
+        [row] = await self._sql(
             f"{PACES} SELECT min((SELECT min(last_ok_at) FROM polling_jobs WHERE {ACTIVE}"
             f" AND {PACE} = seconds)), coalesce(sum((SELECT count(*) FROM polling_jobs WHERE"
             f" {ACTIVE} AND {PACE} = seconds AND last_ok_at < :now - 3 * seconds"
@@ -3862,7 +3858,7 @@ class Store(Records):
     async def overdue(self, now: float, since: float) -> list[str]:
         """Active jobs without a successful check for three intervals, none counted from before
         `since` (when the service started); at most 100 names."""
-        rows = await self._read(
+        rows = await self._sql(
             f"{PACES} SELECT id, name FROM paces JOIN polling_jobs ON {PACE} = seconds"
             f" WHERE {ACTIVE} AND last_ok_at < :now - 3 * seconds AND :since < :now - 3 * seconds"
             " LIMIT 100",
@@ -3870,9 +3866,71 @@ class Store(Records):
         )
         return [row["name"] for row in sorted(rows, key=lambda row: int(row["id"]))]
 
+    async def undelivered(self, now: float, settle: float) -> list[str]:
+        """Jobs whose trigger Keboola has not got for longer than three intervals and the settle
+        window, or whose Keboola job has not been followed for three checks in a row; at most 100
+        names."""
+        rows = await self._sql(
+            "SELECT DISTINCT j.id, j.name FROM triggers t JOIN polling_jobs j ON j.id = t.job_id"
+            " WHERE t.finished_at IS NULL AND t.state <> 'held'"
+            " AND (t.state <> 'running' OR j.errors_in_row >= 3) AND t.created_at < :now - :settle"
+            f" AND t.created_at < :now - 3 * {PACE} ORDER BY j.id LIMIT 100",
+            {"now": now, "settle": settle},
+        )
+        return [row["name"] for row in rows]
+
+    async def oldest_open_trigger(self, now: float) -> float:
+        """Seconds since the oldest trigger was decided that Keboola has not got; 0: there is
+        none."""
+        [row] = await self._sql(
+            "SELECT min(created_at) FROM triggers WHERE finished_at IS NULL"
+            " AND state IN ('pending', 'sending', 'unknown')"
+        )
+        return max(0.0, now - row[0]) if row[0] is not None else 0.0
+
+    async def attention(self, limit: int) -> list[dict[str, Any]]:
+        """Jobs that wait for a person: failed, held, or an ingest whose last run with work in it
+        failed or rejected records."""
+        rows = await self._sql(
+            "SELECT j.name AS job, last_error AS reason, CASE WHEN openai_secret = ''"
+            " THEN 'ingest' WHEN EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id"
+            " AND t.round = j.round AND t.state = 'held') THEN 'held' ELSE 'failed' END AS what"
+            " FROM polling_jobs j WHERE removed_at IS NULL AND (status = 'failed'"
+            " OR openai_secret = '' AND status = 'active' AND last_error IS NOT NULL)"
+            " ORDER BY j.id LIMIT :limit",
+            {"limit": limit},
+        )
+        return [dict(row) for row in rows]
+
+    @transactional
+    async def note_failure(self, job_id: int, said: str, now: float, wait: float) -> None:
+        """Write down that a step of a job met an internal error."""
+        await self._sql(
+            "UPDATE polling_jobs SET last_error = :said, errors_in_row = errors_in_row + 1,"
+            " next_check_at = :next WHERE id = :id",
+            {"id": job_id, "said": said, "next": now + wait},
+        )
+        await self._log(job_id, "error", said, now)
+
+    @transactional
+    async def log_event(self, status: str, message: str, now: float) -> None:
+        """A log row that belongs to no job."""
+        await self._log(None, status, message, now)
+
+    async def shift_times(self, step: float, now: float) -> None:
+        """The clock was set by `step` seconds."""
+
+    def file_problem(self) -> str | None:
+        """Why the database file is not the one that was opened any more; None: it is."""
+        try:
+            there = os.path.samestat(os.stat(self.path), self._opened)
+        except OSError:
+            return "the database file was deleted while it was in use"
+        return None if there else "the database file was replaced while it was in use"
+
     async def due_next(self, limit: int) -> list[tuple[str, float]]:
         """Names and planned times of the checks that come next."""
-        rows = await self._read(
+        rows = await self._sql(
             "SELECT name, next_check_at FROM polling_jobs WHERE status = 'active' AND removed_at IS"
             " NULL AND next_check_at IS NOT NULL ORDER BY next_check_at LIMIT :limit",
             {"limit": limit},
@@ -4129,7 +4187,7 @@ class OpenAI:
         self._base_url, self._per_minute, self._clock = base_url, per_minute, clock
         self._client: openai.AsyncOpenAI | None = None
         self._slots = Slots(IN_FLIGHT)
-        self.requests: Counter[str] = Counter()  # made so far: retrieve, list
+        self.on_request: Callable[[str], None] = lambda kind: None  # told: retrieve or list
         self._gates: dict[str, KeyGate] = {}
 
     def _for_key(self, key: SecretValue) -> openai.AsyncOpenAI:
@@ -4302,7 +4360,7 @@ class OpenAI:
                 await gate.budget.acquire()
             async with self._slots.turn(rank):
                 self._admit(gate)
-                self.requests[kind] += 1
+                self.on_request(kind)
                 content = await self._judged(gate, call, about)
         try:
             return orjson.loads(content)
@@ -5761,6 +5819,96 @@ def failed_too_many(limit: str | None, failed: int, processed: int, *, ended: bo
     return (ended or processed >= CHUNK_ROWS) and failed * 100 > float(limit[:-1]) * processed
 
 
+# ── Metrics ───────────────────────────────────────────────────────────────────────────────────
+
+LATENESS = (  # s; fine where the aims lie: a median in milliseconds, 99 of 100 within a second
+    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
+    *(1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
+)
+METERED_JOBS = 1000  # jobs with series of their own: more would burden who collects them
+GAUGES = {  # set when Prometheus asks
+    "overdue_jobs": "Active jobs without a successful check for three poll intervals.",
+    "check_age_seconds": "Longest time since a successful check of an active job.",
+    "oldest_open_trigger_seconds": "Age of the oldest trigger that Keboola has not got yet.",
+    "store_writable": "1: the last write to the store succeeded.",
+    "loop_lag_seconds": "How late the last tick of the event loop was.",
+    "http_connections": "Open connections of the admin surface.",
+    "config_last_reload_successful": "1: the last reload was taken up; 0: it was refused.",
+    "config_last_reload_timestamp_seconds": "Time of the last reload, or of the start.",
+}
+
+
+class Metrics:
+    """What Prometheus reads: objects of its library, filled as things happen or when it asks."""
+
+    def __init__(self) -> None:
+        import prometheus_client as prometheus
+
+        # without it, each counter has a gauge beside it that nobody reads
+        prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=self.registry)
+
+        def made(kind: Any) -> Any:
+            return partial(kind, namespace="teckochecker", registry=self.registry)
+
+        counter, gauge = made(prometheus.Counter), made(prometheus.Gauge)
+        histogram = made(prometheus.Histogram)
+        self.checks = counter("checks", "Checks of a job's batches.", ["outcome"])
+        self.triggers = counter("triggers", "What happened to triggers.", ["event"])
+        self.ingest_runs = counter("ingest_runs", "Runs of ingests.", ["status"])
+        self.openai_requests = counter("openai_requests", "Requests to OpenAI.", ["kind"])
+        self.records = counter("records", "Records that ingests read.", ["became"])
+        labels = ["upstream", "status"]
+        self.upstream_errors = counter("upstream_errors", "Calls upstream that failed.", labels)
+        self.internal_errors = counter("internal_errors", "Steps that met an unexpected error.")
+        self.steps = histogram("check_duration_seconds", "Time that a step of a job took.")
+        self.lateness = histogram(
+            "check_lateness_seconds",
+            "Time from when a job's step was due until it was done, if it met no error.",
+            buckets=LATENESS,
+        )
+        self.writes = histogram(
+            "store_write_duration_seconds",
+            "Time that a transaction of the store took.",
+            buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        )
+        self.jobs = gauge("jobs", "Jobs by state.", ["status"])
+        self.paused_keys = gauge("paused_keys", "1: this key is not used for now.", ["secret"])
+        self.job_state = gauge("job_state", "1: the state of a job.", ["job", "status"])
+        self.job_ok = gauge(
+            "job_last_success_timestamp_seconds", "Time of its last successful check.", ["job"]
+        )
+        self._gauges = {name: gauge(name, text) for name, text in GAUGES.items()}
+        gauge("build_info", "The version that runs.", ["version"]).labels(VERSION).set(1)
+
+    def set(self, **values: float) -> None:
+        """Give gauges of GAUGES their values."""
+        for name, value in values.items():
+            self._gauges[name].set(value)
+
+    def jobs_are(self, jobs: Iterable[Job], counted: Mapping[str, int]) -> None:
+        """How many jobs there are by state, and some of them by name."""
+        for gauge in (self.jobs, self.job_state, self.job_ok):
+            gauge.clear()  # what is gone must not be reported for ever
+        for status, count in counted.items():
+            self.jobs.labels(status).set(count)
+        for job in jobs:
+            self.job_state.labels(job.name, job.shown_status).set(1)
+            self.job_ok.labels(job.name).set(job.last_ok_at)
+
+    def total(self, *counters: Any) -> int:
+        """The sum of counters over all their labels."""
+        samples = [s for c in counters for family in c.collect() for s in family.samples]
+        return int(sum(sample.value for sample in samples))
+
+    def text(self) -> str:
+        """All of it in Prometheus' text format."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(self.registry).decode()
+
+
 # ── Steps ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -5799,7 +5947,8 @@ class Steps:
         self.stopping = False  # runs end at their next chunk
         self._ingest_slots = asyncio.Semaphore(INGESTS_AT_ONCE)
         self.clock, self.luck = clock, luck
-        self.tally: Counter[tuple[str, str]] = Counter()  # (what, outcome), for the metrics
+        self.metrics = Metrics()
+        openai.on_request = lambda kind: self.metrics.openai_requests.labels(kind).inc()
         self.on_finished: Callable[[Collection[int]], None] = lambda job_ids: None
         self._first_used: dict[int, SealedSecret] = {}  # still to be noted
 
@@ -5950,7 +6099,7 @@ class Steps:
                 done[due.id] = quiet(wait)
             elif batches is not None or error is not None:
                 told.append(due)
-        self.tally["checks", "waiting"] += len(done)
+        self.metrics.checks.labels("waiting").inc(len(done))
         for at in range(0, len(told), NEWS):  # others take their turns at the store in between
             done |= await self._take_news(told[at : at + NEWS], shown, error)
         return done
@@ -6007,10 +6156,10 @@ class Steps:
     def _told(self, check: Checked, recorded: bool) -> Stepped:
         """Count a check, and say what came of it."""
         if not recorded:
-            self.tally["checks", "dropped"] += 1
+            self.metrics.checks.labels("dropped").inc()
             return Stepped(0.0, "changed while it was checked")
         event, errors = check.verdict.event, check.errors
-        self.tally["checks", event or ("error" if errors else "waiting")] += 1
+        self.metrics.checks.labels(event or ("error" if errors else "waiting")).inc()
         for error in errors:
             self._count_error(error)
         done = sum(outcome(b) is not None for b in check.batches)
@@ -6087,8 +6236,8 @@ class Steps:
             return Stepped(await self._wait(trigger, e), str(e), e)
 
     def _count_error(self, error: TeckoError) -> None:
-        status = getattr(error, "status", None)
-        self.tally["upstream_errors", f"{ERROR_NAMES[error.code]} {status or 'no answer'}"] += 1
+        status = str(getattr(error, "status", None) or "no answer")
+        self.metrics.upstream_errors.labels(ERROR_NAMES[error.code], status).inc()
 
     async def _wait(self, trigger: Trigger, error: TeckoError) -> float:
         job = await self.store.job(trigger.job_id)
@@ -6102,7 +6251,7 @@ class Steps:
     ) -> Trigger | None:
         """Write down what is known to have happened, however long the store stays locked: a
         Keboola job that is not written down would be searched for, or started again."""
-        self.tally["triggers", event] += 1
+        self.metrics.triggers.labels(event).inc()
         while True:
             try:
                 return await self.store.move_trigger(trigger, event, said, self.clock(), **facts)
@@ -6228,7 +6377,9 @@ class Steps:
             forget=isinstance(error, IngestFailed) and error.forget,
         )
         run = await self.store.end_run(ingesting.run, end, self.clock())
-        self.tally["ingests", status] += 1
+        self.metrics.ingest_runs.labels(status).inc()
+        for what in COUNTED:
+            self.metrics.records.labels(what).inc(getattr(run, f"records_{what}"))
         if isinstance(error, asyncio.CancelledError):
             raise error
         counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
@@ -6496,7 +6647,7 @@ class Ingesting:
             self.notes.append(text)
 
 
-# ── Desk ──────────────────────────────────────────────────────────────────────────────────────
+# ── Answers ───────────────────────────────────────────────────────────────────────────────────
 
 
 class Answer(BaseModel):
@@ -6587,31 +6738,96 @@ class Done(Answer):
 SchedulerState = Literal["running", "stopped", "stalled"]
 
 
-class CircuitAnswer(Answer):
-    """A key that is left alone for a while, since calls with it failed in a row."""
+class PausedKey(Answer):
+    """A key that is left alone for a while, since it was rate-limited or its calls failed."""
 
     secret: str
-    host: str
-    state: Literal["closed", "open"]
-    failures: int
-    until: At = Field(description="then one call is tried")
+    reason: str
+    until: At
+
+
+class Attention(Answer):
+    """A job that waits for a person."""
+
+    job: str
+    what: Literal["failed", "held", "ingest"] = Field(
+        description="failed: it has ended so; held: its trigger may have arrived, see `job retry`;"
+        " ingest: its last run with work in it failed or rejected records"
+    )
+    reason: str | None
 
 
 class Health(Answer):
-    status: Literal["healthy", "degraded", "unhealthy"]
+    """How the program is, judged by work really done."""
+
+    status: Literal["healthy", "degraded", "unhealthy"] = "healthy"
+    problems: list[str] = Field([], description="why it is not healthy; without names")
     timestamp: At
     version: str
     uptime_seconds: float
-    database: Literal["connected", "disconnected"]
+    database: Literal["connected", "disconnected"] = "connected"
     db_connected: bool
     scheduler: SchedulerState
-    overdue_jobs: list[str] = Field(description="no successful check for three intervals")
-    circuits: list[CircuitAnswer] = Field(description="keys of OpenAI that are not asked for now")
-    etl_last_run: At | None = Field(description="when the last ingest began; null: none did")
-    etl_status: str | None = Field(description="in_progress, success, failed or interrupted")
-    config_last_reload_successful: bool = Field(description="false: jobs.yaml was refused")
-    config_last_reload_at: At
+    overdue_jobs: list[str] = Field([], description="no successful check for three intervals")
+    undelivered_jobs: list[str] = Field(
+        [],
+        description="their triggers are open for longer than three intervals and the settle"
+        " window, or Keboola's answers about them fail",
+    )
+    attention: list[Attention] = Field([], description="what waits for a person")
+    paused_keys: list[PausedKey] = Field([], description="keys of OpenAI that are not used now")
+    config_last_reload_successful: bool
+    config_last_reload_at: At = Field(description="of the last reload, or of the start")
     config_last_reload_error: str | None
+    etl_last_run: At | None = Field(None, description="when the last ingest began; null: none did")
+    etl_status: str | None = Field(None, description="in_progress, success, failed or interrupted")
+
+    def anonymous(self) -> Health:
+        """What a caller without a token may read: no job's name, no secret's, no reason."""
+        named = "overdue_jobs", "undelivered_jobs", "attention", "paused_keys"
+        return self.model_copy(
+            update={name: [] for name in named} | {"config_last_reload_error": None}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """The last reload, or the start: when it was, and why it was refused."""
+
+    at: float
+    error: str | None = None
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """`1 job`, `2 jobs`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def judged(health: Health, file_problem: str | None, store_error: str | None) -> Health:
+    """Health with its status: `unhealthy` where nothing can go on, `degraded` where something
+    does not. A store that is only locked by another process will be free again."""
+    overdue, undelivered = len(health.overdue_jobs), len(health.undelivered_jobs)
+    locked = store_error is not None and "locked" in store_error
+    stopping = {
+        "the database does not answer": not health.db_connected,
+        file_problem or "": file_problem is not None,
+        "the database cannot be written; see the log": store_error is not None and not locked,
+        f"the scheduler is {health.scheduler}": health.scheduler != "running",
+    }
+    hindering = {
+        "another process has locked the database": locked,
+        f"{counted(overdue, 'active job')} without a successful check for three poll intervals":
+            overdue > 0,
+        f"{counted(undelivered, 'trigger')} not delivered, or not followed, for long":
+            undelivered > 0,
+        "the last reload was refused; see the log": not health.config_last_reload_successful,
+    }  # fmt: skip
+    bad, worse = ([t for t, holds in p.items() if holds] for p in (hindering, stopping))
+    status = "unhealthy" if worse else "degraded" if bad else "healthy"
+    database = "connected" if health.db_connected else "disconnected"
+    return health.model_copy(
+        update={"status": status, "problems": worse + bad, "database": database}
+    )
 
 
 class StoredRecord(Answer):
@@ -6663,6 +6879,7 @@ class Stats(Answer):
     total_records_processed: int
     total_records_inserted: int
     total_records_updated: int
+    total_records_unchanged: int
     total_records_failed: int
     last_run_id: str | None
     last_run_status: str | None
@@ -6712,23 +6929,22 @@ def secret_answer(row: SealedSecret) -> SecretAnswer:
     return SecretAnswer(**shown)
 
 
-JOB_MEANS = {
-    "active": "Next: it is checked{next}, {every}, while the service runs.",
-    "paused": "Next: nothing, until job resume.",
-    "triggering": "Next: the trigger is carried to Keboola, while the service runs.",
-    "triggered": "Next: Keboola's job is followed to its end.",
-    "completed": "Next: nothing; other batch ids would start a new round.",
-    "completed_with_failures": "Next: nothing; other batch ids would start a new round.",
-    "failed": "Next: nothing, until job retry, or other batch ids.",
-    "removed": "Next: no check, for the job has left jobs.yaml.",
+# ── Operations ────────────────────────────────────────────────────────────────────────────────
+
+NEXT: dict[str, str] = {  # what follows in a state without checks
+    "paused": "nothing, until `job resume`",
+    "triggering": "the trigger is delivered to Keboola, while the service runs",
+    "triggered": "the Keboola job is followed to its end",
+    "completed": "nothing; other batch IDs would start a new round",
+    "completed_with_failures": "nothing; other batch IDs would start a new round",
+    "failed": "nothing, until `job retry` or other batch IDs",
 }
-
-
 TRIGGER_MEANS: dict[TriggerState, str] = {
     "pending": "It has not reached Keboola yet.",
     "sending": "It is on its way to Keboola.",
     "unknown": "Whether Keboola took it is unknown; {searches} did not show it so far.",
-    "held": "Whether Keboola took it is unknown; it is left for you, as on_ambiguous: hold asks.",
+    "held": "Whether Keboola took it is unknown; it is on hold, as on_ambiguous: hold asks."
+    " `job retry` searches again and sends it if it is missing.",
     "running": "Keboola runs it as job {job}{which}.",
     "succeeded": "Keboola job {job} ended{end}.",
     "failed": "Keboola job {job} ended{end}{why}.",
@@ -6736,76 +6952,84 @@ TRIGGER_MEANS: dict[TriggerState, str] = {
 }
 
 
-def explain_trigger(trigger: Trigger) -> str:
-    """Where a trigger stands, in a sentence."""
+def explain(
+    job: Job,
+    batches: Sequence[Batch],
+    trigger: Trigger | None,
+    runs: Sequence[Run],
+    records: int,
+    now: float,
+) -> list[str]:
+    """In plain sentences: what a job waits for, what was seen, why it did or did not fire, and
+    what happens next."""
+    if isinstance(job.spec, IngestSpec):
+        said = explain_ingest(job.name, job.spec.ingest.place, runs, records, now)
+    else:
+        said = explain_watch(job, batches, now)
+    said += explain_trigger(trigger, now) if trigger is not None else []
+    said += [f"Last error: {job.last_error.rstrip('.')}."] if job.last_error else []
+    return [*said, f"Next: {next_step(job, trigger, now)}."]
+
+
+def explain_trigger(trigger: Trigger, now: float) -> list[str]:
     status, message = trigger.keboola_status, (trigger.message or "").rstrip(".")
-    searches = f"{trigger.searches} search" + ("es" if trigger.searches != 1 else "")
-    return TRIGGER_MEANS[trigger.state].format(
+    means = TRIGGER_MEANS[trigger.state].format(
         job=trigger.keboola_job_id,
         which=f", which is {status}" if status else "",
         end=f" with {status}" if status else "",
         why=f": {message}" if message else "",
-        searches=searches,
+        searches=counted(trigger.searches, "search", "searches"),
     )
+    return [f"It fired {span(now - trigger.created_at)} ago, as trigger {trigger.id}.", means]
 
 
-def explain_ingest(job: Job, runs: Sequence[Run], records: int, now: float) -> list[str]:
-    """What `Desk.explain` says of an ingest, from data alone."""
-    assert isinstance(job.spec, IngestSpec)
-    source = job.spec.ingest
-    said = [f"Job {job.name!r} ingests records from {source.place}; it has brought {records}."]
+def explain_ingest(
+    name: str, place: str, runs: Sequence[Run], records: int, now: float
+) -> list[str]:
+    said = [f"Job {name!r} ingests records from {place}; it has brought {records:,}."]
     if not runs:
-        said.append("It has not run yet.")
-    for run in runs[:1]:
-        when = span(now - run.start_time)
-        counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
-        said.append(f"Its last run began {when} ago: {run.status.replace('_', ' ')}; {counts}.")
-        said += [f"  {note}" for note in run.notes]
-    if job.last_error:
-        said.append(f"Last error: {job.last_error.rstrip('.')}.")
-    left = (job.next_check_at or now) - now
-    means = {
-        "active": f"Next: it runs{f' in {span(left)}' if left > 0 else ''}, every"
-        f" {job.spec.poll_interval} s, while the service runs.",
-        "paused": "Next: nothing, until job resume.",
-        "removed": "Next: nothing, for the job has left jobs.yaml.",
-    }
-    return [*said, means[job.shown_status]]
+        return [*said, "It has not run yet."]
+    run, counts = runs[0], ", ".join(f"{n} {what}" for what, n in record_counts(runs[0]).items())
+    when, status = span(now - run.start_time), run.status.replace("_", " ")
+    return [*said, f"Its last run began {when} ago: {status}; {counts}.", *run.notes]
 
 
-def explain(job: Job, batches: Sequence[Batch], trigger: Trigger | None, now: float) -> list[str]:
-    """What `Desk.explain` says of a job that watches batches, from data alone."""
-    ends = Counter(outcome(batch) for batch in batches)
-    many = len(batches) > 1
-    have, ended = ("have", "they end") if many else ("has", "it ends")
+def record_counts(run: Run) -> dict[str, int]:
+    """A run's records, by what became of them."""
+    return {name: getattr(run, f"records_{name}") for name in COUNTED}
+
+
+def explain_watch(job: Job, batches: Sequence[Batch], now: float) -> list[str]:
     goal = {
-        "all_completed": f"{have} completed",
-        "all_finished": f"{have} finished, however {ended}",
-    }
-    whose = f"all its {len(batches)} batches" if many else "its batch"
-    said = [f"Job {job.name!r} starts a Keboola job once {whose}"]
-    said[0] += f" {goal[job.watches.watch.trigger_when]}."
+        "all_completed": "completed",
+        "all_finished": "finished, whether completed, failed, expired or cancelled",
+    }[job.watches.watch.trigger_when]
+    whose = f"all its {len(batches)} batches have" if len(batches) > 1 else "its batch has"
+    said = f"Job {job.name!r} starts a Keboola job once {whose} {goal}."
     if job.last_check_at is None:
-        said.append("It has not been checked yet.")
-    else:
-        said.append(f"It was last checked {span(now - job.last_check_at)} ago:")
-        said[-1] += f" {ends['completed']} completed, {ends['failed']} failed, {ends[None]} go on."
-    said += [f"  {describe_progress(batch)}" for batch in batches if batch.status]
-    if trigger is not None:
-        said.append(f"It fired {span(now - trigger.created_at)} ago, as trigger {trigger.id}.")
-        said.append(explain_trigger(trigger))
-    if job.last_error:
-        said.append(f"Last error: {job.last_error.rstrip('.')}.")
-    left = (job.next_check_at or now) - now
-    next_check = f" in {span(left)}" if left > 0 else ""
-    means = JOB_MEANS["removed" if job.removed_at is not None else job.status]
+        return [said, "It has not been checked yet."]
+    ends = Counter(outcome(batch) for batch in batches)
+    seen = f"{ends['completed']} of {counted(len(batches), 'batch', 'batches')} completed"
+    rest = {"still running": ends[None], "failed": ends["failed"]}
+    figures = ", ".join([seen, *(f"{n} {what}" for what, n in rest.items() if n)])
+    checked = f"It was last checked {span(now - job.last_check_at)} ago: {figures}."
+    return [said, checked, *(f"  {describe_progress(b)}" for b in batches if b.status)]
+
+
+def next_step(job: Job, trigger: Trigger | None, now: float) -> str:
+    if job.removed_at is not None:
+        carried = trigger is not None and is_open(trigger)
+        rest = "; its trigger is still carried to its end" if carried else ""
+        return f"no check, for the job has left jobs.yaml{rest}"
     if trigger is not None and trigger.state == "unknown":
-        means = "Next: Keboola's search is asked again, until the trigger is settled."
-    elif job.removed_at is not None and trigger is not None and is_open(trigger):
-        means = "Next: no check, for the job has left jobs.yaml; its trigger is carried to its end."
-    pace = job.spec.poll_interval
+        return "Keboola's search is asked again, until the trigger is settled"
+    if job.status != "active":
+        return NEXT[job.status]
+    left, pace = (job.next_check_at or now) - now, job.spec.poll_interval
+    when = f" in {span(left)}" if left > 0 else ""
     every = "as often as its progress asks for" if pace == "auto" else f"every {pace} s"
-    return [*said, means.format(next=next_check, every=every)]
+    does = "it runs" if isinstance(job.spec, IngestSpec) else "it is checked"
+    return f"{does}{when}, {every}, while the service runs"
 
 
 class Desk:
@@ -6861,7 +7085,7 @@ class Desk:
     async def create_job(self, spec: Spec) -> JobDetail:
         if isinstance(spec, IngestSpec):
             self._check_path(spec.ingest)
-        await self._check_secrets(spec)
+        self._check_secrets(spec, await self.store.secret_types())
         return await self.job(str(await self.store.create_job(spec, "store", self.clock())))
 
     def _check_path(self, source: Source) -> None:
@@ -6877,24 +7101,29 @@ class Desk:
 
     async def update_job(self, ref: str, changes: Mapping[str, Any]) -> JobDetail:
         """Change what `changes` names in the flat form."""
-        job = await self.store.find_job(ref)
         if not changes:
+            await self.store.find_job(ref)
             raise Invalid(["nothing to change was named"], hint="job update --help lists it")
-        data = job.spec.model_dump()
-        for name, value in changes.items():
-            path = FLAT_FIELDS.get(name, (name,))
-            if len(path) > 1 and path[0] not in data:
-                text = "an ingest has no such field; allowed: poll_interval_seconds"
-                raise Invalid([f"{name}: {text}"], fields=[(name, text)])
-            (data if len(path) == 1 else data[path[0]])[path[-1]] = value
-        context = self.config().settings.job_context
-        spec: Spec = parse(spec_model(data), data, context, flat=changes.keys())
-        await self._check_secrets(spec, changes.keys())
-        await self.store.update_job(job.id, spec, self.clock())
-        return await self.job(str(job.id))
-
-    async def _check_secrets(self, spec: Spec, given: Collection[str] = ()) -> None:
         stored = await self.store.secret_types()
+
+        def changed(job: Job) -> Spec:
+            data = job.spec.model_dump()
+            for name, value in changes.items():
+                path = FLAT_FIELDS.get(name, (name,))
+                if len(path) > 1 and path[0] not in data:
+                    text = "an ingest has no such field; allowed: poll_interval_seconds"
+                    raise Invalid([f"{name}: {text}"], fields=[(name, text)])
+                (data if len(path) == 1 else data[path[0]])[path[-1]] = value
+            context = self.config().settings.job_context
+            spec: Spec = parse(spec_model(data), data, context, flat=changes.keys())
+            self._check_secrets(spec, stored, changes.keys())
+            return spec
+
+        return await self.job(str(await self.store.update_job(ref, changed, self.clock())))
+
+    def _check_secrets(
+        self, spec: Spec, stored: Mapping[str | int, str], given: Collection[str] = ()
+    ) -> None:
         if problems := secret_problems(spec.model_dump(), stored, self.config()):
             said = "; ".join(text for _, text in problems)
             if "there is no secret" not in said:
@@ -6951,244 +7180,191 @@ class Desk:
         return Done(success=True, message=f"Job {job.name!r} deleted successfully")
 
     async def explain(self, ref: str) -> list[str]:
-        """In plain sentences: what the job waits for, what was seen, why it did or did not fire,
-        and what happens next."""
-        job = await self.store.find_job(ref)
-        if isinstance(job.spec, IngestSpec):
-            runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
-            return explain_ingest(job, runs, totals["records"], self.clock())
+        job, now = await self.store.find_job(ref), self.clock()
         batches, triggers = await self.store.batches(job.id), await self.store.triggers(job.id)
         trigger = next((t for t in triggers if t.round == job.round), None)
-        return explain(job, batches, trigger, self.clock())
+        runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
+        return explain(job, batches, trigger, runs, totals["records"], now)
 
 
-# ── Metrics ───────────────────────────────────────────────────────────────────────────────────
+# ── Run lock ──────────────────────────────────────────────────────────────────────────────────
 
-
-LATENESS = (  # s; fine where the aims lie: a median in milliseconds, 99 of 100 within a second
-    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
-    *(1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
-)
-
-
-class Metrics:
-    """What Prometheus is told: histograms that fill as things happen, the rest when it asks."""
-
-    def __init__(self) -> None:
-        import prometheus_client
-
-        self.registry = prometheus_client.CollectorRegistry()
-        self.steps = prometheus_client.Histogram(
-            "teckochecker_check_duration_seconds",
-            "Time that a step of a job took, or of many by one list, with all calls.",
-            registry=self.registry,
-        )
-        self.writes = prometheus_client.Histogram(
-            "teckochecker_store_write_duration_seconds",
-            "Time that a transaction of the store took.",
-            registry=self.registry,
-            buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
-        )
-        self._late, self._late_sum = [0] * (1 + len(LATENESS)), 0.0
-        self._families: list[Any] = []
-        self.registry.register(cast(Any, self))
-
-    def collect(self) -> list[Any]:
-        return [*self._families, self._lateness()]
-
-    def late(self, seconds: float) -> None:
-        """A step was done so long after it was due. The library's histogram takes 3 µs for it."""
-        self._late[bisect.bisect_left(LATENESS, seconds)] += 1
-        self._late_sum += seconds
-
-    def _lateness(self) -> HistogramMetricFamily:
-        from prometheus_client.core import HistogramMetricFamily
-
-        bounds = [*map(str, LATENESS), "+Inf"]
-        return HistogramMetricFamily(
-            "teckochecker_check_lateness_seconds",
-            "Time from when a job's step was due until it was done, if it met no error.",
-            buckets=[*zip(bounds, itertools.accumulate(self._late), strict=True)],
-            sum_value=self._late_sum,
-        )
-
-    def text(
-        self,
-        counters: Mapping[str, tuple[str, str, Mapping[str, float]]],
-        gauges: Mapping[str, tuple[str, str, Mapping[str, float]]],
-    ) -> str:
-        """The text format. A family: its name, help, label ("" for none), value by label."""
-        from prometheus_client import generate_latest
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        self._families = []
-        for kind, families in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
-            for name, (help_text, label, values) in families.items():
-                family = kind(f"teckochecker_{name}", help_text, labels=[label] if label else [])
-                for key, value in values.items():
-                    family.add_metric([key] if label else [], value)
-                self._families.append(family)
-        return generate_latest(self.registry).decode()
-
-
-# ── Service ───────────────────────────────────────────────────────────────────────────────────
-
-
-def notify(*states: str) -> None:
-    """Tell systemd (sd_notify(3)): a datagram to $NOTIFY_SOCKET; nothing without one."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        channel.setblocking(False)  # who does not listen must not stop the loop
-        try:
-            channel.connect("\0" + address[1:] if address.startswith("@") else address)
-            channel.sendall("\n".join(states).encode())
-        except OSError as e:
-            log.debug("cannot notify the service manager: %s", e)
-
-
-def running(pid_file: Path) -> tuple[int, float, str] | None:
-    """Pid, start time and address of the process that holds the lock; None when none does."""
-    try:
-        with open(pid_file) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
-            except BlockingIOError:
-                pid, started_at, address = [*file.read().split("\n"), "", "", ""][:3]
-                return int(pid or 0), float(started_at or 0), address
-    except FileNotFoundError:
-        return None
+# One working process per database. The lock is a POSIX record lock on `<database>.lock` beside the
+# resolved path of the database:
+#
+# - the kernel lifts it when its process dies, however it dies, and it says itself who holds it
+#   (F_GETLK): nobody has to believe a number that a dead process, or one in another container, left
+#   behind in a file. `stop` and `reload` signal that process and no other;
+# - symbolic links are followed to one path, and a database with a second hard link is refused (two
+#   names of a file would be two locks, and two write-ahead logs, which damages it);
+# - the file is 0600, so that no other user can keep the program out with a lock of his own;
+# - a lock file that is deleted under us is made and locked again at the next tick.
+#
+# What the lock does not see: a process on another host that shares the folder over a file system
+# without record locks.
 
 
 class Holder(NamedTuple):
     """The process that works on a database."""
 
-    pid: int  # 0: unknown
-    started_at: float
-    address: str  # of its admin surface; "" while it starts, and of a `check`
-    command: str
+    pid: int  # 0: it lives in another pid namespace
+    started_at: float  # unix seconds; 0: it has not said so yet
+    address: str  # of its admin surface; "": it has none, or none yet
+    command: str  # start, check ...; "": it has not said so yet
+
+
+FLOCK = "qqihh" if sys.platform == "darwin" else "hhqqi4x"  # struct flock, as <fcntl.h> has it
+
+
+def lock_holder(file: IO[str]) -> int | None:
+    """The pid that holds a write lock on an open file; 0 where this pid namespace has no number
+    for it, None where nobody does. Our own locks do not count."""
+    is_mac = sys.platform == "darwin"
+    whole = (0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET) if is_mac else (fcntl.F_WRLCK, 0, 0, 0, 0)
+    found = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(FLOCK, *whole)))
+    kind, pid = (found[3], found[2]) if is_mac else (found[0], found[4])
+    return None if kind == fcntl.F_UNLCK else int(pid)
 
 
 def holder(database: Path) -> Holder | None:
-    """Who works on this database; None when nobody does."""
-    path = RunLock(database).path
-    if (found := running(path)) is None:
+    """Who works on this database; None when no process does."""
+    try:
+        with open(lock_path(database)) as file:
+            if (pid := lock_holder(file)) is None:
+                return None
+            started_at, address, command, *_ = [*file.read().split("\n"), "", "", ""]
+            return Holder(pid, float(started_at or 0), address, command)
+    except FileNotFoundError:
         return None
-    return Holder(*found, [*path.read_text().split("\n"), "", "", "", ""][3] or "start")
+    except PermissionError:
+        return foreign_holder(lock_path(database).with_suffix(".pid"))
+
+
+def foreign_holder(pid_file: Path) -> Holder | None:
+    """The process of another user that a pid file names, whose lock we may not look at. It is for
+    show: this user cannot signal that process either."""
+    try:
+        pid = int(pid_file.read_text())
+        os.kill(pid, 0)
+    except PermissionError:
+        return Holder(pid, pid_file.stat().st_mtime, "", "start")
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def lock_path(database: Path) -> Path:
+    real = database.resolve()
+    return real.with_name(real.name + ".lock")
 
 
 class RunLock:
-    """One working process per database: an flock on its pid file, which the kernel lifts when the
-    process dies, however it dies. The file's lines: pid, start time, address of the surface."""
+    """Holds the lock while its context lasts. A `check` that holds it is waited for, at most
+    `wait` seconds and as long as `stopped` does not say that we shall end; a service is not."""
 
-    def __init__(self, database: Path, command: str = "start", *, wait: float = 0.4) -> None:
-        self.path = database.with_name(database.name + ".pid")
-        self.command, self.wait = command, wait
+    def __init__(
+        self,
+        database: Path,
+        command: str = "start",
+        wait: float = 0.0,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.path, self.command = lock_path(database), command
+        self.pid_file = self.path.with_suffix(".pid")
+        self._database, self._wait, self._stopped = database.resolve(), wait, stopped
+        self._said = (0.0, "")  # start time and address
         self._file: IO[str] | None = None
 
-    def __enter__(self) -> RunLock:
+    def __enter__(self) -> Self:
+        if self._database.exists() and self._database.stat().st_nlink > 1:
+            raise Conflict(
+                f"{self._database} has a second hard link; SQLite files must have one name",
+                hint=f"find the other one: find / -samefile {self._database}",
+            )
+        until, waited = time.monotonic() + self._wait, False
+        while not self._take():
+            found = holder(self._database)
+            by = f"TeckoChecker {found.command if found else ''} (pid {found.pid if found else 0})"
+            may_wait = found is None or found.command != "start"
+            if self._stopped() or not may_wait or time.monotonic() > until:
+                raise Conflict(f"another {by} works on this database", hint=LOCKED_HINT)
+            if not waited:
+                log.warning("waiting for %s to end its work on this database", by)
+            waited = True
+            time.sleep(0.1)
+        return self
+
+    def _take(self) -> bool:
+        """Make the file where it is missing, and lock it; whether that was possible."""
         try:
-            self._file = open(self.path, "a+")  # held until __exit__
+            file = open(  # noqa: SIM115 held until __exit__
+                self.path, "a+", opener=partial(os.open, mode=0o600)
+            )
         except OSError as e:
             raise StoreError(f"cannot write {self.path}: {e.strerror}") from e
-        for _ in range(int(self.wait / 0.02)):  # a `status` may hold it for an instant
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.write("", 0.0)
-                return self
-            time.sleep(0.02)
-        self._file.close()
-        found = running(self.path)
-        raise Conflict(
-            f"another TeckoChecker (pid {found[0] if found else 'unknown'}) works on this database",
-            hint="teckochecker.py status shows it, teckochecker.py stop ends it",
-        )
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        self._file = file
+        self.write(*self._said[::-1])
+        return True
 
     def write(self, address: str, started_at: float) -> None:
+        """Say where the admin surface is, and since when; the bare pid goes into the pid file."""
         assert self._file is not None
+        self._said = (started_at, address)
         self._file.seek(0)
         self._file.truncate()
-        self._file.write(f"{os.getpid()}\n{started_at}\n{address}\n{self.command}\n")
+        self._file.write(f"{started_at}\n{address}\n{self.command}\n")
         self._file.flush()
+        if self.command == "start":
+            self.pid_file.write_text(f"{os.getpid()}\n")
+
+    def hold(self) -> None:
+        """Lock the file again where somebody deleted it. Raises Conflict where another process
+        was quicker."""
+        assert self._file is not None
+        if not self.path.exists() or not os.path.samestat(
+            os.stat(self.path), os.fstat(self._file.fileno())
+        ):
+            log.error("the lock file %s was deleted or replaced; locking it again", self.path)
+            if not self._take():
+                raise Conflict(f"another process has locked {self.path} meanwhile")
 
     def __exit__(self, *_: object) -> None:
         assert self._file is not None
+        if self.command == "start":
+            self.pid_file.unlink(missing_ok=True)
         self._file.truncate(0)
         self._file.close()
 
 
-def make_scheduler() -> AsyncIOScheduler:
-    """APScheduler with the settings that drop nothing, a calendar that does not grow slower with
-    the number of jobs, and a guard against a clock that is set.
+LOCKED_HINT = "`status` shows it, `stop` ends a service"
 
-    Its due times are wall clock, its timer is monotonic: a clock set back by ten minutes would
-    stop all checks for ten minutes. The guard moves all due times along with the clock.
-    """
+
+# ── Scheduler ─────────────────────────────────────────────────────────────────────────────────
+
+GRID = 0.25  # s; due times on a grid wake the event loop once for many jobs
+START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
+WHOLE_SECONDS_FROM = 1000  # jobs, from which on due times lie on whole seconds: a tick has a cost
+DUE_TOGETHER = 32  # jobs due together then whose rows lie together: alone, each would cost a page
+CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one between two looks
+
+
+def make_scheduler(on_step: Callable[[float], None] = lambda seconds: None) -> AsyncIOScheduler:
+    """APScheduler with the settings that drop nothing, and a guard against a clock that is set:
+    its due times are wall clock, its timer is monotonic, so that a clock set back by ten minutes
+    would stop all checks for ten minutes. The guard moves all due times along, and tells
+    `on_step` by how many seconds the clock was moved."""
     from apscheduler.executors.base import BaseExecutor
-    from apscheduler.jobstores.base import BaseJobStore, JobLookupError
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped tick is no news: see _run
-
-    class Calendar(BaseJobStore):  # type: ignore[misc]
-        """Jobs by due time, of which there are few, since they lie on a grid: 2 µs for a firing.
-        The library's own store keeps one sorted list, in which each firing searches, and moves half
-        of it on average: 6 µs with 1,000 jobs, 9 with 10,000, 28 with 100,000."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self._jobs: dict[str, tuple[Any, datetime]] = {}
-            self._due: dict[datetime, dict[str, Any]] = {}
-            self._times: list[datetime] = []  # a heap of them, and of some that are empty by now
-
-        def lookup_job(self, job_id: str) -> Any:
-            return self._jobs[job_id][0] if job_id in self._jobs else None
-
-        def get_due_jobs(self, now: datetime) -> list[Any]:
-            times = []
-            while self._times and self._times[0] <= now:
-                times.append(heapq.heappop(self._times))
-            times = [at for at in dict.fromkeys(times) if at in self._due]
-            for at in times:
-                heapq.heappush(self._times, at)
-            return [job for at in times for job in self._due[at].values()]
-
-        def get_next_run_time(self) -> datetime | None:
-            while self._times and self._times[0] not in self._due:
-                heapq.heappop(self._times)
-            return self._times[0] if self._times else None
-
-        def get_all_jobs(self) -> list[Any]:
-            return [job for job, _ in self._jobs.values()]
-
-        def add_job(self, job: Any) -> None:
-            if job.id in self._jobs:
-                self.remove_job(job.id)
-            at = job.next_run_time
-            self._jobs[job.id] = job, at
-            if at not in self._due:
-                self._due[at] = {}
-                heapq.heappush(self._times, at)
-            self._due[at][job.id] = job
-
-        update_job = add_job
-
-        def remove_job(self, job_id: str) -> None:
-            if job_id not in self._jobs:
-                raise JobLookupError(job_id)
-            _, at = self._jobs.pop(job_id)
-            del self._due[at][job_id]
-            if not self._due[at]:
-                del self._due[at]
-
-        def remove_all_jobs(self) -> None:
-            self._jobs, self._due, self._times = {}, {}, []
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped tick is no news
 
     class Notice(BaseExecutor):  # type: ignore[misc]
-        """Tells at once that a job is due, and since when. A task for each costs 50 µs, which is
-        half of a check."""
+        """Tells at once that a job is due, and since when. A task for each costs half a check."""
 
         def submit_job(self, job: Any, run_times: Sequence[datetime]) -> None:
             job.func(*job.args, run_times[-1].timestamp())
@@ -7204,8 +7380,9 @@ def make_scheduler() -> AsyncIOScheduler:
             step, self.offset = offset - self.offset, offset
             if abs(step) > CLOCK_JUMP:
                 log.warning("the clock was set by %+.0f s; all due times move with it", step)
-                for job in self._jobstores["default"].get_all_jobs():
+                for job in self.get_jobs():
                     self.move(job, job.next_run_time + timedelta(seconds=step))
+                on_step(step)
             return super()._process_jobs()
 
         def move(self, job: Any, at: datetime) -> None:
@@ -7215,13 +7392,13 @@ def make_scheduler() -> AsyncIOScheduler:
 
     # A missed time is caught up once, however late; a job never runs beside itself.
     defaults = {"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
-    scheduler = ClockGuarded(timezone=UTC, job_defaults=defaults, jobstores={"default": Calendar()})
+    scheduler = ClockGuarded(timezone=UTC, job_defaults=defaults)
     scheduler.add_executor(Notice(), "notice")
     return scheduler
 
 
 def on_grid(at: float) -> datetime:
-    """The next point of the grid: common due times wake the loop once for many jobs."""
+    """The next point of the grid, as the scheduler wants it."""
     return datetime.fromtimestamp(math.ceil(at / GRID) * GRID, UTC)
 
 
@@ -7231,21 +7408,71 @@ def phase(job_id: int, interval: float, jobs: int) -> float:
     return job_id * 0.6180339887 % 1 * min(interval, jobs / START_RATE)
 
 
-@cache
-def every(seconds: int) -> IntervalTrigger:
-    """One trigger for all timers of an interval: it knows nothing of them."""
-    from apscheduler.triggers.interval import IntervalTrigger
-
-    return IntervalTrigger(seconds=seconds, timezone=UTC)
-
-
 def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
     """Seconds from the start to a job's first check. Those of one key fall into half of the
     interval, less a little for delays, so that one list of its batches is young enough for all."""
     key = phase(zlib.crc32(secret.encode()), interval / 2, jobs)
-    if jobs < MANY:
+    if jobs < WHOLE_SECONDS_FROM:
         return key + 0.9 * phase(job_id, interval / 2, jobs)
-    return key + math.floor(0.9 * phase(job_id // NEIGHBOURS, interval / 2, jobs))
+    return key + math.floor(0.9 * phase(job_id // DUE_TOGETHER, interval / 2, jobs))
+
+
+@lru_cache(maxsize=4096)
+def slots(interval: float, first: float) -> IntervalTrigger:
+    """A timer's interval, counted from `first`: a job that was moved off its times comes back to
+    them by itself, after a quarter of the interval at the earliest."""
+    from apscheduler.triggers.interval import IntervalTrigger
+
+    class Slots(IntervalTrigger):  # type: ignore[misc]
+        def get_next_fire_time(self, previous: datetime | None, now: datetime) -> datetime:
+            soonest = now.timestamp() + (interval / 4 if previous else 0)
+            return on_grid(first + math.ceil((soonest - first) / interval) * interval)
+
+    return Slots(seconds=interval, timezone=UTC)
+
+
+# ── Service ───────────────────────────────────────────────────────────────────────────────────
+
+# What is unexpected costs the job that met it that step, and nothing else:
+#
+# - Whether a job has a step under way is not a flag that somebody has to take back. It is a fact:
+#   the task that its `JobTimer` names is not done. However that task ends, the job is free then.
+# - Its timer fires again by its interval whatever became of the step: nothing has to be put back.
+# - A group of jobs that is checked together falls apart into single steps where it fails, so that
+#   each meets its own trouble, and tells it.
+# - A step that raises what nobody expects is logged with its traceback, told in the job's
+#   last_error, and tried again at the job's pace, which doubles up to an hour.
+# - While the store cannot be written, no step is begun: it could not keep what it learns, and would
+#   ask upstream in vain. Each tick tries a small write, and all goes on when that succeeds.
+
+TICK = 1.0  # s between looks at what other processes changed in the store
+STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
+DRAIN_SECONDS = 8.0  # s that work in flight may take after SIGTERM, of the 10 s promised
+START_WAIT = 60.0  # s that a start waits for another process's lock on the store
+STORE_PAUSE = 5.0  # s until a step that met a failing store is tried again
+READ_TOGETHER = 500  # jobs read by one query of those due in one tick
+GC_THRESHOLD = 10_000  # objects more than at the last collection: several ticks' worth
+PRUNE_SECONDS = 3600.0  # s between looks for rows past their time
+HEALTH_SECONDS = 2.5  # s that the store has to answer a question of /health
+NAMED = 100  # jobs that /health names of each kind
+BOUND_AT_START = (  # settings that a reload does not change
+    *("database", "api_host", "api_port", "openai_base_url"),
+    *("log_level", "log_format", "log_file", "secret_key", "secret_key_file"),
+)
+
+
+def notify(*states: str) -> None:
+    """Tell systemd (sd_notify(3)): a datagram to $NOTIFY_SOCKET; nothing without one."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        channel.setblocking(False)  # who does not listen must not stop the event loop
+        try:
+            channel.connect("\0" + address[1:] if address.startswith("@") else address)
+            channel.sendall("\n".join(states).encode())
+        except OSError as e:
+            log.debug("cannot notify the service manager: %s", e)
 
 
 async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]:
@@ -7263,42 +7490,51 @@ async def every_problem(config: Config, store: Store, vault: Vault) -> list[str]
     return problems
 
 
-class Service:
-    """The running program: timers, reload, figures, drain.
+@dataclass(slots=True)
+class JobTimer:
+    """All that the service remembers of a job. Its step is under way while `task` is not done."""
 
-    Everything here happens on the loop's thread; signals and HTTP threads only leave word.
-    """
+    plan: Plan | None = None  # None: nothing is left to do; kept while a step is under way
+    timer: Any = None  # APScheduler's job
+    task: asyncio.Task[None] | None = None  # owns the present step, alone or with those of a group
+    began_with: Plan | None = None  # the plan when that step began
+    since: float = 0.0  # unix time at which that step fell due
+    asked: bool = False  # somebody wants it checked for itself, and at once
+    ended: bool = False  # the last step left nothing to do; the next tick looks whether that holds
+    failed: bool = False  # the last step met an error
+    failures: int = 0  # steps in a row that met a failing store, or an internal error
+
+    @property
+    def busy(self) -> bool:
+        return self.task is not None and not self.task.done()
+
+
+class Service:
+    """The running program: timers, reload, figures, drain. Everything happens on the event loop;
+    signals only set `stop` and `reload`."""
 
     def __init__(self, steps: Steps, load: Callable[[], Config]) -> None:
         self.steps, self.store = steps, steps.store
         self._load = load
         self.started_at = time.time()
-        self.stop = asyncio.Event()
-        self.reload = asyncio.Event()
+        self.stop, self.reload = asyncio.Event(), asyncio.Event()
         self.desk = Desk(steps.store, steps.vault, lambda: steps.config)
-        self.counters: Counter[str] = Counter()
-        self.metrics = Metrics()
+        self.metrics = steps.metrics
         self.connections: Callable[[], int] = lambda: 0
-        self._lag = 0.0
-        self._scheduler = make_scheduler()
-        self._notice = self._fall_due  # one for all timers
+        self.lock: RunLock | None = None
+        self.reloaded = Reloaded(self.started_at)
+        self.store_error: str | None = None  # why the store cannot be written; None: it can
+        self._scheduler = make_scheduler(self._clock_moved)
+        self._timers: dict[int, JobTimer] = {}
+        self._due: dict[int, float] = {}  # since when; begun together when the tick is over
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._repeated: dict[Callable[..., Any], asyncio.Task[None]] = {}
+        self._epoch = time.time()  # from which slots count
+        self._seen_version = -1  # of the store
+        self._stale = True  # the timers may differ from the store
+        self._ticked, self._lag = time.monotonic(), 0.0
+        self._draining = self._woken = False
         steps.on_finished = self._hasten
-        self._plans: dict[int, Plan] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._due: dict[int, float] = {}  # since when; taken up when the tick is over
-        # jobs with a step under way: what they began with, and since when they were due
-        self._busy: dict[int, tuple[Plan, float]] = {}
-        self._asked: set[int] = set()  # someone wants these checked
-        self._ready: set[int] = set()  # a list shows that they have a finished batch
-        self._off: set[int] = set()  # their timers are not at their slots
-        self._idle: set[int] = set()  # nothing may be left to do for them
-        self._epoch = 0.0  # from which slots count
-        self._seen_version = -1
-        self._stale = True  # the plans may differ from the store
-        self._ticked = time.monotonic()
-        self._draining = False
-        self._woken = False  # the scheduler will be, at the end of this turn of the loop
-        self._reloaded: tuple[float, str | None] = (self.started_at, None)  # when, and its error
 
     @property
     def settings(self) -> Settings:
@@ -7311,13 +7547,10 @@ class Service:
             return
         self._epoch = time.time()
         await self._sync()
-        self._scheduler.add_job(
-            self._tick, "interval", seconds=TICK, next_run_time=datetime.now(UTC)
-        )
-        self._scheduler.add_job(
-            self._prune, "interval", seconds=PRUNE_SECONDS, next_run_time=datetime.now(UTC)
-        )
-        self.store.on_write = self.metrics.writes.observe
+        for work, seconds in ((self._tick, TICK), (self._prune, PRUNE_SECONDS)):
+            every, soon = {"seconds": seconds, "executor": "notice"}, datetime.now(UTC)
+            self._scheduler.add_job(self._repeat, "interval", (work,), next_run_time=soon, **every)
+        self.store.on_write = self._written
         self._scheduler.start()
         gc.collect()
         gc.freeze()  # what lives from here on need not be looked at by each full collection,
@@ -7335,8 +7568,8 @@ class Service:
                 await self._reload()
 
     def look_again(self) -> None:
-        """Something changed in the store that did not come from a step: take it up at the next
-        tick."""
+        """Something changed in the store that did not come from a step: the next tick takes it
+        up."""
         self._stale = True
 
     async def drain(self) -> None:
@@ -7352,66 +7585,104 @@ class Service:
         for task in late:  # a POST cut off here is found as `sending` at the next start
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
-        with contextlib.suppress(StoreError):
-            await self.store.flush()
         self._scheduler.shutdown(wait=False)
         await asyncio.sleep(0)
+
+    # configuration
 
     async def _adopt(self, config: Config) -> None:
         if problems := await every_problem(config, self.store, self.steps.vault):
             raise Invalid(problems, hint="teckochecker.py validate checks again")
         if config.jobs is None and any(j.origin == "file" for j in await self.store.jobs("active")):
-            raise Invalid(
-                [f"{config.path} is gone, but the store has active jobs that come from it"]
-            )
-        done = (
-            await self.store.sync_file_jobs(config.jobs, time.time())
-            if config.jobs is not None
-            else {}
-        )
+            said = "is gone or names no jobs, but the store has active jobs that come from it"
+            raise Invalid([f"{config.path} {said}"], hint="`jobs: []` removes them all")
+        done = Counter[str]()
+        if config.jobs is not None:
+            done = await self.store.sync_file_jobs(config.jobs, time.time())
         self.steps.config = config
         self._stale = True
-        words = ", ".join(f"{count} {what}" for what, count in done.items()) or "no change"
-        log.info("%s: %s", config.path, words)
+        words = ", ".join(f"{count} {what}" for what, count in done.items())
+        log.info("%s: %s", config.path, words or "no job changed")
 
     async def _reload(self) -> None:
-        """A bad file keeps the old configuration and says so. What was bound at the start (store,
-        address, token, log) stays until a restart."""
+        """A bad file keeps the old configuration and says so; so do settings that are bound at the
+        start. A job whose last step failed is tried at once: the file may have mended it."""
         notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        old = self.settings
+        old, error = self.settings, None
         try:
             config = self._load()
-            bound = ("database", "api_host", "api_port", "admin_token", "log_level", "log_format")
-            kept = {name: getattr(old, name) for name in bound}
+            kept = {name: getattr(old, name) for name in BOUND_AT_START}
+            changed = [n for n, value in kept.items() if getattr(config.settings, n) != value]
             await self._adopt(replace(config, settings=config.settings.model_copy(update=kept)))
-            self._reloaded = time.time(), None
+            if changed:
+                log.warning("changed, but taken up only by a restart: %s", ", ".join(changed))
         except TeckoError as e:
-            log.error("reload failed, the old configuration stays: %s", e)
-            self._reloaded = time.time(), str(e)
+            error = str(e)
+            log.error("reload refused, the configuration before it stays: %s", e)
+        except Exception as e:
+            error = f"internal error; see the log: {type(e).__name__}"
+            log.exception("reload refused after an internal error")
+        self.reloaded = Reloaded(time.time(), error)
+        for timer in self._timers.values():
+            if timer.failed and not timer.busy:
+                self._move(timer, time.time())
         notify("READY=1")
 
-    # timers
+    # ticks
+
+    def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], since: float = 0.0) -> None:
+        """What the service's own timers call: begin `work`, unless it still goes on."""
+        if not self._draining and ((task := self._repeated.get(work)) is None or task.done()):
+            self._repeated[work] = self._spawn(work())
 
     async def _tick(self) -> None:
         """Once a second: write down the quiet checks, take up what other processes changed, and
         feed the watchdog."""
         ACTOR.set(None)
         try:
-            await self.store.flush()
+            await self._look_at_store()
             version = await self.store.data_version()
             if self._stale or version != self._seen_version:
                 await self._sync()
                 self._seen_version = version
-            if self._idle:
-                await self._sync_idle()
+            if ended := [job_id for job_id, timer in self._timers.items() if timer.ended]:
+                await self._sync(ended)
             now = time.monotonic()
             self._lag, self._ticked = max(0.0, now - self._ticked - TICK), now
             notify("WATCHDOG=1")
         except StoreError as e:
-            log.error("%s", e)
+            self._store_failed(e)
+        except Exception:
+            log.exception("internal error in a tick; the next one follows in %s s", TICK)
+
+    async def _look_at_store(self) -> None:
+        """See that the lock and the database file are ours, and that it can be written."""
+        if self.lock is not None:
+            self.lock.hold()
+        try:
+            await self.store.flush()
+            if self.store_error is not None:  # without quiet checks, nothing was tried
+                await self.store.log_event("error", f"it failed: {self.store_error}", time.time())
+        except StoreError as e:
+            self._store_failed(e)
+
+    def _store_failed(self, error: StoreError) -> None:
+        if str(error) != self.store_error:
+            log.error("the store cannot be used; no step is begun meanwhile: %s", error)
+        self.store_error = str(error)
+
+    def _written(self, seconds: float) -> None:
+        """A transaction of the store was committed, in so many seconds."""
+        self.metrics.writes.observe(seconds)
+        if self.store_error is not None:
+            log.info("the store can be written again")
+        self.store_error = None
+
+    def _clock_moved(self, step: float) -> None:
+        self._spawn(self.store.shift_times(step, time.time()))
 
     async def _prune(self) -> None:
-        """Delete log rows past their time or number, in small transactions."""
+        """Delete rows past their time or number, in small transactions."""
         keep, days = self.settings.log_retention_rows, self.settings.log_retention_days
         with contextlib.suppress(StoreError):  # it has time until the next look
             before = time.time() - 86400 * days
@@ -7419,151 +7690,50 @@ class Service:
                 while await self.store.prune(table, before, keep) == PRUNE_ROWS:
                     pass  # others take their turns at the store in between
 
-    async def _sync(self) -> None:
-        """Make the timers what the store says."""
-        self._stale = False
-        wanted = await self.store.schedule()
-        for job_id in self._plans.keys() - wanted.keys():
-            self._forget(job_id)
+    # timers
+
+    async def _sync(self, ids: Collection[int] | None = None) -> None:
+        """Make the timers what the store says: all, or those of `ids`."""
+        self._stale &= ids is not None
+        wanted = await self.store.schedule(ids)
+        for job_id in [*self._timers] if ids is None else ids:
+            if job_id not in wanted and job_id in self._timers:
+                self._drop(job_id, self._timers[job_id])
         for job_id, plan in wanted.items():
-            if self._plans.get(job_id) != plan:
-                self._plan(job_id, plan, len(wanted))
+            timer = self._timers.setdefault(job_id, JobTimer())
+            timer.ended = False
+            if timer.plan != plan:
+                self._schedule(job_id, timer, plan, max(len(self._timers), len(wanted)))
 
-    async def _sync_idle(self) -> None:
-        """The same for those that said that nothing is left to do, since there may be again."""
-        ids = self._idle & self._plans.keys()
-        self._idle.clear()
-        wanted = await self.store.schedule(ids) if ids else {}
-        for job_id in ids - wanted.keys():
-            self._forget(job_id)
+    def _drop(self, job_id: int, timer: JobTimer) -> None:
+        """The job has nothing left to do. A step under way ends first: were the job to come back
+        meanwhile, a second one would run beside it."""
+        if timer.plan is not None:
+            self._scheduler.remove_job(str(job_id))
+        timer.plan, timer.ended = None, timer.busy
+        if not timer.busy:
+            del self._timers[job_id]
 
-    def _forget(self, job_id: int) -> None:
-        self._scheduler.remove_job(str(job_id))
-        del self._plans[job_id]
-
-    def _plan(self, job_id: int, plan: Plan, jobs: int) -> None:
+    def _schedule(self, job_id: int, timer: JobTimer, plan: Plan, jobs: int) -> None:
+        """Give a job its timer. A new job, or a changed one, is due soon."""
         interval = plan.interval or self.settings.min_poll_interval
-        at = self._epoch + slot(plan.secret, job_id, interval, jobs)
-        if self._scheduler.running:
-            at += time.time() - self._epoch
-            self._off.add(job_id)
-        self._plans[job_id] = plan
-        timer = self._scheduler.add_job(
-            self._notice,
-            every(plan.interval or self.settings.max_poll_interval),
+        first = slot(plan.secret, job_id, interval, jobs)
+        timer.plan = plan
+        timer.timer = self._scheduler.add_job(
+            self._fall_due,
+            slots(float(plan.interval or self.settings.max_poll_interval), self._epoch + first),
             (job_id,),
             id=str(job_id),
             name="check",
             executor="notice",
             replace_existing=True,
-            next_run_time=on_grid(at),
+            next_run_time=on_grid(time.time() + first),
         )
-        timer.func_ref = None  # a text of its own for each, for stores that outlive the process
 
-    def _fall_due(self, job_id: int, since: float = 0.0) -> None:
-        """What a job's timer calls. One that is still busy, or due already, is not twice."""
-        if self._draining or job_id in self._busy:
-            return
-        if not self._due:
-            asyncio.get_running_loop().call_soon(self._serve_due)
-        self._due.setdefault(job_id, since)
-        self._busy[job_id] = self._plans[job_id], since
-
-    def _serve_due(self) -> None:
-        due, self._due = self._due, {}
-        ids = sorted(due, key=due.__getitem__)
-        for at in range(0, len(ids), TOGETHER):
-            self._spawn(self._serve({i: due[i] for i in ids[at : at + TOGETHER]}))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _serve(self, due: Mapping[int, float]) -> None:
-        """Steps for jobs that fell due together: by a list of batches where one may answer, else
-        one by one. Whatever goes wrong with many is met again by each, and told there."""
-        ACTOR.set(None)  # a timer inherits the context of whoever set it
-        together, alone = dict[str, list[Due]](), list(due)
-        singly = (self._asked | self._ready) & due.keys()
-        self._ready -= singly
-        with contextlib.suppress(StoreError):
-            together, alone = await self.steps.sort_out([i for i in due if i not in singly])
-            alone += singly
-        for secret, group in together.items():
-            self._spawn(self._glance(secret, group, due))
-        for job_id in alone:
-            self._spawn(self._run(job_id, due[job_id]))
-
-    def _hasten(self, job_ids: Collection[int]) -> None:
-        """Let jobs confirm at once what a list showed; those under way do already."""
-        self._ready.update(ready := (set(job_ids) & self._plans.keys()) - self._busy.keys())
-        for job_id in ready:
-            self._move(job_id, time.time())
-
-    async def _glance(self, secret: str, group: Sequence[Due], due: Mapping[int, float]) -> None:
-        done, began = dict[int, Stepped](), time.perf_counter()
-        try:
-            done = await self.steps.glance(secret, group, min(due[each.id] for each in group))
-        except StoreError:
-            pass
-        except Exception:
-            log.exception("a defect of TeckoChecker; checking %d jobs one by one", len(group))
-        self.metrics.steps.observe(time.perf_counter() - began)
-        for each in group:
-            if each.id in done:
-                self._stepped(each.id, done[each.id])
-            else:
-                self._spawn(self._run(each.id, due[each.id]))
-
-    async def _run(self, job_id: int, since: float) -> None:
-        """A step of one job."""
-        asked = job_id in self._asked
-        self._asked.discard(job_id)
-        began = time.perf_counter()
-        try:
-            stepped = await self.steps.step(job_id, (not asked, since))
-        except asyncio.CancelledError:
-            log.warning("job %s: its step was cut off by the end of the service", job_id)
-            return
-        except StoreError as e:
-            stepped = Stepped(STORE_RETRY, str(e), e)
-            log.error("job %s: %s", job_id, e)
-        except Exception as e:
-            stepped = Stepped(LONGEST_WAIT, "a defect", TeckoError(str(e)))
-            log.exception("job %s: a defect of TeckoChecker; trying again in an hour", job_id)
-        self.metrics.steps.observe(time.perf_counter() - began)
-        self._stepped(job_id, stepped)
-
-    def _stepped(self, job_id: int, stepped: Stepped) -> None:
-        """Count a step, and see to the next one."""
-        self.counters["steps"] += 1
-        self.counters["errors"] += stepped.error is not None
-        log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
-        (began_with, since), plan = self._busy.pop(job_id), self._plans.get(job_id)
-        if stepped.error is None:  # how long a key that fails takes to do so is no lateness
-            self.metrics.late(max(0.0, time.time() - since))
-        if plan is None or stepped.wait is None:
-            self._idle.add(job_id)
-        elif began_with != plan or job_id in self._asked:  # changed while we looked at the old one
-            self._move(job_id, time.time())
-        elif abs(stepped.wait - plan.interval) > GRID if plan.interval else stepped.error:
-            self._move(job_id, time.time() + stepped.wait)
-        elif job_id in self._off or not plan.interval:
-            self._move(job_id, self._next_slot(job_id, plan, stepped.wait))
-            self._off.discard(job_id)
-
-    def _next_slot(self, job_id: int, plan: Plan, interval: float) -> float:
-        """The job's slot about an interval from now: not sooner than a quarter of it."""
-        soonest, interval = time.time() + interval / 4, max(interval, GRID)
-        first = self._epoch + slot(plan.secret, job_id, interval, len(self._plans))
-        return first + math.ceil((soonest - first) / interval) * interval
-
-    def _move(self, job_id: int, at: float) -> None:
+    def _move(self, timer: JobTimer, at: float) -> None:
         """Give a job another due time; its timer goes on from there."""
-        if job_id in self._plans and self._scheduler.running:
-            self._off.add(job_id)
-            self._scheduler.move(self._scheduler.get_job(str(job_id)), on_grid(at))
+        if timer.plan is not None and self._scheduler.running:
+            self._scheduler.move(timer.timer, on_grid(at))
             if not self._woken:
                 self._woken = True
                 asyncio.get_running_loop().call_soon(self._wake)
@@ -7574,64 +7744,205 @@ class Service:
         if self._scheduler.running:
             self._scheduler.wakeup()
 
+    def _hasten(self, job_ids: Collection[int]) -> None:
+        """A list showed that these have a finished batch: let them confirm that at once. Those
+        with a step under way do so already."""
+        for job_id in job_ids:
+            timer = self._timers.get(job_id)
+            if timer is not None and not timer.busy:
+                timer.asked = True
+                self._move(timer, time.time())
+
+    # steps
+
+    def _fall_due(self, job_id: int, since: float = 0.0) -> None:
+        """What a job's timer calls. A job with a step under way is looked at again after it."""
+        timer = self._timers.get(job_id)
+        if self._draining or timer is None or timer.busy:
+            return
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._begin)
+        self._due.setdefault(job_id, since)
+
+    def _begin(self) -> None:
+        """Begin the steps of all that fell due in this turn of the event loop."""
+        due, self._due = self._due, {}
+        ids = sorted(due.keys() & self._timers.keys(), key=due.__getitem__)
+        for job_id in ids:
+            timer = self._timers[job_id]
+            timer.since, timer.began_with = due[job_id], timer.plan
+        for start in range(0, len(ids), READ_TOGETHER):
+            some = ids[start : start + READ_TOGETHER]
+            self._spawn(self._take_up(some), some)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any], ids: Iterable[int] = ()) -> asyncio.Task[None]:
+        """Run something in a task that owns the steps of `ids` until it reports them, or passes
+        them on to another task."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        for job_id in ids:
+            self._timers[job_id].task = task
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("internal error in a step", exc_info=error)
+
+    async def _take_up(self, ids: Sequence[int]) -> None:
+        """Steps for jobs that fell due together: by a list of their batches where one may answer,
+        else one by one."""
+        ACTOR.set(None)  # a timer inherits the context of whoever set it
+        if self.store_error is not None:
+            error = StoreError(self.store_error)
+            for job_id in ids:
+                self._stepped(job_id, Stepped(STORE_PAUSE, str(error), error))
+            return
+        asked, by_key = {i for i in ids if self._timers[i].asked}, dict[str, list[Due]]()
+        try:
+            by_key, _ = await self.steps.sort_out([i for i in ids if i not in asked])
+        except StoreError as e:
+            self._store_failed(e)
+        except Exception:
+            log.exception("internal error; %d jobs are looked at one by one", len(ids))
+        for secret, rows in by_key.items():
+            self._spawn(self._check_together(secret, rows), [row.id for row in rows])
+        grouped = {row.id for rows in by_key.values() for row in rows}
+        for job_id in ids:
+            if job_id not in grouped:
+                self._spawn(self._step(job_id), [job_id])
+
+    async def _check_together(self, secret: str, rows: Sequence[Due]) -> None:
+        """Check jobs of one key by a list of its batches. Whatever goes wrong with many is met
+        again by each for itself, and told there."""
+        done, began = dict[int, Stepped](), time.perf_counter()
+        try:
+            done = await self.steps.glance(
+                secret, rows, min(self._timers[r.id].since for r in rows)
+            )
+        except StoreError as e:
+            self._store_failed(e)
+        except Exception:
+            log.exception("internal error; %d jobs are checked one by one", len(rows))
+        self.metrics.steps.observe(time.perf_counter() - began)
+        for row in rows:
+            if row.id in done:
+                self._stepped(row.id, done[row.id])
+            else:
+                self._spawn(self._step(row.id), [row.id])
+
+    async def _step(self, job_id: int) -> None:
+        """A step of one job."""
+        timer, began = self._timers[job_id], time.perf_counter()
+        asked, timer.asked = timer.asked, False
+        try:
+            stepped = await self.steps.step(job_id, (not asked, timer.since))
+            timer.failures = 0
+        except asyncio.CancelledError:
+            log.warning("job %s: its step was cut off by the end of the service", job_id)
+            return
+        except StoreError as e:
+            self._store_failed(e)
+            timer.failures += 1
+            stepped = Stepped(min(STORE_PAUSE * 2**timer.failures, LONGEST_WAIT), str(e), e)
+        except Exception as e:
+            stepped = await self._broke(job_id, timer, e)
+        self.metrics.steps.observe(time.perf_counter() - began)
+        self._stepped(job_id, stepped)
+
+    async def _broke(self, job_id: int, timer: JobTimer, error: Exception) -> Stepped:
+        """A step met what nobody expected: told in the log and in the job's last_error, of which
+        all but the words of our own errors may name what no caller may read."""
+        timer.failures += 1
+        self.metrics.internal_errors.inc()
+        known = str(error) if isinstance(error, TeckoError) else ""
+        said = known or f"internal error; see the log: {type(error).__name__}"
+        pace = (timer.plan.interval if timer.plan else 0) or self.settings.default_poll_interval
+        wait = min(pace * 2.0 ** (timer.failures - 1), LONGEST_WAIT)
+        log.error("job %s: %s; again in %.0f s", job_id, said, wait, exc_info=error)
+        with contextlib.suppress(StoreError):  # which is told by the next step
+            await self.store.note_failure(job_id, said, time.time(), wait)
+        return Stepped(wait, said, TeckoError(said))
+
+    def _stepped(self, job_id: int, stepped: Stepped) -> None:
+        """A step has ended: count it, and see to the next one."""
+        log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
+        timer, now = self._timers[job_id], time.time()
+        timer.task, plan = None, timer.plan
+        timer.failed = stepped.error is not None
+        if stepped.error is None:  # how long a key that fails takes to do so is no lateness
+            self.metrics.lateness.observe(max(0.0, now - timer.since))
+        if plan is None or stepped.wait is None:
+            timer.ended = True
+        elif timer.began_with != plan or timer.asked:  # changed while we looked at the old one
+            self._move(timer, now)
+        elif not plan.interval and stepped.error is None:
+            first = self._epoch + slot(plan.secret, job_id, stepped.wait or GRID, len(self._timers))
+            at, pace = datetime.now(UTC), slots(max(stepped.wait, GRID), first)
+            self._move(timer, pace.get_next_fire_time(at, at).timestamp())
+        elif abs(stepped.wait - plan.interval) > GRID:
+            self._move(timer, now + stepped.wait)
+
+    async def check_now(self, ref: str) -> Done:
+        """Have a job's next step made at once."""
+        job = await self.store.find_job(ref)
+        await self._sync()  # what was changed a moment ago counts
+        timer = self._timers.get(job.id)
+        if timer is None or timer.plan is None:
+            raise Conflict(f"Cannot check job {job.name!r}: it is {job.shown_status}")
+        if job.id in self.steps.ingesting:
+            raise Conflict(f"Cannot run job {job.name!r}: a run of it goes on already")
+        if self.store_error is not None:
+            raise StoreError(self.store_error)
+        timer.asked = True
+        self._move(timer, time.time())
+        return Done(success=True, message=f"Job {job.name!r} is checked now")
+
     # figures
 
     async def health(self) -> Health:
-        """`healthy`, `degraded` or `unhealthy`, out of work that was really done."""
-        try:
-            overdue = await asyncio.wait_for(
-                self.store.overdue(time.time(), self.started_at), HTTP_ANSWER / 2
-            )
-            runs, connected = await self.store.runs(None, 1), True
-        except (StoreError, TimeoutError):
-            overdue, runs, connected = [], [], False
-        return self._health(connected, self._scheduler_state(), overdue, runs)
-
-    def stalled_health(self) -> Health:
-        """What is said when the loop does not come to answer; nothing is known of the store."""
-        return self._health(False, "stalled", [], [])
-
-    def _health(
-        self, connected: bool, scheduler: SchedulerState, overdue: list[str], runs: Sequence[Run]
-    ) -> Health:
-        now, bad = time.time(), not connected or scheduler != "running"
-        return Health(
-            status="unhealthy" if bad else "degraded" if overdue else "healthy",
+        """Judged by work really done. It reads the store beside whoever writes it."""
+        now, settle = time.time(), float(self.settings.trigger_settle_seconds)
+        seen: dict[str, Any] = {"db_connected": False}
+        with contextlib.suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(HEALTH_SECONDS):
+                last = next(iter(await self.store.runs(None, 1)), None)
+                seen = {
+                    "db_connected": True,
+                    "overdue_jobs": await self.store.overdue(now, self.started_at),
+                    "undelivered_jobs": await self.store.undelivered(now, settle),
+                    "attention": [Attention(**row) for row in await self.store.attention(NAMED)],
+                    "etl_last_run": last.start_time if last else None,
+                    "etl_status": last.status if last else None,
+                }
+        health = Health(
             timestamp=now,
             version=VERSION,
             uptime_seconds=round(now - self.started_at, 1),
-            database="connected" if connected else "disconnected",
-            db_connected=connected,
-            scheduler=scheduler,
-            overdue_jobs=overdue,
-            etl_last_run=runs[0].start_time if runs else None,
-            etl_status=runs[0].status if runs else None,
-            circuits=self._circuits(),
-            config_last_reload_successful=self._reloaded[1] is None,
-            config_last_reload_at=self._reloaded[0],
-            config_last_reload_error=self._reloaded[1],
+            scheduler=self._scheduler_state(),
+            paused_keys=self._paused_keys(),
+            config_last_reload_successful=self.reloaded.error is None,
+            config_last_reload_at=self.reloaded.at,
+            config_last_reload_error=self.reloaded.error,
+            **seen,
         )
-
-    def _circuits(self) -> list[CircuitAnswer]:
-        openai, now = self.steps.openai, time.time()
-        return [
-            CircuitAnswer(
-                secret=name,
-                host=openai.host,
-                state=circuit.state,
-                failures=circuit.failures,
-                until=now + wait,
-            )
-            for name, circuit, wait in openai.open_circuits()
-        ]
+        return judged(health, self.store.file_problem(), self.store_error)
 
     def _scheduler_state(self) -> SchedulerState:
         stalled = time.monotonic() - self._ticked > STALLED_TICKS
         return "stalled" if stalled else "running" if self._scheduler.running else "stopped"
 
+    def _paused_keys(self) -> list[PausedKey]:
+        now = time.time()
+        return [
+            PausedKey(secret=name, reason=f"{circuit.failures} failures in a row", until=now + wait)
+            for name, circuit, wait in self.steps.openai.open_circuits()
+        ]
+
     async def alive(self) -> Done:
-        """That this is answered at all is the answer: it runs on the loop."""
-        return Done(success=True, message="the loop turns")
+        """That this is answered at all is the answer: it runs on the event loop."""
+        return Done(success=True, message="the event loop responds")
 
     async def ready(self) -> Done:
         health = await self.health()
@@ -7639,89 +7950,48 @@ class Service:
         return Done(success=health.status != "unhealthy", message=said)
 
     async def stats(self) -> Stats:
-        counts, totals = await self.store.counts(), await self.store.totals()
-        runs, failure = await self.store.runs(None, 10), await self.store.last_failure()
-        last = runs[0] if runs else None
+        counts, runs = await self.store.counts(), await self.store.runs(None, 10)
         jobs: dict[str, int] = counts["jobs"]
+        ended = jobs.get("completed", 0) + jobs.get("completed_with_failures", 0)
+        last = runs[0] if runs else None
         return Stats(
             total_jobs=sum(jobs.values()),
-            active_jobs=jobs.get("active", 0),
-            paused_jobs=jobs.get("paused", 0),
-            completed_jobs=jobs.get("completed", 0) + jobs.get("completed_with_failures", 0),
-            failed_jobs=jobs.get("failed", 0),
+            **{f"{name}_jobs": jobs.get(name, 0) for name in ("active", "paused", "failed")},
+            completed_jobs=ended,
             jobs_by_status=jobs,
-            total_secrets=counts["secrets"],
-            total_logs=counts["logs"],
-            uptime_seconds=round(time.time() - self.started_at, 1),
-            checks=self.counters["steps"],
+            **{f"total_{name}": counts[name] for name in ("secrets", "logs")},
             triggers=counts["triggers"],
-            errors=self.counters["errors"],
-            total_records=totals["records"],
-            total_records_processed=totals["records_processed"],
-            total_records_inserted=totals["records_inserted"],
-            total_records_updated=totals["records_updated"],
-            total_records_failed=totals["records_failed"],
+            uptime_seconds=round(time.time() - self.started_at, 1),
+            checks=self.metrics.total(self.metrics.checks),
+            errors=self.metrics.total(self.metrics.upstream_errors, self.metrics.internal_errors),
+            **{f"total_{name}": n for name, n in (await self.store.totals()).items()},
             last_run_id=last.run_id if last else None,
             last_run_status=last.status if last else None,
             last_run_timestamp=last.start_time if last else None,
-            last_failure_timestamp=failure,
+            last_failure_timestamp=await self.store.last_failure(),
             runs=runs,
         )
 
     async def metrics_text(self) -> str:
         """What /metrics answers, in Prometheus' text format."""
-        now = time.time()
-        counts, (oldest, overdue) = (
-            await self.store.counts(),
-            await self.store.lateness(now, self.started_at),
+        now, jobs = time.time(), await self.store.jobs(None, METERED_JOBS)
+        oldest_check, overdue = await self.store.lateness(now, self.started_at)
+        counted = dict.fromkeys((*JOB_STEPS, "removed"), 0) | (await self.store.counts())["jobs"]
+        self.metrics.jobs_are(jobs, counted)
+        self.metrics.set(
+            overdue_jobs=overdue,
+            check_age_seconds=oldest_check,
+            oldest_open_trigger_seconds=await self.store.oldest_open_trigger(now),
+            store_writable=self.store_error is None,
+            loop_lag_seconds=self._lag,
+            http_connections=self.connections(),
+            config_last_reload_successful=self.reloaded.error is None,
+            config_last_reload_timestamp_seconds=self.reloaded.at,
         )
-        totals = await self.store.totals()
-        records = {name: float(totals[f"records_{name}"]) for name in COUNTED}
-
-        def tallied(what: str) -> dict[str, float]:
-            return {label: n for (family, label), n in self.steps.tally.items() if family == what}
-
-        jobs = dict.fromkeys((*JOB_STEPS, "removed"), 0.0) | counts["jobs"]
-        return self.metrics.text(
-            counters={
-                "checks": ("Checks of a job's batches.", "outcome", tallied("checks")),
-                "triggers": ("What happened to triggers.", "outcome", tallied("triggers")),
-                "ingest_runs": ("Runs of ingests.", "outcome", tallied("ingests")),
-                "upstream_errors": ("Calls that failed.", "kind", tallied("upstream_errors")),
-                "records": ("Records that ingests read, ever.", "became", records),
-                "openai_requests": ("Requests to OpenAI.", "kind", {**self.steps.openai.requests}),
-            },
-            gauges={
-                "jobs": ("Jobs by state.", "status", jobs),
-                "overdue_jobs": (
-                    "Active jobs not checked well for 3 intervals.",
-                    "",
-                    {"": overdue},
-                ),
-                "check_age_seconds": ("Longest time since a good check.", "", {"": oldest}),
-                "open_circuits": (
-                    "1: this key of OpenAI is not asked for now.",
-                    "secret",
-                    {name: 1.0 for name, *_ in self.steps.openai.open_circuits()},
-                ),
-                "loop_lag_seconds": ("How late the last tick was.", "", {"": self._lag}),
-                "http_connections": ("Open connections.", "", {"": self.connections()}),
-                "start_timestamp_seconds": ("When it was started.", "", {"": self.started_at}),
-                "build_info": ("The version that runs.", "version", {VERSION: 1.0}),
-            },
-        )
-
-    async def check_now(self, ref: str) -> Done:
-        """Have a job's next step made at once."""
-        job = await self.store.find_job(ref)
-        await self._sync()  # what was changed a moment ago counts
-        if job.id not in self._plans:
-            raise Conflict(f"Cannot check job {job.name!r}: it is {job.shown_status}")
-        if job.id in self.steps.ingesting:
-            raise Conflict(f"Cannot run job {job.name!r}: a run of it goes on already")
-        self._asked.add(job.id)
-        self._move(job.id, time.time())
-        return Done(success=True, message=f"Job {job.name!r} is checked now")
+        self.metrics.paused_keys.clear()
+        for pause in self._paused_keys():
+            self.metrics.paused_keys.labels(pause.secret).set(1)
+        return self.metrics.text()
 
 
 @contextlib.asynccontextmanager
@@ -8255,9 +8525,6 @@ class AdminHandler(http.server.BaseHTTPRequestHandler):
             answer = self.server.ask(route, self._request(route, ref, body), self.request_id)
             self._answer(route, answer)
         except TimeoutError:
-            if route is not None and route.answer is Health:
-                self._answer(route, self.server.service.stalled_health())
-                return
             late = Refused(
                 503, "the program is too busy to answer in time", headers={"Retry-After": "5"}
             )
@@ -8514,11 +8781,6 @@ def say(text: str) -> None:
     print(redact(text), file=sys.stderr)
 
 
-def counted(n: int, what: str) -> str:
-    """`1 job`, `1,234 jobs`."""
-    return f"{n:,} {what}" + ("" if n == 1 else "es" if what.endswith("ch") else "s")
-
-
 def ago(at: float | None, now: float) -> str:
     if at is None:
         return "-"
@@ -8672,7 +8934,8 @@ def complain(error: TeckoError, args: argparse.Namespace | None = None) -> None:
         "hint": error.hint or None,
         "errors": errors,
     }
-    report(args, {"valid": False, "errors": errors} if args.command == "validate" else document)
+    with contextlib.suppress(OSError):  # that stdout takes nothing is told when it is closed
+        report(args, {"valid": False, "errors": errors} if args.command == "validate" else document)
 
 
 def asked(prompt: Callable[[], str], nothing: str) -> str:
@@ -8814,11 +9077,10 @@ def cmd_start(args: argparse.Namespace, config: Config) -> int:
     database = config.settings.database
     if config.jobs is None and not database.exists():
         raise no_jobs_file(config)
-    found = holder(database)
-    wait = START_WAIT if found is None or found.command != "start" else 0.0
     if args.daemon:
         return start_daemon(args, config)
-    with RunLock(database, "start", wait=wait) as lock, contextlib.suppress(asyncio.CancelledError):
+    waiting = RunLock(database, "start", wait=START_WAIT)
+    with waiting as lock, contextlib.suppress(asyncio.CancelledError):
         asyncio.run(serve(config, lambda: config_of(args), lock))
     return 0
 
@@ -8832,6 +9094,7 @@ async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> No
         loop.add_signal_handler(number, starting.cancel)
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
     async with make_service(config, load) as service:
+        service.lock = lock
         for number in ends:
             loop.add_signal_handler(number, service.stop.set)
         loop.add_signal_handler(signal.SIGHUP, service.reload.set)
@@ -8923,7 +9186,7 @@ def cmd_reload(args: argparse.Namespace, config: Config) -> int:
         time.sleep(0.05)
         health = ask(found.address, "GET", "/health", config.settings)
     if not health["config_last_reload_successful"]:
-        why = str(health.get("config_last_reload_error") or "see its log")
+        why = str(health["config_last_reload_error"] or "see its log")
         raise Invalid(why.splitlines(), hint="the service goes on with what it had")
     document = {"reloaded": True, "at": health["config_last_reload_at"]}
     return report(args, document, f"the service has read {config.path} again")
@@ -8967,7 +9230,7 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
 
     async def look(desk: Desk) -> tuple[dict[str, int], list[tuple[str, float]], list[Any]]:
         counts, due = (await desk.store.counts())["jobs"], await desk.store.due_next(5)
-        return counts, due, await attention(desk.store)
+        return counts, due, await desk.store.attention(10)
 
     counts, due, needs = on_desk(config, look, looks=True) if database.exists() else ({}, [], [])
     needs += refused_reload(found.address, config.settings) if found and serves else []
@@ -8981,7 +9244,7 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
         "database": str(database),
         "jobs": counts,
         "due_next": [{"job": name, "next_check_at": iso(at)} for name, at in due],
-        "attention": [{"about": about, "why": why} for about, why in needs],
+        "attention": needs,
     }
     does = "running" if document["running"] else f"not running; a {found and found.command} is"
     what = f"{does}, pid {found.pid or 'unknown'}" if found else "not running"
@@ -8991,31 +9254,22 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
         ("Database", database if database.exists() else f"{database} (not there yet)"),
         ("Jobs", ", ".join(f"{n:,} {status}" for status, n in sorted(counts.items())) or "none"),
         ("Due next", ", ".join(f"{name} {due_in(at, now)}" for name, at in due if serves)),
-        *(("Needs you", f"{about}: {why}") for about, why in needs),
+        *(("Needs you", f"{each['job']}: {each['reason'] or each['what']}") for each in needs),
     ]
     return report(args, document, Table(("", ""), [row for row in rows if row[1]]))
-
-
-async def attention(store: Store) -> list[tuple[str, str]]:
-    """What waits for a person: failed jobs, of which the first ten are named, and rejects."""
-    needs = [(job.name, job.last_error or "failed") for job in await store.jobs("failed", 10)]
-    if (more := (await store.counts())["jobs"].get("failed", 0) - len(needs)) > 0:
-        needs.append(("and others", f"{counted(more, 'job')}: job list --status failed"))
-    return needs + [(k, rejects_of(k, n)) for k, (_, n) in (await store.ingested()).items() if n]
 
 
 def rejects_of(source: str, n: int) -> str:
     return f"{counted(n, 'record')} rejected: data rejects --source {source}"
 
 
-def refused_reload(address: str, settings: Settings) -> list[tuple[str, str]]:
+def refused_reload(address: str, settings: Settings) -> list[dict[str, Any]]:
+    """What the service itself says that needs a person."""
     try:
-        health = ask(address, "GET", "/health", settings)
+        why = ask(address, "GET", "/health", settings)["config_last_reload_error"]
+        return [{"job": "jobs.yaml", "what": "refused", "reason": why}] if why else []
     except Conflict as e:
-        return [("service", str(e))]
-    if health.get("config_last_reload_successful", True):
-        return []
-    return [("jobs.yaml", f"refused: {health.get('config_last_reload_error') or 'see the log'}")]
+        return [{"job": "service", "what": "silent", "reason": str(e)}]
 
 
 # ── One round by hand ─────────────────────────────────────────────────────────────────────────
@@ -9327,7 +9581,9 @@ def done_of(job: JobAnswer, brought: tuple[int, int]) -> str:
     if total := sum(batch.requests_total for batch in job.batches):
         done = sum(batch.requests_completed + batch.requests_failed for batch in job.batches)
         return f"{done}/{total}"
-    return f"{job.completed_count + job.failed_count}/{counted(job.batch_count, 'batch')}"
+    return (
+        f"{job.completed_count + job.failed_count}/{counted(job.batch_count, 'batch', 'batches')}"
+    )
 
 
 def why_of(job: JobAnswer, brought: tuple[int, int]) -> str | None:
@@ -9339,7 +9595,7 @@ def why_of(job: JobAnswer, brought: tuple[int, int]) -> str | None:
     left = [batch.batch_id for batch in job.batches if outcome(batch) is None]
     if job.status != "active" or not left:
         return None
-    return f"waits for {left[0] if len(left) == 1 else counted(len(left), 'batch')}"
+    return f"waits for {left[0] if len(left) == 1 else counted(len(left), 'batch', 'batches')}"
 
 
 def cmd_job_list(args: argparse.Namespace, config: Config) -> int:

@@ -63,7 +63,9 @@ async def change(world: World, job_id: int, **block: Any) -> None:
     assert isinstance(old, tecko.IngestSpec)
     ingest = old.ingest.model_dump(exclude_unset=True) | block
     flat = {"name": old.name, "poll_interval": 60, "ingest": ingest}
-    await world.store.update_job(job_id, tecko.parse(tecko.IngestSpec, flat), world.clock())
+    await world.store.update_job(
+        job_id, lambda _: tecko.parse(tecko.IngestSpec, flat), world.clock()
+    )
 
 
 def counts(run: tecko.Run) -> dict[str, int]:

@@ -599,7 +599,7 @@ async def test_changed_mapping_renews_every_record(world: World) -> None:
     await ingest(world, "id,title,name\n1,a,x\n2,b,y\n", fields={})
     spec = {"type": "csv", "path": "data.csv", "fields": {"title": "name"}}
     new = tecko.parse(tecko.IngestSpec, {"name": "source", "poll_interval": 60, "ingest": spec})
-    await world.store.update_job(1, new, world.clock())
+    await world.store.update_job(1, lambda _: new, world.clock())
     assert counts(await again(world, 1)) == {"processed": 2, "updated": 2}
     assert await titles(world) == {"1": "x", "2": "y"}
     assert counts(await again(world, 1)) == {}
@@ -919,7 +919,7 @@ async def test_frozen_drift_spares_the_chunks_before_it(world: World) -> None:
     assert (run.status, counts(run)) == ("failed", {"processed": 4000, "inserted": 4000})
     block = {"type": "csv", "path": "data.csv", "on_drift": "evolve"}
     spec = tecko.parse(tecko.IngestSpec, {"name": "source", "poll_interval": 60, "ingest": block})
-    await world.store.update_job(1, spec, world.clock())
+    await world.store.update_job(1, lambda _: spec, world.clock())
     assert counts(await again(world, 1)) == {"processed": 2000, "inserted": 2000}
     assert len(await world.records()) == 6001
 

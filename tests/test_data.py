@@ -245,7 +245,7 @@ def test_total_count_after_runs_and_deletes(rest: Rest) -> None:
 )
 def test_data_is_found_by_key(rest: Rest, asked: str) -> None:
     """SQLite searches for all that /data answers: it scans no table and sorts nothing."""
-    database = rest.made.service.store._db
+    database = rest.made.service.store._reader
     assert database is not None
     seen: list[str] = []
     rest.made.on_loop(database.set_trace_callback(seen.append))

@@ -88,7 +88,7 @@ GOING = (a_batch(1, "completed", 8), a_batch(2, "in_progress", 3))
 OPENING = "Job 'night' starts a Keboola job once all its 2 batches have completed."
 LOOKED = [
     OPENING,
-    "It was last checked 30 s ago: 2 completed, 0 failed, 0 go on.",
+    "It was last checked 30 s ago: 2 of 2 batches completed.",
     "  batch_1 completed: 8 of 8 requests succeeded",
     "  batch_2 completed: 7 of 8 requests succeeded",
 ]
@@ -100,7 +100,7 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
         None,
         [
             OPENING,
-            "It was last checked 30 s ago: 1 completed, 0 failed, 1 go on.",
+            "It was last checked 30 s ago: 1 of 2 batches completed, 1 still running.",
             "  batch_1 completed: 8 of 8 requests succeeded",
             "  batch_2 in_progress, 3 of 8 requests done",
             "Next: it is checked in 90 s, every 120 s, while the service runs.",
@@ -111,8 +111,8 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
         GOING[:0],
         None,
         [
-            f"{OPENING[: -len('completed.')]}finished, however they end.",
-            "It was last checked 30 s ago: 0 completed, 0 failed, 2 go on.",
+            f"{OPENING[: -len('completed.')]}finished, whether completed, failed, expired or cancelled.",
+            "It was last checked 30 s ago: 0 of 2 batches completed, 2 still running.",
             "Next: it is checked in 90 s, every 300 s, while the service runs.",
         ],
     ),
@@ -122,10 +122,10 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
         None,
         [
             OPENING,
-            "It was last checked 30 s ago: 1 completed, 0 failed, 1 go on.",
+            "It was last checked 30 s ago: 1 of 2 batches completed, 1 still running.",
             "  batch_1 completed: 8 of 8 requests succeeded",
             "  batch_2 in_progress, 3 of 8 requests done",
-            "Next: nothing, until job resume.",
+            "Next: nothing, until `job resume`.",
         ],
     ),
     "pending": (
@@ -137,7 +137,7 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
             FIRED,
             "It has not reached Keboola yet.",
             "Last error: Keboola answers 429.",
-            "Next: the trigger is carried to Keboola, while the service runs.",
+            "Next: the trigger is delivered to Keboola, while the service runs.",
         ],
     ),
     "sending": (
@@ -148,7 +148,7 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
             *LOOKED,
             FIRED,
             "It is on its way to Keboola.",
-            "Next: the trigger is carried to Keboola, while the service runs.",
+            "Next: the trigger is delivered to Keboola, while the service runs.",
         ],
     ),
     "held": (
@@ -158,8 +158,9 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
         [
             *LOOKED,
             FIRED,
-            "Whether Keboola took it is unknown; it is left for you, as on_ambiguous: hold asks.",
-            "Next: nothing, until job retry, or other batch ids.",
+            "Whether Keboola took it is unknown; it is on hold, as on_ambiguous: hold asks."
+            " `job retry` searches again and sends it if it is missing.",
+            "Next: nothing, until `job retry` or other batch IDs.",
         ],
     ),
     "running": (
@@ -170,7 +171,7 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
             *LOOKED,
             FIRED,
             "Keboola runs it as job 77, which is processing.",
-            "Next: Keboola's job is followed to its end.",
+            "Next: the Keboola job is followed to its end.",
         ],
     ),
     "succeeded": (
@@ -181,7 +182,7 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
             *LOOKED,
             FIRED,
             "Keboola job 77 ended with success.",
-            "Next: nothing; other batch ids would start a new round.",
+            "Next: nothing; other batch IDs would start a new round.",
         ],
     ),
     "succeeded in part": (
@@ -192,7 +193,7 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
             *LOOKED,
             FIRED,
             "Keboola job 77 ended with warning.",
-            "Next: nothing; other batch ids would start a new round.",
+            "Next: nothing; other batch IDs would start a new round.",
         ],
     ),
     "failed": (
@@ -203,7 +204,7 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
             *LOOKED,
             FIRED,
             "Keboola job 77 ended with error: no such config.",
-            "Next: nothing, until job retry, or other batch ids.",
+            "Next: nothing, until `job retry` or other batch IDs.",
         ],
     ),
     "rejected": (
@@ -214,7 +215,7 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
             *LOOKED,
             FIRED,
             "Keboola refused it: no such config.",
-            "Next: nothing, until job retry, or other batch ids.",
+            "Next: nothing, until `job retry` or other batch IDs.",
         ],
     ),
     "unknown": (
@@ -234,11 +235,11 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
         None,
         [
             OPENING,
-            "It was last checked 30 s ago: 1 completed, 1 failed, 0 go on.",
+            "It was last checked 30 s ago: 1 of 2 batches completed, 1 failed.",
             "  batch_1 completed: 8 of 8 requests succeeded",
             "  batch_2 expired: 0 of 8 requests succeeded",
             "Last error: batch_2 expired: 0 of 8 requests succeeded.",
-            "Next: nothing, until job retry, or other batch ids.",
+            "Next: nothing, until `job retry` or other batch IDs.",
         ],
     ),
     "removed": (
@@ -257,13 +258,13 @@ def test_explain(
 ) -> None:
     """What a job waits for, what was seen, why it did or did not fire, and what happens next."""
     seen = batches or SAYS_UNSEEN
-    assert tecko.explain(job, seen, trigger, NOW) == said
+    assert tecko.explain(job, seen, trigger, (), 0, NOW) == said
 
 
 def test_explain_before_the_first_check() -> None:
     """A job that was never checked says so, and lists no batch."""
     job = a_job(last_check_at=None, next_check_at=None)
-    said = tecko.explain(job, SAYS_UNSEEN, None, NOW)
+    said = tecko.explain(job, SAYS_UNSEEN, None, (), 0, NOW)
     assert said[:2] == [OPENING, "It has not been checked yet."]
     assert len(said) == 3 and said[2].startswith("Next: it is checked")
 
@@ -282,13 +283,13 @@ def test_explain_a_removed_job_with_a_trigger(state: str | None, goes_on: bool) 
     """Leaving jobs.yaml ends the checks; what was decided is still carried out, and said so."""
     said = told(a_job("triggered", removed_at=NOW - 60), state, 2)
     assert said[-1].startswith("Next: no check, for the job has left jobs.yaml")
-    assert said[-1].endswith("; its trigger is carried to its end.") is goes_on
+    assert said[-1].endswith("; its trigger is still carried to its end.") is goes_on
 
 
 def told(job: tecko.Job, state: str | None, count: int, **trigger: Any) -> list[str]:
     job = replace(job, spec=spec(batch_ids=[f"batch_{n + 1}" for n in range(count)]))
     fired = a_trigger(state, **trigger) if state else None
-    return tecko.explain(job, DONE[:count], fired, NOW)
+    return tecko.explain(job, DONE[:count], fired, (), 0, NOW)
 
 
 STATES = [None, *tecko.TRIGGER_STEPS]

@@ -129,7 +129,7 @@ async def test_a_changed_stack_and_a_replaced_secret_are_used_at_once(world: Wor
         async with beside(world.store.path) as store:
             await store.replace_secret("keboola", "keboola", sealed, key_id, world.clock())
             changed = spec.model_copy(update={"trigger": target})
-            await store.update_job(job_id, changed, world.clock())
+            await store.update_job(job_id, lambda _: changed, world.clock())
         batch.become("completed")
         await world.step_until_waiting(job_id)
         tokens = {standins.credential(request) for request in second.requests}

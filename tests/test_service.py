@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -15,9 +16,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import standins
@@ -89,9 +91,9 @@ async def test_changes_of_another_process_take_effect(world: World) -> None:
         await world.store.pause_job(at["paused"], 0.0)
         before = checks(world, "batch_paused")
         await world.store.resume_job(at["resumed"], 0.0)
-        await world.store.update_job(at["interval"], quick, 0.0)
+        await world.store.update_job(at["interval"], lambda _: quick, 0.0)
         await world.store.update_job(
-            at["set"], specs["set"].model_copy(update={"watch": watching}), 0.0
+            at["set"], lambda _: specs["set"].model_copy(update={"watch": watching}), 0.0
         )
         await watch(world, "batch_new")
         await until(lambda: checks(world, "batch_new") and checks(world, "batch_other"))
@@ -139,19 +141,138 @@ async def test_a_long_step_is_not_overlapped_and_delays_nobody(world: World) -> 
         await until(lambda: checks(world, "batch_hung") >= 2)
 
 
-async def test_a_defect_stops_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """A job's row that cannot be read is logged with its traceback; the other jobs go on, and so
-    does a job that is mended."""
+class Brittle:
+    """Stands before a part of the program, and has one of its methods raise what nobody expects,
+    a few times."""
+
+    def __init__(self, part: Any, method: str, error: BaseException, times: int = 2) -> None:
+        self._part, self._method, self._error, self.left = part, method, error, times
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._method and self.left > 0:
+            self.left -= 1
+            raise self._error
+        return getattr(self._part, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("_part", "_method", "_error", "left"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._part, name, value)
+
+
+AWAITED = {  # all that the service and its steps await, by part
+    "store": "flush data_version schedule due job_with_batches record_check secret prune log_event"
+    " note_failure open_triggers move_trigger",
+    "openai": "look retrieve shown",
+    "keboola": "queue create_job",
+    "steps": "sort_out glance step",
+}
+UNEXPECTED = [
+    *((part, m, KeyError("odd")) for part, all_ in AWAITED.items() for m in all_.split()),
+    *(("store", m, tecko.StoreError("no disk")) for m in ("flush", "schedule", "record_check")),
+    ("steps", "step", MemoryError()),
+]
+
+
+@pytest.mark.parametrize(("part", "method", "error"), UNEXPECTED)
+async def test_the_unexpected_costs_a_step(
+    world: World, part: str, method: str, error: BaseException
+) -> None:
+    """Whatever raises whatever, wherever: both jobs fire all the same, and no step is left that
+    seems to be under way."""
+    for n in "12":
+        world.openai.batch(f"batch_{n}")
+        await world.job(f"job-{n}", batch_ids=[f"batch_{n}"], poll_interval=1)
+    steps = world.steps
+    if part == "steps":
+        brittle = Brittle(steps, method, error)
+    else:
+        brittle = Brittle(getattr(steps, part), method, error)
+        setattr(steps, part, brittle)
+    service = tecko.Service(cast(Any, brittle if part == "steps" else steps), lambda: world.config)
+    service.store = cast(Any, brittle if part == "store" else world.store)
+    world.steps.clock = time.time
+    quick = world.config.settings.model_copy(update={"trigger_settle_seconds": 1})
+    world.config = steps.config = replace(world.config, settings=quick)
+    await started(service)
+    try:
+        for n in "12":
+            world.openai.batch(f"batch_{n}", "completed")
+        await until(lambda: len(world.keboola.created) == 2, 20)
+        await until(lambda: not any(timer.busy for timer in service._timers.values()))
+    finally:
+        await service.drain()
+
+
+async def started(service: tecko.Service) -> None:
+    """Start a service, again where its start met an error."""
+    while True:
+        try:
+            return await service.start()
+        except (KeyError, MemoryError, tecko.StoreError):
+            continue
+
+
+async def test_an_internal_error_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """In the log with its traceback, in the job's last_error; it counts, and a mended job goes on.
+    Its neighbour does not notice."""
     broken = await watch(world, "batch_broken", poll_interval=1)
     await watch(world, "batch_fine", poll_interval=1)
     with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as other:
         async with running(world) as service:
+            spec = other.execute("SELECT spec FROM polling_jobs WHERE id = ?", [broken]).fetchone()
             other.execute("UPDATE polling_jobs SET spec = '{}' WHERE id = ?", [broken])
-            await until(lambda: f"job {broken}: a defect" in caplog.text)
+            await until(lambda: f"job {broken}: the row of job" in caplog.text)
             seen = checks(world, "batch_fine")
             await until(lambda: checks(world, "batch_fine") > seen)
-            assert service.counters["errors"] >= 1 and "Traceback" in caplog.text
-            assert (await service.health()).status == "healthy"
+            assert (await service.stats()).errors >= 1 and "Traceback" in caplog.text
+            [(said,)] = other.execute("SELECT last_error FROM polling_jobs WHERE id = ?", [broken])
+            assert said == f"the row of job 'batch_broken' (ID {broken}) is damaged"
+            other.execute("UPDATE polling_jobs SET spec = ? WHERE id = ?", [*spec, broken])
+            seen = checks(world, "batch_broken")
+            await until(lambda: checks(world, "batch_broken") > seen, 20)
+
+
+async def test_no_step_is_begun_while_the_store_cannot_be_written(world: World) -> None:
+    """Another process holds its lock: OpenAI is asked no more than once a job, health says why,
+    and all goes on when the lock is gone."""
+    for n in range(5):
+        await watch(world, f"batch_{n}", poll_interval=1)
+    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as other:
+        async with running(world) as service:
+            await until(lambda: world.openai.request_count > 2)
+            other.execute("BEGIN IMMEDIATE")
+            await until(lambda: service.store_error is not None, 10)
+            asked = world.openai.request_count
+            await until(lambda: not any(timer.busy for timer in service._timers.values()))
+            health = await service.health()
+            assert health.status == "degraded" and "locked" in health.problems[0]
+            began = time.monotonic()
+            await until(lambda: time.monotonic() > began + 2)
+            assert world.openai.request_count <= asked + 5
+            other.execute("ROLLBACK")
+            await until(lambda: world.openai.request_count > asked + 10, 20)
+            assert (await service.health()).problems == []
+
+
+async def test_a_step_goes_on_while_its_job_leaves_and_comes_back(world: World) -> None:
+    """Paused and resumed during a check that hangs: there is never a second one beside it."""
+    job_id = await watch(world, "batch_hung", poll_interval=1)
+    gate = world.openai.gate("GET /v1/batches/batch_hung", after_acting=False)
+    async with running(world) as service:
+        await gate.areached()
+        for change in (world.store.pause_job, world.store.resume_job):
+            await change(job_id, time.time())
+            await until(lambda: not service._stale and synced(world, service))
+        assert checks(world, "batch_hung") == 1
+        gate.release()
+        await until(lambda: checks(world, "batch_hung") >= 2)
+
+
+async def synced(world: World, service: tecko.Service) -> bool:
+    """Whether the service has seen all that the world's store committed."""
+    return service._seen_version == await service.store.data_version()
 
 
 # ── The scheduler ─────────────────────────────────────────────────────────────────────────────
@@ -294,9 +415,11 @@ async def test_reload_takes_up_a_new_file(world: World, ear: socket.socket) -> N
     assert (await world.store.find_job("from-file")).shown_status == "removed"
 
 
-async def test_reload_keeps_what_is_bound(world: World, ear: socket.socket) -> None:
-    """Another address, token, database or log of the new file counts at the next start; bounds and
-    waits count at once."""
+async def test_reload_keeps_what_is_bound(
+    world: World, ear: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another address, database or log of the new file counts at the next start, and the log says
+    so; the token, bounds and waits count at once."""
     async with serving(world) as service:
         before = service.settings
         write_file(world, port=9)
@@ -304,10 +427,12 @@ async def test_reload_keeps_what_is_bound(world: World, ear: socket.socket) -> N
         (world.config.path.parent / ".env").write_text(new)
         service.reload.set()
         await hear(ear, "READY=1")
-        kept = "database api_host api_port admin_token log_level log_format"
-        for name in kept.split():
+        for name in tecko.BOUND_AT_START:
             assert getattr(service.settings, name) == getattr(before, name), name
         assert service.settings.retry_delay == 7 and before.retry_delay == 60
+        token = service.settings.admin_token
+        assert token is not None and token.reveal() == "new-token-1"
+        assert "only by a restart: database, api_port, log_format" in caplog.text
 
 
 def become_a_folder(path: Path) -> None:
@@ -344,7 +469,9 @@ async def test_a_bad_reload_keeps_the_old_configuration(
         service.reload.set()
         await hear(ear, "RELOADING=1")
         await hear(ear, "READY=1")
-        assert "reload failed" in caplog.text and service.steps.config is old
+        assert "reload refused" in caplog.text and service.steps.config is old
+        health = await service.health()
+        assert health.status == "degraded" and not health.config_last_reload_successful
     assert (await world.store.find_job("from-file")).shown_status == "active"
 
 
@@ -429,7 +556,7 @@ async def test_degraded_while_a_job_is_overdue(world: World) -> None:
     await watch(world, "batch_2", "fine", poll_interval=1)
     async with running(world) as service:
         assert (await service.health()).status == "healthy"  # it has only just begun to look
-        await until(lambda: service.counters["errors"])
+        await until(lambda: service.metrics.total(service.metrics.upstream_errors))
         service.started_at -= 5_000
         await until(lambda: checks(world, "batch_2"))
         said = await service.health()
@@ -449,14 +576,124 @@ async def test_unhealthy(world: World) -> None:
         said = await service.health()
         assert (said.status, said.scheduler) == ("unhealthy", "stopped")
     async with running(world) as service:
+        service._scheduler.pause()
+        await until(lambda: not service._tasks)
         service._ticked -= tecko.STALLED_TICKS + 1
         said = await service.health()
         assert (said.status, said.scheduler) == ("unhealthy", "stalled")
+        service._scheduler.resume()
         await until(lambda: time.monotonic() - service._ticked < tecko.STALLED_TICKS)
         await service.store.close()
         said = await service.health()
         assert (said.status, said.database) == ("unhealthy", "disconnected")
         assert said.db_connected is False
+
+
+GOOD: dict[str, Any] = {
+    **{"timestamp": 1.0, "version": "1", "uptime_seconds": 1.0, "db_connected": True},
+    **{"scheduler": "running", "config_last_reload_successful": True},
+    **{"config_last_reload_at": 1.0, "config_last_reload_error": None},
+}
+JUDGED: list[tuple[dict[str, Any], str | None, str | None, str, str]] = [
+    ({}, None, None, "healthy", ""),
+    ({"db_connected": False}, None, None, "unhealthy", "the database does not answer"),
+    ({}, "it was deleted", None, "unhealthy", "it was deleted"),
+    ({}, None, "disk full", "unhealthy", "the database cannot be written"),
+    ({}, None, "database is locked", "degraded", "another process has locked the database"),
+    ({"scheduler": "stalled"}, None, None, "unhealthy", "the scheduler is stalled"),
+    ({"overdue_jobs": ["a"]}, None, None, "degraded", "1 active job without a successful"),
+    ({"undelivered_jobs": ["a", "b"]}, None, None, "degraded", "2 triggers not delivered"),
+    ({"config_last_reload_successful": False}, None, None, "degraded", "the last reload was"),
+    ({"overdue_jobs": ["a"]}, None, "disk full", "unhealthy", "the database cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("facts", "file", "store", "status", "said"), JUDGED)
+def test_judged(
+    facts: dict[str, Any], file: str | None, store: str | None, status: str, said: str
+) -> None:
+    """Unhealthy where nothing can go on, degraded where something does not; the worst first."""
+    health = tecko.judged(tecko.Health(**(GOOD | facts)), file, store)
+    assert (health.status, bool(health.problems)) == (status, status != "healthy")
+    assert not said or health.problems[0].startswith(said)
+    assert all(name not in "".join(health.problems) for name in ("'a'", "'b'"))
+
+
+async def test_a_trigger_that_is_not_delivered(world: World) -> None:
+    """Keboola's index answers 503 for longer than three intervals and the settle window: health
+    is degraded and names the job, and a metric tells the trigger's age."""
+    world.openai.batch("batch_1", "completed")
+    world.keboola.fault("GET /v2/storage", standins.Fault.status(503), times=None)
+    world.clock.turn(-1000)
+    await world.steps.step(await world.job("behind", poll_interval=60))
+    async with running(world) as service:
+        said = await service.health()
+        assert (said.status, said.undelivered_jobs) == ("degraded", ["behind"])
+        [age] = re.findall(
+            r"^teckochecker_oldest_open_trigger_seconds (\S+)$", await service.metrics_text(), re.M
+        )
+        assert 1000 <= float(age) < 2000
+        world.keboola.heal()
+        await service.check_now("behind")
+        await until(lambda: world.keboola.created)
+        assert (await service.health()).undelivered_jobs == []
+
+
+async def test_what_waits_for_a_person(world: World) -> None:
+    """A failed job is in `attention` with its reason, though nothing is wrong with the program;
+    a caller without a token sees neither."""
+    world.openai.batch("batch_1", "failed")
+    await world.steps.step(await world.job("nightly"))
+    async with running(world) as service:
+        said = await service.health()
+        assert said.status == "healthy" and said.attention[0].job == "nightly"
+        assert said.attention[0].what == "failed" and "batch_1" in str(said.attention[0].reason)
+        assert said.anonymous().attention == [] and said.anonymous().status == "healthy"
+
+
+@pytest.mark.parametrize("what", ["deleted", "replaced"])
+async def test_a_database_file_that_is_not_ours_any_more(world: World, what: str) -> None:
+    """One look a tick: unhealthy, and it says what happened."""
+    async with running(world) as service:
+        path = service.store.path
+        path.rename(path.with_name("moved.db"))
+        if what == "replaced":
+            path.touch()
+        said = await service.health()
+        assert (said.status, said.problems) == (
+            "unhealthy",
+            [f"the database file was {what} while it was in use"],
+        )
+
+
+async def test_health_waits_for_no_writer(world: World) -> None:
+    """Another process holds the store's lock and a write of ours waits for it: health answers
+    meanwhile, and says that the database is connected."""
+    await watch(world, "batch_1", poll_interval=1)
+    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as other:
+        async with running(world) as service:
+            other.execute("BEGIN IMMEDIATE")
+            write = asyncio.create_task(service.store.log_event("error", "", 0.0))
+            await asyncio.sleep(0)
+            async with asyncio.timeout(2):
+                said = await service.health()
+            assert said.database == "connected" and not write.done()
+            other.execute("ROLLBACK")
+            await write
+
+
+async def test_metrics(world: World) -> None:
+    """What Prometheus can read: by job, of the process, and of a job that has gone nothing."""
+    world.openai.batch("batch_1", "failed")
+    job_id = await world.job("nightly")
+    async with running(world) as service:
+        await until(lambda: service.metrics.total(service.metrics.checks))
+        text = await service.metrics_text()
+        assert 'teckochecker_job_state{job="nightly",status="failed"} 1.0' in text
+        assert 'teckochecker_job_last_success_timestamp_seconds{job="nightly"} ' in text
+        assert "process_open_fds" in text and "_created" not in text
+        await service.store.delete_job(job_id, 0.0)
+        assert "nightly" not in await service.metrics_text()
 
 
 async def test_stats(world: World) -> None:
@@ -466,7 +703,12 @@ async def test_stats(world: World) -> None:
     await world.store.pause_job(ids[0], 0.0)
     await world.store.sync_file_jobs([], 0.0)
     async with running(world) as service:
-        await until(lambda: len(world.keboola.created) == 2 and service.counters["steps"] >= 2)
+        await until(
+            lambda: (
+                len(world.keboola.created) == 2
+                and service.metrics.total(service.metrics.checks) >= 2
+            )
+        )
         said = await service.stats()
     assert (said.total_jobs, said.paused_jobs, said.active_jobs) == (3, 1, 0)
     assert (said.total_secrets, said.triggers, said.errors) == (2, 2, 0)
@@ -517,82 +759,108 @@ async def test_the_watchdog_is_fed_by_ticks(world: World, ear: socket.socket) ->
         assert service._ticked == ticked
 
 
-def test_a_second_process_is_refused(tmp_path: Path) -> None:
-    """Whoever comes second is told who was first; afterwards the next one may work."""
-    database = tmp_path / "t.db"
-    with tecko.RunLock(database) as lock:
-        lock.write("http://127.0.0.1:1", 5.5)
-        with (
-            pytest.raises(tecko.Conflict, match=rf"pid {os.getpid()}\)") as e,
-            tecko.RunLock(database),
-        ):
-            pass
-        assert "status" in e.value.hint
-        assert tecko.running(lock.path) == (os.getpid(), 5.5, "http://127.0.0.1:1")
-    assert tecko.running(lock.path) is None
-    with tecko.RunLock(database):
-        pass
-
-
 HOLDER = """
-import sys, time
+import sys
 import teckochecker as tecko
-with tecko.RunLock(tecko.Path("t.db")) as lock:
+with tecko.RunLock(tecko.Path(sys.argv[1]), sys.argv[2]) as lock:
     lock.write("http://127.0.0.1:2", 1.0)
     print("held", flush=True)
-    time.sleep(600)
+    sys.stdin.readline()
+    lock.hold()
+    print("still", flush=True)
+    sys.stdin.readline()
 """
 
 
-def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
-    """After kill -9 its file is still there, and holds nobody up."""
+@contextlib.contextmanager
+def held(folder: Path, database: str = "t.db", command: str = "start") -> Iterator[Any]:
+    """Another process that holds the run lock of a database."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDER],
-        cwd=tmp_path,
+        [sys.executable, "-c", HOLDER, database, command],
+        cwd=folder,
         env=clean_environment({"PYTHONPATH": str(PROGRAM.parent)}),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as process:
-        assert process.stdout and process.stdout.readline() == b"held\n"
-        pid_file = tecko.RunLock(tmp_path / "t.db").path
-        assert tecko.running(pid_file) == (process.pid, 1.0, "http://127.0.0.1:2")
-        with pytest.raises(tecko.Conflict, match=f"pid {process.pid}"):
-            tecko.RunLock(tmp_path / "t.db").__enter__()
+        try:
+            assert process.stdout and process.stdout.readline() == b"held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def link_folder(folder: Path) -> Path:
+    (folder / "there").symlink_to(folder)
+    return folder / "there" / "t.db"
+
+
+def link_file(folder: Path) -> Path:
+    (folder / "other.db").symlink_to(folder / "t.db")
+    return folder / "other.db"
+
+
+def hard_link(folder: Path) -> Path:
+    os.link(folder / "t.db", folder / "hard.db")
+    return folder / "hard.db"
+
+
+@pytest.mark.parametrize("spell", [lambda f: f / "t.db", link_folder, link_file, hard_link])
+def test_a_second_process_is_refused(tmp_path: Path, spell: Callable[[Path], Path]) -> None:
+    """By whatever name it calls the database; it is told who works on it."""
+    (tmp_path / "t.db").touch()
+    with held(tmp_path) as process:
+        other = spell(tmp_path)
+        with pytest.raises(tecko.Conflict) as e, tecko.RunLock(other):
+            pass
+        assert f"pid {process.pid}" in str(e.value) or "second hard link" in str(e.value)
+        found = tecko.holder(tmp_path / "t.db")
+        assert found == (process.pid, 1.0, "http://127.0.0.1:2", "start")
+        assert (tmp_path / "t.db.pid").read_text() == f"{process.pid}\n"
+        assert (tmp_path / "t.db.lock").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    """After kill -9 its files are still there, and hold nobody up."""
+    with held(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
         process.wait(10)
-    assert pid_file.read_text() and tecko.running(pid_file) is None
-    with tecko.RunLock(tmp_path / "t.db") as lock:
-        lock.write("", 2.0)
-        assert tecko.running(pid_file) == (os.getpid(), 2.0, "")
+        assert (tmp_path / "t.db.lock").read_text() and tecko.holder(tmp_path / "t.db") is None
+    with held(tmp_path) as process:
+        found = tecko.holder(tmp_path / "t.db")
+        assert found is not None and found.pid == process.pid
 
 
-def test_looking_does_not_get_in_the_way(tmp_path: Path) -> None:
-    """A `status` that looks at the lock again and again never keeps a `start` from taking it."""
-    lock, looked, stop = tecko.RunLock(tmp_path / "t.db"), Counter[bool](), threading.Event()
+def test_a_check_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A start that meets a `check` says so and goes on when that has ended; it gives up when it is
+    told to stop, or after its time."""
+    with held(tmp_path, command="check") as process:
+        database = tmp_path / "t.db"
+        with pytest.raises(tecko.Conflict), tecko.RunLock(database, wait=60, stopped=lambda: True):
+            pass
+        with pytest.raises(tecko.Conflict), tecko.RunLock(database, wait=0.2):
+            pass
+        end = threading.Timer(0.1, process.kill)
+        end.start()
+        with tecko.RunLock(database, wait=60):
+            end.join()
+    assert f"waiting for TeckoChecker check (pid {process.pid})" in caplog.text
 
-    def look() -> None:
-        while not stop.is_set():
-            looked[tecko.running(lock.path) is None] += 1
 
-    with lock:
-        pass
-    looker = threading.Thread(target=look)
-    looker.start()
-    try:
-        while not (looked[True] > 100 and looked[False] > 100):
-            with tecko.RunLock(tmp_path / "t.db"):
-                held = looked[False]
-                while looked[False] < held + 5:
-                    time.sleep(0)
-    finally:
-        stop.set()
-        looker.join()
+def test_a_deleted_lock_file_is_locked_again(tmp_path: Path) -> None:
+    """Whoever deletes it opens no door: the next tick puts it back."""
+    with held(tmp_path) as process:
+        (tmp_path / "t.db.lock").unlink()
+        assert tecko.holder(tmp_path / "t.db") is None
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"still\n"
+        found = tecko.holder(tmp_path / "t.db")
+        assert found == (process.pid, 1.0, "http://127.0.0.1:2", "start")
 
 
 def test_a_lock_that_cannot_be_made(tmp_path: Path) -> None:
     """A folder that is not there: a StoreError that names the file."""
-    with (
-        pytest.raises(tecko.StoreError, match=r"t\.db\.pid"),
-        tecko.RunLock(tmp_path / "x" / "t.db"),
-    ):
+    missing = tmp_path / "x" / "t.db"
+    with pytest.raises(tecko.StoreError, match=r"t\.db\.lock"), tecko.RunLock(missing):
         pass
-    assert tecko.running(tmp_path / "x" / "t.db.pid") is None
+    assert tecko.holder(missing) is None

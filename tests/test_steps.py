@@ -84,7 +84,7 @@ async def retarget(world: World, job_id: int, **trigger: str) -> None:
     spec = (await world.get(job_id)).watches
     target = spec.trigger.model_copy(update=trigger)
     spec = spec.model_copy(update={"trigger": target})
-    await world.store.update_job(job_id, spec, world.clock())
+    await world.store.update_job(job_id, lambda _: spec, world.clock())
 
 
 async def rewatch(world: World, job_id: int, *batch_ids: str) -> None:
@@ -92,7 +92,7 @@ async def rewatch(world: World, job_id: int, *batch_ids: str) -> None:
     spec = (await world.get(job_id)).watches
     watch = spec.watch.model_copy(update={"batch_ids": list(batch_ids)})
     spec = spec.model_copy(update={"watch": watch})
-    await world.store.update_job(job_id, spec, world.clock())
+    await world.store.update_job(job_id, lambda _: spec, world.clock())
 
 
 async def file_job(world: World) -> int:

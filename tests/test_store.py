@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ async def test_what_the_connection_is_set_to(store: tecko.Store) -> None:
     """What is committed survives a power loss, readers do not wait, and references hold."""
     said = {}
     for name in ("synchronous", "journal_mode", "foreign_keys", "busy_timeout"):
-        [[said[name]]] = await store._read(f"PRAGMA {name}")
+        [[said[name]]] = await store.transact(partial(store._sql, f"PRAGMA {name}"))
     full = 2
     assert said == {
         "synchronous": full,
@@ -265,7 +266,7 @@ async def run_traced(
     then: Callable[[asyncio.Task[Any]], object],
 ) -> bool:
     """Run `work`, and call `then` on the loop when SQLite begins its statement number `at`."""
-    assert store._db is not None
+    assert store._writer is not None
     loop, begun = asyncio.get_running_loop(), itertools.count()
     task = asyncio.ensure_future(work)
 
@@ -273,11 +274,11 @@ async def run_traced(
         if next(begun) == at:
             loop.call_soon_threadsafe(then, task)
 
-    await store._db.set_trace_callback(trace)
+    await store._writer.set_trace_callback(trace)
     with contextlib.suppress(asyncio.CancelledError):
         await task
-    await store.data_version()  # stands in line behind a transaction that still runs
-    await store._db.set_trace_callback(None)  # type: ignore[arg-type]
+    async with store._lock:  # stands in line behind a transaction that still runs
+        await store._writer.set_trace_callback(None)  # type: ignore[arg-type]
     return task.cancelled()
 
 
@@ -342,7 +343,7 @@ def test_many_callers_cancelled_anywhere(turns: list[tuple[int, bool]]) -> None:
 
 async def test_a_lock_held_for_long_is_an_error(store: tecko.Store, path: Path) -> None:
     """After the busy timeout it is a StoreError that may pass; afterwards the store works."""
-    await store._read("PRAGMA busy_timeout = 20")
+    await store.transact(partial(store._sql, "PRAGMA busy_timeout = 20"))
     job, before = await made(store), dump(path)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -374,6 +375,60 @@ async def test_a_locked_store_opens_for_reading(store: tecko.Store, path: Path) 
         other.execute("UPDATE polling_jobs SET name = 'unseen'")
         async with tecko.Store(path) as reader:
             assert [job.name for job in await reader.jobs()] == ["job"]
+
+
+async def test_readers_do_not_wait_for_a_writer_that_waits(store: tecko.Store, path: Path) -> None:
+    """While a foreign lock keeps one of our own transactions waiting, every read is answered, and
+    what others committed before is seen."""
+    job = await made(store)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        writing = asyncio.ensure_future(store.pause_job(job.id, 2.0))
+        await asyncio.sleep(0)
+        for _ in range(20):
+            assert await store.jobs() == [job] and (await store.counts())["jobs"] == {"active": 1}
+            assert await store.data_version() is not None
+        assert not writing.done()
+        other.execute("ROLLBACK")
+        await writing
+    assert (await get(store, job.id)).status == "paused"
+
+
+@pytest.mark.parametrize("what", ["nothing", "an empty file", "a store"])
+async def test_opened_for_reading_only(path: Path, what: str) -> None:
+    """It makes no file and no tables, says how one is made, reads what is there, writes nothing."""
+    if what == "a store":
+        await tecko.Store(path).touch()
+        async with tecko.Store(path, read_only=True) as store:
+            assert await store.jobs() == []
+            with pytest.raises(tecko.StoreError, match="reading only"):
+                await made(store)
+        return
+    if what == "an empty file":
+        os.mknod(path)
+    before = os.listdir(path.parent)
+    with pytest.raises(
+        tecko.StoreError, match=r"no database.*store\.db|store\.db is no database"
+    ) as e:
+        await tecko.Store(path, read_only=True).__aenter__()
+    assert "init" in e.value.hint and os.listdir(path.parent) == before
+
+
+async def test_two_changes_of_one_job_both_count(store: tecko.Store, path: Path) -> None:
+    """Whoever changes a job sees what was written before, so that two changes of different fields
+    at once, by two processes, are both there."""
+    job = await made(store)
+
+    def changing(**update: Any) -> Callable[[tecko.Job], tecko.Spec]:
+        return lambda seen: seen.spec.model_copy(update=update)
+
+    async with tecko.Store(path) as second:
+        await asyncio.gather(
+            store.update_job(job.id, changing(name="new"), 2.0),
+            second.update_job(job.id, changing(poll_interval=600), 2.0),
+        )
+    after = (await get(store, job.id)).spec
+    assert (after.name, after.poll_interval) == ("new", 600)
 
 
 async def test_what_was_rolled_back_is_not_logged(
@@ -555,7 +610,7 @@ async def test_an_older_round_does_not_move_the_job(store: tecko.Store, event: t
     and the job's new round goes on."""
     job = await made(store)
     running = await fired(store, job, "claim", "accept")
-    await store.update_job(job.id, spec(batch_ids=["batch_3"]), 9.0)
+    await store.update_job(job.id, lambda _: spec(batch_ids=["batch_3"]), 9.0)
     before = await get(store, job.id)
     assert (before.status, before.round) == ("active", 2)
     await store.note_trigger(running, 10.0, error="cannot be reached")
@@ -613,7 +668,7 @@ async def test_changes_of_a_job_that_is_not_there(store: tecko.Store, path: Path
         store.resume_job(7, 1.0),
         store.retry_job(7, 1.0),
         store.delete_job(7, 1.0),
-        store.update_job(7, spec(), 1.0),
+        store.update_job(7, lambda _: spec(), 1.0),
     ):
         with pytest.raises(tecko.NotFound, match=r"^Job with ID 7 not found$") as e:
             await work
@@ -626,7 +681,10 @@ async def test_a_job_of_this_name_is_there_already(store: tecko.Store, path: Pat
     await made(store, "a")
     b = await made(store, "b")
     before = dump(path)
-    for work in (store.create_job(spec("a"), "store", 2.0), store.update_job(b.id, spec("a"), 2.0)):
+    for work in (
+        store.create_job(spec("a"), "store", 2.0),
+        store.update_job(b.id, lambda _: spec("a"), 2.0),
+    ):
         with pytest.raises(tecko.Conflict):
             await work
     assert dump(path) == before
@@ -658,7 +716,8 @@ async def test_other_batches_start_a_round(store: tecko.Store) -> None:
     """Another set of batches is looked at afresh, from any state; the history stays."""
     for status in STATUSES:
         job = await job_in(store, status, status)
-        await store.update_job(job.id, spec(status, batch_ids=["batch_2", "batch_3"]), 9.0)
+        new = spec(status, batch_ids=["batch_2", "batch_3"])
+        await store.update_job(job.id, lambda _, new=new: new, 9.0)  # type: ignore[misc]
         after = await get(store, job.id)
         assert after.round == 2 and after.last_error is None and after.completed_at is None
         assert after.status == ("paused" if status == "paused" else "active")
@@ -682,7 +741,7 @@ async def test_what_starts_no_round(store: tecko.Store, change: dict[str, Any]) 
     """The same batches in another order, or another detail: what was seen of them stays."""
     job = await made(store)
     assert await checked(store, job)
-    await store.update_job(job.id, spec(**change), 9.0)
+    await store.update_job(job.id, lambda _: spec(**change), 9.0)
     after, batches = await get(store, job.id), await store.batches(job.id)
     assert (after.round, after.status, after.last_check_at) == (1, "active", 7.0)
     assert {b.batch_id: b.status for b in batches} == {"batch_1": "completed", "batch_2": ""}
@@ -719,7 +778,7 @@ async def test_another_target_counts_for_what_was_not_sent(
     batches; one that may have arrived keeps the target that it went to."""
     job = await made(store)
     before = await fired(store, job, *events)
-    await store.update_job(job.id, spec(**ELSEWHERE), 9.0)
+    await store.update_job(job.id, lambda _: spec(**ELSEWHERE), 9.0)
     [trigger] = await store.triggers(job.id)
     assert trigger.id == before.id and trigger.state == before.state
     assert target(trigger) == (
@@ -735,7 +794,7 @@ async def test_a_claim_with_the_old_target_is_refused(store: tecko.Store, path: 
     """Who read the trigger before its target changed does not send it to the old one."""
     job = await made(store)
     stale = await fired(store, job)
-    await store.update_job(job.id, spec(**ELSEWHERE), 9.0)
+    await store.update_job(job.id, lambda _: spec(**ELSEWHERE), 9.0)
     before = dump(path)
     assert await store.move_trigger(stale, "claim", "", 10.0) is None
     await store.note_trigger(stale, 10.0, error="old news")
@@ -746,7 +805,7 @@ async def test_a_target_changed_on_the_wire_counts_if_it_was_not_sent(store: tec
     """Refused with 429 after the target had changed: the next attempt goes to the new one."""
     job = await made(store)
     await fired(store, job, "claim")
-    await store.update_job(job.id, spec(**ELSEWHERE), 9.0)
+    await store.update_job(job.id, lambda _: spec(**ELSEWHERE), 9.0)
     assert target(await moved(store, job, "postpone")) == tuple(ELSEWHERE.values())
     assert target((await store.triggers(job.id))[0]) == tuple(ELSEWHERE.values())
 
@@ -755,8 +814,8 @@ async def test_a_pending_trigger_of_an_older_round_is_not_lost(store: tecko.Stor
     """Its batches are watched no more, so that nothing would fire in its place."""
     job = await made(store)
     await fired(store, job)
-    await store.update_job(job.id, spec(batch_ids=["batch_3"]), 8.0)
-    await store.update_job(job.id, spec(batch_ids=["batch_3"], **ELSEWHERE), 9.0)
+    await store.update_job(job.id, lambda _: spec(batch_ids=["batch_3"]), 8.0)
+    await store.update_job(job.id, lambda _: spec(batch_ids=["batch_3"], **ELSEWHERE), 9.0)
     [trigger] = await store.triggers(job.id)
     assert trigger.state == "pending" and target(trigger) == tuple(ELSEWHERE.values())
 
@@ -766,7 +825,7 @@ async def test_a_job_of_the_file_is_edited_in_the_file(store: tecko.Store, path:
     await store.sync_file_jobs([spec()], 1.0)
     job, before = await store.find_job("job"), dump(path)
     for work in (
-        store.update_job(job.id, spec(poll_interval=60), 2.0),
+        store.update_job(job.id, lambda _: spec(poll_interval=60), 2.0),
         store.delete_job(job.id, 2.0),
     ):
         with pytest.raises(tecko.Conflict, match=r"jobs\.yaml") as e:

@@ -324,7 +324,7 @@ async def test_whose_batch_is_listed_as_done_need_not_wait(world: World) -> None
 async def other_batch(world: World, job_id: int) -> None:
     spec = (await world.get(job_id)).watches
     watched = spec.watch.model_copy(update={"batch_ids": ["batch_11"]})
-    await world.store.update_job(job_id, spec.model_copy(update={"watch": watched}), 0.0)
+    await world.store.update_job(job_id, lambda _: spec.model_copy(update={"watch": watched}), 0.0)
 
 
 Change = Callable[[World, int], Any]
@@ -692,7 +692,7 @@ async def count_after(steps: list[tuple[str, int]]) -> None:
                 "logs": "SELECT count(*) FROM polling_logs",
             }
             for what, sql in scans.items():
-                assert counts[what] == (await store._read(sql))[0][0], what
+                assert counts[what] == (await store._sql(sql))[0][0], what
             shown = [job.shown_status for job in await store.jobs()]
             assert counts["jobs"] == {s: shown.count(s) for s in shown}
 
