@@ -2768,6 +2768,8 @@ class Database:
     async def _connect(self, mode: str) -> aiosqlite.Connection:
         import aiosqlite
 
+        if mode == "ro" and not self.path.with_name(self.path.name + "-wal").exists():
+            mode = "ro&immutable=1"  # nobody writes: no need to make a -wal and a -shm
         uri = f"file:{quote(str(self.path.absolute()))}?mode={mode}"
         db = await aiosqlite.connect(uri, uri=True, isolation_level=None)
         db.row_factory = sqlite3.Row
@@ -8727,8 +8729,7 @@ class LogFile(logging.handlers.RotatingFileHandler, logging.handlers.WatchedFile
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.failed:
             self.failed = True
-            with contextlib.suppress(OSError):
-                say(f"teckochecker: cannot write the log file: {sys.exc_info()[1]}")
+            say(f"teckochecker: cannot write the log file: {sys.exc_info()[1]}")
 
 
 def set_up_logging(settings: Settings, level: str, *, to_file: bool = True) -> None:
@@ -8777,8 +8778,9 @@ def close_streams(code: int) -> int:
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal; stdout is for the answer."""
-    print(redact(text), file=sys.stderr)
+    """A line for the person at the terminal; stdout is for the answer. Nobody may be there."""
+    with contextlib.suppress(OSError):
+        print(redact(text), file=sys.stderr)
 
 
 def ago(at: float | None, now: float) -> str:
