@@ -8783,15 +8783,11 @@ def say(text: str) -> None:
         print(redact(text), file=sys.stderr)
 
 
-def ago(at: float | None, now: float) -> str:
-    if at is None:
-        return "-"
+def ago(at: float, now: float) -> str:
     return "just now" if now - at < 1 else f"{span(now - at)} ago"
 
 
-def due_in(at: float | None, now: float) -> str:
-    if at is None:
-        return "-"
+def due_in(at: float, now: float) -> str:
     return "now" if at - now < 1 else f"in {span(at - now)}"
 
 
@@ -9009,28 +9005,27 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 @contextlib.asynccontextmanager
-async def opened(config: Config, *, looks: bool = False) -> AsyncIterator[Desk]:
-    """The desk on the database. Who only `looks` creates nothing, and needs no key. A job or
-    secret that is not there is met with the one that was probably meant."""
-    vault = Vault(config.settings)
-    if not looks:
-        vault.load(required=False)
-    async with Store(config.settings.database, read_only=looks) as store:
-        try:
-            yield Desk(store, vault, lambda: config)
-        except NotFound as e:
-            names = await store.names("secrets" if e.code == 1001 else "polling_jobs")
-            e.hint = did_you_mean(str(e).partition("'")[2].partition("'")[0], names) or e.hint
-            raise
+async def guessing(store: Store) -> AsyncIterator[None]:
+    """A job or secret that is not there is met with the one that was probably meant."""
+    try:
+        yield
+    except NotFound as e:
+        names = await store.names("secrets" if e.code == 1001 else "polling_jobs")
+        e.hint = did_you_mean(str(e).partition("'")[2].partition("'")[0], names) or e.hint
+        raise
 
 
 def on_desk(config: Config, work: Callable[[Desk], Awaitable[T]], *, looks: bool = False) -> T:
-    """What comes of asking the desk; no loop is left when a person is asked next."""
+    """What comes of asking the desk; no loop is left when a person is asked next. Who only `looks`
+    creates nothing, and needs no key."""
+    vault = Vault(config.settings)
 
     async def asking() -> T:
-        async with opened(config, looks=looks) as desk:
-            return await work(desk)
+        async with Store(config.settings.database, read_only=looks) as store, guessing(store):
+            return await work(Desk(store, vault, lambda: config))
 
+    if not looks:
+        vault.load(required=False)
     return asyncio.run(asking())
 
 
@@ -9352,11 +9347,10 @@ def report_run(args: argparse.Namespace, run: Run) -> int:
 
 
 async def check_here(args: argparse.Namespace, config: Config) -> list[Turn]:
-    async with opened(config, looks=config.settings.database.exists()) as desk:
-        await turns_of(desk.store, args) if args.jobs and desk.store.read_only else None
     with RunLock(config.settings.database, "check"):
         async with make_service(config, lambda: config, timers=False) as service:
-            turns = await turns_of(service.store, args)
+            async with guessing(service.store):
+                turns = await turns_of(service.store, args)
             async with progress(service.store, turns):
                 await until_signal(service, turns)
             for turn in turns:
@@ -9403,8 +9397,9 @@ async def check_once(service: Service, job_id: int, stepped: Stepped) -> None:
 
 async def check_there(args: argparse.Namespace, config: Config, found: Holder) -> list[Turn]:
     """Have the running service do it, and wait until the store shows that it did."""
-    async with opened(config, looks=True) as desk:
-        turns = await turns_of(desk.store, args)
+    async with Store(config.settings.database, read_only=True) as store:
+        async with guessing(store):
+            turns = await turns_of(store, args)
         for turn in turns:
             path = f"/api/jobs/{turn.job.id}/check"
             try:
@@ -9413,10 +9408,10 @@ async def check_there(args: argparse.Namespace, config: Config, found: Holder) -
                 if len(turns) == 1:
                     raise
                 turn.said, turn.bad, turn.over = str(e), True, True
-        async with progress(desk.store, turns):
+        async with progress(store, turns):
             for turn in turns:
                 if not turn.over:
-                    await await_turn(desk.store, turn, config)
+                    await await_turn(store, turn, config)
     return turns
 
 
@@ -9438,31 +9433,22 @@ async def await_turn(store: Store, turn: Turn, config: Config) -> None:
 
 @contextlib.asynccontextmanager
 async def progress(store: Store, turns: Sequence[Turn]) -> AsyncIterator[None]:
-    """A bar on a terminal for each run of an ingest."""
+    """How far the runs of ingests are, on a terminal."""
     last = {turn.job.name: turn.last for turn in turns if isinstance(turn.job.spec, IngestSpec)}
     if not last or not sys.stderr.isatty():
         yield
         return
     from rich.console import Console
-    from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-    shown = TextColumn("{task.fields[records]} records")
-    columns = (*Progress.get_default_columns()[:3], shown, TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks = {name: bars.add_task(name, total=None, records=0) for name in last}
+    with Console(stderr=True).status("reading") as shown:
 
         async def follow() -> None:
             while True:
-                for name, task in tasks.items():
+                for name in last:
                     for run in await store.runs(name, 1):
+                        share = "" if run.progress is None else f", {run.progress:.0%}"
                         if run.id > last[name]:
-                            total = None if run.progress is None else 1.0
-                            bars.update(
-                                task,
-                                total=total,
-                                completed=run.progress or 0,
-                                records=run.records_processed,
-                            )
+                            shown.update(f"{name}: {run.records_processed:,} records{share}")
                 await asyncio.sleep(FOLLOW_SECONDS)
 
         following = asyncio.create_task(follow())
@@ -9612,11 +9598,10 @@ def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
     rows = []
     for job in found.jobs:
         mine, pace = brought.get(job.name, (0, 0)), job.poll_interval_seconds
-        times = (
-            pace if pace == "auto" else span(pace),
-            ago(job.last_check_at, now),
-            due_in(job.next_check_at if job.status == "active" else None, now),
-        )
+        every = pace if pace == "auto" else span(pace)
+        last = job.last_check_at and ago(job.last_check_at, now)
+        following = job.next_check_at and job.status == "active" and due_in(job.next_check_at, now)
+        times = (every, last or None, following or None)
         rows.append((job.id, job.name, job.status, done_of(job, mine), why_of(job, mine), *times))
     columns = ("ID", "Name", "State", "Done", "Why", "Every", "Checked", "Next")
     return report(args, found, Table(columns, rows, (5, 6, 7, 0, 3, 4)))

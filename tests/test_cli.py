@@ -797,6 +797,16 @@ class TestLive:
         assert shown["uptime_seconds"] >= 0
         assert "slow" in [due["job"] for due in shown["due_next"]]
 
+    def test_check_asks_the_service(self, live: Live) -> None:
+        """A job that is due in an hour is checked at once, by the service; the table says how it
+        stands."""
+        before = live.checks("batch_slow")
+        [done] = live.cli("--json check slow")
+        assert live.checks("batch_slow") == before + 1
+        [row] = done.document
+        assert (row["name"], row["status"]) == ("slow", "active")
+        assert "batch_slow in_progress" in row["said"]
+
     def test_a_created_job_is_checked_within_two_ticks(self, live: Live) -> None:
         """A job added by the command line does not wait for anything but the next ticks."""
         live.openai.batch("batch_late")
@@ -808,10 +818,10 @@ class TestLive:
     def test_pause_update_and_resume_take_effect(self, live: Live) -> None:
         """A job that was due in an hour is checked every second after `job update`; meanwhile
         the finished batch of a paused job triggers nothing, and does once that is resumed."""
-        assert live.checks("batch_slow") == 1
+        before = live.checks("batch_slow")
         live.cli("job pause late", "job update slow --poll-interval 1s")
         live.openai.batch("batch_late", "completed")
-        until(lambda: live.checks("batch_slow") >= 3, "two further checks")
+        until(lambda: live.checks("batch_slow") >= before + 2, "two further checks")
         assert live.ticks() <= 5 and not live.triggered("late")
         live.cli("job resume late")
         live.ticks()
@@ -862,6 +872,22 @@ class TestLive:
         assert any("configuration before it stays" in k and f"{name}" in k for k in said)
         before = live.checks("batch_added")
         until(lambda: live.checks("batch_added") > before, "a further check")
+
+    def test_reload_says_what_came_of_it(self, live: Live) -> None:
+        """A good file is taken up; one with a mistake is refused with its words and exit code 1,
+        and `status` goes on saying so until the next good one."""
+        path = live.program.cwd / "jobs.yaml"
+        good = path.read_bytes()
+        path.write_bytes(good + b"  - {name: x}\n")
+        refused, status = run_many(live.program.cwd, ["reload", "--json status"], live.program.env)[
+            0
+        ]
+        path.write_bytes(good)
+        refused.refused("'x'", "goes on with what it had")
+        assert "jobs.yaml" in {each["job"] for each in status.document["attention"]}
+        done, status = live.cli("--json reload", "--json status")
+        assert done.document["reloaded"] is True
+        assert "jobs.yaml" not in {each["job"] for each in status.document["attention"]}
 
     def test_a_service_manager_that_does_not_listen_holds_nothing_up(self, live: Live) -> None:
         """Notifications that nobody takes fill their queue; the loop goes on all the same."""
@@ -1154,7 +1180,7 @@ def test_a_document_is_redacted_by_its_values(capsys: pytest.CaptureFixture[str]
 
 def test_a_mistake_is_shown_in_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     """File, line and column, the line itself and a mark; not where it may show a secret."""
-    at = {"file": "jobs.yaml", "line": 8, "column": 5}
+    at: dict[str, Any] = {"file": "jobs.yaml", "line": 8, "column": 5}
     shown = tecko.Problem("jobs", "found 'a'", "b", **at, source="    secret: a")
     hidden = tecko.Problem("secrets.x", "found 'value'", "env", **at, source="    value: hunter2")
     tecko.complain(tecko.Invalid([shown, hidden], hint="do that"))
@@ -1344,6 +1370,56 @@ def test_stop_never_signals_a_process_it_does_not_know(tmp_path: Path) -> None:
             start_new_session=True,
         )
     assert ended.returncode == 1 and ended.stderr.startswith(b"teckochecker: ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_check_that_is_stopped_finishes_what_is_in_flight(
+    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola, number: int
+) -> None:
+    """In the middle of a POST: its answer is awaited and recorded, and nothing new is begun."""
+    (tmp_path / "jobs.yaml").write_text(JOB_YAML.format(stack=keboola.url))
+    openai.batch("batch_1", "completed")
+    gate = keboola.gate("POST /jobs", after_acting=True)
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), "check"],
+        cwd=tmp_path,
+        env=clean_environment(program_environment(openai)),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    gate.reached()
+    process.send_signal(number)
+    gate.release()
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 128 + number and "Traceback" not in said
+    [(state, job)] = sqlite3.connect(tmp_path / "teckochecker.db").execute(
+        "SELECT state, keboola_job_id FROM triggers"
+    )
+    assert state == "running" and job and len(keboola.created) == 1
+
+
+def test_ctrl_c_while_a_daemon_starts_ends_it(
+    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
+) -> None:
+    """No process is left behind, however long the way to the folder for temporary files."""
+    (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
+    env = clean_environment({"TMPDIR": str(tmp_path / ("x" * 200))})
+    with tecko.RunLock(tmp_path / "teckochecker.db", "check"):  # which the start waits for
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), "start", "--daemon"],
+            cwd=tmp_path,
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        [child] = until(lambda: children.read_text().split(), "its child", 20)
+        log = tmp_path / "teckochecker.log"
+        until(log.exists, "the child's log", 20)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_check_is_one_round_in_the_foreground(
