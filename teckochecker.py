@@ -22,7 +22,7 @@ uses only what stands above it:
     Service       scheduler, reload, health, start, drain, stop
     Metrics       what Prometheus is told
     Admin         HTTP: one table of routes serves, documents and is tested
-    Command line  the one place that prints and exits
+    Output to main, at the end: the command line, the one place that prints and exits
 
 A job                                     A trigger (the outbox row of one round of a job)
 
@@ -9969,7 +9969,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(args: argparse.Namespace) -> int:
     """The exit code of a command. Nothing that it raises gets any further."""
-    if args.command != "start" and signal.getsignal(signal.SIGINT) is end_at_once:
+    waits = args.command == "start" and not args.daemon  # until it can end in good order
+    if not waits and signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ACTOR.set(None if args.command in ("start", "check") else "command line")

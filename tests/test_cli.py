@@ -883,7 +883,8 @@ class TestLive:
             0
         ]
         path.write_bytes(good)
-        refused.refused("'x'", "goes on with what it had")
+        assert refused.code == 1 and "job 'x': watch: missing" in refused.err
+        assert refused.err.endswith("hint: the service goes on with what it had\n")
         assert "jobs.yaml" in {each["job"] for each in status.document["attention"]}
         done, status = live.cli("--json reload", "--json status")
         assert done.document["reloaded"] is True
@@ -972,7 +973,7 @@ def test_no_stream_brings_a_traceback(cafe: Path, line: str) -> None:
         env=clean_environment({}) | {"PYTHONUNBUFFERED": ""},
         capture_output=True,
         stdin=subprocess.DEVNULL,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     text = (said.stdout + said.stderr).decode(errors="replace")
