@@ -1388,7 +1388,7 @@ def test_check_that_is_stopped_finishes_what_is_in_flight(
         stderr=subprocess.PIPE,
         text=True,
     )
-    gate.reached()
+    gate.reached(60)
     process.send_signal(number)
     gate.release()
     _, said = process.communicate(timeout=20)
