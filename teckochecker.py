@@ -28,7 +28,7 @@ uses only what stands above it:
     Service       scheduler, reload, health, start, drain, stop
     Metrics       what Prometheus is told
     Admin         HTTP: one table of routes serves, documents and is tested
-    Command line  the one place that prints and exits
+    Output to main, at the end: the command line, the one place that prints and exits
 
 A job                                     A trigger (the outbox row of one round of a job)
 
@@ -53,6 +53,27 @@ of its own: no check is made any more, but what was decided is still carried out
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+
+def end_at_once(number: int, frame: object) -> None:
+    """A signal before there is anything to be ended in good order; a service that has not begun
+    has ended as it should."""
+    os._exit(0 if "start" in sys.argv and number != signal.SIGINT else 128 + number)
+
+
+if sys.version_info < (3, 11):  # noqa: UP036 all below is grammar that 3.9 can read, for this
+    _found = ".".join(map(str, sys.version_info[:3]))
+    sys.exit(f"TeckoChecker needs Python 3.11 or later; this is {_found}")
+if __name__ == "__main__" and os.name == "posix":
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) is not signal.SIG_IGN:
+            signal.signal(_number, end_at_once)
+    if "start" in sys.argv:  # to which it will mean: read jobs.yaml again
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
 import argparse
 import asyncio
 import base64
@@ -61,7 +82,6 @@ import contextlib
 import csv
 import difflib
 import errno
-import fcntl
 import gc
 import getpass
 import glob
@@ -79,17 +99,14 @@ import json
 import logging
 import logging.handlers
 import math
-import os
 import random
 import re
 import secrets as randomness
-import signal
 import socket
 import sqlite3
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -136,28 +153,44 @@ from typing import (
 )
 from urllib.parse import parse_qs, quote, quote_plus, unquote, urljoin, urlsplit
 
-import orjson
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    StrictStr,
-    StringConstraints,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
-    create_model,
-    field_validator,
-    model_validator,
-)
-from pydantic.json_schema import models_json_schema
-from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
+
+def missing(error: ImportError) -> str:
+    """What to do about a module that is not there."""
+    if error.name == "fcntl":
+        return "TeckoChecker needs Linux, macOS or another Unix; this is none"
+    fix = "python -m pip install -r requirements.txt"
+    return f"the package {error.name} is missing; run: {fix}"
+
+
+try:
+    import fcntl
+
+    import orjson
+    from pydantic import (
+        AfterValidator,
+        AliasChoices,
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Field,
+        PlainSerializer,
+        PlainValidator,
+        StrictStr,
+        StringConstraints,
+        TypeAdapter,
+        ValidationError,
+        ValidationInfo,
+        WithJsonSchema,
+        create_model,
+        field_validator,
+        model_validator,
+    )
+    from pydantic.json_schema import models_json_schema
+    from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
+except ModuleNotFoundError as e:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"teckochecker: {missing(e)}")
 
 if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK nor scheduler
     import aiosqlite
@@ -167,7 +200,6 @@ if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK 
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
     from apscheduler.triggers.interval import IntervalTrigger
     from psycopg import AsyncConnection
-    from rich.console import RenderableType
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -2630,56 +2662,6 @@ def all_problems(
     return sorted(problems, key=lambda problem: (problem.line, problem.column))
 
 
-# ── Plan ──────────────────────────────────────────────────────────────────────────────────────
-
-
-Target = tuple[str, str, str, frozenset[str]]
-FIRED = ("triggering", "triggered", "completed", "completed_with_failures")
-
-
-def target_of(spec: Spec) -> Target | None:
-    """What a job is for, whatever its name: which batches start which configuration. None: it is
-    an ingest."""
-    if isinstance(spec, IngestSpec):
-        return None
-    at, batch_ids = spec.trigger, frozenset(spec.watch.batch_ids)
-    return at.stack_url, at.component_id, at.configuration_id, batch_ids
-
-
-def plan(
-    specs: Sequence[Spec], stored: Sequence[Job], fired: Mapping[Target | None, str]
-) -> list[str]:
-    """What would become of the jobs of jobs.yaml, a sentence each. `stored`: those that came from
-    it before; `fired`: what has started a Keboola job before, and when, in a few words."""
-    before = {job.name: job for job in stored}
-    gone = {job.name: job for job in stored if job.name not in {spec.name for spec in specs}}
-    watched = {target_of(job.spec): job.name for job in gone.values()}
-    said = []
-    for spec in specs:
-        job, target = before.get(spec.name), target_of(spec)
-        if job is None and target is not None and target in watched:
-            job = gone.pop(watched.pop(target))
-            said.append(f"job {job.name!r} is called {spec.name!r} now, and keeps its history")
-        elif job is None:
-            said.append(f"job {spec.name!r} is new")
-        elif job.removed_at is not None:
-            said.append(f"job {spec.name!r} is back")
-        elif names := differing(job.spec, spec):
-            said.append(f"job {spec.name!r} changes: {', '.join(names)}")
-        if target is not None and (job is None or target != target_of(job.spec)):
-            once = f"fires again only by `job retry`, for it has fired: {fired.get(target)}"
-            then = once if target in fired else "will fire when its batches are done"
-            said.append(f"job {spec.name!r} {then}")
-    left = [job.name for job in gone.values() if job.removed_at is None]
-    return said + [f"job {name!r} has left jobs.yaml: it is checked no more" for name in left]
-
-
-def differing(old: Spec, new: Spec) -> list[str]:
-    """The names of the fields that differ."""
-    was, now = (flat_fields(s) | {"ingest": getattr(s, "ingest", None)} for s in (old, new))
-    return [name for name in was | now if was.get(name) != now.get(name)]
-
-
 # ── Schema ────────────────────────────────────────────────────────────────────────────────────
 
 # For both engines: SQLite takes any name of a type. {id} becomes each engine's own words for a
@@ -4692,6 +4674,18 @@ class Store(Checks):
     async def log_event(self, status: str, message: str, now: float) -> None:
         """A log row that belongs to no job."""
         await self._log(None, status, message, now)
+
+    async def names(self, table: Literal["polling_jobs", "secrets"]) -> list[str]:
+        """The names of all jobs or secrets."""
+        return [row[0] for row in await self._sql(f"SELECT name FROM {table} ORDER BY name")]
+
+    async def ingested(self) -> dict[str, tuple[int, int]]:
+        """How many records each source has brought, and how many of them are rejected now."""
+        rows = await self._sql(
+            "SELECT source, records, (SELECT count(*) FROM etl_reject r WHERE r.source = c.source)"
+            " FROM etl_checkpoint c WHERE source <> ''"
+        )
+        return {row[0]: (row[1], row[2]) for row in rows}
 
     async def due_next(self, limit: int) -> list[tuple[str, float]]:
         """Names and planned times of the checks that come next."""
@@ -8398,6 +8392,44 @@ def slots(interval: float, first: float) -> IntervalTrigger:
     return Slots(seconds=interval, timezone=UTC)
 
 
+# ── Plan ──────────────────────────────────────────────────────────────────────────────────────
+
+PLANNED: dict[FileStep, str] = {
+    "created": "job {name!r} is new",
+    "changed": "job {name!r} changes: {fields}",
+    "renamed": "job {old!r} is called {name!r} now, and keeps its history",
+    "returned": "job {name!r} is back",
+    "removed": "job {name!r} has left jobs.yaml: it is checked no more",
+}
+
+
+async def planned(specs: Sequence[Spec], store: Store) -> list[str]:
+    """What would become of the store's jobs if jobs.yaml had these, a sentence each; and of those
+    that are new or watch other batches, whether they will fire."""
+    said: list[str] = []
+    for what, name, job, spec in await store.file_changes(specs):
+        names = differing(job.spec, spec) if job and spec and not job.damage else []
+        old = job.name if job else ""
+        said.append(PLANNED[what].format(name=name, old=old, fields=", ".join(names)))
+        known = job is not None and not job.damage and isinstance(job.spec, JobSpec)
+        if isinstance(spec, JobSpec) and not (known and job and aim(job.watches) == aim(spec)):
+            fired = next(iter(await store.fired(aim(spec))), None)
+            then = "will fire when its batches are done"
+            if fired is not None:
+                when = (
+                    f"as trigger {fired.trigger_id} of job {fired.job!r}, {iso(fired.created_at)}"
+                )
+                then = f"fires again only by `job retry`, for these batches have fired: {when}"
+            said.append(f"job {name!r} {then}")
+    return said
+
+
+def differing(old: Spec, new: Spec) -> list[str]:
+    """The names of the fields that differ."""
+    was, now = (flat_fields(s) | {"ingest": getattr(s, "ingest", None)} for s in (old, new))
+    return [name for name in was | now if was.get(name) != now.get(name)]
+
+
 # ── Service ───────────────────────────────────────────────────────────────────────────────────
 
 # What is unexpected costs the job that met it that step, and nothing else:
@@ -8574,6 +8606,8 @@ class Service:
             raise Invalid([f"{config.path} {said}"], hint="`jobs: []` removes them all")
         done = Counter[str]()
         if config.jobs is not None:
+            for said in await planned(config.jobs, self.store):
+                log.info("%s: %s", config.path, said)
             done = await self.store.sync_file_jobs(config.jobs, time.time())
         self.steps.config = config
         self._stale = True
@@ -9815,93 +9849,253 @@ async def serving(service: Service) -> AsyncIterator[Admin]:
             await admin.stop()
 
 
-# ── Command line ──────────────────────────────────────────────────────────────────────────────
+# ── Output ────────────────────────────────────────────────────────────────────────────────────
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line, for what collects logs."""
+    """One JSON object a line, for what collects logs; `extra={"job": name}` names the job."""
 
     def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC)
         line = {
-            "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(
-                timespec="milliseconds"
-            ),
+            "timestamp": at.isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
+            "job": getattr(record, "job", None),
+            "traceback": record.exc_text,
         }
-        if record.exc_text:
-            line["traceback"] = record.exc_text
-        return json.dumps(line)
+        return json.dumps({key: value for key, value in line.items() if value is not None})
 
 
-def set_up_logging(settings: Settings, level: str) -> None:
+class LogFile(logging.handlers.RotatingFileHandler, logging.handlers.WatchedFileHandler):
+    """LOG_FILE: begun anew at LOG_BYTES, and wherever another program has moved it away. That it
+    cannot be written is said once."""
+
+    dev = ino = -1  # of the open file, for `reopenIfNeeded`
+    failed = False
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:
+        self.reopenIfNeeded()
+        return bool(super().shouldRollover(record))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            say(f"teckochecker: cannot write the log file: {sys.exc_info()[1]}")
+
+
+def set_up_logging(settings: Settings, level: str, *, to_file: bool = True) -> None:
     """To stderr, and to LOG_FILE where one is set; every handler redacts."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if settings.log_file is not None:
+    file = settings.log_file if to_file else None
+    if file is not None:
         try:
-            handlers.append(
-                logging.handlers.RotatingFileHandler(
-                    settings.log_file, maxBytes=LOG_BYTES, backupCount=5, encoding="utf-8"
-                )
-            )
+            handlers.append(LogFile(file, maxBytes=LOG_BYTES, backupCount=5, encoding="utf-8"))
         except OSError as e:
-            raise StoreError(f"cannot write the log file {settings.log_file}: {e.strerror}") from e
+            raise StoreError(f"cannot write the log file {file}: {e.strerror}") from e
     text = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s")
     for handler in handlers:
         handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
         handler.addFilter(RedactingFilter())
-    logging.basicConfig(
-        handlers=handlers, level="WARNING", force=True
-    )  # libraries: a line a request
+    logging.raiseExceptions = False  # a stderr that nobody reads is no reason for a traceback
+    logging.basicConfig(handlers=handlers, level="WARNING", force=True)  # libraries say too much
     log.setLevel(level)
 
 
-def say(text: str = "") -> None:
-    print(redact(text))
+def open_streams() -> None:
+    """Make stdin, stdout and stderr usable where they were closed: the next file to be opened, a
+    database, would become one of them. Characters that their encoding lacks are escaped."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+        elif number and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
-def complain(error: TeckoError) -> None:
-    print(redact(f"teckochecker: {error}"), file=sys.stderr)
-    if error.hint:
-        print(redact(f"hint: {error.hint}"), file=sys.stderr)
+def close_streams(code: int) -> int:
+    """Write out what is still to be written; the exit code. The interpreter would do it later on,
+    and end with 120 and a traceback where it cannot."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as e:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if stream is sys.stdout:
+                code = code or 1
+                if not isinstance(e, BrokenPipeError):  # `... | head` is no fault
+                    say(f"teckochecker: cannot write to stdout: {e.strerror}")
+    return code
 
 
-def report(args: argparse.Namespace, document: Any, *shown: RenderableType) -> int:
+def say(text: str) -> None:
+    """A line for the person at the terminal; stdout is for the answer. Nobody may be there."""
+    with contextlib.suppress(OSError):
+        print(redact(text), file=sys.stderr)
+
+
+def ago(at: float, now: float) -> str:
+    return "just now" if now - at < 1 else f"{span(now - at)} ago"
+
+
+def due_in(at: float, now: float) -> str:
+    return "now" if at - now < 1 else f"in {span(at - now)}"
+
+
+GAP = 2  # blanks between two columns
+SIGNS = {  # of states on a terminal, and their colours
+    "active": ("●", "cyan"),
+    "triggering": ("▶", "cyan"),
+    "triggered": ("▶", "cyan"),
+    "paused": ("○", ""),
+    "completed": ("✓", "green"),
+    "completed_with_failures": ("!", "yellow"),
+    "failed": ("✗", "red"),
+}
+ISO_TIME = re.compile(r"\d{4}-(\d\d-\d\d)T(\d\d:\d\d):\d\dZ")
+
+
+class Table(NamedTuple):
+    """Rows under a header (none where no column has a name). `spare`: the places of the columns
+    that are left out, one after the other, where a terminal is too narrow."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    spare: Sequence[int] = ()
+
+    def texts(self, *, short: bool = False) -> list[list[str]]:
+        """The cells of each column, with its name; one line each."""
+        rows = [["-" if v in (None, "") else redact(str(v)) for v in row] for row in self.rows]
+        clean = [[CONTROL.sub(" ", text) for text in row] for row in (self.columns, *rows)]
+        columns = [list(column) for column in zip(*clean, strict=True)]
+        signs = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
+        for i, column in enumerate(columns):
+            if short:
+                columns[i] = [ISO_TIME.sub(r"\1 \2", text) for text in column]
+            if signs and column[0] in ("State", "Status"):
+                columns[i] = [
+                    f"{SIGNS[text][0]} {text}" if text in SIGNS else text for text in column
+                ]
+        return columns
+
+
+def fitted(table: Table, room: int) -> list[tuple[int, list[str]]]:
+    """How wide each column is that is shown, and its cells: times become short first, then columns
+    go, then lines break between words, and only then within one."""
+    from rich.cells import cell_len
+
+    def total(widths: Collection[int]) -> int:
+        return sum(widths) + GAP * (len(widths) - 1)
+
+    columns = table.texts()
+    if total([max(map(cell_len, column)) for column in columns]) > room:
+        columns = table.texts(short=True)
+    cap = max(min(room // 2, 40), 8)  # a longer word, like a URL, may break
+    words = [[cell_len(word) for text in column for word in text.split()] for column in columns]
+    widths = {i: min(max(lengths, default=1), cap) for i, lengths in enumerate(words)}
+    for i in table.spare:
+        if total(widths.values()) > room:
+            del widths[i]
+    wanted = {i: max(map(cell_len, columns[i])) - width for i, width in widths.items()}
+    for i in sorted(wanted, key=wanted.__getitem__):
+        widths[i] += max(0, min(wanted[i], room - total(widths.values())))
+    while total(widths.values()) > room and max(widths.values()) > 1:
+        widths[max(widths, key=widths.__getitem__)] -= 1
+    return [(width, columns[i]) for i, width in widths.items()]
+
+
+def draw(table: Table) -> None:
+    """Print a table: on a terminal so that it fits, else whole, each row on a line of its own."""
+    if not sys.stdout.isatty():
+        columns = table.texts()
+        widths = [max(map(len, column)) for column in columns]
+        for row in list(zip(*columns, strict=True))[not any(table.columns) :]:
+            padded = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+            print((" " * GAP).join(padded).rstrip())
+        return
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = Console(highlight=False, emoji=False, markup=False)
+    shown, colours = fitted(table, console.width), dict(SIGNS.values())
+    drawn = RichTable(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    drawn.show_header = any(table.columns)
+    for width, column in shown:
+        drawn.add_column(column[0], overflow="fold", width=width)
+    for row in zip(*(column[1:] for _, column in shown), strict=True):
+        drawn.add_row(*(Text(text, colours.get(text[:1], "")) for text in row))
+    console.print(drawn)
+
+
+def redacted(value: Any) -> Any:
+    """A document without any secret's value in its texts; keys and numbers stay what they are."""
+    if isinstance(value, dict):
+        return {key: redacted(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(inner) for inner in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def report(args: argparse.Namespace, document: Any, *shown: str | Table) -> int:
     """One JSON document with --json, else what a person reads; both to stdout."""
     if args.json:
         if isinstance(document, BaseModel):
             document = document.model_dump(mode="json")
-        say(json.dumps(document, indent=2))
-    else:
-        from rich.console import Console
-
-        console = Console(highlight=False, emoji=False, markup=False)
-        for item in shown:
-            if isinstance(item, str):
-                console.print(redact(item), soft_wrap=True)
-            else:
-                console.print(item)
+        print(json.dumps(redacted(document), indent=2))
+        return 0
+    for item in shown:
+        if isinstance(item, Table):
+            draw(item)
+        else:
+            print(redact(item))
     return 0
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> RenderableType:
-    """Rows under a header, folded to fit the terminal."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in columns:
-        made.add_column(column, overflow="fold")
-    for row in rows:
-        made.add_row(*(redact("-" if cell is None else str(cell)) for cell in row))
-    return made
+PRIVATE_LINE = re.compile("value|header|token|password|secrets")  # is not shown, whatever it has
 
 
-def ago(at: float | None, now: float) -> str:
-    if at is None:
-        return "-"
-    return f"in {span(at - now)}" if at > now else f"{span(now - at)} ago"
+def pointed_at(problem: Problem) -> Iterator[str]:
+    """The line that a problem is about, with a mark below its place."""
+    line, column = CONTROL.sub(" ", problem.source), problem.column
+    if line.strip() and column and not PRIVATE_LINE.search(line + problem.where):
+        yield f"{problem.line:>5} | {line}"
+        yield f"{'':5} | {' ' * (column - 1)}^"
+
+
+def complain(error: TeckoError, args: argparse.Namespace | None = None) -> None:
+    """Say what is wrong and what to do, one line each; with --json also as a document on stdout."""
+    problems = error.problems if isinstance(error, Invalid) else [Problem("", str(error))]
+    for problem in problems:
+        place = f"{problem.file}:{problem.line}:"
+        exact = f"{place}{problem.column}:" if problem.column else place
+        for line in (str(problem).replace(place, exact, 1), *pointed_at(problem)):
+            say(line if line.startswith(" ") else f"teckochecker: {line}")
+    if error.hint:
+        say(f"hint: {error.hint}")
+    if args is None or not args.json:
+        return
+    wanted = ("file", "line", "column", "where", "found", "allowed")
+    errors = [{name: getattr(problem, name) for name in wanted} for problem in problems]
+    document = {
+        "error": ERROR_NAMES.get(error.code, "error"),
+        "detail": str(error),
+        "hint": error.hint or None,
+        "errors": errors,
+    }
+    with contextlib.suppress(OSError):  # that stdout takes nothing is told when it is closed
+        report(args, {"valid": False, "errors": errors} if args.command == "validate" else document)
+
+
+def asked(prompt: Callable[[], str], nothing: str) -> str:
+    """What a person types; who leaves with Ctrl-C or Ctrl-D is told that `nothing` was done."""
+    try:
+        return prompt()
+    except (KeyboardInterrupt, EOFError) as e:
+        say(f"\n{nothing}")
+        raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 1) from None
 
 
 def confirmed(args: argparse.Namespace, question: str) -> bool:
@@ -9910,15 +10104,82 @@ def confirmed(args: argparse.Namespace, question: str) -> bool:
         return True
     if not sys.stdin.isatty():
         raise Conflict("without a terminal to ask on, nothing is deleted", hint="add --force")
-    print(f"{question} [y/N]: ", end="", file=sys.stderr, flush=True)  # stdout is for the answer
-    return input().strip().lower() in ("y", "yes")
+
+    def answer() -> str:
+        print(f"{redact(question)} [y/N]: ", end="", file=sys.stderr, flush=True)
+        return input()
+
+    sure = asked(answer, "nothing deleted").strip().lower() in ("y", "yes")
+    if not sure:
+        say("nothing deleted")
+    return sure
+
+
+# ── Commands ──────────────────────────────────────────────────────────────────────────────────
+
+START_WAIT = 30.0  # s that a start waits for a `check` to end, and a `check` for a service to be up
+CHECK_WAIT = 60.0  # s within which a service makes a check that it was asked for
+FOLLOW_SECONDS = 0.2  # s between looks at what goes on elsewhere
+STOP_SECONDS = 2.0  # that an ingest has after Ctrl-C to write its chunk
 
 
 def config_of(args: argparse.Namespace) -> Config:
     path = args.config or Path("jobs.yaml")
-    return load_config(
-        path, os.environ, must_exist=args.config is not None and args.command != "init"
-    )
+    needed = args.config is not None and args.command != "init"
+    return load_config(path, os.environ, must_exist=needed)
+
+
+def config_despite_mistakes(args: argparse.Namespace) -> Config:
+    """The same for what has to work while jobs.yaml has a mistake: defaults then, and the database
+    that it names, as far as that can be read."""
+    path = args.config or Path("jobs.yaml")
+    try:
+        return config_of(args)
+    except Invalid:
+        if not path.is_file():
+            raise
+    text = path.read_bytes().decode(errors="replace")
+    named = re.search(r"""^database: *["']?([^"'#\n]*[^"'#\s])""", text, re.MULTILINE)
+    env = {"DATABASE_URL": named[1]} if named else {}
+    env |= read_dot_env(path.absolute().parent / ".env")[0] | os.environ
+    return replace(load_config(path.with_name(".no-jobs.yaml"), env), path=path)
+
+
+def no_jobs_file(config: Config) -> Invalid:
+    text = f"no {config.path.name} in {config.base}"
+    return Invalid([text], hint="teckochecker.py init writes one")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+@contextlib.asynccontextmanager
+async def guessing(store: Store) -> AsyncIterator[None]:
+    """A job or secret that is not there is met with the one that was probably meant."""
+    try:
+        yield
+    except NotFound as e:
+        names = await store.names("secrets" if e.code == 1001 else "polling_jobs")
+        e.hint = did_you_mean(str(e).partition("'")[2].partition("'")[0], names) or e.hint
+        raise
+
+
+def on_desk(config: Config, work: Callable[[Desk], Awaitable[T]], *, looks: bool = False) -> T:
+    """What comes of asking the desk; no loop is left when a person is asked next. Who only `looks`
+    creates nothing, and needs no key."""
+    vault = Vault(config.settings)
+
+    async def asking() -> T:
+        async with Store(config.settings.database, read_only=looks) as store, guessing(store):
+            return await work(Desk(store, vault, lambda: config))
+
+    if not looks:
+        vault.load(required=False)
+    return asyncio.run(asking())
 
 
 FIRST_JOBS_FILE = """\
@@ -9946,7 +10207,7 @@ jobs:
 
 
 async def refuse_a_lost_key(database: Path, key_file: Path) -> None:
-    async with Store(database) as store:
+    async with Store(database, read_only=True) as store:
         sealed = [row.name for row in await store.secrets()]
     if sealed:
         raise SecretError(
@@ -9971,582 +10232,819 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
     if not config.path.exists():
         config.path.write_text(FIRST_JOBS_FILE)
         done.append(f"wrote {config.path}")
-    name = Path(sys.argv[0]).name
     steps = [
-        f"{name} secret add --name openai-prod --type openai",
-        f"{name} secret add --name keboola-prod --type keboola",
-        f"edit {config.path}, then: {name} validate",
-        f"{name} start",
+        "teckochecker.py secret add --name openai-prod --type openai",
+        "teckochecker.py secret add --name keboola-prod --type keboola",
+        f"edit {config.path}, then: teckochecker.py validate",
+        "teckochecker.py start",
     ]
     text = [*(done or ["everything is there already; nothing was changed"]), "", "Next:"]
     return report(args, {"done": done, "next": steps}, "\n".join(text + [f"  {s}" for s in steps]))
 
 
-async def cmd_validate(args: argparse.Namespace, config: Config) -> int:
+def cmd_validate(args: argparse.Namespace, config: Config) -> int:
     """Everything `start` would refuse, that every stored secret decrypts, and what would change;
     --online also asks the other sides."""
-    vault = Vault(config.settings)
-    async with Store(config.settings.database) as store:
-        problems = await every_problem(config, store, vault, unused=True)
-        problems += [Problem("", said) for said in await client_problems()]
-        rows, stored = await store.secrets(), await store.jobs()
-        for warning in config.warnings:
-            print(redact(f"warning: {warning}"), file=sys.stderr)
-        if problems:
-            raise Invalid(problems)
-        findings = await examine(config, store, vault) if args.online else []
-    jobs, names = config.jobs or [], sorted({*(r.name for r in rows), *config.secrets})
-    fired = {target_of(job.spec): f"job {job.name!r}" for job in stored if job.status in FIRED}
-    mine = [job for job in stored if job.origin == "file"]
-    changes = plan(jobs, mine, fired) if config.jobs is not None else []
-    text = [f"{config.path} is good: {len(jobs)} jobs, {len(names)} secrets", *changes]
-    text += [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
-    shown = {"valid": True, "jobs": [j.name for j in jobs], "secrets": names, "changes": changes}
-    shown["online"] = [f._asdict() for f in findings]
-    report(args, shown, "\n".join(text))
+    if config.jobs is None:
+        raise no_jobs_file(config)
+    for warning in config.warnings:
+        print(redact(f"warning: {warning}"), file=sys.stderr)
+    vault, exists = Vault(config.settings), config.settings.database.exists()
+
+    async def look(desk: Desk) -> tuple[list[Problem], list[str], list[str]]:
+        problems = await every_problem(config, desk.store, vault, unused=True)
+        return (
+            problems,
+            await desk.store.names("secrets"),
+            await planned(config.jobs or [], desk.store),
+        )
+
+    if exists:
+        problems, stored, changes = on_desk(config, look, looks=True)
+    else:
+        problems, stored = all_problems(config, {}, unused=True), []
+        changes = [f"{job.name} will be created" for job in config.jobs]
+    problems += [Problem(found=said) for said in asyncio.run(client_problems())]
+    if problems:
+        raise Invalid(problems, hint=missing_secret_hint(problems))
+    names = sorted({*config.secrets, *stored})
+    findings = asyncio.run(examined(config, vault)) if args.online else []
+    text = f"{config.path} is good: {counted(len(config.jobs), 'job')},"
+    lines = [f"{text} {counted(len(names), 'secret')}", *changes]
+    lines += [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
+    jobs = [job.name for job in config.jobs]
+    document = {"valid": True, "jobs": jobs, "secrets": names, "changes": changes}
+    report(args, document | {"online": [f._asdict() for f in findings]}, "\n".join(lines))
     return int(not all(f.good for f in findings))
 
 
+def missing_secret_hint(problems: Sequence[Problem]) -> str:
+    text = "\n".join(map(str, problems))
+    lost = re.search(r"no secret '(.+?)'|secret '(.+?)': the environ", text)
+    name = lost[1] or lost[2] if lost else ""
+    return f"teckochecker.py secret add --name {name} --type openai|keboola|api" if lost else ""
+
+
+async def examined(config: Config, vault: Vault) -> list[Finding]:
+    async with Store(config.settings.database) as store:
+        return await examine(config, store, vault)
+
+
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
+    database = config.settings.database
+    if config.jobs is None and not database.exists():
+        raise no_jobs_file(config)
     if args.daemon:
         return start_daemon(args, config)
-    if __name__ == "__main__":
-        shed_syntax_tree()
-    with RunLock(config.settings.database) as lock:
+    waiting = RunLock(database, "start", wait=START_WAIT)
+    with waiting as lock, contextlib.suppress(asyncio.CancelledError):
         asyncio.run(serve(config, lambda: config_of(args), lock))
     return 0
 
 
 async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> None:
-    """Run the service until SIGTERM or SIGINT."""
+    """Run the service until SIGTERM or SIGINT; those cancel it while it still starts."""
+    loop, starting = asyncio.get_running_loop(), cast(asyncio.Task[None], asyncio.current_task())
+    hangup = asyncio.Event()  # a SIGHUP before there is a service to reload
+    ends = (signal.SIGTERM, signal.SIGINT)
+    for number in ends:
+        loop.add_signal_handler(number, starting.cancel)
+    loop.add_signal_handler(signal.SIGHUP, hangup.set)
     async with make_service(config, load) as service:
         service.lock = lock
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ends:
             loop.add_signal_handler(number, service.stop.set)
         loop.add_signal_handler(signal.SIGHUP, service.reload.set)
+        if hangup.is_set():
+            service.reload.set()
         async with serving(service) as admin:
             lock.write(admin.url, service.started_at)
-            log.info(
-                "TeckoChecker %s, pid %s, admin surface at %s", VERSION, os.getpid(), admin.url
-            )
-            notify("READY=1", f"STATUS=admin surface at {admin.url}")
+            where = f"admin surface at {admin.url}"
+            log.info("TeckoChecker %s, pid %s, %s", VERSION, os.getpid(), where)
+            notify("READY=1", f"STATUS={where}")
             await service.run()
             notify("STOPPING=1")
             log.info("stopping")
 
 
-def shed_syntax_tree() -> None:
-    """Start over in the same process, by way of runpy: of a script that it runs, CPython keeps the
-    syntax tree until the end (`pyrun_file` in pythonrun.c), which is 15 MB of this one. Not where
-    Python was given options of its own, such as `-X dev`."""
-    if len(sys.orig_argv) == 1 + len(sys.argv):
-        run = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
-        os.execv(sys.executable, [sys.executable, "-c", run, *sys.argv])  # noqa: S606 ourselves
-
-
 def start_daemon(args: argparse.Namespace, config: Config) -> int:
-    """Start this program again in a session of its own, and wait until it says that it is ready:
-    with the service manager's own protocol, so that the child needs no other."""
-    log_file = config.settings.log_file or config.settings.database.with_suffix(".log")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear,
-    ):
-        ear.bind(f"{folder}/ready")
-        ear.settimeout(0.2)
-        command = [
-            sys.executable,
-            os.path.abspath(__file__),
-            *(["-v"] * args.verbose + ["-q"] * args.quiet),
-        ]
-        command += (["-c", str(args.config)] if args.config else []) + ["start"]
-        child = subprocess.Popen(
-            command,
-            env={**os.environ, "NOTIFY_SOCKET": f"{folder}/ready", "LOG_FILE": str(log_file)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        said = ""
-        while child.poll() is None and "READY=1" not in said:
-            with contextlib.suppress(TimeoutError):
-                said = ear.recv(65536).decode()
-    if child.poll() is not None:
-        why = said.partition("STATUS=")[2] or f"it ended with {child.returncode}"
-        raise TeckoError(f"the service did not start: {why}", hint=f"the log is {log_file}")
-    document = {"running": True, "pid": child.pid, "log": str(log_file)}
-    return report(args, document, f"started, pid {child.pid}; the log is {log_file}")
+    """Start this program again in a session of its own, and wait until it holds the lock and has
+    an address, or has ended: then what it said is the reason."""
+    database = config.settings.database
+    log_file = config.settings.log_file or database.with_suffix(".log")
+    options = ["-v"] * args.verbose + ["-q"] * args.quiet
+    options += ["-c", str(args.config)] if args.config else []
+    env = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+    child = subprocess.Popen(
+        [sys.executable, os.path.abspath(__file__), *options, "start"],
+        env=env | {"LOG_FILE": str(log_file)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    said, pipe = b"", cast(IO[bytes], child.stderr)
+    os.set_blocking(pipe.fileno(), False)
+    try:
+        while child.poll() is None:
+            found = holder(database)
+            if found is not None and found.pid == child.pid and found.address:
+                document = {"running": True, "pid": child.pid, "log": str(log_file)}
+                return report(args, document, f"started, pid {child.pid}; the log is {log_file}")
+            said += pipe.read() or b""
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
+    lines = (said + (pipe.read() or b"")).decode(errors="replace").splitlines()
+    told = [line for line in lines if line.startswith("teckochecker: ")] or lines or [""]
+    why = told[-1].removeprefix("teckochecker: ") or f"it ended with {child.returncode}"
+    raise TeckoError(f"the service did not start: {why}", hint=f"the log is {log_file}")
 
 
-def cmd_stop(args: argparse.Namespace, config: Config) -> int:
+def signalled(config: Config, number: signal.Signals) -> Holder:
+    """Send a signal to the process that holds the lock, and to no other: who that is."""
     found = holder(config.settings.database)
     if found is None:
-        raise Conflict("no TeckoChecker runs on this database")
-    if found[0] == 0:
-        raise Conflict(
-            "TeckoChecker is just starting on this database", hint="try again in a second"
-        )
-    os.kill(found[0], signal.SIGTERM)
-    until = time.monotonic() + DRAIN_SECONDS + 7  # the service's own 10 s, and some for the machine
-    while holder(config.settings.database) is not None:
-        if time.monotonic() > until:
-            raise Conflict(f"pid {found[0]} has not ended yet", hint="look at its log")
-        time.sleep(0.05)
-    return report(args, {"stopped": found[0]}, f"stopped, pid {found[0]}")
-
-
-async def cmd_status(args: argparse.Namespace, config: Config) -> int:
-    found, now = holder(config.settings.database), time.time()
-    async with Store(config.settings.database) as store:
-        counts, due = await store.counts(), await store.due_next(5)
-    pid, started_at, address, _ = found or (None, None, None, None)
-    document = {
-        "running": found is not None,
-        "pid": pid,
-        "uptime_seconds": round(now - started_at, 1) if started_at else None,
-        "admin": address,
-        "database": str(config.settings.database),
-        "jobs": counts["jobs"],
-        "due_next": [{"job": name, "next_check_at": iso(at)} for name, at in due],
-    }
-    jobs = ", ".join(f"{count} {status}" for status, count in sorted(counts["jobs"].items()))
-    rows = [
-        (
-            "Service",
-            f"running, pid {pid}, for {span(now - (started_at or now))}"
-            if found
-            else "not running",
-        ),
-        ("Admin surface", address),
-        ("Database", config.settings.database),
-        ("Jobs", jobs or "none"),
-        ("Due next", ", ".join(f"{name} {ago(at, now)}" for name, at in due) or None),
-    ]
-    return report(args, document, table(("", ""), rows))
-
-
-async def cmd_check(args: argparse.Namespace, config: Config) -> int:
-    """One round in the foreground, with the retries that one round allows."""
-    with RunLock(config.settings.database, "check"):
-        async with make_service(config, lambda: config, timers=False) as service:
-            store = service.store
-            ids = [(await store.find_job(ref)).id for ref in args.jobs] or list(
-                await store.schedule()
-            )
-            first = await service.steps.step_all(ids)
-            steps = (check_once(service, job_id, first[job_id]) for job_id in ids)
-            results = await asyncio.gather(*steps)
-            jobs = {job.id: job for job in await store.jobs()}
-    rows = [
-        (jobs[i].id, jobs[i].name, jobs[i].shown_status, s.said)
-        for i, s in zip(ids, results, strict=True)
-    ]
-    document = [dict(zip(("id", "name", "status", "said"), row, strict=True)) for row in rows]
-    report(args, document, table(("ID", "Job", "Status", "What was seen"), rows))
-    return int(any(s.error is not None for s in results))
-
-
-async def check_once(service: Service, job_id: int, stepped: StepResult) -> StepResult:
-    """What comes of a job's step and those that follow it at once."""
-    while True:
-        job = await service.store.job(job_id)
-        if job is None or stepped.wait is None or stepped.wait >= service.steps.usual(job):
-            return stepped
-        if stepped.error is None and stepped.wait > 0:  # a search, or a look at a running job
-            return stepped
-        await asyncio.sleep(stepped.wait)
-        stepped = await service.steps.step(job_id)
-
-
-def secret_input(args: argparse.Namespace) -> str:
-    if args.value is not None:
-        print("warning: --value shows the secret to all who list processes", file=sys.stderr)
-        return str(args.value)
-    return getpass.getpass("Secret value: ") if sys.stdin.isatty() else sys.stdin.read()
-
-
-@contextlib.asynccontextmanager
-async def desk_of(config: Config) -> AsyncIterator[Desk]:
-    vault = Vault(config.settings)
-    vault.load(required=False)
-    async with Store(config.settings.database) as store:
-        yield Desk(store, vault, lambda: config)
-
-
-async def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
-    Vault(config.settings).load(required=True)  # before anything is typed in vain
-    body = {"name": args.name, "type": args.type, "value": secret_input(args)}
-    async with desk_of(config) as desk:
-        answer = await desk.add_secret(parse(SecretBody, body), replace=args.replace)
-    return report(
-        args, answer, f"{'replaced' if args.replace else 'stored'} secret {answer.name!r}"
-    )
-
-
-async def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
-    async with desk_of(config) as desk:
-        answer = await desk.secrets()
-    rows: list[tuple[object, ...]]
-    rows = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
-    for name, ref in config.secrets.items():
-        rows.append((None, name, ref.type, f"{config.path}: {ref.env or ref.file}"))
-    return report(args, answer, table(("ID", "Name", "Type", "Created, or where it is"), rows))
-
-
-async def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
-    if not confirmed(args, f"Delete secret {args.name!r}?"):
-        return 1
-    async with desk_of(config) as desk:
-        answer = await desk.delete_secret(args.name)
-    return report(args, answer, answer.message)
-
-
-async def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
-    async with desk_of(config) as desk:
-        count, vault = await desk.rotate(), desk.vault
-    database = config.settings.database
-    what = "1 secret" if count == 1 else f"{count} secrets"
-    text = f"sealed {what} of {database} with a new master key"
-    if vault.file is not None:
-        text += f": back up {vault.file} (the one before is in {vault.old_file()})"
-    return report(args, {"resealed": count}, text)
-
-
-def flat_job(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `job create` and `job update` as the flat form of a job."""
-    given = {
-        "name": args.name,
-        "batch_ids": args.batch_id,
-        "openai_secret": args.openai_secret,
-        "keboola_secret": args.keboola_secret,
-        "keboola_stack_url": args.keboola_stack,
-        "keboola_component_id": args.component_id,
-        "keboola_configuration_id": args.config_id,
-        "poll_interval_seconds": args.poll_interval,
-        "trigger_when": args.trigger_when,
-        "on_ambiguous": args.on_ambiguous,
-        "variables": dict(args.variable) if args.variable else None,
-    }
-    return {name: value for name, value in given.items() if value is not None}
-
-
-async def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
-    async with desk_of(config) as desk:
-        spec = job_spec(flat_job(args), config.settings.job_context)
-        answer = await desk.create_job(spec)
-    return report(args, answer, f"created job {answer.name!r} (ID {answer.id})")
-
-
-async def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
-    async with desk_of(config) as desk:
-        answer = await desk.update_job(args.job, flat_job(args))
-    return report(args, answer, f"updated job {answer.name!r}")
-
-
-async def every_job(desk: Desk, status: str | None) -> JobList:
-    """All pages of the list in one."""
-    found = await desk.jobs(status, 1000, 0)
-    while found.next_after is not None:
-        page = await desk.jobs(status, 1000, found.next_after)
-        found = page.model_copy(update={"jobs": found.jobs + page.jobs})
+        raise Conflict(f"no TeckoChecker runs on this database, {config.settings.database}")
+    if not found.pid:
+        text = "the TeckoChecker on this database is just starting, or in another container"
+        raise Conflict(text, hint="try again in a second, or from inside of that container")
+    try:
+        os.kill(found.pid, number)
+    except PermissionError:
+        raise Conflict(f"pid {found.pid} belongs to another user, who has to do this") from None
     return found
 
 
-def job_table(found: JobList, now: float) -> RenderableType:
-    rows = [
-        (
-            *(job.id, job.name, job.status),
-            f"{job.completed_count + job.failed_count}/{job.batch_count}",
-            pace if (pace := job.poll_interval_seconds) == "auto" else f"{pace} s",
-            *(ago(job.last_check_at, now), ago(job.next_check_at, now)),
-        )
-        for job in found.jobs
-    ]
-    return table(("ID", "Name", "Status", "Done", "Every", "Checked", "Next"), rows)
+def cmd_stop(args: argparse.Namespace, config: Config) -> int:
+    stopped = signalled(config, signal.SIGTERM)
+    until = time.monotonic() + DRAIN_SECONDS + 7  # the service's own 10 s, and some for the machine
+    while (found := holder(config.settings.database)) and found.pid == stopped.pid:
+        if time.monotonic() > until:
+            raise Conflict(f"pid {stopped.pid} has not ended yet", hint="look at its log")
+        time.sleep(0.05)
+    return report(args, {"stopped": stopped.pid}, f"stopped, pid {stopped.pid}")
 
 
-async def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
-    async with desk_of(config) as desk:
-        if args.watch and args.json:
-            raise Conflict("--watch and --json do not go together")
-        if args.watch:
-            return await watch_jobs(desk, args.status)
-        found = await every_job(desk, args.status)
-    return report(args, found, job_table(found, time.time()))
+def cmd_reload(args: argparse.Namespace, config: Config) -> int:
+    """Have the running service read its configuration again; what came of it."""
+    if (found := service_of(config)) is None:
+        raise Conflict("no service runs on this database", hint="each start reads jobs.yaml")
+    before = ask_service(found.address, "GET", "/health", config.settings)["config_last_reload_at"]
+    while iso(time.time()) == before:  # which counts whole seconds
+        time.sleep(0.05)
+    signalled(config, signal.SIGHUP)
+    until, health = time.monotonic() + START_WAIT, {"config_last_reload_at": before}
+    while health["config_last_reload_at"] == before:
+        if time.monotonic() > until:
+            raise Conflict(f"pid {found.pid} has not read it yet", hint="look at its log")
+        time.sleep(0.05)
+        health = ask_service(found.address, "GET", "/health", config.settings)
+    if not health["config_last_reload_successful"]:
+        why = str(health["config_last_reload_error"] or "see its log")
+        raise Invalid(why.splitlines(), hint="the service goes on with what it had")
+    document = {"reloaded": True, "at": health["config_last_reload_at"]}
+    return report(args, document, f"the service has read {config.path} again")
 
 
-async def watch_jobs(desk: Desk, status: str | None) -> int:
-    """The list, drawn again each second until Ctrl-C."""
-    from rich.console import Console
-    from rich.live import Live
-
-    if not sys.stdout.isatty():
-        raise Conflict("--watch draws on a terminal", hint="job list --json, as often as you like")
-    console = Console(highlight=False, markup=False, emoji=False)
-    live = Live(console=console, auto_refresh=False, screen=True)
-    with contextlib.suppress(asyncio.CancelledError), live:  # Ctrl-C is its normal end
-        while True:
-            live.update(job_table(await every_job(desk, status), time.time()), refresh=True)
-            await asyncio.sleep(TICK)
-    return 0
+def service_of(config: Config) -> Holder | None:
+    """The service that works on the database, once it can be asked; None where none does."""
+    until = time.monotonic() + START_WAIT
+    while (found := holder(config.settings.database)) and found.command == "start":
+        if found.address:
+            return found
+        if time.monotonic() > until:
+            raise Conflict(f"TeckoChecker, pid {found.pid}, starts or ends, and cannot be asked")
+        time.sleep(0.1)
+    return None
 
 
-async def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
-    async with desk_of(config) as desk:
-        answer = await desk.job(args.job, args.logs)
-    document = answer.model_dump(mode="json")
-    apart = ("batches", "logs", "triggers", "batch_id", "batch_ids", "totals", "runs", "rejects")
-    head = [
-        (k.replace("_", " "), v)
-        for k, v in (document | (document["totals"] or {})).items()
-        if k not in apart and v not in (None, {}) and not (answer.ingest and k in BATCH_FIGURES)
-    ]
-    batches = [
-        (b.batch_id, b.status or "not seen yet", f"{b.requests_completed}/{b.requests_total}")
-        for b in answer.batches
-    ]
-    triggers = [(t.id, t.state, t.keboola_job_id, t.keboola_status) for t in answer.triggers]
-    runs = [(iso(run.start_time), run.status, *run_counts(run)) for run in answer.runs]
-    logs = [(iso(row.created_at), row.status, row.message) for row in answer.logs or []]
-    return report(
-        args,
-        answer,
-        table(("Job", answer.name), head),
-        *([table(("Batch", "Status", "Requests"), batches)] if batches else []),
-        *([table(("Trigger", "State", "Keboola job", "Its status"), triggers)] if triggers else []),
-        *([table(("Run", "Status", *map(str.capitalize, COUNTED)), runs)] if runs else []),
-        *([reject_table(answer.rejects)] if answer.rejects else []),
-        table(("Time", "What", ""), logs),
-    )
-
-
-BATCH_FIGURES = ("batch_count", "completed_count", "failed_count")
-
-
-def run_counts(run: Run) -> list[int]:
-    return [getattr(run, f"records_{name}") for name in COUNTED]
-
-
-def reject_table(rejects: Sequence[RejectAnswer]) -> RenderableType:
-    rows = [(r.source, r.place, r.reason, short(r.record)[:60]) for r in rejects]
-    return table(("Source", "Rejected at", "Why", "Record"), rows)
-
-
-async def cmd_job_run(args: argparse.Namespace, config: Config) -> int:
-    """One run of an ingest now: here, or by the service where one runs."""
-    if holder(config.settings.database) is not None:
-        async with Store(config.settings.database) as store:
-            run = await run_in_service(args, config, store)
-    else:
-        with RunLock(config.settings.database, "job run"):
-            async with make_service(config, lambda: config, timers=False) as service:
-                job = await ingest_job(service.store, args.job)
-                before = await last_run(service.store, job)
-                step = asyncio.create_task(service.steps.step(job.id))
-                try:
-                    run = await follow_run(service.store, job, before, partial(step_over, step))
-                except asyncio.CancelledError:  # Ctrl-C: the run ends with its chunk, and says so
-                    service.steps.stopping = True
-                    await asyncio.wait([step], timeout=STOP_SECONDS)
-                    step.cancel()  # it waits for its source
-                    await asyncio.gather(step, return_exceptions=True)
-                    raise
-    counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
-    text = [f"{run.source}: {run.status}: {counts}", *(f"  {note}" for note in run.notes)]
-    report(
-        args,
-        asdict(run)
-        | {"start_time": iso(run.start_time), "end_time": iso(run.end_time or run.start_time)},
-        "\n".join(text),
-    )
-    if run.status != "success":
-        complain(IngestFailed(f"{run.source}: {run.error_message}"))
-    elif run.records_failed:
-        print("hint: data rejects lists what was rejected", file=sys.stderr)
-    return int(run.status != "success")
-
-
-async def ingest_job(store: Store, ref: str) -> Job:
-    """The job, which has to be an ingest that may run."""
-    job = await store.find_job(ref)
-    if not isinstance(job.spec, IngestSpec):
-        raise Conflict(f"job {job.name!r} watches batches", hint="check looks at them now")
-    if job.shown_status != "active":
-        raise Conflict(f"Cannot run job {job.name!r}: it is {job.shown_status}")
-    return job
-
-
-async def run_in_service(args: argparse.Namespace, config: Config, store: Store) -> Run:
-    """Have the running service do it, and follow."""
-    job = await ingest_job(store, args.job)
-    before = await last_run(store, job)
-    found = holder(config.settings.database)
-    if not found or not found[2]:
-        raise Conflict("TeckoChecker is just starting or stopping on this database")
-    await asyncio.to_thread(ask_service, found[2], f"/api/jobs/{job.id}/check", config.settings)
-    return await follow_run(store, job, before, partial(service_over, config))
-
-
-async def last_run(store: Store, job: Job) -> int:
-    """The id of a job's last run; 0 where there is none."""
-    return max((run.id for run in await store.runs(job.name, 1)), default=0)
-
-
-def ask_service(address: str, path: str, settings: Settings) -> None:
-    """POST to the running service. Raises Conflict with its own words."""
+def ask_service(address: str, method: str, path: str, settings: Settings) -> Any:
+    """The running service's answer. Raises Conflict with its own words."""
     parts = urlsplit(address)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=HTTP_DEADLINE)
     token = settings.admin_token
     headers = {"Authorization": f"Bearer {token.reveal()}"} if token else {}
     try:
-        connection.request("POST", path, headers=headers)
+        connection.request(method, path, headers=headers)
         answer = connection.getresponse()
-        body = answer.read()
-    except OSError as e:
+        document = json.loads(answer.read())
+    except (OSError, ValueError, http.client.HTTPException) as e:
         raise Conflict(f"the service at {address} does not answer: {e}") from e
     finally:
         connection.close()
-    if answer.status >= 300:
-        detail = json.loads(body).get("detail", "") if body.startswith(b"{") else ""
-        raise Conflict(f"the service says {answer.status}: {detail}")
+    if answer.status >= 300 and path != "/health":  # which says 503 of itself
+        hint = "set ADMIN_TOKEN as the service has it" if answer.status == 401 else ""
+        raise Conflict(f"the service says {answer.status}: {document.get('detail')}", hint=hint)
+    return document
 
 
-async def step_over(step: asyncio.Task[StepResult]) -> str:
-    """Wait a little for a step: what it said, or "" while it goes on; raises what it raised."""
-    done, _ = await asyncio.wait([step], timeout=FOLLOW_SECONDS)
-    return "".join(one.result().said for one in done)
+def cmd_status(args: argparse.Namespace, config: Config) -> int:
+    now, database, found = time.time(), config.settings.database, holder(config.settings.database)
+    serves = found is not None and found.address != ""
+
+    async def look(desk: Desk) -> tuple[dict[str, int], list[tuple[str, float]], list[Any]]:
+        counts, due = (await desk.store.counts())["jobs"], await desk.store.due_next(5)
+        return counts, due, await desk.store.attention(10)
+
+    counts, due, needs = on_desk(config, look, looks=True) if database.exists() else ({}, [], [])
+    needs += refused_reload(found.address, config.settings) if found and serves else []
+    up = round(now - found.started_at, 1) if found and found.started_at else None
+    document = {
+        "running": found is not None and found.command == "start",
+        "command": found.command if found else None,
+        "pid": found.pid if found else None,
+        "uptime_seconds": up,
+        "admin": found.address if found and serves else None,
+        "database": str(database),
+        "jobs": counts,
+        "due_next": [{"job": name, "next_check_at": iso(at)} for name, at in due],
+        "attention": needs,
+    }
+    does = "running" if document["running"] else f"not running; a {found and found.command} is"
+    what = f"{does}, pid {found.pid or 'unknown'}" if found else "not running"
+    rows = [
+        ("Service", what + (f", for {span(up)}" if up else "")),
+        ("Admin surface", document["admin"]),
+        ("Database", database if database.exists() else f"{database} (not there yet)"),
+        ("Jobs", ", ".join(f"{n:,} {status}" for status, n in sorted(counts.items())) or "none"),
+        ("Due next", ", ".join(f"{name} {due_in(at, now)}" for name, at in due if serves)),
+        *(("Needs you", f"{each['job']}: {each['reason'] or each['what']}") for each in needs),
+    ]
+    return report(args, document, Table(("", ""), [row for row in rows if row[1]]))
 
 
-async def service_over(config: Config) -> str:
-    """Wait a little for a service that makes a run: whether it has ended."""
-    await asyncio.sleep(FOLLOW_SECONDS)
-    return "the service has ended" if holder(config.settings.database) is None else ""
+def rejects_of(source: str, n: int) -> str:
+    return f"{counted(n, 'record')} rejected: data rejects --source {source}"
 
 
-async def follow_run(store: Store, job: Job, after: int, over: Callable[[], Awaitable[str]]) -> Run:
-    """The job's next run when it has ended, with a bar on a terminal until then. `over` waits a
-    little, and says so when who makes the run is done with it or gone."""
+def refused_reload(address: str, settings: Settings) -> list[dict[str, Any]]:
+    """What the service itself says that needs a person."""
+    try:
+        why = ask_service(address, "GET", "/health", settings)["config_last_reload_error"]
+        return [{"job": "jobs.yaml", "what": "refused", "reason": why}] if why else []
+    except Conflict as e:
+        return [{"job": "service", "what": "silent", "reason": str(e)}]
+
+
+# ── One round by hand ─────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Turn:
+    """A job in a round, and how it stands."""
+
+    before: Job
+    last: int  # id of the ingest's run before the round
+    job: Job
+    run: Run | None = None
+    said: str = ""
+    bad: bool = False  # an error, or the round has failed the job
+    over: bool = False  # what was asked for has been done
+
+    async def look(self, store: Store) -> bool:
+        """See how the job stands; whether its turn is over."""
+        job = self.job = await store.job(self.before.id) or self.before
+        if isinstance(job.spec, IngestSpec):
+            self.run = run = next(iter(await store.runs(job.name, 1)), None)
+            self.over = run is not None and run.id > self.last and run.status != "in_progress"
+            self.bad = run is None or not self.over or run.status != "success"
+            said = (run.error_message, run_text(run)) if run and self.over else ("it did not run",)
+            self.said = "; ".join(filter(None, said))
+            return self.over
+        seen = [describe_progress(b) for b in await store.batches(job.id) if b.status]
+        self.said = job.last_error or "; ".join(seen) or "not checked yet"
+        self.bad = job.errors_in_row > 0 or (job.status == "failed" != self.before.status)
+        checked = job.last_check_at != self.before.last_check_at and job.status != "triggering"
+        self.over = checked or self.before.status != "active"
+        return self.over
+
+
+def run_text(run: Run) -> str:
+    return ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
+
+
+async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
+    """The jobs of a round: those that are named, else all that have something left to do."""
+    ready, verb = await store.schedule(), "run" if args.command == "job" else "check"
+    jobs = [await store.find_job(ref) for ref in args.jobs]
+    for job in jobs:
+        if verb == "run" and not isinstance(job.spec, IngestSpec):
+            raise Conflict(f"job {job.name!r} watches batches", hint="check looks at them now")
+        if job.id not in ready:
+            raise Conflict(f"Cannot {verb} job {job.name!r}: it is {job.shown_status}")
+    if not args.jobs:
+        jobs = list((await store.jobs_among(ready)).values())
+    last = {run.source: run.id for job in jobs for run in await store.runs(job.name, 1)}
+    return [Turn(job, last.get(job.name, 0), job) for job in jobs]
+
+
+def cmd_check(args: argparse.Namespace, config: Config) -> int:
+    """One round now: by the service where one runs, else here, with the retries that it allows."""
+    found = service_of(config)
+    turns = asyncio.run(check_there(args, config, found) if found else check_here(args, config))
+    bad = any(turn.bad for turn in turns)
+    if args.command == "job" and turns[0].run is not None:
+        return report_run(args, turns[0].run)
+    rows = [(t.job.id, t.job.name, t.job.shown_status, t.said) for t in turns]
+    document = [dict(zip(("id", "name", "status", "said"), row, strict=True)) for row in rows]
+    report(args, document, Table(("ID", "Job", "State", "What was seen"), rows, (0,)))
+    return int(bad)
+
+
+def report_run(args: argparse.Namespace, run: Run) -> int:
+    """How the run of an ingest ended; the exit code."""
+    text = [f"{run.source}: {run.status}: {run_text(run)}", *(f"  {note}" for note in run.notes)]
+    times = {"start_time": iso(run.start_time), "end_time": iso(run.end_time or run.start_time)}
+    report(args, asdict(run) | times, "\n".join(text))
+    if run.status != "success":
+        complain(IngestFailed(f"{run.source}: {run.error_message}"))
+    elif run.records_failed:
+        say(f"hint: teckochecker.py data rejects --source {run.source} lists what was rejected")
+    return int(run.status != "success")
+
+
+async def check_here(args: argparse.Namespace, config: Config) -> list[Turn]:
+    with RunLock(config.settings.database, "check"):
+        async with make_service(config, lambda: config, timers=False) as service:
+            async with guessing(service.store):
+                turns = await turns_of(service.store, args)
+            async with progress(service.store, turns):
+                await until_signal(service, turns)
+            for turn in turns:
+                await turn.look(service.store)
+            return turns
+
+
+async def until_signal(service: Service, turns: Sequence[Turn]) -> None:
+    """The steps of a round. Ctrl-C or SIGTERM ends them: nothing new is begun, what is in flight
+    may end; time or a second signal cuts it off, which is recorded. Then SystemExit."""
+    loop, caught = asyncio.get_running_loop(), list[int]()
+    ids = [turn.job.id for turn in turns]
+    grace = DRAIN_SECONDS if any(isinstance(t.job.spec, JobSpec) for t in turns) else STOP_SECONDS
+
+    async def steps() -> None:
+        first = await service.steps.step_all(ids)
+        await asyncio.gather(*(check_once(service, job_id, first[job_id]) for job_id in ids))
+
+    def stop(number: int) -> None:
+        service.steps.stopping = True
+        loop.call_later(0 if caught else grace, work.cancel)
+        caught.append(number)
+
+    work = asyncio.ensure_future(steps())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    await asyncio.wait([work])
+    if caught:
+        raise SystemExit(128 + caught[0])
+    work.result()
+
+
+async def check_once(service: Service, job_id: int, stepped: StepResult) -> None:
+    """The steps that follow a job's first one at once."""
+    while not service.steps.stopping:
+        job = await service.store.job(job_id)
+        if job is None or stepped.wait is None or stepped.wait >= service.steps.usual(job):
+            return
+        if stepped.error is None and stepped.wait > 0:  # a search, or a look at a running job
+            return
+        await asyncio.sleep(stepped.wait)
+        stepped = await service.steps.step(job_id)
+
+
+async def check_there(args: argparse.Namespace, config: Config, found: Holder) -> list[Turn]:
+    """Have the running service do it, and wait until the store shows that it did."""
+    async with Store(config.settings.database, read_only=True) as store:
+        async with guessing(store):
+            turns = await turns_of(store, args)
+        for turn in turns:
+            path = f"/api/jobs/{turn.job.id}/check"
+            try:
+                await asyncio.to_thread(ask_service, found.address, "POST", path, config.settings)
+            except Conflict as e:
+                if len(turns) == 1:
+                    raise
+                turn.said, turn.bad, turn.over = str(e), True, True
+        async with progress(store, turns):
+            for turn in turns:
+                if not turn.over:
+                    await await_turn(store, turn, config)
+    return turns
+
+
+async def await_turn(store: Store, turn: Turn, config: Config) -> None:
+    """Until the service has done what it was asked for. A trigger may be on its way for long."""
+    until = time.monotonic() + CHECK_WAIT
+    gone = False
+    while not await turn.look(store):
+        if gone:
+            text = f"job {turn.job.name!r} did not run to its end: the service has ended"
+            raise Conflict(text)
+        if isinstance(turn.job.spec, JobSpec) and time.monotonic() > until:
+            if turn.job.status == "active":
+                turn.said, turn.bad = f"not checked within {span(CHECK_WAIT)}", True
+            return
+        await asyncio.sleep(FOLLOW_SECONDS)
+        gone = holder(config.settings.database) is None
+
+
+@contextlib.asynccontextmanager
+async def progress(store: Store, turns: Sequence[Turn]) -> AsyncIterator[None]:
+    """How far the runs of ingests are, on a terminal."""
+    last = {turn.job.name: turn.last for turn in turns if isinstance(turn.job.spec, IngestSpec)}
+    if not last or not sys.stderr.isatty():
+        yield
+        return
     from rich.console import Console
-    from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    shown = TextColumn("{task.fields[records]} records")
-    columns = (*Progress.get_default_columns()[:3], shown, TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
-        task = bar.add_task(job.name, total=None, records=0)
-        while True:
-            ended = await over()
-            run = next(iter(await store.runs(job.name, 1)), None)
-            if run is None or run.id <= after or (ended and run.status == "in_progress"):
-                if ended:
-                    raise Conflict(f"job {job.name!r} did not run to its end: {ended}")
-                continue
-            total = None if run.progress is None else 1.0
-            bar.update(
-                task, total=total, completed=run.progress or 0, records=run.records_processed
-            )
-            if run.status != "in_progress":
-                return run
+    with Console(stderr=True).status("reading") as shown:
+
+        async def follow() -> None:
+            while True:
+                for name in last:
+                    for run in await store.runs(name, 1):
+                        share = "" if run.progress is None else f", {run.progress:.0%}"
+                        if run.id > last[name]:
+                            shown.update(f"{name}: {run.records_processed:,} records{share}")
+                await asyncio.sleep(FOLLOW_SECONDS)
+
+        following = asyncio.create_task(follow())
+        try:
+            yield
+        finally:
+            following.cancel()
 
 
-async def cmd_data_list(args: argparse.Namespace, config: Config) -> int:
-    """A table of the first ones; all of them as JSON or CSV, a page at a time."""
-    async with desk_of(config) as desk:
-        totals = await desk.store.totals(args.source or "")
-        if args.csv or args.json:
-            await export(desk, args.source, args.limit, csv_wanted=args.csv)
-            return 0
-        limit = 20 if args.limit is None else args.limit
-        found, following = await desk.data(args.source, limit)
-    rows = [(r.source, r.source_id, r.title, r.published_at, r.url) for r in found]
-    more = f"{len(found)} of {totals['records']}; --limit shows more, --csv and --json all"
-    shown = table(("Source", "ID", "Title", "Published", "URL"), rows)
-    return report(args, {}, shown, *([more] if following is not None else []))
+# ── Secrets, jobs and records on the command line ─────────────────────────────────────────────
 
 
-async def export(desk: Desk, source: str | None, limit: int | None, *, csv_wanted: bool) -> None:
-    """Print records as one JSON array, or as CSV with metadata as JSON in its last column."""
-    names = list(StoredRecord.model_fields)
-    writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
-    if csv_wanted:
-        writer.writeheader()
+def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
+    Vault(config.settings).load(required=True)  # before anything is typed in vain
+    if args.value is not None:
+        say("warning: --value shows the secret to all who list processes")
+    elif sys.stdin.isatty():
+        args.value = asked(partial(getpass.getpass, "Secret value: "), "nothing stored")
     else:
-        print("[", end="")
-    after: int | None = 0
-    printed = 0
-    while after is not None and (limit is None or printed < limit):
-        want = CHUNK_ROWS if limit is None else min(CHUNK_ROWS, limit - printed)
-        found, after = await desk.data(source, want, after)
-        for record in found:
-            line = record.model_dump(mode="json")
-            if csv_wanted:
-                writer.writerow(line | {"metadata": json.dumps(line["metadata"])})
-            else:
-                print(",\n " if printed else "", json.dumps(line), sep="", end="")
-            printed += 1
-    if not csv_wanted:
-        print("]")
+        args.value = sys.stdin.read()
+    body = parse(SecretBody, {name: getattr(args, name) for name in ("name", "type", "value")})
+    answer = on_desk(config, lambda desk: desk.add_secret(body, replace=args.replace))
+    done = "replaced" if args.replace else "stored"
+    return report(args, answer, f"{done} secret {answer.name!r}")
 
 
-async def cmd_data_rejects(args: argparse.Namespace, config: Config) -> int:
-    async with desk_of(config) as desk:
-        found = await desk.rejects(args.source, 100 if args.limit is None else args.limit)
-    document = [r.model_dump(mode="json") for r in found]
-    return report(args, document, reject_table(found))
+def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
+    there = config.settings.database.exists()
+    nothing = SecretList(secrets=[], total=0)
+    answer = on_desk(config, lambda desk: desk.secrets(), looks=True) if there else nothing
+    rows: list[tuple[object, ...]]
+    rows = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
+    for name, ref in config.secrets.items():
+        rows.append((None, name, ref.type, f"{config.path}: {ref.env or ref.file}"))
+    columns = ("ID", "Name", "Type", "Created, or where it is")
+    return report(args, answer, Table(columns, rows, (0,)))
 
 
-async def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
-    """pause, resume, retry: one change of state each."""
-    async with desk_of(config) as desk:
-        answer = await desk.step_job(args.job, args.action)
-    return report(args, answer, f"job {answer.name!r} is {answer.status} now")
-
-
-async def cmd_job_delete(args: argparse.Namespace, config: Config) -> int:
-    async with desk_of(config) as desk:
-        job = await desk.store.find_job(args.job)
-        if not confirmed(args, f"Delete job {job.name!r} (ID {job.id}) with its history?"):
-            return 1
-        answer = await desk.delete_job(args.job)
+def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
+    found = on_desk(config, lambda desk: desk.secret(args.name), looks=True)
+    if not confirmed(args, f"Delete secret {found.name!r} of type {found.type}, for good?"):
+        return 1
+    answer = on_desk(config, lambda desk: desk.delete_secret(args.name))
     return report(args, answer, answer.message)
 
 
-async def cmd_explain(args: argparse.Namespace, config: Config) -> int:
-    async with desk_of(config) as desk:
-        said = await desk.explain(args.job)
+def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
+    count, vault = on_desk(config, lambda desk: desk.rotate()), Vault(config.settings)
+    text = f"sealed {counted(count, 'secret')} of {config.settings.database} with a new master key"
+    if vault.file is not None:
+        text += f": back up {vault.file} (the one before is in {vault.old_file()})"
+    return report(args, {"resealed": count}, text)
+
+
+JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by flat field
+    "name": ("--name", "NAME"),
+    "batch_ids": ("--batch-id", "ID"),
+    "openai_secret": ("--openai-secret", "NAME"),
+    "keboola_secret": ("--keboola-secret", "NAME"),
+    "keboola_stack_url": ("--keboola-stack", "URL"),
+    "keboola_component_id": ("--component-id", "ID"),
+    "keboola_configuration_id": ("--config-id", "ID"),
+    "poll_interval_seconds": ("--poll-interval", "S"),
+    "trigger_when": ("--trigger-when", None),
+    "on_ambiguous": ("--on-ambiguous", None),
+    "variables": ("--variable", "NAME=VALUE"),
+}
+
+
+@contextlib.contextmanager
+def by_option() -> Iterator[None]:
+    """Name what is wrong by the option that was typed in place of the field that it became."""
+    names = {"poll_interval": "--poll-interval"} | {f: o for f, (o, _) in JOB_OPTIONS.items()}
+
+    def named(problem: Problem) -> Problem:
+        where = re.sub(r"^\w+", lambda m: names.get(m[0], m[0]), problem.where)
+        return replace(problem, where=where)
+
+    try:
+        yield
+    except Invalid as e:
+        e.problems = [*map(named, e.problems)]
+        raise
+
+
+def flat_job(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `job create` and `job update` as the flat form of a job."""
+    given = {name: getattr(args, name) for name in JOB_OPTIONS}
+    given["variables"] = dict(given["variables"] or ()) or None
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
+    with by_option():
+        spec = job_spec(flat_job(args), config.settings.job_context)
+        answer = on_desk(config, lambda desk: desk.create_job(spec))
+    return report(args, answer, f"created job {answer.name!r} (ID {answer.id})")
+
+
+def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
+    with by_option():
+        answer = on_desk(config, lambda desk: desk.update_job(args.job, flat_job(args)))
+    return report(args, answer, f"updated job {answer.name!r}")
+
+
+WAITS = {  # what a job without an error waits for, by its state
+    "triggering": "waits for Keboola to take its trigger",
+    "triggered": "waits for its Keboola job to end",
+    "paused": "waits for job resume",
+    "removed": "has left jobs.yaml",
+}
+
+
+def done_of(job: JobAnswer, brought: tuple[int, int]) -> str:
+    """What a job has done, in its own terms."""
+    if job.ingest is not None:
+        rejects = f", {brought[1]:,} rejected" if brought[1] else ""
+        return counted(brought[0], "record") + rejects
+    if total := sum(batch.requests_total for batch in job.batches):
+        done = sum(batch.requests_completed + batch.requests_failed for batch in job.batches)
+        return f"{done}/{total}"
+    return (
+        f"{job.completed_count + job.failed_count}/{counted(job.batch_count, 'batch', 'batches')}"
+    )
+
+
+def why_of(job: JobAnswer, brought: tuple[int, int]) -> str | None:
+    """Why a job is where it is: its last error, or what it waits for."""
+    if job.last_error or job.status in WAITS:
+        return job.last_error or WAITS[job.status]
+    if brought[1]:
+        return rejects_of(job.name, brought[1])
+    left = [batch.batch_id for batch in job.batches if outcome(batch) is None]
+    if job.status != "active" or not left:
+        return None
+    return f"waits for {left[0] if len(left) == 1 else counted(len(left), 'batch', 'batches')}"
+
+
+def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
+    async def all_pages(desk: Desk) -> tuple[JobList, dict[str, tuple[int, int]]]:
+        found = await desk.jobs(args.status, 1000, 0)
+        while found.next_after is not None:
+            page = await desk.jobs(args.status, 1000, found.next_after)
+            found = page.model_copy(update={"jobs": found.jobs + page.jobs})
+        return found, await desk.store.ingested()
+
+    (found, brought), now = on_desk(config, all_pages, looks=True), time.time()
+    rows = []
+    for job in found.jobs:
+        mine, pace = brought.get(job.name, (0, 0)), job.poll_interval_seconds
+        every = pace if pace == "auto" else span(pace)
+        last = job.last_check_at and ago(job.last_check_at, now)
+        following = job.next_check_at and job.status == "active" and due_in(job.next_check_at, now)
+        times = (every, last or None, following or None)
+        rows.append((job.id, job.name, job.status, done_of(job, mine), why_of(job, mine), *times))
+    columns = ("ID", "Name", "State", "Done", "Why", "Every", "Checked", "Next")
+    return report(args, found, Table(columns, rows, (5, 6, 7, 0, 3, 4)))
+
+
+def plain(value: object) -> str:
+    """A value of a job's definition, as its author could have written it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {plain(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(plain, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
+    answer = on_desk(config, lambda desk: desk.job(args.job, args.logs), looks=True)
+    document = answer.model_dump(mode="json")
+    apart = {"batches", "logs", "triggers", "batch_id", "batch_ids", "totals", "runs", "rejects"}
+    apart |= {"batch_count", "completed_count", "failed_count"} if answer.ingest else set()
+    facts = {k: v for k, v in document.items() if k not in apart and v not in (None, {})}
+    head = [(k.replace("_", " "), plain(v)) for k, v in (facts | (answer.totals or {})).items()]
+    batches = [
+        (b.batch_id, b.status or "not seen yet", f"{b.requests_completed}/{b.requests_total}")
+        for b in answer.batches
+    ]
+    triggers = [(t.id, t.state, t.keboola_job_id, t.keboola_status) for t in answer.triggers]
+    runs = [
+        (iso(run.start_time), run.status, *(getattr(run, f"records_{n}") for n in COUNTED))
+        for run in answer.runs
+    ]
+    logs = [(iso(row.created_at), row.status, row.actor, row.message) for row in answer.logs or ()]
+    tables = (
+        Table(("Job", answer.name), head),
+        Table(("Batch", "Status", "Requests"), batches),
+        Table(("Trigger", "State", "Keboola job", "Its status"), triggers, (3,)),
+        Table(("Run", "Status", *map(str.capitalize, COUNTED)), runs, (5, 2)),
+        reject_table(answer.rejects[::-1]),
+        Table(("Time", "What", "By", "Message"), logs, (2,)),
+    )
+    parts: list[str | Table] = [part for table in tables if table.rows for part in ("", table)]
+    return report(args, answer, *parts[1:])
+
+
+def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
+    """pause, resume, retry: one change of state each."""
+    before = on_desk(config, lambda desk: desk.job(args.job, None), looks=True)
+    answer = on_desk(config, lambda desk: desk.step_job(args.job, args.action))
+    report(args, answer, f"job {answer.name!r} is {answer.status} now")
+    lost = [b.batch_id for b in before.batches if outcome(b) == "failed"]
+    if args.action == "retry" and lost and before.trigger_when == "all_completed":
+        where = "in jobs.yaml" if before.origin == "file" else "by job update"
+        text = f"{', '.join(lost)} has failed at OpenAI for good and will fail the job again"
+        say(f"hint: {text}; give other batch ids, or all_finished, {where}")
+    return 0
+
+
+def cmd_job_delete(args: argparse.Namespace, config: Config) -> int:
+    job = on_desk(config, lambda desk: desk.job(args.job, None), looks=True)
+    records = counted(job.totals["records"], "record") if job.totals else ""
+    what = f"its history and its {records} in /data" if records else "its history"
+    if not confirmed(args, f"Delete job {job.name!r} (ID {job.id}) with {what}?"):
+        return 1
+    answer = on_desk(config, lambda desk: desk.delete_job(str(job.id)))
+    return report(args, answer, answer.message + (f", with {records}" if records else ""))
+
+
+def cmd_explain(args: argparse.Namespace, config: Config) -> int:
+    said = on_desk(config, lambda desk: desk.explain(args.job), looks=True)
     if holder(config.settings.database) is None:
         said.append("The service does not run at the moment.")
     return report(args, {"job": args.job, "said": said}, "\n".join(said))
+
+
+def cmd_logs(args: argparse.Namespace, config: Config) -> int:
+    """What was done and by whom, oldest first; with --follow also what comes, until Ctrl-C."""
+    after, limit = 0, args.lines
+
+    async def look(desk: Desk) -> list[dict[str, Any]]:
+        job_id = (await desk.store.find_job(args.job)).id if args.job else None
+        rows = await desk.store.logs(job_id, limit, after)
+        jobs = await desk.store.jobs_among({row.job_id for row in rows if row.job_id is not None})
+        names = {None: None} | {job_id: job.name for job_id, job in jobs.items()}
+        return [
+            asdict(row) | {"job": names.get(row.job_id), "created_at": iso(row.created_at)}
+            for row in rows
+        ]
+
+    try:
+        while True:
+            rows = on_desk(config, look, looks=True)
+            if args.json and not args.follow:
+                return report(args, rows)
+            for row in rows:
+                print(json.dumps(redacted(row)) if args.json else log_line(row), flush=True)
+            if not args.follow:
+                return 0
+            after, limit = (rows[-1]["id"] if rows else after), 10**9
+            time.sleep(1)
+    except KeyboardInterrupt:
+        return 0
+
+
+def log_line(row: Mapping[str, Any]) -> str:
+    by = f" (by {row['actor']})" if row["actor"] else ""
+    text = f"{row['created_at']}  {row['job'] or '-'}  {row['status']}: {row['message']}"
+    return CONTROL.sub(" ", redact(text.removesuffix(": ") + by))
+
+
+def cmd_data(args: argparse.Namespace, config: Config) -> int:
+    """list, rejects: a table of some, in the order they came; all of them as JSON or CSV."""
+    rejects, whole = args.action == "rejects", args.csv or (args.json and args.action == "list")
+    limit = args.limit if args.limit is not None else 10**9 if whole else 100 if rejects else 20
+
+    async def each(desk: Desk) -> AsyncIterator[Any]:
+        after, left = (0 if limit else None), limit
+        for reject in (await desk.rejects(args.source, limit))[::-1] if rejects else ():
+            yield reject
+        while after is not None and left > 0 and not rejects:
+            found, after = await desk.data(args.source, min(CHUNK_ROWS, left), after)
+            left -= len(found)
+            for record in found:
+                yield record
+
+    async def show(desk: Desk) -> None:
+        await check_source(desk.store, args.source)
+        if args.csv or args.json:
+            return await export(args, RejectAnswer if rejects else StoredRecord, each(desk))
+        found = [row async for row in each(desk)]
+        if rejects:
+            return draw(reject_table(found))
+        rows = [(r.source, r.source_id, r.title, r.published_at, r.url) for r in found]
+        draw(Table(("Source", "ID", "Title", "Published", "URL"), rows, (4, 3, 0)))
+        total = (await desk.store.totals(args.source or ""))["records"]
+        if total > len(found):
+            print(f"{len(found)} of {total:,}; --limit shows more, --csv and --json all")
+        return None
+
+    on_desk(config, show, looks=True)
+    return 0
+
+
+async def check_source(store: Store, source: str | None) -> None:
+    known = await store.ingested()
+    if source and source not in known and (guess := did_you_mean(source, known)):
+        say(f"hint: there is no source {source!r}; {guess}")
+
+
+async def export(
+    args: argparse.Namespace, model: type[BaseModel], rows: AsyncIterator[BaseModel]
+) -> None:
+    """Print rows as they come: as CSV with its blocks as JSON, or as one JSON array."""
+    writer, joint = csv.DictWriter(sys.stdout, [*model.model_fields], lineterminator="\n"), "["
+    if args.csv:
+        writer.writeheader()
+    async for row in rows:
+        line = row.model_dump(mode="json")
+        if args.csv:
+            blocks = {k: v for k, v in line.items() if isinstance(v, dict)}
+            texts_of = {k: json.dumps(v, ensure_ascii=False) for k, v in blocks.items()}
+            writer.writerow(line | texts_of)
+        else:
+            print(joint, json.dumps(line), sep="", end="")
+            joint = ",\n "
+    if not args.csv:
+        print("[]" if joint == "[" else "]")
+
+
+def reject_table(rejects: Sequence[RejectAnswer]) -> Table:
+    """On a terminal with the beginning of each record."""
+    most = 60 if sys.stdout.isatty() else sys.maxsize
+    records = [r.record[:most] + "..." * (len(r.record) > most) for r in rejects]
+    rows = [(r.source, r.place, r.reason, t) for r, t in zip(rejects, records, strict=True)]
+    return Table(("Source", "Rejected at", "Why", "Record"), rows, (0, 3))
 
 
 def cmd_schema(args: argparse.Namespace) -> int:
     """The JSON Schema of jobs.yaml, for editors."""
     jobs: Any = list[JobSpec | FlatJob | IngestSpec] | None
     whole = create_model("JobsYaml", __base__=JobsFile, __doc__="jobs.yaml", jobs=(jobs, None))
-    say(json.dumps(whole.model_json_schema(), indent=2))
+    print(json.dumps(whole.model_json_schema(), indent=2))
     return 0
 
 
 def cmd_completion(args: argparse.Namespace) -> int:
     import shtab
 
-    say(shtab.complete(make_parser(), args.shell))
+    print(shtab.complete(make_parser(), args.shell))
     return 0
 
 
 def cmd_demo(args: argparse.Namespace) -> int:
     folder = Path(__file__).resolve().parent / "tests"
     if not (folder / "demo.py").exists():
-        raise TeckoError(
-            f"the demo's stand-ins are not in {folder}", hint="run it from a whole checkout"
-        )
+        text = f"the demo's stand-ins are not in {folder}"
+        raise TeckoError(text, hint="run it from a whole checkout")
     sys.path.insert(0, str(folder))
     sys.modules["teckochecker"] = sys.modules[__name__]
-    return int(importlib.import_module("demo").main(keep=args.keep))
+    return int(importlib.import_module("demo").main(keep=args.keep, as_json=args.json))
+
+
+# ── Parser and main ───────────────────────────────────────────────────────────────────────────
+
+
+class Parser(argparse.ArgumentParser):
+    """No abbreviated options, which would become interface; a misspelt word is met with the one
+    that was probably meant."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(allow_abbrev=False, **how)
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            guess = did_you_mean(found[1], re.findall(r"'(.*?)'", found[2]))
+            message += f"; {guess}" if guess else ""
+        super().error(message)
+
+
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+
+
+def arg(*names: str, **how: Any) -> Argument:
+    return names, how
 
 
 def variable(text: str) -> tuple[str, str]:
@@ -10556,156 +11054,173 @@ def variable(text: str) -> tuple[str, str]:
     return name, value
 
 
-def abs_int(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+def whole_number(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at most 9 digits")
     return int(text)
 
 
-def add_job_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    parser.add_argument("--name", required=required)
-    parser.add_argument("--batch-id", action="append", required=required, help="repeat for more")
-    parser.add_argument("--openai-secret", required=required, metavar="NAME")
-    parser.add_argument("--keboola-secret", required=required, metavar="NAME")
-    parser.add_argument("--keboola-stack", required=required, metavar="URL")
-    parser.add_argument("--component-id", required=required, metavar="ID")
-    parser.add_argument("--config-id", required=required, metavar="ID")
-    parser.add_argument("--poll-interval", metavar="S", help="seconds, or 30s, 2m, 1h, or auto")
-    parser.add_argument("--trigger-when", choices=("all_completed", "all_finished"))
-    parser.add_argument("--on-ambiguous", choices=("resend", "hold"))
-    parser.add_argument("--variable", action="append", type=variable, metavar="NAME=VALUE")
+def job_options(*, create: bool) -> Iterator[Argument]:
+    """The options of `job create` and `job update`, out of the models."""
+    for name, (option, metavar) in JOB_OPTIONS.items():
+        info = FlatJob.model_fields[name]
+        shown = create and info.default in (120, "resend", "all_completed")
+        needed = info.is_required() or name in ("batch_ids", "openai_secret", "keboola_secret")
+        how: dict[str, Any] = {"dest": name, "metavar": metavar, "required": create and needed}
+        how["help"] = str(info.description).splitlines()[0]
+        how["help"] += f" (default: {info.default})" if shown else ""
+        how |= {"choices": get_args(info.annotation)} if metavar is None else {}
+        how |= {"action": "append"} if name in ("batch_ids", "variables") else {}
+        yield arg(option, **how | ({"type": variable} if name == "variables" else {}))
+
+
+JOB = arg("job", metavar="JOB", help="id or name")
+FORCE = arg("--force", action="store_true", help="do not ask")
+SOURCE = arg("--source", metavar="NAME", help="only of this ingest's job")
+LIMIT = arg("--limit", type=whole_number, metavar="N", help="at most N")
+AS_CSV = arg("--csv", action="store_true", help="all of them, as CSV")
+SHOWN_LINES = arg("--logs", type=whole_number, default=20, metavar="N",
+                  help="log lines (default: %(default)s)")  # fmt: skip
+STATES = (*JOB_STEPS, "removed")
+
+Configured = Callable[[argparse.Namespace], Config]
+COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[Argument]], ...] = (
+    ("init", cmd_init, config_of, "make the key, the database and a first jobs.yaml", (
+        arg("--new-key", action="store_true", help="even where secrets are sealed already"),)),
+    ("validate", cmd_validate, config_of, "check jobs.yaml and every secret; what would change", (
+        arg("--online", action="store_true", help="ask every key, batch and source once, too"),)),
+    ("doctor", cmd_validate, config_of, "validate --online", (
+        arg("--online", action="store_true", default=True, help="as always here"),)),
+    ("start", cmd_start, config_of, "run the service", (
+        arg("--daemon", action="store_true", help="in the background"),)),
+    ("stop", cmd_stop, config_despite_mistakes, "stop the service gracefully", ()),
+    ("reload", cmd_reload, config_despite_mistakes, "have the service read jobs.yaml again", ()),
+    ("status", cmd_status, config_despite_mistakes,
+     "whether it runs, what is due, and what needs you", ()),
+    ("check", cmd_check, config_of, "one round now, then exit", (
+        arg("jobs", nargs="*", metavar="JOB", help="id or name (default: all)"),)),
+    ("explain", cmd_explain, config_of, "what a job waits for, and why", (JOB,)),
+    ("logs", cmd_logs, config_despite_mistakes, "what was done, when and by whom", (
+        arg("job", nargs="?", metavar="JOB", help="id or name (default: all)"),
+        arg("-f", "--follow", action="store_true", help="also what comes, until Ctrl-C"),
+        arg("-n", "--lines", type=whole_number, default=20, metavar="N",
+            help="how many (default: %(default)s)"))),
+    ("schema", cmd_schema, None, "print the JSON Schema of jobs.yaml", ()),
+    ("completion", cmd_completion, None, "print a shell's completion script", (
+        arg("shell", choices=("bash", "zsh", "fish")),)),
+    ("demo", cmd_demo, None, "the whole thing on this machine, without an account", (
+        arg("--keep", action="store_true", help="go on until Ctrl-C"),)),
+    ("secret add", cmd_secret_add, config_of, "store one, typed without echo or piped in", (
+        arg("--name", required=True, help=SecretBody.model_fields["name"].description),
+        arg("--type", required=True, choices=get_args(SecretBody.model_fields["type"].annotation)),
+        arg("--value", help="the secret itself; shows up in the process list and the shell's"
+            " history, prefer the prompt or a pipe"),
+        arg("--replace", action="store_true", help="give a stored one a new value"))),
+    ("secret list", cmd_secret_list, config_of, "names and types, never values", ()),
+    ("secret delete", cmd_secret_delete, config_of, "delete one that no running job uses", (
+        arg("name", metavar="NAME"), FORCE)),
+    ("secret rotate", cmd_secret_rotate, config_of,
+     "new master key, every secret encrypted anew", ()),
+    ("job create", cmd_job_create, config_of, "watch batches", (*job_options(create=True),)),
+    ("job list", cmd_job_list, config_of, "all jobs, with what they have done and why", (
+        arg("--status", choices=STATES, help="only of this state"),)),
+    ("job show", cmd_job_show, config_of, "batches, triggers and the last log lines",
+     (JOB, SHOWN_LINES)),
+    ("job update", cmd_job_update, config_of, "change a job", (
+        JOB, *job_options(create=False))),
+    ("job pause", cmd_job_step, config_of, "stop checking a job", (JOB,)),
+    ("job resume", cmd_job_step, config_of, "go on checking a paused job", (JOB,)),
+    ("job retry", cmd_job_step, config_of, "re-arm a failed job", (JOB,)),
+    ("job delete", cmd_job_delete, config_of, "delete a job with its history and its records",
+     (JOB, FORCE)),
+    ("job run", cmd_check, config_of, "one run of an ingest now", (
+        arg("jobs", nargs=1, metavar="JOB", help="id or name"),)),
+    ("data list", cmd_data, config_of, "records in the unified schema",
+     (SOURCE, LIMIT, AS_CSV)),
+    ("data rejects", cmd_data, config_of, "records that were rejected, and why",
+     (SOURCE, LIMIT, AS_CSV)),
+)  # fmt: skip
+GROUPS = {"secret": "API keys and tokens", "job": "jobs", "data": "what ingests brought"}
+EVERYWHERE = (
+    arg("-c", "--config", type=Path, metavar="FILE",
+        help="configuration file (default: ./jobs.yaml)"),
+    arg("--json", action="store_true", help="print one JSON document instead of tables"),
+    arg("-v", "--verbose", action="store_true", help="log more"),
+    arg("-q", "--quiet", action="store_true", help="log errors only"),
+)  # fmt: skip
+EPILOG = """\
+example: teckochecker.py job list --status failed
+Options may also follow the command. While the service runs, /docs of its address (see `status`)
+describes its HTTP surface; README.md and jobs.yaml.example say the rest."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    everywhere = argparse.ArgumentParser(add_help=False)
-    late = argparse.ArgumentParser(add_help=False)
-    for parser, default in ((everywhere, None), (late, argparse.SUPPRESS)):
-        off = default if default is not None else False
-        parser.add_argument(
-            "-c", "--config", type=Path, default=default, metavar="FILE", help="jobs.yaml"
-        )
-        parser.add_argument("--json", action="store_true", default=off, help="one JSON document")
-        parser.add_argument("-v", "--verbose", action="store_true", default=off, help="log more")
-        parser.add_argument(
-            "-q", "--quiet", action="store_true", default=off, help="log errors only"
-        )
-    top = argparse.ArgumentParser(
+    late = Parser(add_help=False)
+    top = Parser(
         prog="teckochecker.py",
         description="Watch OpenAI batches and start a Keboola job when they are done, once.",
-        parents=[everywhere],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"TeckoChecker {VERSION}")
+    for names, how in EVERYWHERE:
+        top.add_argument(*names, **how)
+        hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        late.add_argument(*names, **how | hidden)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(group: Any, name: str, run: Callable[..., Any], help: str) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = group.add_parser(
-            name, help=help, description=help, parents=[late]
-        )
-        parser.set_defaults(run=run)
-        return parser
-
-    init = add(commands, "init", cmd_init, "make the key, the database and a first jobs.yaml")
-    init.add_argument(
-        "--new-key", action="store_true", help="even where secrets are sealed already"
-    )
-    validate = add(commands, "validate", cmd_validate, "check jobs.yaml and every secret")
-    validate.add_argument("--online", action="store_true", help="ask the other sides, too")
-    doctor = add(commands, "doctor", cmd_validate, "validate --online")
-    doctor.set_defaults(online=True)
-    start = add(commands, "start", cmd_start, "run the service")
-    start.add_argument("--daemon", action="store_true", help="in the background")
-    add(commands, "stop", cmd_stop, "stop the service gracefully")
-    add(commands, "status", cmd_status, "whether it runs, and what is due")
-    check = add(commands, "check", cmd_check, "one round now, then exit")
-    check.add_argument("jobs", nargs="*", metavar="JOB", help="id or name; all when none is given")
-    explained = add(commands, "explain", cmd_explain, "what a job waits for, and why")
-    explained.add_argument("job", metavar="JOB", help="id or name")
-    add(commands, "schema", cmd_schema, "print the JSON Schema of jobs.yaml")
-    completion = add(commands, "completion", cmd_completion, "print a shell's completion script")
-    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
-    demo = add(commands, "demo", cmd_demo, "the whole thing on this machine, without an account")
-    demo.add_argument("--keep", action="store_true", help="go on until Ctrl-C")
-
-    secret = commands.add_parser("secret", help="API keys and tokens").add_subparsers(
-        dest="action", required=True, metavar="ACTION"
-    )
-    add_secret = add(secret, "add", cmd_secret_add, "store one, typed without echo or piped in")
-    add_secret.add_argument("--name", required=True)
-    add_secret.add_argument("--type", required=True, choices=("openai", "keboola", "api"))
-    add_secret.add_argument("--value", help="better left out: others can see it")
-    add_secret.add_argument("--replace", action="store_true", help="give a stored one a new value")
-    add(secret, "list", cmd_secret_list, "names and types, never values")
-    delete = add(secret, "delete", cmd_secret_delete, "delete one that no running job uses")
-    delete.add_argument("name", metavar="NAME")
-    delete.add_argument("--force", action="store_true", help="do not ask")
-    add(secret, "rotate", cmd_secret_rotate, "new master key, every secret encrypted anew")
-
-    job = commands.add_parser("job", help="jobs").add_subparsers(
-        dest="action", required=True, metavar="ACTION"
-    )
-    add_job_options(add(job, "create", cmd_job_create, "watch batches"), required=True)
-    listed = add(job, "list", cmd_job_list, "all jobs")
-    listed.add_argument("--status", choices=(*JOB_STEPS, "removed"))
-    listed.add_argument("--watch", action="store_true", help="draw it again each second")
-    one = {"show": cmd_job_show, "update": cmd_job_update, "delete": cmd_job_delete}
-    one |= dict.fromkeys(("pause", "resume", "retry"), cmd_job_step)
-    run_now = add(job, "run", cmd_job_run, "one run of an ingest now")
-    run_now.add_argument("job", metavar="JOB", help="id or name")
-    help_of = {"retry": "re-arm a failed job", "show": "batches, triggers and the last log lines"}
-    for name, run in one.items():
-        parser = add(job, name, run, help_of.get(name, f"{name} a job"))
-        parser.add_argument("job", metavar="JOB", help="id or name")
-        if name == "update":
-            add_job_options(parser, required=False)
-        if name == "delete":
-            parser.add_argument("--force", action="store_true", help="do not ask")
-        if name == "show":
-            parser.add_argument(
-                "--logs", type=abs_int, default=20, metavar="N", help="log lines, 20"
-            )
-    data = commands.add_parser("data", help="what ingests brought").add_subparsers(
-        dest="action", required=True, metavar="ACTION"
-    )
-    records = add(data, "list", cmd_data_list, "records in the unified schema")
-    records.add_argument("--csv", action="store_true", help="as CSV, all of them")
-    rejects = add(data, "rejects", cmd_data_rejects, "records that were rejected, and why")
-    for parser in (records, rejects):
-        parser.add_argument("--source", metavar="NAME", help="only of this ingest's job")
-        parser.add_argument("--limit", type=abs_int, metavar="N", help="at most N")
+    groups = {"": commands}
+    for path, run, configured, says, arguments in COMMANDS:
+        group, _, name = path.rpartition(" ")
+        if group not in groups:
+            holds = commands.add_parser(group, help=GROUPS[group])
+            groups[group] = holds.add_subparsers(dest="action", required=True, metavar="ACTION")
+        parser = groups[group].add_parser(name, help=says, description=says, parents=[late])
+        parser.set_defaults(run=run, configured=configured)
+        for names, how in arguments:
+            parser.add_argument(*names, **how)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: done; 1: it could not be done; 2: wrong usage."""
-    args = make_parser().parse_args(argv)
+    open_streams()
+    try:
+        return close_streams(run_command(make_parser().parse_args(argv)))
+    except SystemExit as e:  # argparse's, a signal's
+        return close_streams(e.code if isinstance(e.code, int) else 0)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """The exit code of a command. Nothing that it raises gets any further."""
+    waits = args.command == "start" and not args.daemon  # until it can end in good order
+    if not waits and signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ACTOR.set(None if args.command in ("start", "check") else "command line")
     try:
-        if args.command in ("demo", "schema", "completion"):  # which need no jobs.yaml
+        if args.configured is None:
             return int(args.run(args))
-        config = config_of(args)
-        settings = config.settings
-        level = {"start": settings.log_level, "check": "WARNING"}.get(args.command, "ERROR")
-        set_up_logging(settings, "DEBUG" if args.verbose else "ERROR" if args.quiet else level)
-        done = args.run(args, config)
-        return int(asyncio.run(done) if asyncio.iscoroutine(done) else done)
+        config = args.configured(args)
+        level = {"start": config.settings.log_level, "check": "WARNING"}.get(args.command, "ERROR")
+        level = "DEBUG" if args.verbose else "ERROR" if args.quiet else level
+        set_up_logging(config.settings, level, to_file=args.command == "start")
+        return int(args.run(args, config))
     except TeckoError as e:
-        notify(f"STATUS={e}")
-        complain(e)
-        return 1
+        complain(e, args)
     except KeyboardInterrupt:
         return 130
-    except EOFError:  # Ctrl-D at a prompt
-        complain(TeckoError("nothing was typed"))
-        return 1
     except BrokenPipeError:  # `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (OSError, UnicodeDecodeError) as e:
-        complain(TeckoError(f"{type(e).__name__}: {e}"))
-        return 1
-    except Exception:  # a defect; the handler redacts what its traceback shows
-        log.exception("a defect of TeckoChecker")
-        return 1
+        pass
+    except ModuleNotFoundError as e:
+        complain(TeckoError(missing(e)), args)
+    except (OSError, UnicodeError) as e:
+        complain(TeckoError(f"{type(e).__name__}: {e}"), args)
+    except Exception as e:
+        text = f"internal error: {type(e).__name__}: {e}"
+        complain(TeckoError(text, hint="-v shows where"), args)
+        if args.verbose:
+            log.exception("internal error")  # the handler redacts it
+    return 1
 
 
 if __name__ == "__main__":

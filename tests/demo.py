@@ -4,9 +4,13 @@ some seconds."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import shutil
+import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -92,6 +96,12 @@ async def is_done(store: tecko.Store) -> bool:
     return ended and totals == [*INGESTED.values()]
 
 
+def show(text: str, indent: int) -> None:
+    """Print a line, on a terminal broken between words."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+    print(textwrap.fill(text, max(width, indent + 20), subsequent_indent=" " * indent))
+
+
 async def watch(store: tecko.Store, started: float) -> None:
     """Print every log row as it comes, until all is done."""
     names: dict[int | None, str] = {}
@@ -103,7 +113,7 @@ async def watch(store: tecko.Store, started: float) -> None:
             names = names or {job.id: job.name for job in await store.jobs()}
             at = time.monotonic() - started
             who = names.get(row.job_id, "")
-            print(f"{at:5.1f} s  {who:12} {row.status:10} {row.message}")
+            show(f"{at:5.1f} s  {who:12} {row.status:10} {row.message}", indent=33)
         if done:
             return
         await asyncio.sleep(0.1)
@@ -148,7 +158,8 @@ async def wrong_data(store: tecko.Store) -> list[str]:
     return wrong
 
 
-async def run(folder: Path, keep: bool) -> int:
+async def run(folder: Path, keep: bool, told: dict[str, Any]) -> int:
+    """`told` is filled with what --json prints at the end."""
     with standins.OpenAI() as openai, standins.Keboola() as keboola, standins.Source() as posts:
         keboola.run_seconds = 1.5
         posts.style = "cursor"
@@ -172,31 +183,44 @@ async def run(folder: Path, keep: bool) -> int:
                 await watch(service.store, started)
                 jobs = {job.name: str(job.status) for job in await service.store.jobs()}
                 wrong = verdict(jobs, keboola) + await wrong_data(service.store)
-                print("\nWhat Keboola received:")
-                for job in keboola.created:
-                    values = keboola.variables(job)
-                    keys = ("teckochecker_job", "batch_ids_completed", "batch_ids_failed", "region")
-                    print(f"  job {job['id']}: " + ", ".join(f"{k}={values[k]}" for k in keys))
+                received = [keboola.variables(job) for job in keboola.created]
                 [reject] = await service.desk.rejects(None, 1)
-                print(f"\nWhat was rejected:\n  {reject.place}: {reject.reason}")
-                good = "As it must be: two Keboola jobs, none for bad-input; 29 records in /data."
-                said = "\n".join(wrong) or good
-                print(f"\n{said}\n\nWhile the demo runs (--keep), look further:")
-                for path in ("/health", "/stats", "/data"):
-                    print(f"  curl {admin.url}{path}")
-                key = f"-H 'Authorization: Bearer {standins.OPENAI_KEY}'"
-                print(f"  curl {openai.base_url}/batches {key}")
+                told.update(ok=not wrong, wrong=wrong, jobs=jobs, received=received)
+                told.update(rejected=[{"place": reject.place, "reason": reject.reason}])
+                print("\nWhat Keboola received:")
+                for job, values in zip(keboola.created, received, strict=True):
+                    keys = ("teckochecker_job", "batch_ids_completed", "batch_ids_failed", "region")
+                    variables = ", ".join(f"{key}={values[key]}" for key in keys)
+                    show(f"  job {job['id']}: {variables}", indent=4)
+                print("\nWhat was rejected:")
+                show(f"  {reject.place}: {reject.reason}", indent=4)
+                good = "OK: 2 Keboola jobs started, none for bad-input, 29 records in /data."
+                print("\n" + ("\n".join(wrong) or good))
                 if keep:
+                    print("\nWhile it runs, look further:")
+                    for path in ("/health", "/stats", "/data"):
+                        print(f"  curl {admin.url}{path}")
+                    key = f"-H 'Authorization: Bearer {standins.OPENAI_KEY}'"
+                    print(f"  curl {openai.base_url}/batches {key}")
                     print("\nCtrl-C ends it.", flush=True)
                     await asyncio.Event().wait()
+                print("\n`demo --keep` goes on after that, to be looked at over HTTP.")
     return 1 if wrong else 0
 
 
-def main(*, keep: bool) -> int:
-    """Exit code 0: everything happened as it must."""
+def main(*, keep: bool, as_json: bool = False) -> int:
+    """Exit code 0: everything happened as it must. `as_json`: one document at the end, and all
+    else to stderr."""
     logging.getLogger("teckochecker").setLevel(logging.CRITICAL)  # the rows say the same
+    told: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="teckochecker-demo-") as folder:
         try:
-            return asyncio.run(run(Path(folder), keep))
+            with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+                code = asyncio.run(run(Path(folder), keep, told))
         except KeyboardInterrupt:
-            return 0
+            if not keep or not told:
+                print("\nThe demo was stopped before its end.", file=sys.stderr)
+            code = 0 if keep and told else 130
+    if as_json and told:
+        print(json.dumps(told, indent=2))
+    return code

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import asyncio
 import json
+import logging
 import os
 import pty
 import re
@@ -206,13 +209,13 @@ ROWS: tuple[tuple[Any, ...], ...] = (
     (Told("check nothing"), "'nothing'", "not found"),
     (Told(CREATE.replace("new", "active")), "there is a job 'active' already"),
     (Told("job update paused --name active"), "there is a job 'active' already"),
-    (Told(f"{CREATE} --poll-interval 5"), "poll_interval: found '5'; allowed: 30 to 3600"),
-    (Told("job update active --poll-interval 2h"), "poll_interval_seconds: found '2h'"),
-    (Told(f"{CREATE} --batch-id nobatch"), "batch_ids[1]: found 'nobatch'"),
+    (Told(f"{CREATE} --poll-interval 5"), "--poll-interval: found '5'; allowed: 30 to 3600"),
+    (Told("job update active --poll-interval 2h"), "--poll-interval: found '2h'"),
+    (Told(f"{CREATE} --batch-id nobatch"), "--batch-id[1]: found 'nobatch'"),
     (Told(f"{CREATE} --batch-id batch_1"), "twice"),
-    (Told(f"{CREATE} --keboola-stack http://a.com"), "stack_url: found 'http://a.com'"),
-    (Told(f"{CREATE} --name 12"), "name: found '12'"),
-    (Told(f"{CREATE} --name ''"), "name: found ''"),
+    (Told(f"{CREATE} --keboola-stack http://a.com"), "--keboola-stack: found 'http://a.com'"),
+    (Told(f"{CREATE} --name 12"), "--name: found '12'"),
+    (Told(f"{CREATE} --name ''"), "--name: found ''"),
     (Told(f"{CREATE} --variable batch_count_total=1"), "variables", "batch_count_total"),
     (Told(f"{CREATE} --openai-secret nothing"), "no secret 'nothing'", "hint: "),
     (Told(f"{CREATE} --openai-secret keboola"), "of type keboola", "needed: openai"),
@@ -291,12 +294,15 @@ def test_refusals_change_nothing(refusals: Refusals) -> None:
 
 
 def test_every_bad_value_of_a_job_is_named_at_once(home: Path) -> None:
-    """Three bad values of one job are three lines, each with its field; --json changes nothing."""
+    """Three bad values of one job are three lines, each with the option that was typed; with --json
+    stdout has them as a document, too."""
     bad = "--batch-id no --keboola-stack ftp://a --poll-interval 1"
     [done], _ = run_many(home, [f"--json {CREATE} {bad}"])
-    assert (done.code, done.out) == (1, "")
-    for field_name in ("poll_interval", "batch_ids", "stack_url"):
-        assert sum(field_name in line for line in done.err.splitlines()) == 1
+    document = json.loads(done.out)
+    assert (done.code, document["error"]) == (1, "validation_error")
+    for option in ("--poll-interval", "--batch-id[1]", "--keboola-stack"):
+        assert sum(f"teckochecker: {option}: " in line for line in done.err.splitlines()) == 1
+        assert sum(error["where"] == option for error in document["errors"]) == 1
 
 
 def test_wrong_usage_is_exit_code_2(home: Path) -> None:
@@ -562,21 +568,28 @@ def test_validate_names_what_does_not_resolve_or_decrypt(home: Path, tmp_path: P
 # ── What is printed ───────────────────────────────────────────────────────────────────────────
 
 
-def test_tables_fit_80_columns_and_hide_nothing(home: Path) -> None:
-    """With the longest names and URLs no line is over 80 wide, nothing is cut off with an
-    ellipsis, and nothing is coloured where nobody sees it."""
-    lines = ["job list", f"job show {LONG}", "secret list", "status", "job list --status failed"]
-    for line, done in zip(lines, run_many(home, lines)[0], strict=True):
-        assert (done.code, done.err) == (0, ""), line
-        assert max(map(len, done.out.splitlines())) <= 80, line
-        assert "…" not in done.out and "\x1b" not in done.out, line
+@pytest.mark.parametrize("line", ["job list", f"job show {LONG}", "secret list", "status"])
+def test_a_piped_table_is_whole(home: Path, line: str) -> None:
+    """No row is folded or cut, however long: a name is found by `grep`, and nothing is coloured."""
+    [done], _ = run_many(home, [Told(line, {"COLUMNS": "20"})])
+    assert (done.code, done.err) == (0, "") and "\x1b" not in done.out and "…" not in done.out
+    if "job" in line:
+        assert len([row for row in done.out.splitlines() if LONG in row]) >= 1
+    if "show" in line:
+        assert LONG_STACK in done.out
 
 
-def test_a_long_url_can_be_read_off_the_table(home: Path) -> None:
-    """The pieces of a folded stack URL put together are the URL."""
-    [done], _ = run_many(home, [f"job show {LONG}"])
-    cells = "".join(line[20:].strip() for line in done.out.splitlines())
-    assert LONG_STACK in cells
+@pytest.mark.parametrize("columns", [120, 80, 50, 20])
+@pytest.mark.parametrize("line", ["job list", f"job show {LONG}", "secret list", "status"])
+def test_a_table_fits_its_terminal(home: Path, line: str, columns: int) -> None:
+    """Columns go and times become short before a word is broken; states keep their signs."""
+    _, screen, _ = Terminal(home, line, {"COLUMNS": str(columns)}, stdout_too=True).run(b"")
+    rows = re.sub(r"\x1b\[[0-9;]*m", "", screen).splitlines()
+    assert max(len(row.rstrip()) for row in rows) <= columns
+    if line == "job list":
+        words = {word for row in rows for word in row.split()}
+        assert {"from-file", "active", "paused", "failed"} <= words
+        assert "✗ failed" in "\n".join(rows) or columns == 20
 
 
 @pytest.mark.parametrize("line", ["job list", "--json job list"])
@@ -604,8 +617,11 @@ class Terminal:
     env: Mapping[str, str] = field(default_factory=dict)
     stdout_too: bool = False
 
-    def run(self, typed: bytes, after: bytes = b"") -> tuple[int, str, str]:
-        """Type once the screen shows `after`; exit code, the screen, stdout."""
+    def run(
+        self, typed: bytes, after: bytes = b"", number: int | None = None
+    ) -> tuple[int, str, str]:
+        """Type, or send the signal `number`, once the screen shows `after`; exit code, the screen,
+        stdout."""
         here, there = pty.openpty()
         process = subprocess.Popen(
             [sys.executable, str(PROGRAM), *shlex.split(self.line)],
@@ -621,6 +637,8 @@ class Terminal:
         try:
             while after not in screen:
                 screen += self.read(here)
+            if number is not None:
+                process.send_signal(number)
             os.write(here, typed)
             while more := self.read(here):
                 screen += more
@@ -773,9 +791,9 @@ class TestLive:
     """What the command line and signals do to a service while it runs."""
 
     def test_a_second_process_is_refused(self, live: Live) -> None:
-        """start, start --daemon and check name the process that works on this database."""
+        """start and start --daemon name the process that works on this database."""
         pid = str(live.program.process.pid)
-        lines = ["start", "start --daemon", "check", "--json status"]
+        lines = ["start", "start --daemon", "--json status"]
         *refused, status = run_many(live.program.cwd, lines, live.program.env)[0]
         for done in refused:
             done.refused(f"pid {pid}")
@@ -788,6 +806,16 @@ class TestLive:
         assert shown["uptime_seconds"] >= 0
         assert "slow" in [due["job"] for due in shown["due_next"]]
 
+    def test_check_asks_the_service(self, live: Live) -> None:
+        """A job that is due in an hour is checked at once, by the service; the table says how it
+        stands."""
+        before = live.checks("batch_slow")
+        [done] = live.cli("--json check slow")
+        assert live.checks("batch_slow") == before + 1
+        [row] = done.document
+        assert (row["name"], row["status"]) == ("slow", "active")
+        assert "batch_slow in_progress" in row["said"]
+
     def test_a_created_job_is_checked_within_two_ticks(self, live: Live) -> None:
         """A job added by the command line does not wait for anything but the next ticks."""
         live.openai.batch("batch_late")
@@ -799,10 +827,10 @@ class TestLive:
     def test_pause_update_and_resume_take_effect(self, live: Live) -> None:
         """A job that was due in an hour is checked every second after `job update`; meanwhile
         the finished batch of a paused job triggers nothing, and does once that is resumed."""
-        assert live.checks("batch_slow") == 1
+        before = live.checks("batch_slow")
         live.cli("job pause late", "job update slow --poll-interval 1s")
         live.openai.batch("batch_late", "completed")
-        until(lambda: live.checks("batch_slow") >= 3, "two further checks")
+        until(lambda: live.checks("batch_slow") >= before + 2, "two further checks")
         assert live.ticks() <= 5 and not live.triggered("late")
         live.cli("job resume late")
         live.ticks()
@@ -850,14 +878,31 @@ class TestLive:
         assert reload(live) == ["RELOADING=1", "READY=1"]
         path.write_bytes(good)
         said = live.program.text().splitlines()
-        assert any("old configuration stays" in k and f"{name}" in k for k in said)
+        assert any("configuration before it stays" in k and f"{name}" in k for k in said)
         before = live.checks("batch_added")
         until(lambda: live.checks("batch_added") > before, "a further check")
+
+    def test_reload_says_what_came_of_it(self, live: Live) -> None:
+        """A good file is taken up; one with a mistake is refused with its words and exit code 1,
+        and `status` goes on saying so until the next good one."""
+        path = live.program.cwd / "jobs.yaml"
+        good = path.read_bytes()
+        path.write_bytes(good + b"  - {name: x}\n")
+        refused, status = run_many(live.program.cwd, ["reload", "--json status"], live.program.env)[
+            0
+        ]
+        path.write_bytes(good)
+        assert refused.code == 1 and "job 'x': watch: missing" in refused.err
+        assert refused.err.endswith("hint: the service goes on with what it had\n")
+        assert "jobs.yaml" in {each["job"] for each in status.document["attention"]}
+        done, status = live.cli("--json reload", "--json status")
+        assert done.document["reloaded"] is True
+        assert "jobs.yaml" not in {each["job"] for each in status.document["attention"]}
 
     def test_a_service_manager_that_does_not_listen_holds_nothing_up(self, live: Live) -> None:
         """Notifications that nobody takes fill their queue; the loop goes on all the same."""
         room = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
-        before = live.program.text().count("old configuration stays")
+        before = live.program.text().count("configuration before it stays")
         good = (live.program.cwd / "jobs.yaml").read_bytes()
         (live.program.cwd / "jobs.yaml").write_bytes(b"jobs: [\n")
         try:
@@ -871,7 +916,7 @@ class TestLive:
     @staticmethod
     def said(live: Live, times: int) -> bool:
         """Whether so many reloads have failed by now."""
-        return live.program.text().count("old configuration stays") >= times
+        return live.program.text().count("configuration before it stays") >= times
 
     def test_ctrl_c_ends_it_in_good_order(self, live: Live) -> None:
         """SIGINT: STOPPING=1 for systemd, exit code 0, no traceback, the lock is free again."""
@@ -908,6 +953,387 @@ def test_sigterm_ends_it_while_openai_hangs(hung: RunningProgram) -> None:
     assert "Traceback" not in hung.text()
 
 
+# ── Streams, signals and prompts ──────────────────────────────────────────────────────────────
+
+STREAMS = ("<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "| head -0", "| true")
+SHOWN = ("--help", "schema", "job list", "--json job show caf\u00e9", "logs", "job delete active")
+
+
+@pytest.fixture(scope="module")
+def cafe(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the stocked folder where one job's name is not ASCII."""
+    folder = Path(shutil.copytree(home, tmp_path_factory.mktemp("cafe") / "home"))
+    with sqlite3.connect(folder / "teckochecker.db") as db:
+        db.execute("UPDATE polling_jobs SET name = 'caf\u00e9' WHERE name = 'paused'")
+    db.close()
+    return folder
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_no_stream_brings_a_traceback(cafe: Path, line: str) -> None:
+    """Closed, full, without a reader, or of another encoding: no traceback, and never the
+    interpreter's own exit code 120."""
+    program = shlex.join([sys.executable, str(PROGRAM), *line.split()])
+    tried = [f"{program} {stream}" for stream in STREAMS]
+    tried += [f"PYTHONIOENCODING={name} {program}" for name in ("ascii", "latin-1")]
+    said = subprocess.run(
+        ["bash", "-c", "; ".join(f"{{ {each}; }}; echo code $?" for each in tried)],
+        cwd=cafe,
+        env=clean_environment({}) | {"PYTHONUNBUFFERED": ""},
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+        check=False,
+    )
+    text = (said.stdout + said.stderr).decode(errors="replace")
+    assert "Traceback" not in text and "Exception ignored" not in text
+    assert len(re.findall(r"^code [01]$", text, re.MULTILINE)) == len(tried)
+
+
+def test_a_full_stdout_is_an_error(home: Path) -> None:
+    """What could not be printed ends with 1 and a line that says why."""
+    command = f"exec {shlex.join([sys.executable, str(PROGRAM)])} schema > /dev/full"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=home, env=clean_environment({}), capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "No space left" in done.stderr
+
+
+LOOKING = (
+    "status",
+    "job list",
+    "job show 1",
+    "explain 1",
+    "secret list",
+    "validate",
+    "data list",
+    "data rejects",
+    "logs",
+    "schema",
+    "stop",
+    "reload",
+    "start",
+)
+
+
+def test_who_only_looks_creates_nothing(tmp_path: Path) -> None:
+    """In an empty folder, with a LOG_FILE set, the folder is as empty as before."""
+    env = {"LOG_FILE": "t.log"}
+    told = [Told(line, env if line != "start" else {}) for line in LOOKING]
+    done, _ = run_many(tmp_path, told)
+    assert list(tmp_path.iterdir()) == []
+    ended = dict(zip(LOOKING, done, strict=True))
+    assert [line for line in LOOKING if ended[line].code == 0] == [
+        "status",
+        "secret list",
+        "schema",
+    ]
+    ended["validate"].refused("no jobs.yaml in", "init writes one")
+    ended["start"].refused("no jobs.yaml in", "init writes one")
+    ended["job list"].refused("there is no database at", "init")
+
+
+def test_looking_leaves_a_database_as_it_is(home: Path, tmp_path: Path) -> None:
+    """Beside a database that no process has open, they make neither a -wal nor another file."""
+    folder = Path(shutil.copytree(home, tmp_path / "home"))
+    dump(folder)  # the last one to have it open takes its -wal away
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    run_many(folder, ["status", "job list", "secret list", "logs", "explain active"])
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("line", "prompt", "nothing"),
+    [
+        ("secret add --name q --type openai", b"value: ", "nothing stored"),
+        ("secret delete openai", b"[y/N]: ", "nothing deleted"),
+        ("job delete active", b"[y/N]: ", "nothing deleted"),
+    ],
+)
+def test_ctrl_c_at_a_prompt(desk: Path, line: str, prompt: bytes, nothing: str) -> None:
+    """The first Ctrl-C ends it with 130, and says that nothing was done."""
+    code, screen, out = Terminal(desk, line).run(b"", prompt, signal.SIGINT)
+    assert (code, out) == (130, "")
+    assert nothing in screen and "Traceback" not in screen
+
+
+def test_a_prompt_says_what_goes(tmp_path: Path) -> None:
+    """Deleting an ingest deletes its records: question and answer say how many."""
+    (tmp_path / "jobs.yaml").write_text("jobs: [{name: a, ingest: {type: csv, path: a.csv}}]")
+    (tmp_path / "a.csv").write_text("id,title\n1,x\n2,y\n")
+    env = {"SECRET_KEY": MASTER_KEY}
+    run_many(tmp_path, ["job run a"], env)
+    (tmp_path / "jobs.yaml").write_text("jobs: [{name: b, ingest: {type: csv, path: a.csv}}]")
+    run_many(tmp_path, ["check"], env)
+    code, screen, out = Terminal(tmp_path, "job delete a", env).run(b"y\n", b"[y/N]: ")
+    assert code == 0 and "2 records in /data?" in screen and "2 records" in out
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.15, 0.4, 0.8])
+def test_a_start_can_be_ended_at_any_moment(tmp_path: Path, delay: float) -> None:
+    """SIGHUP, then SIGTERM, while it still starts: exit code 0, and no traceback."""
+    (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), "start"],
+        cwd=tmp_path,
+        env=clean_environment({}),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    handled = f"/proc/{process.pid}/status"
+    until(
+        lambda: int(re.findall(r"SigCgt:\s*(\w+)", Path(handled).read_text())[0], 16) >> 14 & 1, ""
+    )
+    time.sleep(delay)  # any moment will do
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=15)
+    assert process.returncode == 0 and "Traceback" not in said
+
+
+def test_ctrl_c_during_the_imports_is_quiet(tmp_path: Path) -> None:
+    """However early it comes, there is no traceback."""
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), "job", "list"], cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    status = Path(f"/proc/{process.pid}/status")
+    until(lambda: int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) >> 14 & 1, "")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=15)[1] == b"" and process.returncode == 130
+
+
+def test_a_start_whose_stderr_is_gone_ends_with_0(tmp_path: Path) -> None:
+    """The reader of its log has gone: it works on, and SIGTERM ends it as ever."""
+    (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), "-v", "start"],
+        cwd=tmp_path,
+        env=clean_environment({}),
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    process.stderr.close()
+    database = tmp_path / "teckochecker.db"
+    until(lambda: (found := tecko.holder(database)) and found.address, "its address", 20)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 0
+
+
+# ── What is said ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("jbo list", "'job'"),
+        ("job lsit", "'list'"),
+        ("job show activ", "'active'"),
+        ("check activ", "'active'"),
+        ("secret delete opnai --force", "'openai'"),
+    ],
+)
+def test_a_misspelt_word_is_met_with_the_one_that_was_meant(
+    home: Path, line: str, meant: str
+) -> None:
+    """Commands, jobs and secrets."""
+    [done], _ = run_many(home, [line])
+    assert done.code in (1, 2) and f"did you mean {meant}?" in done.err
+
+
+@pytest.mark.parametrize(
+    "line", ["job list --stat paused", "secret add --na x --type api", "--js job list"]
+)
+def test_options_are_not_abbreviated(home: Path, line: str) -> None:
+    """An abbreviation would become interface."""
+    assert run_many(home, [line])[0][0].code == 2
+
+
+@pytest.mark.parametrize("count", ["9" * 20, "\u00b2", "-1", "1.5", ""])
+@pytest.mark.parametrize("line", ["job show 1 --logs", "data list --limit", "logs -n"])
+def test_a_number_is_bounded(home: Path, line: str, count: str) -> None:
+    """What is no number, or none that one could mean, is wrong usage."""
+    assert run_many(home, [f"{line} '{count}'"])[0][0].code == 2
+
+
+def test_options_of_all_commands_are_told_once(home: Path) -> None:
+    """The help of a command has its own options with their defaults; the common ones are taken
+    after it all the same."""
+    main, show, after = run_many(home, ["--help", "job show --help", "job list --json -q"])[0]
+    assert "--json" in main.out and "--json" not in show.out and "default: 20" in show.out
+    assert after.document["total"] == 7
+
+
+def test_an_error_is_a_document_too(home: Path, tmp_path: Path) -> None:
+    """With --json: what is wrong, and of jobs.yaml every mistake by itself; the exit code stays."""
+    [error], _ = run_many(home, ["--json job show 99"])
+    document = json.loads(error.out)
+    assert (error.code, document["error"]) == (1, "job_not_found") and "99" in document["detail"]
+    (tmp_path / "jobs.yaml").write_text("jobs: [{name: x}, {name: y}]\n")
+    [bad], _ = run_many(tmp_path, ["--json validate"])
+    told = json.loads(bad.out)
+    assert told["valid"] is False and len(told["errors"]) >= 2
+    wanted = {"file", "line", "column", "where", "found", "allowed"}
+    assert all(set(each) == wanted for each in told["errors"])
+
+
+def test_a_document_is_redacted_by_its_values(capsys: pytest.CaptureFixture[str]) -> None:
+    """A secret's value goes from texts; a key or number that looks like it stays what it is."""
+    tecko.SecretValue("1234567")
+    tecko.report(
+        argparse.Namespace(json=True), {"1234567": [1234567, "a 1234567 b"], "n": {"x": "1234567"}}
+    )
+    assert json.loads(capsys.readouterr().out) == {
+        "1234567": [1234567, "a *** b"],
+        "n": {"x": "***"},
+    }
+
+
+def test_a_mistake_is_shown_in_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """File, line and column, the line itself and a mark; not where it may show a secret."""
+    at: dict[str, Any] = {"file": "jobs.yaml", "line": 8, "column": 5}
+    shown = tecko.Problem("jobs", "found 'a'", "b", **at, source="    secret: a")
+    hidden = tecko.Problem("secrets.x", "found 'value'", "env", **at, source="    value: hunter2")
+    tecko.complain(tecko.Invalid([shown, hidden], hint="do that"))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("teckochecker: jobs.yaml:8:5: jobs: found 'a'")
+    assert said[1:3] == ["    8 |     secret: a", "      |     ^"]
+    assert (
+        said[3].startswith("teckochecker: jobs.yaml:8:5: secrets.x") and said[4] == "hint: do that"
+    )
+
+
+def test_show_writes_a_definition_as_its_author_did(home: Path) -> None:
+    """No brackets and quotes of Python, and no "None"."""
+    assert tecko.plain({"a": ["b", 1], "c": True, "d": {"e": 1.5}}) == "a: b, 1, c: true, d: e: 1.5"
+    [done], _ = run_many(home, ["job show active"])
+    assert not re.search(r"\bNone\b|\{|\[", done.out)
+
+
+def test_a_retry_that_cannot_help_says_so(home: Path, tmp_path: Path) -> None:
+    """A batch that failed for good will not change: what to do instead is said."""
+    folder = Path(shutil.copytree(home, tmp_path / "home"))
+    with sqlite3.connect(folder / "teckochecker.db") as db:
+        db.execute("UPDATE polling_batches SET status = 'failed' WHERE batch_id = 'batch_failed'")
+    db.close()
+    [done], _ = run_many(folder, ["job retry failed"])
+    assert done.code == 0 and "is active now" in done.out
+    assert "hint: batch_failed has failed at OpenAI for good" in done.err
+
+
+def test_logs_name_the_job_and_who_asked(home: Path, tmp_path: Path) -> None:
+    """Oldest first, with the actor; of one job, the last ones, and as a document."""
+    folder = Path(shutil.copytree(home, tmp_path / "home"))
+    lines = ["job pause active", "logs", "logs active -n 1", "--json logs active"]
+    _, every, last, document = run_many(folder, lines)[0]
+    times = [row.split()[0] for row in every.out.splitlines()]
+    assert times == sorted(times) and len(times) > 7
+    assert last.out.splitlines()[0].endswith("active  paused (by command line)")
+    assert [row["status"] for row in document.document] == ["created", "paused"]
+
+
+def test_logs_follow_until_ctrl_c(home: Path, tmp_path: Path) -> None:
+    """-f prints what comes, and Ctrl-C is its normal end."""
+    folder = Path(shutil.copytree(home, tmp_path / "home"))
+    command = [sys.executable, str(PROGRAM), "logs", "-f", "-n", "1"]
+    with subprocess.Popen(
+        command, cwd=folder, env=clean_environment({}), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        run_many(folder, ["job pause active"])
+        assert "active  paused (by command line)" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+
+
+def test_stop_and_status_work_despite_a_mistake_in_jobs_yaml(tmp_path: Path) -> None:
+    """The database is found where DATABASE_URL or the file says; a mistake stops neither."""
+    text = "database: data/other.db\nadmin: {port: 0}\n"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "jobs.yaml").write_text(text)
+    with RunningProgram(tmp_path) as program:
+        (tmp_path / "jobs.yaml").write_text(text + "jobs: [\n")
+        status, refused, stopped = run_many(tmp_path, ["--json status", "reload", "stop"])[0]
+        assert status.document["pid"] == program.process.pid and status.document["running"]
+        refused.refused("jobs.yaml")
+        assert (stopped.code, program.process.wait(10)) == (0, 0)
+
+
+# ── The log file ──────────────────────────────────────────────────────────────────────────────
+
+
+def settings_with(log_file: Path, log_format: str = "text") -> tecko.Settings:
+    env = {"LOG_FILE": str(log_file), "LOG_FORMAT": log_format}
+    return tecko.load_config(log_file.parent / "jobs.yaml", env).settings
+
+
+@pytest.fixture
+def logging_restored() -> Iterator[None]:
+    """What `set_up_logging` changes is as it was."""
+    root, raising = logging.getLogger(), logging.raiseExceptions
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], logging.raiseExceptions = handlers, raising
+    root.setLevel(level)
+
+
+def test_a_log_file_that_was_moved_away_is_begun_anew(
+    tmp_path: Path, logging_restored: None
+) -> None:
+    """As logrotate does it: the next line is in a new file."""
+    tecko.set_up_logging(settings_with(tmp_path / "t.log"), "INFO")
+    tecko.log.info("first")
+    (tmp_path / "t.log").rename(tmp_path / "t.log.old")
+    tecko.log.info("second")
+    assert "second" in (tmp_path / "t.log").read_text()
+    assert "second" not in (tmp_path / "t.log.old").read_text()
+
+
+def test_a_full_disk_is_said_once(
+    tmp_path: Path, logging_restored: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A log file that cannot be written: one line about it, however many are lost."""
+    (tmp_path / "t.log").symlink_to("/dev/full")
+    tecko.set_up_logging(settings_with(tmp_path / "t.log"), "INFO")
+    for number in range(5):
+        tecko.log.info("line %d", number)
+    said = capsys.readouterr().err
+    assert said.count("cannot write the log file") == 1 and "Traceback" not in said
+
+
+def test_a_json_line_names_its_job(tmp_path: Path, logging_restored: None) -> None:
+    """Where the record knows one."""
+    tecko.set_up_logging(settings_with(tmp_path / "t.log", "json"), "INFO")
+    tecko.log.info("checked", extra={"job": "nightly"})
+    tecko.log.info("started")
+    first, second = map(json.loads, (tmp_path / "t.log").read_text().splitlines())
+    assert first["job"] == "nightly" and "job" not in second
+
+
+# ── Other machines ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("minor", [9, 10])
+def test_an_older_python_is_told_so(minor: int) -> None:
+    """The file is grammar that it can read, up to the line that says what is needed."""
+    ast.parse(PROGRAM.read_text(), feature_version=(3, minor))
+    found = [*Path(sys.base_prefix).parent.glob(f"3.{minor}.*/bin/python3")] + [
+        Path(tool) for tool in [shutil.which(f"python3.{minor}")] if tool and "shims" not in tool
+    ]
+    for python in found[:1]:
+        done = subprocess.run([python, str(PROGRAM), "status"], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith("TeckoChecker needs Python 3.11 or later; this is 3.")
+
+
+@pytest.mark.parametrize("line", ["--help", "job list", "demo"])
+def test_a_missing_package_is_one_line(tmp_path: Path, line: str) -> None:
+    """A Python without the packages of requirements.txt says what to run."""
+    command = [sys.executable, "-S", str(PROGRAM), *line.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "is missing; run: python -m pip install -r requirements.txt" in done.stderr
+
+
 # ── The daemon, and one round by hand ─────────────────────────────────────────────────────────
 
 
@@ -918,15 +1344,15 @@ def test_a_daemon_starts_and_stops(tmp_path: Path) -> None:
     [started], _ = run_many(tmp_path, ["--json -v start --daemon"])
     pid = started.document["pid"]
     try:
-        lock = (tmp_path / "teckochecker.db.pid").read_text().splitlines()
+        lock = (tmp_path / "teckochecker.db.pid").read_text().split()
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         lines = ["--json status", "stop --json", "--json status", "stop"]
         shown, stopped, gone, again = run_many(tmp_path, lines)[0]
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    assert (shown.document["pid"], shown.document["admin"]) == (pid, lock[2])
-    assert lock[0] == str(pid) and command[-2:] == [b"start", b""]
+    assert shown.document["pid"] == pid and shown.document["admin"].startswith("http://127")
+    assert lock == [str(pid)] and command[-2:] == [b"start", b""]
     assert stopped.document == {"stopped": pid} and gone.document["running"] is False
     again.refused("no TeckoChecker runs")
     assert "admin surface" in Path(started.document["log"]).read_text()
@@ -954,6 +1380,56 @@ def test_stop_never_signals_a_process_it_does_not_know(tmp_path: Path) -> None:
             start_new_session=True,
         )
     assert ended.returncode == 1 and ended.stderr.startswith(b"teckochecker: ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_check_that_is_stopped_finishes_what_is_in_flight(
+    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola, number: int
+) -> None:
+    """In the middle of a POST: its answer is awaited and recorded, and nothing new is begun."""
+    (tmp_path / "jobs.yaml").write_text(JOB_YAML.format(stack=keboola.url))
+    openai.batch("batch_1", "completed")
+    gate = keboola.gate("POST /jobs", after_acting=True)
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), "check"],
+        cwd=tmp_path,
+        env=clean_environment(program_environment(openai)),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    gate.reached(60)
+    process.send_signal(number)
+    gate.release()
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 128 + number and "Traceback" not in said
+    [(state, job)] = sqlite3.connect(tmp_path / "teckochecker.db").execute(
+        "SELECT state, keboola_job_id FROM triggers"
+    )
+    assert state == "running" and job and len(keboola.created) == 1
+
+
+def test_ctrl_c_while_a_daemon_starts_ends_it(
+    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
+) -> None:
+    """No process is left behind, however long the way to the folder for temporary files."""
+    (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
+    env = clean_environment({"TMPDIR": str(tmp_path / ("x" * 200))})
+    with tecko.RunLock(tmp_path / "teckochecker.db", "check"):  # which the start waits for
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), "start", "--daemon"],
+            cwd=tmp_path,
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        [child] = until(lambda: children.read_text().split(), "its child", 20)
+        log = tmp_path / "teckochecker.log"
+        until(log.exists, "the child's log", 20)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_check_is_one_round_in_the_foreground(

@@ -32,7 +32,7 @@ class Demo:
                 env=clean_environment({}),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
-                stderr=subprocess.STDOUT,
+                stderr=subprocess.DEVNULL if "--json" in args else subprocess.STDOUT,
             )
 
     def shows(self, words: str) -> str:
@@ -51,24 +51,25 @@ class Demo:
 
 
 @pytest.fixture(scope="module")
-def demos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Demo, Demo]]:
-    """`demo` and `demo --keep`, side by side since both take their time."""
+def demos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Demo, Demo, Demo]]:
+    """`demo`, `demo --keep` and `--json demo`, side by side since each takes its time."""
     running = [
         Demo(tmp_path_factory.mktemp("ends")),
         Demo(tmp_path_factory.mktemp("keeps"), "--keep"),
+        Demo(tmp_path_factory.mktemp("json"), "--json"),
     ]
     try:
-        yield running[0], running[1]
+        yield running[0], running[1], running[2]
     finally:
         for demo in running:
             demo.process.kill()
             demo.process.wait(10)
 
 
-def test_the_demo_ends_by_itself_and_shows_what_happened(demos: tuple[Demo, Demo]) -> None:
+def test_the_demo_ends_by_itself_and_shows_what_happened(demos: tuple[Demo, Demo, Demo]) -> None:
     """Exit code 0 within its minute; all three batch jobs are followed to their ends, both Keboola
     jobs are named with their variables, and the file's change is seen."""
-    demo, _ = demos
+    demo, _, _ = demos
     assert demo.process.wait(LIMIT) == 0
     said = demo.output.read_text()
     assert re.search(r"^ *[\d.]+ s +nightly +completed ", said, re.MULTILINE)
@@ -77,22 +78,31 @@ def test_the_demo_ends_by_itself_and_shows_what_happened(demos: tuple[Demo, Demo
     assert "ingested: 25 inserted" in said and "ingested: 1 inserted, 1 updated" in said
     received = re.findall(r"^ *job \d+: .*teckochecker_job=(\S+),.*$", said, re.MULTILINE)
     assert sorted(received) == ["nightly", "three-parts"]
-    assert all(f"/{path}\n" in said for path in ("health", "stats")) and "curl " in said
-    assert "Traceback" not in said
+    assert "OK: 2 Keboola jobs started" in said and "Traceback" not in said
+    assert "curl " not in said, "its addresses are gone when it has ended"
 
 
-def test_the_demo_leaves_nothing_behind(demos: tuple[Demo, Demo]) -> None:
+def test_the_demo_leaves_nothing_behind(demos: tuple[Demo, Demo, Demo]) -> None:
     """Its throw-away store is gone, and nothing was written where it was called."""
-    demo, _ = demos
+    demo, _, _ = demos
     demo.process.wait(LIMIT)
     found = re.search(r"store in (/\S+)", demo.output.read_text())
     assert found is not None and not Path(found[1]).exists()
     assert list(demo.folder.iterdir()) == []
 
 
-def test_the_demo_can_be_kept_and_looked_at(demos: tuple[Demo, Demo]) -> None:
+def test_the_demo_as_a_document(demos: tuple[Demo, Demo, Demo]) -> None:
+    """With --json stdout is one document: what became of each job, and what Keboola received."""
+    _, _, demo = demos
+    assert demo.process.wait(LIMIT) == 0
+    told = json.loads(demo.output.read_text())
+    assert told["ok"] and told["wrong"] == [] and told["jobs"]["bad-input"] == "failed"
+    assert [values["teckochecker_job"] for values in told["received"]] == ["nightly", "three-parts"]
+
+
+def test_the_demo_can_be_kept_and_looked_at(demos: tuple[Demo, Demo, Demo]) -> None:
     """--keep serves on: the curl lines that it printed answer."""
-    _, demo = demos
+    _, demo, _ = demos
     demo.shows("Ctrl-C")
     assert demo.curl("/health")["status"] == "healthy"
     stats = demo.curl("/stats")
@@ -100,9 +110,9 @@ def test_the_demo_can_be_kept_and_looked_at(demos: tuple[Demo, Demo]) -> None:
     assert (stats["total_records"], demo.curl("/data")["total_count"]) == (29, 29)
 
 
-def test_ctrl_c_ends_a_kept_demo(demos: tuple[Demo, Demo]) -> None:
+def test_ctrl_c_ends_a_kept_demo(demos: tuple[Demo, Demo, Demo]) -> None:
     """SIGINT: exit code 0, and no traceback."""
-    _, demo = demos
+    _, demo, _ = demos
     demo.shows("Ctrl-C")
     demo.process.send_signal(signal.SIGINT)
     assert demo.process.wait(15) == 0

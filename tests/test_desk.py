@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import itertools
 import json
-import os
-import pty
 import re
-import select
 import shutil
 import sqlite3
-import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import fields, replace
@@ -527,7 +521,7 @@ def test_completion_knows_every_word(scripts: dict[str, Path], shell: str) -> No
     """Every command and long option stands in the script; fish writes options without dashes."""
     text = scripts[shell].read_text()
     words = set(words_of(tecko.make_parser()))
-    assert {"job", "explain", "--watch", "--batch-id"} <= words
+    assert {"job", "explain", "--follow", "--batch-id"} <= words
     prefix = {"fish": "-l "}.get(shell, "--")
     forms = {word: word.replace("--", prefix, 1) for word in words}
     assert [w for w, form in forms.items() if not re.search(rf"{form}(?![\w-])", text)] == []
@@ -557,110 +551,6 @@ def test_bash_completes(scripts: dict[str, Path], line: str, replies: set[str]) 
     run = ["bash", "--norc", "-c", script, "bash", *line.split(" ")]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
     assert (set(done.stdout.split()), done.stderr) == (replies, "")
-
-
-# the live list
-
-
-class Terminal:
-    """The command line on a terminal of its own, which it is in charge of: Ctrl-C reaches it."""
-
-    def __init__(self, cwd: Path, *args: str) -> None:
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
-        take = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
-        take += "; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", take, str(PROGRAM), *args],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            cwd=cwd,
-            env=clean_environment({"TERM": "xterm"}),
-            start_new_session=True,
-        )
-        os.close(slave)
-        self.text = ""
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait(10)
-        os.close(self.master)
-
-    def read(self) -> bool:
-        """What came since; False when the terminal is closed."""
-        if not select.select([self.master], [], [], 0.1)[0]:
-            return True
-        with contextlib.suppress(OSError):  # Linux: the other side is gone
-            if data := os.read(self.master, 65536):
-                self.text += data.decode()
-                return True
-        return False
-
-    def until(self, shown: Callable[[str], bool], timeout: float = 20) -> str:
-        """Wait until what was drawn is so; what was drawn."""
-        end = time.monotonic() + timeout
-        while not shown(self.text):
-            assert time.monotonic() < end and self.read(), self.text
-        return self.text
-
-    def ctrl_c(self) -> int:
-        """The exit code that it ends with."""
-        os.write(self.master, b"\x03")
-        while self.read():
-            pass
-        return int(self.process.wait(10))
-
-
-def stored_job(folder: Path, **changed: Any) -> Callable[[str], None]:
-    """Put a job into the database in `folder`; what does a step to it then."""
-
-    async def on_store(step: str | None) -> None:
-        async with tecko.Store(folder / "teckochecker.db") as store:
-            if step is None:
-                await store.create_job(spec(**changed), "store", time.time())
-            elif step == "pause":
-                await store.pause_job(1, time.time())
-
-    asyncio.run(on_store(None))
-    return lambda step: asyncio.run(on_store(step))
-
-
-def test_job_list_watch(tmp_path: Path) -> None:
-    """The table is drawn, drawn anew after a change elsewhere, and ends with Ctrl-C in peace."""
-    step = stored_job(tmp_path, name="night")
-    with Terminal(tmp_path, "job", "list", "--watch") as terminal:
-        drawn = terminal.until(lambda text: "active" in text)
-        assert "Name" in drawn and "night" in drawn and "0/2" in drawn and "paused" not in drawn
-        step("pause")
-        terminal.until(lambda text: "paused" in text)
-        assert terminal.ctrl_c() in (0, 130)
-    assert "Traceback" not in terminal.text and "Interrupt" not in terminal.text
-    restored = terminal.text.rpartition("\x1b[?1049l")[2] + terminal.text[-20:]
-    assert "\x1b[?1049l" in terminal.text and "\x1b[?25h" in restored, "screen and cursor are back"
-
-
-def test_job_list_watch_draws_names_as_they_are(tmp_path: Path) -> None:
-    """Brackets and colons in a name are no markup."""
-    stored_job(tmp_path, name="[red]a[/b] :smile:")
-    with Terminal(tmp_path, "job", "list", "--watch") as terminal:
-        terminal.until(lambda text: "active" in text)
-        assert "[red]a[/b] :smile:" in terminal.text
-
-
-@pytest.mark.parametrize("args", [("--json",), ()])
-def test_job_list_watch_is_for_a_terminal(tmp_path: Path, args: tuple[str, ...]) -> None:
-    """A live table is neither one JSON document nor something for a pipe; it is refused."""
-    run = [sys.executable, str(PROGRAM), *args, "job", "list", "--watch"]
-    done = subprocess.run(
-        run, cwd=tmp_path, env=clean_environment({}), capture_output=True, text=True, timeout=5
-    )
-    assert done.returncode in (1, 2) and done.stdout == ""
-    assert "--watch" in done.stderr and "Traceback" not in done.stderr
 
 
 # the desk

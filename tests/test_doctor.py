@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 import standins
@@ -33,12 +31,6 @@ def ingest(**changed: object) -> tecko.Spec:
     return tecko.job_spec({"name": "products", "ingest": source})
 
 
-def stored(of: tecko.Spec, status: tecko.JobStatus = "active", gone: bool = False) -> tecko.Job:
-    known: dict[str, Any] = {f.name: None for f in fields(tecko.Job)}
-    known |= {"id": 1, "name": of.name, "origin": "file", "text": of.model_dump_json()}
-    return tecko.Job(**known | {"status": status, "removed_at": 1.0 if gone else None, "round": 1})
-
-
 FIRES = "will fire when its batches are done"
 NEW = ["job 'nightly' is new", f"job 'nightly' {FIRES}"]
 OTHERS = ["batch_9"]
@@ -57,21 +49,26 @@ OTHERS = ["batch_9"]
         ([ingest()], [spec()], ["'products' is new", "'nightly' has left"]),
     ],
 )
-def test_what_a_file_would_change(
-    now: list[tecko.Spec], before: list[tecko.Spec], said: list[str]
+async def test_what_a_file_would_change(
+    world: World, now: list[tecko.Spec], before: list[tecko.Spec], said: list[str]
 ) -> None:
     """A sentence for what is new, changed, renamed or gone, and for what will fire."""
-    found = tecko.plan(now, [stored(of) for of in before], {})
+    await world.store.sync_file_jobs(before, 0.0)
+    found = await tecko.planned(now, world.store)
     assert len(found) == len(said)
     assert all(words in line for words, line in zip(said, found, strict=True))
 
 
-def test_what_has_fired_before_is_said() -> None:
+async def test_what_has_fired_before_is_said(world: World) -> None:
     """The same batches and target under any name fire again only when somebody asks for it."""
-    fired = {tecko.target_of(spec()): "job 'nightly' on 26 Nov"}
-    [new, once] = tecko.plan([spec(name="other", variables={"a": "b"})], [], fired)
-    assert "'other' is new" in new
-    assert "fires again only by `job retry`" in once and "job 'nightly' on 26 Nov" in once
+    world.openai.batch("batch_1", "completed")
+    one = spec(batch_ids=["batch_1"], keboola_stack_url=world.keboola.url)
+    await world.steps.step(await world.store.create_job(one, "store", 0.0))
+    [trigger] = await world.store.triggers(1)
+    other = one.model_copy(update={"name": "other"})
+    [new, once] = await tecko.planned([other], world.store)
+    assert "'other' is new" in new and trigger.id in once
+    assert "fires again only by `job retry`" in once and "of job 'nightly'" in once
 
 
 async def diagnosed(world: World, *specs: tecko.Spec) -> dict[str, tecko.Finding]:
