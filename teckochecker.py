@@ -64,6 +64,7 @@ import heapq
 import hmac
 import html
 import http.client
+import http.cookiejar
 import http.server
 import importlib
 import io
@@ -99,6 +100,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent import futures
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -3794,14 +3796,219 @@ class Store(Records):
         return [(row[0], row[1]) for row in rows]
 
 
+# ── Asking over HTTP ──────────────────────────────────────────────────────────────────────────
+
+# One way to ask another server: bounded in bytes, time, depth and redirects, whatever it sends;
+# and one way to say what went wrong.
+
+ERROR_BYTES = 1 << 18  # bytes of an answer that is an error
+REASON = 200  # characters of an answer's body that an error repeats
+CUT = 16_384  # characters looked at for that: to redact more would hold up the event loop
+LONGEST_SECRET = 4096  # characters
+REDIRECTS = (301, 302, 303, 307, 308)
+PACKING = ("content-encoding", "content-length", "transfer-encoding")
+ADDRESS = {OpenAIError: "OPENAI_BASE_URL", KeboolaError: "stack_url", SourceError: "the URL"}
+OWN_ERROR = {  # keys of an error that the API itself answers; other bodies are a proxy's or a
+    OpenAIError: {"error"},  # router's, who knows nothing of what was asked for
+    KeboolaError: {"error", "code"},
+}
+
+
+def short(text: object, most: int = 300) -> str:
+    """What another server said, in one line that fits a log and can be encoded. A long text is cut
+    before it is redacted, and its end dropped, since half a secret would not be recognized."""
+    whole = str(text)
+    said = redact(whole[:CUT])
+    said = said if len(whole) <= CUT else said[:-LONGEST_SECRET]
+    said = said.encode(errors="replace").decode()
+    return re.sub(r"\s+", " ", said).strip()[:most]
+
+
+def origin_of(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port (RFC 6454)."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return parts.scheme, (parts.hostname or "").lower(), port
+
+
+look_ups: dict[tuple[Any, ...], futures.Future[Any]] = {}  # under way
+
+
+async def look_up(host: Any, port: Any, **hints: int) -> Any:
+    """The event loop's `getaddrinfo`, in a thread for each name: a zone whose servers never answer
+    would fill the loop's own pool, which files and the store need, and hold up the program's end.
+    """
+    query = (host, port, *hints.items())
+    if (answer := look_ups.get(query)) is None:
+        look_ups[query] = answer = futures.Future[Any]()
+        answer.set_running_or_notify_cancel()  # who waits may give up, a look-up cannot
+
+        def run(answer: futures.Future[Any]) -> None:
+            try:
+                answer.set_result(socket.getaddrinfo(host, port, **hints))
+            except Exception as e:
+                answer.set_exception(e)
+            finally:
+                del look_ups[query]
+
+        threading.Thread(target=run, args=(answer,), name="look-up", daemon=True).start()
+    return await asyncio.wrap_future(answer)
+
+
+def make_client(error: type[UpstreamError], connections: int | None = None) -> httpx2.AsyncClient:
+    """A client that keeps no cookies and follows no redirect. That the environment allows none (a
+    SOCKS proxy without its library, a missing SSL_CERT_FILE) is an `error`; nothing was sent."""
+    import httpx2
+
+    no_cookies = http.cookiejar.DefaultCookiePolicy(allowed_domains=[])
+    try:
+        client = httpx2.AsyncClient(
+            timeout=httpx2.Timeout(CALL_TIMEOUT, connect=CONNECT_TIMEOUT),
+            limits=httpx2.Limits(
+                max_connections=connections,
+                max_keepalive_connections=connections,
+                keepalive_expiry=KEEPALIVE,
+            ),
+            headers={"User-Agent": f"TeckoChecker/{VERSION}"},
+            cookies=http.cookiejar.CookieJar(no_cookies),
+            follow_redirects=False,
+        )
+    except (ImportError, OSError, ValueError, httpx2.InvalidURL) as e:
+        said = f"no HTTP client can be made: {short(e) or type(e).__name__}"
+        raise error(f"{said} (HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE)", sent=False) from e
+    asyncio.get_running_loop().getaddrinfo = look_up  # type: ignore[method-assign]
+    return client
+
+
+async def ask(
+    client: httpx2.AsyncClient,
+    error: type[UpstreamError],
+    who: str,
+    method: str,
+    url: str,
+    *,
+    deadline: float,
+    limit: int,
+    about: str = "",
+    redirects: int = 0,
+    anywhere: bool = False,
+    good: Collection[int] = (),
+    sink: IO[bytes] | None = None,
+    **request: Any,
+) -> httpx2.Response:
+    """The whole answer to a request, whose status is 2xx or one of `good`; the body of a 200 goes
+    to `sink` where one is given. It has at most `limit` bytes unpacked, and `deadline` seconds.
+    So many `redirects` are followed, within the origin or `anywhere`.
+
+    All that goes wrong is an `error` that names `who` was asked and what `about`. Its `sent` is
+    False where the request is known not to have been sent; its `status` is None where no answer
+    came or one that is not the API's own (`OWN_ERROR`), unless it is 3xx, 429 or 5xx.
+    """
+    import httpx2
+
+    unsent = (
+        *(httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError),
+        *(httpx2.UnsupportedProtocol, httpx2.InvalidURL),
+    )
+    home, what = url, f" about {about}" if about else ""
+    try:
+        async with asyncio.timeout(deadline):
+            for _ in range(redirects + 1):
+                answer = await exchange(client, error, who, limit, sink, method, url, request)
+                status, target = answer.status_code, answer.headers.get("location")
+                if status not in REDIRECTS or not target:
+                    break
+                url = str(answer.url.join(target))
+                if not anywhere and origin_of(clean_url(url)) != origin_of(home):
+                    break
+    except unsent as e:
+        said = f"{who} cannot be reached: {short(e) or type(e).__name__}"
+        raise error(said, sent=False) from e
+    except (httpx2.TimeoutException, TimeoutError) as e:
+        raise error(f"{who} did not answer{what} in time") from e
+    except (httpx2.HTTPError, ValueError, OSError) as e:
+        said = f"{type(e).__name__}: {short(e)}".rstrip(": ")
+        raise error(f"{who} gave no answer{what}: {said}") from e
+    if 200 <= status < 300 or status in good:
+        return answer
+    raise refusal(answer, error, f"{who} said {status}{what}")
+
+
+async def exchange(
+    client: httpx2.AsyncClient,
+    error: type[UpstreamError],
+    who: str,
+    limit: int,
+    sink: IO[bytes] | None,
+    method: str,
+    url: str,
+    request: Mapping[str, Any],
+) -> httpx2.Response:
+    """One request and its answer, unpacked as it comes. More than `limit` is an error; where the
+    status says that already, the rest is not read."""
+    import httpx2
+
+    parts, size = [], 0
+    async with client.stream(method, url, **request) as answer:
+        async for part in answer.aiter_bytes():
+            size += len(part)
+            if answer.status_code >= 300 and size > ERROR_BYTES:
+                break
+            if size > limit:
+                raise error(f"{who} answered with more than {limit:,} bytes")
+            if sink is None or answer.status_code != 200:
+                parts.append(part)
+            else:
+                await asyncio.to_thread(sink.write, part)
+    headers = [item for item in answer.headers.multi_items() if item[0] not in PACKING]
+    content = b"".join(parts)
+    return httpx2.Response(
+        answer.status_code, headers=headers, content=content, request=answer.request
+    )
+
+
+def refusal(answer: httpx2.Response, error: type[UpstreamError], said: str) -> UpstreamError:
+    """An answer that is no good as an error, with the reason that it gives, and the wait."""
+    status, data = answer.status_code, None
+    with contextlib.suppress(UpstreamError):
+        data = json_of(answer, error, said)
+    own = isinstance(data, dict) and OWN_ERROR.get(error, set()) <= data.keys()
+    kept = own or error not in OWN_ERROR or status < 400 or status == 429 or status >= 500
+    reason = reason_in(data) or page_in(answer, error) or http.client.responses.get(status, "")
+    if 300 <= status < 400:
+        target = short(answer.headers.get("location", "nowhere"))
+        reason = f"a redirect to {target}, not followed: a secret goes to no other host"
+    if not kept:
+        reason += " (a proxy's or router's answer, by its form)"
+    wait = parse_retry_after(answer.headers.get("retry-after"), time.time())
+    return error(f"{said}: {reason}", status=status if kept else None, retry_after=wait)
+
+
+def reason_in(data: Any) -> str:
+    """The message of an error as OpenAI, Keboola and most others write it."""
+    found = data.get("error") or data.get("message") if isinstance(data, dict) else None
+    said = short(found.get("message", "") if isinstance(found, dict) else found or "", REASON)
+    number = data.get("exceptionId") if found is not None else None  # Keboola's support asks for it
+    return f"{said} (exceptionId {short(number, REASON)})" if number else said
+
+
+def page_in(answer: httpx2.Response, error: type[UpstreamError]) -> str:
+    """The beginning of a body that is no JSON; a web page is called one."""
+    said = short(answer.content[: 4 * CUT].decode(errors="replace"), REASON)
+    html = "html" in answer.headers.get("content-type", "") or said.startswith("<")
+    return f"a web page; is {ADDRESS.get(error, 'the address')} right?" if html else said
+
+
+def json_of(answer: httpx2.Response, error: type[UpstreamError], who: str) -> Any:
+    """What an answer says. What orjson refuses, a lone surrogate or a number, json may take."""
+    with contextlib.suppress(ValueError):
+        return orjson.loads(answer.content)
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(answer.content.decode())
+    raise error(f"{who}'s answer cannot be read: {page_in(answer, error) or 'it is empty'}")
+
+
 # ── Upstreams ─────────────────────────────────────────────────────────────────────────────────
-
-
-def short(text: object) -> str:
-    """What another server said, in one line that fits a log and can be encoded; redacted before
-    it is cut, since a part of a secret would not be recognized."""
-    said = redact(str(text)).encode(errors="replace").decode()
-    return re.sub(r"\s+", " ", said).strip()[:300]
 
 
 def not_sent() -> tuple[type[Exception], ...]:
@@ -4471,13 +4678,6 @@ class Got:
     etag: str | None
     modified: str | None
     link: str | None  # the target of rel="next", as it stands there
-
-
-def origin_of(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port (RFC 6454)."""
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    return parts.scheme, (parts.hostname or "").lower(), port
 
 
 LINK = re.compile(
