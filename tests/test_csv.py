@@ -44,8 +44,9 @@ HOUR = 3600.0  # s: a file is that old, and nobody is writing it, once the clock
 
 
 async def ingest(world: World, content: str | bytes, **block: Any) -> tecko.Run:
-    """Write data.csv and run a fresh job over it."""
+    """Write data.csv, let it come to rest, and run a fresh job over it."""
     put(world, content)
+    world.clock.turn(HOUR)
     return await world.run(await world.ingest(**{"type": "csv", "path": "data.csv"} | block))
 
 
