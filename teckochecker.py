@@ -4011,7 +4011,8 @@ async def exchange(
                 parts.append(part)
             else:
                 await asyncio.to_thread(sink.write, part)
-    headers = [item for item in answer.headers.multi_items() if item[0] not in PACKING]
+    raw = answer.headers.raw  # bytes, which need not be ASCII (RFC 9110, section 5.5)
+    headers = [item for item in raw if item[0].decode().lower() not in PACKING]
     content = b"".join(parts)
     return httpx2.Response(
         answer.status_code, headers=headers, content=content, request=answer.request
@@ -5285,6 +5286,10 @@ def quote_error(error: csv.Error) -> str:
     return f"{said}; `escape` or `quote: none` say how else quotes are meant"
 
 
+class LongLine(str):
+    """The begin of a line that is longer than any record."""
+
+
 @contextlib.contextmanager
 def readable(part: str) -> Iterator[None]:
     try:
@@ -5437,12 +5442,13 @@ class CsvFile:
         """A line that does not end with LF: the last one, one that ends with CR, or an endless one,
         of which the rest is passed over."""
         if len(line) >= RECORD_BYTES:
-            part = line
+            part, line = line, LongLine(line[:1000])
             while part[-1] not in "\r\n" and (more := self._text.readline(RECORD_BYTES)):
                 part = more
+        if isinstance(line, LongLine):
             self._frozen, self._broken = True, f"a line of more than {RECORD_BYTES} characters"
-            line = line[:1000] + "\n"
-        self.waits = self._growing and line[-1] != "\n" and line[-1] != "\r"
+            return line
+        self.waits = self._growing and line[-1] != "\r"
         return "" if self.waits else line
 
     def _check(self, line: str) -> None:
@@ -6008,7 +6014,8 @@ def since_text(text: str, at: float, since: Since) -> str:
     asked for; rounded down."""
     own = moment(text.strip())
     if at < own.timestamp():  # of a clock that is ahead
-        own = datetime.fromtimestamp(math.floor(at) - 1, own.tzinfo)
+        kept = re.search(r":\d\d[.,]\d", text) is not None  # a fraction, which is sent as it is
+        own = datetime.fromtimestamp(math.floor(at) - kept, own.tzinfo)
     before = own - timedelta(seconds=since.overlap)
     unix = {"s": 1, "ms": 10**3, "us": 10**6}
     if since.format is not None and since.format not in unix:
