@@ -6025,7 +6025,8 @@ def since_text(text: str, at: float, since: Since) -> str:
     form = text.strip().replace("%", "%%")
     for pattern, directive in SINCE_FORMS:
         form = re.sub(pattern, directive, form, count=1)
-    same = moment(text.strip()).strftime(form) == text.strip()
+    known = "%d" in form and not re.search(r"\d\s*[ap]\.?m", text, re.IGNORECASE)
+    same = known and moment(text.strip()).strftime(form) == text.strip()
     return before.strftime(form) if same else iso(math.floor(before.timestamp()))
 
 
