@@ -5656,6 +5656,8 @@ class Files:
     async def _download(self, part: str, state: Mapping[str, Any]) -> AsyncGenerator[Fetched]:
         """A file behind a URL is fetched whole before it is read: a server that breaks off then
         costs nothing but a retry. It has no name, so that no crash leaves it behind."""
+        for left in self.means.folder.glob(".download-*"):  # by an older version, which named them
+            left.unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=self.means.folder) as sink:
             limit = min(DOWNLOAD_BYTES, shutil.disk_usage(self.means.folder).free // 2)
             got = await self.means.fetch(self.source.path, state=state, sink=sink, limit=limit)
@@ -5816,7 +5818,12 @@ class Pages:
             said = f"`next` points to {origin_of(url)[1]}; a secret goes to no other host"
             raise SourceError(said, status=400)
         good = PAGE_REFUSED if self.numbered and number > 1 else ()
-        return await self.means.fetch(url, good=good)
+        try:
+            return await self.means.fetch(url, good=good)
+        except SourceError as e:
+            if e.permanent and e.status is None:  # too long an answer
+                raise SourceError(f"{e}; `next.size` asks for fewer records", status=400) from e
+            raise
 
     def _refused(self, got: httpx2.Response, number: int) -> None:
         if got.status_code not in (204, 404):
