@@ -5037,8 +5037,10 @@ class Mapper:
 
     def identify(self, record: Mapping[str, Any]) -> str:
         """The record's id as text; of several fields a JSON list of theirs. Raises BadRecord."""
-        texts = [id_text(field, pick(record)) for field, pick in self._ids]
-        return texts[0] if len(texts) == 1 else to_json(texts).decode()
+        if len(self._ids) == 1:
+            [(field, pick)] = self._ids
+            return id_text(field, pick(record))
+        return to_json([id_text(field, pick(record)) for field, pick in self._ids]).decode()
 
     def hash(self, record: bytes) -> bytes:
         return hashlib.sha256(self._salt + record).digest()[:16]
@@ -5342,11 +5344,9 @@ class CsvFile:
         self.notes: list[str] = []
         self._taken: list[str] = []  # lines read and not settled
         self._again: deque[str] = deque()  # lines that were given back
-        self._chars = self._begin = self._last = (
-            0  # their size; where this and the last record begin
-        )
+        self._begin = self._last = 0  # where the record under way begins, and the one before
         self._line = 0  # lines before them
-        self._digest = hashlib.sha256()  # of what need not be read again,
+        self._digest = hashlib.blake2b(digest_size=16)  # of what need not be read again,
         self._safe = (0, 0)  # and its characters and lines
         self._frozen = False  # that stays as it is, whatever is read
         self._broken = ""  # why the record under way cannot be taken
@@ -5420,19 +5420,20 @@ class CsvFile:
         byte order mark there, which stands where files were joined."""
         readline, again, taken = self._text.readline, self._again, self._taken
         comment, blank = self.source.comment, " \t\r\n".replace(self._delimiter, "")
+        unusual = f"\ufeff{blank}{comment or ''}"
         while line := again.popleft() if again else readline(RECORD_BYTES):
             if line[-1] != "\n" and not (line := self._odd_line(line)):
                 return
             taken.append(line)
-            self._chars += len(line)
-            if len(taken) == self._begin + 1:
+            begun = len(taken) - self._begin
+            if begun == 1 and line[0] in unusual:
                 line = line.lstrip("\ufeff")
                 if not line.strip(blank) or (comment and line.startswith(comment)):
                     self._begin += 1
-                    if self._chars > CHUNK_BYTES or self._begin > 10 * CHUNK_ROWS:
+                    if self._begin > 10 * CHUNK_ROWS:
                         self._settle()
                     continue
-            elif len(taken) == self._begin + CHUNK_ROWS and self._swallows(taken[self._begin :]):
+            elif begun == CHUNK_ROWS and self._swallows(taken[self._begin :]):
                 raise csv.Error(OPEN_QUOTE)
             if not line.isascii():
                 self._check(line)
@@ -5471,31 +5472,33 @@ class CsvFile:
         self._frozen |= not whole
         self._line += upto
         del self._taken[:upto]
-        self._chars = self._begin = self._last = 0
+        self._begin = self._last = 0
 
     def read(self) -> Fetched:
         """The next records, some thousand at most."""
         records, rejects, columns = list[tuple[int, Any]](), list[Rejected](), self.columns
         first, wanted = self._line + 1, len(columns)
-        while len(records) + len(rejects) < CHUNK_ROWS and self._chars < CHUNK_BYTES:
+        size, header, taken = 0, self._header, self._taken
+        while len(records) + len(rejects) < CHUNK_ROWS and size < CHUNK_BYTES:
             try:
                 row = next(self._reader, None)
             except csv.Error as e:
-                if self.waits:
-                    row = None
-                else:
+                row = None
+                if not self.waits:
                     rejects.append(self._unreadable(e))
                     continue
             if row is None:
                 self.ended = True
                 break
             begin = self._last = self._begin
-            self._begin = len(self._taken)
-            if self._broken or len(row) != wanted or self._begin > begin + 2:
+            self._begin = end = len(taken)
+            size += len(taken[-1])
+            if len(row) != wanted or self._broken or end > begin + 2:
+                size += sum(map(len, taken[begin:]))
                 if rejected := self._judge(row):
                     rejects.append(rejected)
                     continue
-            elif row == self._header:
+            elif row == header:
                 self.notes.append(
                     f"{self.part} line {self._line + begin + 1}: the header once more"
                 )
@@ -5947,7 +5950,9 @@ class Pages:
         """Say what the answers say of more than was taken."""
         first, paging = self._pages <= 1, self.paging
         path = paging.path or "next_cursor"
-        more = says_more(answer) if not self.numbered else ""
+        more = "" if self.numbered else says_more(answer)
+        if not more and self.source.more is not None and self._has_more(answer) is True:
+            more = self.source.more
         if not more and got is not None and not self.numbered:
             linked = paging.type != "link" and next_link(got.headers.get("link", ""))
             more = "Link" if linked else next((h for h in got.headers if "next-page" in h), "")
