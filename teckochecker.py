@@ -5043,7 +5043,7 @@ class Mapper:
         return to_json([id_text(field, pick(record)) for field, pick in self._ids]).decode()
 
     def hash(self, record: bytes) -> bytes:
-        return hashlib.sha256(self._salt + record).digest()[:16]
+        return hashlib.blake2b(record, digest_size=16, salt=self._salt).digest()
 
     def unify(self, record: Mapping[str, Any], source_id: str) -> bytes:
         """The record in the unified schema, as JSON. Raises BadRecord."""
