@@ -5797,7 +5797,8 @@ class Pages:
             asked.add(url)
             got = await self._get(url, len(asked))
             if got.status_code != 200:
-                self._refused(got, len(asked))
+                if got.status_code not in (204, 404):
+                    self.means.note(f"page {len(asked)}: {got.status_code}: taken for the end")
                 answer = None
                 break
             answer, items, digest = await self.means.work(self._open, got.content, len(asked))
@@ -5828,10 +5829,6 @@ class Pages:
                 raise SourceError(f"{e}; `next.size` asks for fewer records", status=400) from e
             raise
 
-    def _refused(self, got: httpx2.Response, number: int) -> None:
-        if got.status_code not in (204, 404):
-            self.means.note(f"page {number} was refused with {got.status_code}: taken for the end")
-
     def _open(self, body: bytes, number: int) -> tuple[Any, list[Any], bytes]:
         answer = read_json(body)
         items = self._list_in(answer, may_lack=number > 1 or self.since is not None)
@@ -5840,25 +5837,21 @@ class Pages:
     def _list_in(self, answer: Any, *, may_lack: bool) -> list[Any]:
         """The list of records in an answer. Without a path the answer itself, or the only list in
         it. Raises SourceError."""
-        if self._items is None and isinstance(answer, dict):
-            lists = [key for key, value in answer.items() if isinstance(value, list)]
+        block, lists = answer if isinstance(answer, dict) else {}, list[str]()
+        if self._items is None and block:
+            lists = [key for key, value in block.items() if isinstance(value, list)]
             if len(lists) == 1 and lists[0] not in NO_LIST:
                 self._items = lists[0]
-            elif lists or not may_lack:
-                there = f"lists are at: {short(', '.join(lists))}" if lists else ""
-                said = "the answer is no list; `items` says where it is"
-                raise SourceError(f"{said}; {there or f'found {cut(answer)}'}", status=400)
-        found = answer
-        if self._items is not None:
-            found = picker(self._items)(answer) if isinstance(answer, dict) else None
+        found = answer if self._items is None else picker(self._items)(block)
         if isinstance(found, list):
             return found
-        if found is None and may_lack:
+        if may_lack and not lists and (found is None or found is block):
             return []
-        if self._items is None and not isinstance(answer, dict):
-            said = "the answer is no list; `items` says where it is; found"
-            raise SourceError(f"{said} {cut(answer)}", status=400)
-        said = f"there is no list at {self._items!r} in the answer: {cut(answer)}"
+        if self._items is not None:
+            said = f"there is no list at {self._items!r} in the answer: {cut(answer)}"
+        else:
+            there = f"lists are at: {short(', '.join(lists))}" if lists else f"found {cut(answer)}"
+            said = f"the answer is no list; `items` says where it is; {there}"
         raise SourceError(said, status=400)
 
     def _fetched(self, items: Sequence[Any], number: int) -> Iterator[Fetched]:
@@ -5916,7 +5909,7 @@ class Pages:
         else:
             path = paging.path or "next_cursor"
             cursor = picker(path)(answer) if isinstance(answer, dict) else None
-        self._met |= cursor is not None or has_path(answer, path)
+        self._met |= cursor is not None or any(path == where for where, *_ in signs_in(answer))
         if cursor in (None, "", False):
             return None
         if not isinstance(cursor, str):
@@ -5980,15 +5973,6 @@ class Pages:
         if mistake and not self.means.checkpoint.whole:
             raise SourceError(said, status=400)
         self.means.note(said)
-
-
-def has_path(answer: Any, path: str) -> bool:
-    """Whether an answer has something at a dotted path, be it null."""
-    block, _, key = path.rpartition(".")
-    inner = picker(block)(answer) if block and isinstance(answer, dict) else answer
-    return isinstance(answer, dict) and (
-        path in answer or (isinstance(inner, dict) and key in inner)
-    )
 
 
 def resolved(base: str, link: str) -> str:
@@ -9231,7 +9215,9 @@ async def cmd_data_list(args: argparse.Namespace, config: Config) -> int:
 async def export(desk: Desk, source: str | None, limit: int | None, *, csv_wanted: bool) -> None:
     """Print records as one JSON array, or as CSV with metadata as JSON in its last column."""
     names = list(StoredRecord.model_fields)
-    writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
+    # a writer whose lines end with CRLF quotes both; of those lines the CR is dropped
+    out = argparse.Namespace(write=lambda line: sys.stdout.write(f"{line[:-2]}\n"))
+    writer = csv.DictWriter(out, names)
     if csv_wanted:
         writer.writeheader()
     else:

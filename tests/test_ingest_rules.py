@@ -113,7 +113,8 @@ def test_as_pythons_csv_reads_it(
     source = tecko.CsvSource.model_validate(
         {"type": "csv", "path": "x", "encoding": None if "utf" in encoding else encoding}
     )
-    found, state = {}, None
+    found = dict[str, list[str]]()
+    state: Any = None
     wide = 4 if encoding == "utf-32" else 2 if encoding == "utf-16" else 1
     for part in [content[: (head + cut) // wide * wide], content] if grown else [content]:
         with tempfile.TemporaryFile() as file_:
@@ -687,3 +688,38 @@ async def test_no_download_is_left_behind(world: World, source: Source) -> None:
     gate.release()
     await task
     assert await titles(world) == {"1": "a"}
+
+
+FORMATS = [
+    ("%Y-%m-%d %H:%M", "2024-01-15 09:55"),
+    ("s", "1705312500"),
+    ("ms", "1705312500000"),
+    ("us", "1705312500000000"),
+]
+
+
+@Given(("form", "sent"), FORMATS)
+async def test_since_in_a_form_of_its_own(
+    world: World, source: Source, form: str, sent: str
+) -> None:
+    """`format` says how, for an API that is asked in another form than it answers."""
+    source.records = [{"id": 1, "at": "2024-01-15T12:00:00+02:00"}]
+    since = {"field": "at", "format": form}
+    job = await world.ingest(type="api", url=source.items_url, since=since)
+    await world.run(job)
+    await world.run(job)
+    assert source.asked()[-1]["since"] == sent
+
+
+@Given("value", ["a\rb", "a\nb", "a\r\nb", 'a"b', "a,b"])
+async def test_what_is_exported_is_one_row(
+    world: World, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    """A line end in a value is quoted on the way out."""
+    put(world, f'id,title\n1,"{value.replace(chr(34), chr(34) * 2)}"\n')
+    await world.run(await csv_job(world))
+    desk = tecko.Desk(world.store, world.vault, lambda: world.config)
+    await tecko.export(desk, None, None, csv_wanted=True)
+    printed = capsys.readouterr().out
+    [row] = csv.DictReader(io.StringIO(printed, newline=""))
+    assert row["title"] == value and "\r" not in printed.replace(value, "")
