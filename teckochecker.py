@@ -4925,6 +4925,7 @@ MONTH_NUMBERS = {"sept": 9} | {
 }
 UNIX_UNITS = (1, 10**3, 10**6)  # a second in seconds, milliseconds and microseconds
 UNIX_RANGE = range(946_684_800, 4_102_444_800)  # from 2000 to 2100; the units do not overlap there
+LONGEST_DATE = 100  # characters; JavaScript's has some 60
 ONE_READING = "a date that can be read in one way only; `dates: dmy` or mdy decides"
 
 
@@ -4932,6 +4933,8 @@ ONE_READING = "a date that can be read in one way only; `dates: dmy` or mdy deci
 def moment(text: str, order: str | None = None) -> datetime:
     """The moment that a text says, in its own zone; without one it is UTC. `order` (dmy or mdy)
     says how 03/04/2024 is meant. Raises ValueError, and OverflowError beyond the calendar."""
+    if len(text) > LONGEST_DATE:
+        raise ValueError("a date")
     if (unit := unix_unit(text)) is not None:
         return datetime.fromtimestamp(float(text) / unit, UTC)
     if compact := re.fullmatch(r"(\d{8})T?(\d\d)(\d\d)(\d\d)?(\D.*)?", text, re.ASCII):
@@ -5760,15 +5763,6 @@ def signs_in(answer: Any, path: str = "", depth: int = 3) -> Iterator[tuple[str,
         yield where, name, value.get("href") if isinstance(value, dict) else value
 
 
-def says_more(answer: Any) -> str:
-    """What in an answer says that there is a next page; empty: nothing does."""
-    for where, name, value in signs_in(answer):
-        told = value is True or (type(value) in (str, int) and value not in ("", 0))
-        if MORE.fullmatch(name) and told:
-            return where
-    return ""
-
-
 class Pages:
     """An API as a stream of records, page after page."""
 
@@ -5780,6 +5774,7 @@ class Pages:
         self._at = start if start is not None else int(self.paging.type == "page")
         self._items = source.items  # where the list is
         self._taken = self._pages = 0
+        self._signs: list[tuple[str, str, Any]] = []  # in the last answer
         self._met = False  # whether some answer had what `next` names
         self._totals = dict[str, int]()  # that answers told
         self.shrank = False  # whether such a total got less from page to page
@@ -5796,10 +5791,10 @@ class Pages:
                 raise SourceError(f"more than {MAX_PAGES} pages: does `next` ever end?", status=400)
             asked.add(url)
             got = await self._get(url, len(asked))
-            if got.status_code != 200:
+            if got.status_code in (204, *PAGE_REFUSED):
                 if got.status_code not in (204, 404):
                     self.means.note(f"page {len(asked)}: {got.status_code}: taken for the end")
-                answer = None
+                self._signs = []
                 break
             answer, items, digest = await self.means.work(self._open, got.content, len(asked))
             stale = stale + 1 if digest in seen or not items else 0
@@ -5832,6 +5827,7 @@ class Pages:
     def _open(self, body: bytes, number: int) -> tuple[Any, list[Any], bytes]:
         answer = read_json(body)
         items = self._list_in(answer, may_lack=number > 1 or self.since is not None)
+        self._signs = [*signs_in(answer)]
         return answer, items, digest_of(any_json(items))
 
     def _list_in(self, answer: Any, *, may_lack: bool) -> list[Any]:
@@ -5887,7 +5883,7 @@ class Pages:
 
     def _next(self, got: httpx2.Response, answer: Any, items: Sequence[Any]) -> str | None:
         """The URL of the next page, as far as this answer knows of one."""
-        for where, name, value in signs_in(answer):
+        for where, name, value in self._signs:
             if TOTAL.fullmatch(name) and type(value) is int:
                 self.shrank |= name != "count" and value < self._totals.get(where, value)
                 self._totals[where] = value
@@ -5909,7 +5905,7 @@ class Pages:
         else:
             path = paging.path or "next_cursor"
             cursor = picker(path)(answer) if isinstance(answer, dict) else None
-        self._met |= cursor is not None or any(path == where for where, *_ in signs_in(answer))
+        self._met |= cursor is not None or any(path == where for where, *_ in self._signs)
         if cursor in (None, "", False):
             return None
         if not isinstance(cursor, str):
@@ -5927,7 +5923,7 @@ class Pages:
     def _has_more(self, answer: Any) -> Any:
         if self.source.more is not None:
             return picker(self.source.more)(answer) if isinstance(answer, dict) else None
-        signs = signs_in(answer) if self.paging.type != "link" else ()
+        signs = self._signs if self.paging.type != "link" else ()
         return next((v for _, n, v in signs if HAS_MORE.fullmatch(n) and type(v) is bool), None)
 
     def _in_circles(self, url: str | None, items: Sequence[Any], number: int) -> None:
@@ -5943,9 +5939,7 @@ class Pages:
         """Say what the answers say of more than was taken."""
         first, paging = self._pages <= 1, self.paging
         path = paging.path or "next_cursor"
-        more = "" if self.numbered else says_more(answer)
-        if not more and self.source.more is not None and self._has_more(answer) is True:
-            more = self.source.more
+        more = "" if self.numbered else self._says_more(answer)
         if not more and got is not None and not self.numbered:
             linked = paging.type != "link" and next_link(got.headers.get("link", ""))
             more = "Link" if linked else next((h for h in got.headers if "next-page" in h), "")
@@ -5967,6 +5961,16 @@ class Pages:
             self.means.note(f"no record has {self.source.since.field}, which `since` names")
         if not self._taken and self.since is None and not self.means.checkpoint.records:
             self.means.note("no records came")
+
+    def _says_more(self, answer: Any) -> str:
+        """What in the last answer says that there is a next page; empty: nothing does."""
+        if self.source.more is not None and self._has_more(answer) is True:
+            return self.source.more
+        for where, name, value in self._signs:
+            told = value is True or (type(value) in (str, int) and value not in ("", 0))
+            if MORE.fullmatch(name) and told:
+                return where
+        return ""
 
     def _complain(self, said: str, *, mistake: bool) -> None:
         """A mistake fails the job until some run was whole; what is known is noted."""
