@@ -4753,15 +4753,7 @@ class Web:
         good: Collection[int] = (),
     ) -> httpx2.Response:
         """GET `url`, asked with what `state` remembers (etag, modified). Raises SourceError."""
-        headers = {"Accept": "application/json" if source.type == "api" else "*/*"}
-        if secret is not None:
-            name, _, value = source.header.partition(":")
-            headers[name] = value.strip().replace("{secret}", secret.reveal())
-        conditions = {
-            "If-None-Match": state.get("etag"),
-            "If-Modified-Since": state.get("modified"),
-        }
-        conditions = {name: value for name, value in conditions.items() if value}
+        headers, asked = self._headers(source, secret), self._conditions(state)
         if self._client is None:
             self._client = make_client(SourceError, IN_FLIGHT)
         await self._turn(origin_of(url), source.max_requests_per_minute)
@@ -4776,11 +4768,24 @@ class Web:
             limit=limit,
             redirects=MAX_REDIRECTS,
             anywhere=secret is None,
-            good={*good, 304} if conditions else good,
+            good={*good, 304} if asked else good,
             sink=sink,
-            headers=headers | conditions,
+            headers=headers | asked,
             timeout=(CONNECT_TIMEOUT, patience, patience, None),  # connect, read, write, pool
         )
+
+    @staticmethod
+    def _headers(source: Source, secret: SecretValue | None) -> dict[str, str]:
+        headers = {"Accept": "application/json" if source.type == "api" else "*/*"}
+        if secret is not None:
+            name, _, value = source.header.partition(":")
+            headers[name] = value.strip().replace("{secret}", secret.reveal())
+        return headers
+
+    @staticmethod
+    def _conditions(state: Mapping[str, Any]) -> dict[str, str]:
+        known = {"If-None-Match": state.get("etag"), "If-Modified-Since": state.get("modified")}
+        return {name: value for name, value in known.items() if value}
 
     async def _turn(self, host: tuple[str, str, int], rate: int | None) -> None:
         """Wait until a host may be asked: evenly, since a minute's worth at once is a burst."""
@@ -5089,7 +5094,8 @@ class Mapper:
             name = key.strip().lower()
             if name in UNIFIED and name not in given and key not in free:
                 matched.setdefault(name, key)
-        used = {*self.source.ids[:1], *(key for _, key in plain), *matched.values()}
+        alone = self.source.ids if len(self.source.ids) == 1 else ()  # which source_id is already
+        used = {*alone, *(key for _, key in plain), *matched.values()}
         pairs = [*matched.items()]
         return MappingPlan(
             plain + pairs, cast(Any, deep), pairs, [k for k in keys if k not in used]
@@ -5636,14 +5642,13 @@ class Files:
     ) -> bool:
         """Whether one of the files did not only grow."""
         now = self.means.clock()
-        with contextlib.suppress(SourceError):
-            for path, part in files:
-                with readable(part):
-                    if part in states and not is_unchanged(path, states[part], now):
-                        with path.open("rb") as file:
-                            csv_file = CsvFile(file, part, self.source, growing=False)
-                            if not csv_file.resume(states[part]):
-                                return True
+        for path, part in files:
+            with contextlib.suppress(SourceError), readable(part):
+                if part in states and not is_unchanged(path, states[part], now):
+                    with path.open("rb") as file:
+                        csv_file = CsvFile(file, part, self.source, growing=False)
+                        if not csv_file.resume(states[part]):
+                            return True
         return False
 
     async def _read_file(
@@ -6633,7 +6638,22 @@ class Ingesting:
         self._judge(ended=True)
 
     async def _take(self, fetched: Fetched) -> None:
-        steps, run = self.steps, self.run
+        steps, (chunk, twice) = self.steps, await self._normalized(fetched)
+        save = partial(steps.store.save_chunk, self.run, self.job.revision, self.source.type)
+        if not await steps.patiently(save, chunk, self.fields, steps.clock()):
+            raise Interrupted("the job was paused, changed or removed while it ran")
+        if twice and not self._moved:
+            self._moved = True
+            self.note(f"an id came twice with other values, {cut(twice[0])} for one: the last wins")
+        self._reason = self._reason or next((reject.reason for reject in chunk.rejects), "")
+        self.counts.update(chunk.counts)
+        self._judge(ended=False)
+        if steps.stopping:
+            raise Interrupted("the service was stopped while it ran")
+
+    async def _normalized(self, fetched: Fetched) -> tuple[Chunk, list[str]]:
+        """What is to be written, and the ids that came twice with other values."""
+        steps, store = self.steps, self.steps.store
         rows, rejects, fields = await steps.busy(prepare, self.mapper, fetched)
         self._check_drift(fields)
         if isinstance(self.source, ApiSource) and self.source.since is not None:
@@ -6642,25 +6662,10 @@ class Ingesting:
             marks = filter(None, (self._latest, found))
             self._latest = max(marks, key=lambda mark: mark[1], default=None)
         ids = {row[1] for row in rows}
-        known = await steps.patiently(steps.store.hashes, run, [*ids]) if ids else {}
+        known = await steps.patiently(store.hashes, self.run, [*ids]) if ids else {}
         if not self.checkpoint.records:  # all that is there came in this run
             known = {key: (digest, True) for key, (digest, _) in known.items()}
-        work = finish, self.mapper, fetched, rows, rejects, known
-        chunk, twice = await steps.busy(*work)
-        saved = await steps.patiently(
-            partial(steps.store.save_chunk, run, self.job.revision, self.source.type),
-            *(chunk, self.fields, steps.clock()),
-        )
-        if not saved:
-            raise Interrupted("the job was paused, changed or removed while it ran")
-        if twice and not self._moved:
-            self._moved = True
-            self.note(f"an id came twice with other values, {cut(twice[0])} for one: the last wins")
-        self._reason = self._reason or next((reject.reason for reject in rejects), "")
-        self.counts.update(chunk.counts)
-        self._judge(ended=False)
-        if steps.stopping:
-            raise Interrupted("the service was stopped while it ran")
+        return await steps.busy(finish, self.mapper, fetched, rows, rejects, known)
 
     def _judge(self, *, ended: bool) -> None:
         failed, processed = self.counts["failed"], self.counts["processed"]

@@ -724,3 +724,13 @@ async def test_what_is_exported_is_one_row(
     printed = capsys.readouterr().out
     [row] = csv.DictReader(io.StringIO(printed, newline=""))
     assert row["title"] == value and "\r" not in printed.replace(value, "")
+
+
+async def test_the_parts_of_an_id_are_kept(world: World) -> None:
+    """Several columns that identify together are in the metadata, too; one that does is not."""
+    put(world, "state,year,title\nTX,2020,a\n")
+    await world.run(await csv_job(world, id=["state", "year"]))
+    [record] = (await world.records()).values()
+    assert (record["source_id"], record["metadata"]) == (
+        '["TX","2020"]', {"state": "TX", "year": "2020"}
+    )  # fmt: skip
