@@ -5229,16 +5229,17 @@ RECORD_BYTES = 16 << 20  # characters of one line, or of one field; more is no r
 RACY_SECONDS = 5.0  # s for which a file that changed may still be written to
 BLOCK_BYTES = 1 << 20  # characters that are passed over at once
 NOT_CSV = {  # how files begin that may be taken for a CSV file and are none
-    b"PK\x03\x04": "a zip archive, or a workbook of Excel, which is one",
-    b"\xd0\xcf\x11\xe0": "an old workbook of Excel",
-    b"BZh": "packed by bzip2",
-    b"\xfd7zXZ": "packed by xz",
-    b"\x28\xb5\x2f\xfd": "packed by zstd",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"Rar!": "a rar archive",
-    b"%PDF": "a PDF",
-    b"PAR1": "a Parquet file",
-    b"SQLite format 3": "a SQLite database",
+    rb"PK\x03\x04": "a zip archive, or a workbook of Excel, which is one",
+    rb"\xd0\xcf\x11\xe0": "an old workbook of Excel",
+    rb"BZh\d1AY&SY": "packed by bzip2",
+    rb"\xfd7zXZ": "packed by xz",
+    rb"\x28\xb5\x2f\xfd": "packed by zstd",
+    rb"7z\xbc\xaf": "a 7z archive",
+    rb"Rar!\x1a": "a rar archive",
+    rb"(?s:.{257})ustar": "a tar archive",
+    rb"%PDF-\d": "a PDF",
+    rb"PAR1\x15": "a Parquet file",
+    rb"SQLite format 3\0": "a SQLite database",
 }
 SWALLOWS = "a quote swallows the lines after it"
 DOWNLOAD_BYTES = 4 << 30  # of a file behind a URL
@@ -5330,12 +5331,12 @@ class CsvFile:
         self.part, self.source, self._file, self._growing = part, source, file, growing
         self._size = os.fstat(file.fileno()).st_size
         csv.field_size_limit(RECORD_BYTES)
-        head = file.peek(16)
-        for begin, kind in NOT_CSV.items():
-            if head.startswith(begin):
-                raise SourceError(f"{part} is no CSV file, but {kind}", status=400)
-        stream: Any = gzip.GzipFile(fileobj=file) if head[:2] == b"\x1f\x8b" else file
-        encoding = encoding_of(stream.peek(4)[:4]) or source.encoding or "utf-8"
+        packed = file.peek(2)[:2] == b"\x1f\x8b"
+        stream: Any = gzip.GzipFile(fileobj=file) if packed else file
+        head = stream.peek(512)
+        if kind := next((NOT_CSV[begin] for begin in NOT_CSV if re.match(begin, head)), None):
+            raise SourceError(f"{part} is no CSV file, but {kind}", status=400)
+        encoding = encoding_of(head[:4]) or source.encoding or "utf-8"
         self._encoding = encoding.removesuffix("-sig")
         wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
         bad = "surrogatepass" if wide else "surrogateescape"  # and found in _lines
