@@ -4971,22 +4971,22 @@ def day_of(text: str, order: str | None) -> datetime:
     found = next(filter(None, (form.fullmatch(text) for form in DATE_FORMS)), None)
     if found is None:
         raise ValueError("a date")
-    is_ = found.groupdict()
-    if len(is_["y"]) == 2 and order is None:
+    got = found.groupdict()
+    if len(got["y"]) == 2 and order is None:
         raise ValueError("a date with a year of four digits")
-    year = int(is_["y"]) if len(is_["y"]) == 4 else datetime.strptime(is_["y"], "%y").year
-    if "week" in is_:
-        return datetime.fromisocalendar(year, int(is_["week"]), int(is_["weekday"]))
-    if "yearday" in is_:
+    year = int(got["y"]) if len(got["y"]) == 4 else datetime.strptime(got["y"], "%y").year
+    if "week" in got:
+        return datetime.fromisocalendar(year, int(got["week"]), int(got["weekday"]))
+    if "yearday" in got:
         return datetime.strptime(text, "%Y-%j")
-    if "one" in is_:
-        one, two = int(is_["one"]), int(is_["two"])
-        if order is None and is_["sep"] != "." and one != two and max(one, two) <= 12:
+    if "one" in got:
+        one, two = int(got["one"]), int(got["two"])
+        if order is None and got["sep"] != "." and one != two and max(one, two) <= 12:
             raise ValueError(ONE_READING)
-        day_first = order == "dmy" if order else is_["sep"] == "." or two <= 12
+        day_first = order == "dmy" if order else got["sep"] == "." or two <= 12
         return datetime(year, two if day_first else one, one if day_first else two)
-    month = MONTH_NUMBERS.get(is_["b"].lower(), 0) if "b" in is_ else int(is_["m"])
-    return datetime(year, month, int(is_["d"]))
+    month = MONTH_NUMBERS.get(got["b"].lower(), 0) if "b" in got else int(got["m"])
+    return datetime(year, month, int(got["d"]))
 
 
 def utc_text(value: Any, order: str | None = None) -> str:
@@ -5509,9 +5509,9 @@ class CsvFile:
                     rejects.append(rejected)
                     continue
             elif row == header:
-                self.notes.append(
-                    f"{self.part} line {self._line + begin + 1}: the header once more"
-                )
+                if len(self.notes) < MAX_NOTES:
+                    place = f"{self.part} line {self._line + begin + 1}"
+                    self.notes.append(f"{place}: the header once more")
                 continue
             records.append((self._line + begin + 1, dict(zip(columns, row, strict=True))))
         self._settle()
@@ -5707,7 +5707,8 @@ class Files:
 
     def _check_columns(self, file: CsvFile) -> None:
         if not file.columns:
-            self.means.note(f"{file.part} is empty")
+            if not file.waits:
+                self.means.note(f"{file.part} is empty")
             return
         wanted = {*self.source.ids}
         if not self.means.checkpoint.fields:  # later on it is drift that one is gone

@@ -136,6 +136,17 @@ def test_column_names_cost_what_they_are(count: int) -> None:
     assert len({*names}) == count + 1 and names[:3] == ["a", "a_2", "a_3"]
 
 
+@Given("filler", ["\n", " \r\n", "#\n"])
+def test_what_is_no_record_costs_little(tmp_path: Path, filler: str) -> None:
+    """Any number of blank lines and comments, before the header and behind it."""
+    (tmp_path / "x").write_text(filler * 200_000 + "id,title\n" + filler * 200_000 + "1,a\nbad\n")
+    source = tecko.CsvSource.model_validate({"type": "csv", "path": "x", "comment": "#"})
+    with (tmp_path / "x").open("rb") as opened:
+        fetched = tecko.CsvFile(opened, "x", source, growing=False).read()
+    assert fetched.records == [(400_002, {"id": "1", "title": "a"})]
+    assert [rejected.number for rejected in fetched.rejects] == [400_003]
+
+
 @Given("line", ["2,{},b\n", "2,{}\n"], ids=["ragged", "whole"])
 def test_an_open_quote_costs_its_line_and_little_memory(tmp_path: Path, line: str) -> None:
     """However much of a file it swallows."""
