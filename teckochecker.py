@@ -102,6 +102,7 @@ import math
 import random
 import re
 import secrets as randomness
+import shutil
 import socket
 import sqlite3
 import stat
@@ -128,7 +129,7 @@ from collections.abc import (
 from concurrent import futures
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache, partial, wraps
 from http import HTTPStatus
@@ -653,6 +654,10 @@ def one_character(value: str) -> str:
     return delimiter
 
 
+def quote_character(value: str) -> str:
+    return value if value in ("none", '"') else one_character(value)
+
+
 def known_encoding(value: str) -> str:
     try:
         if not codecs.lookup(value)._is_text_encoding:
@@ -844,17 +849,22 @@ class ShortForm(StrictModel):
 
 class Paging(ShortForm):
     """How the next page of an API is asked for: by the Link header of the answer (RFC 8288), by a
-    cursor out of it, or by a number that counts pages or records."""
+    cursor out of it or out of its last record, or by a number that counts pages or records."""
 
-    type: Literal["link", "cursor", "page", "offset"] = Field(
-        description="link, cursor, page or offset\n"
+    type: Literal["link", "cursor", "last", "page", "offset"] = Field(
+        description="link, cursor, last, page or offset\n"
         "link: the answer's Link header; cursor: a value out of the answer, found at `path`;"
-        " page and offset: a number that counts pages or records."
+        " last: a value of the page's last record; page and offset: a number that counts pages or"
+        " records."
     )
     param: Label | None = Field(
-        None, description="the query parameter; default cursor, page or offset"
+        None, description="the query parameter; default cursor, starting_after, page or offset"
     )
-    path: Label = Field("next_cursor", description="where the answer has the cursor, dotted")
+    path: Label | None = Field(
+        None,
+        description="where the answer has the cursor, dotted, or with last the last record; default"
+        " next_cursor, or the id",
+    )
     start: Whole | None = Field(
         None, ge=0, le=10**9, description="the first page's number; default 1, for offset 0"
     )
@@ -874,6 +884,9 @@ class Since(ShortForm):
         300,  # a source may be late to show a record under its own time stamp
         description="seconds, or 30s, 5m, 1h; what is that old is asked for again",
     )
+    format: Label | None = Field(
+        None, description="s, ms, us, or a form of UTC like %Y-%m-%d %H:%M:%S; default: as it came"
+    )
 
 
 UnifiedField = Literal[
@@ -882,11 +895,23 @@ UnifiedField = Literal[
 UNIFIED = get_args(UnifiedField)
 
 
+IdNames = Label | Annotated[list[Label], Field(min_length=1)]
+
+
+def id_names(value: object) -> str | list[str]:
+    names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError("not a name, or a list of names")
+    return value if isinstance(value, str) else names
+
+
 class Source(StrictModel):
     """What CSV and API have in common."""
 
     type: str
-    id: Label = Field("id", description="the column or field that identifies a record")
+    id: Annotated[str | list[str], PlainValidator(id_names, json_schema_input_type=IdNames)] = (
+        Field("id", description="the column or field that identifies a record, or a list of them")
+    )
     fields: dict[UnifiedField, Label] = Field(
         {}, description=f"a block of unified field: source field; unified: {', '.join(UNIFIED)}"
     )
@@ -912,6 +937,13 @@ class Source(StrictModel):
     max_requests_per_minute: Whole | None = Field(
         None, ge=1, le=100_000, description="1 to 100000, for all jobs on that host"
     )
+    timeout: Annotated[int, BeforeValidator(parse_interval), Field(ge=1, le=3600)] | None = Field(
+        None, description="1 to 3600 seconds, or 30s, 2m, that an answer may take; default 2m"
+    )
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return [self.id] if isinstance(self.id, str) else self.id
 
 
 class CsvSource(Source):
@@ -933,6 +965,16 @@ class CsvSource(Source):
     )
     columns: list[Label] | None = Field(
         None, min_length=1, description="the names of the columns, for files without a header row"
+    )
+    skip: Whole = Field(0, ge=0, le=10_000, description="lines before the header, 0 to 10000")
+    comment: Annotated[Label, StringConstraints(max_length=10)] | None = Field(
+        None, description="what lines that are no records begin with, like #; default: nothing"
+    )
+    quote: Annotated[str, AfterValidator(quote_character)] = Field(
+        '"', description="one character, or none"
+    )
+    escape: Annotated[str, AfterValidator(one_character)] | None = Field(
+        None, description="one character, like \\; default: a quote is doubled"
     )
 
     @property
@@ -966,9 +1008,15 @@ class ApiSource(Source):
     )
     next: Paging | None = Field(
         None,
-        description="link, cursor, page or offset, or a block with type; default: link, if any",
+        description="link, cursor, last, page or offset, or a block with type; default: link, if"
+        " any",
     )
-    since: Since | None = Field(None, description="a field, or a block with field, param, overlap")
+    more: Label | None = Field(
+        None, description="where the answer says whether there is a next page, dotted"
+    )
+    since: Since | None = Field(
+        None, description="a field, or a block with field, param, overlap, format"
+    )
 
     @field_validator("url")
     @classmethod
@@ -1446,9 +1494,11 @@ class Chunk:
     unified: list[tuple[str, str, bytes]]  # id, unified record as JSON, hash
     rejects: list[Rejected]
     counts: Counter[str]  # by COUNTED
-    part: str
+    part: str  # empty: none whose state is kept
     state: Mapping[str, Any]
     progress: float | None
+    label: str  # of the part, with which the places of rejects begin
+    span: tuple[int, int] | None  # numbers read anew, whose old rejects go
 
 
 @dataclass(frozen=True, slots=True)
@@ -3478,15 +3528,15 @@ class Records(Database):
             return Checkpoint(records, watermark, json.loads(known), bool(whole), states)
         return Checkpoint(0, None, {}, False, states)
 
-    async def hashes(self, source: str, ids: Sequence[str]) -> dict[str, bytes]:
-        """The hashes of those records that are there already, by id."""
+    async def hashes(self, run: Run, ids: Sequence[str]) -> dict[str, tuple[bytes, bool]]:
+        """Of those records that are there already, by id: the hash, and whether `run` wrote it."""
         known, values = among("id", ids)
         rows = await self._sql(
-            "SELECT source_id, hash FROM normalized_data WHERE source = :source"
+            "SELECT source_id, hash, updated_at FROM normalized_data WHERE source = :source"
             f" AND source_id IN {known}",
-            values | {"source": source},
+            values | {"source": run.source},
         )
-        return dict(rows)
+        return {row[0]: (row[1], row[2] > run.start_time) for row in rows}
 
     @transactional
     async def save_chunk(
@@ -3509,16 +3559,17 @@ class Records(Database):
         if not still:
             return False
         await self._save_records(run.source, kind, chunk, now)
-        await self._save_rejects(run, chunk.rejects, now)
-        await self._sql(
-            "INSERT INTO etl_part (source, part, state, run_id) VALUES (:source, :part, :state,"
-            " :run) ON CONFLICT (source, part) DO UPDATE SET state = excluded.state,"
-            " run_id = excluded.run_id",
-            {
-                **{"source": run.source, "part": chunk.part, "run": run.id},
-                "state": json.dumps(chunk.state),
-            },
-        )
+        await self._save_rejects(run, chunk, now)
+        if chunk.part:
+            await self._sql(
+                "INSERT INTO etl_part (source, part, state, run_id) VALUES (:source, :part, :state,"
+                " :run) ON CONFLICT (source, part) DO UPDATE SET state = excluded.state,"
+                " run_id = excluded.run_id",
+                {
+                    **{"source": run.source, "part": chunk.part, "run": run.id},
+                    "state": json.dumps(chunk.state),
+                },
+            )
         await self._sql(
             f"UPDATE etl_checkpoint SET {sums}, records = records + :records_inserted,"
             " checkpoint_timestamp = :now,"
@@ -3551,7 +3602,8 @@ class Records(Database):
             [{"none": b"", "source": source, "id": key} for key, _, good in chunk.raws if not good],
         )
 
-    async def _save_rejects(self, run: Run, rejects: Sequence[Rejected], now: float) -> None:
+    async def _save_rejects(self, run: Run, chunk: Chunk, now: float) -> None:
+        """Write down the rejects of a chunk, in place of those of the same lines or numbers."""
         await self._many(
             "INSERT INTO etl_reject (source, place, reason, record, digest, run_id, created_at)"
             " VALUES (:source, :place, :reason, :record, :digest, :run, :now)"
@@ -3563,9 +3615,21 @@ class Records(Database):
                     **{"record": r.record, "digest": digest_of(r.record)},
                     **{"run": run.id, "now": now},
                 }
-                for r in rejects
+                for r in chunk.rejects
             ],
         )
+        if chunk.span is not None:
+            await self._sql(
+                "DELETE FROM etl_reject WHERE source = :source AND run_id <> :run AND"
+                " CASE WHEN substr(place, 1, :length) = :label"
+                " THEN CAST(substr(place, :length + 1) AS BIGINT) ELSE -1 END"
+                " BETWEEN :first AND :last",
+                {
+                    **{"source": run.source, "run": run.id, "label": f"{chunk.label} "},
+                    **{"length": len(chunk.label) + 1},
+                    **{"first": chunk.span[0], "last": chunk.span[1]},
+                },
+            )
 
     @transactional
     async def end_run(self, run: Run, end: RunEnd, now: float) -> Run:
@@ -3605,17 +3669,21 @@ class Records(Database):
 
     async def _tell_job(self, run: Run, end: RunEnd, now: float) -> None:
         ok = end.status == "success"
+        keep = end.status == "interrupted" or (ok and not run.records_processed)
+        share = f"{run.records_failed} of {run.records_processed}"
         said = end.error or (
-            f"{run.records_failed} records were rejected: data rejects lists them"
+            f"{share} records were rejected in the run of {iso(run.start_time)}: data rejects"
             if run.records_failed
             else None
         )
         rows = await self._sql(
             "UPDATE polling_jobs AS j SET last_check_at = :now, next_check_at = :next,"
-            " last_error = :said, last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END,"
+            " last_error = CASE WHEN :keep THEN last_error ELSE :said END,"
+            " last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END,"
             " errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END"
             f" WHERE j.id = :id AND {ACTIVE} RETURNING id",
-            {"now": now, "next": now + end.wait, "said": said, "ok": ok, "id": run.job_id},
+            {"now": now, "next": now + end.wait, "said": said, "keep": keep, "ok": ok}
+            | {"id": run.job_id},
         )
         job_id = run.job_id if rows else None
         for note in end.notes:
@@ -5466,41 +5534,12 @@ class Keboola:
             await self._client.aclose()
 
 
-# ── Upstreams: sources ────────────────────────────────────────────────────────────────────────
+# ── Web ───────────────────────────────────────────────────────────────────────────────────────
 
-
-def not_sent() -> tuple[type[Exception], ...]:
-    """What is raised before a request is written: nothing can have happened on the other side."""
-    import httpx2
-
-    return (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
-
-
-@dataclass(frozen=True, slots=True)
-class Got:
-    """A good answer of a source; `status` is 200, 304, or a 404 that was allowed."""
-
-    url: str
-    status: int
-    body: bytes
-    etag: str | None
-    modified: str | None
-    link: str | None  # the target of rel="next", as it stands there
-
-
-LINK = re.compile(
-    r'<([^>]*)>((?:\s*;\s*[\w!#$&+.^`|~*-]+(?:\s*=\s*(?:"(?:[^"\\]|\\.)*"|[^\s,;"]*))?)*)'
-)
-REL = re.compile(r';\s*rel\s*=\s*(?:"([^"]*)"|([^\s,;"]*))', re.IGNORECASE)
-
-
-def next_link(header: str) -> str | None:
-    """The target of rel="next" in a Link header (RFC 8288, section 3)."""
-    for target, parameters in LINK.findall(header):
-        rel = REL.search(parameters)
-        if rel and "next" in (rel[1] or rel[2] or "").lower().split():
-            return str(target)
-    return None
+PAGE_BYTES = 64 << 20  # of one answer of a source, unpacked
+MAX_REDIRECTS = 5
+SOURCE_DEADLINE = 120.0  # s for one answer of a source
+DOWNLOAD_DEADLINE = 3600.0  # s for a file behind a URL
 
 
 def shown_url(url: str) -> str:
@@ -5509,136 +5548,81 @@ def shown_url(url: str) -> str:
 
 
 class Web:
-    """Sources of ingests over HTTP: bounded in size, time and rate, redirects followed by hand,
-    since a secret goes to the origin that it was given for and to no other."""
+    """Sources of ingests over HTTP. A secret goes to the origin that it was given for and to no
+    other; requests to one host keep the rate that their job allows, whichever job they are for."""
 
     def __init__(self) -> None:
         self._client: httpx2.AsyncClient | None = None
-        self._limits: dict[tuple[Any, int], Any] = {}  # by origin and rate
+        self._free_at: dict[tuple[str, str, int], float] = {}  # by origin: when it may be asked
 
     async def get(
         self,
         source: Source,
         url: str,
         secret: SecretValue | None,
-        state: Mapping[str, Any] = MappingProxyType({}),
         *,
+        state: Mapping[str, Any] = MappingProxyType({}),
         sink: IO[bytes] | None = None,
-        end_status: int | None = None,
-    ) -> Got:
-        """GET `url`, asked with what `state` remembers (etag, modified). The body goes to `sink`
-        where one is given. A status of `end_status` is no error. Raises SourceError."""
-        home, headers = origin_of(url), self._headers(source, secret, state)
-        for _ in range(MAX_REDIRECTS + 1):
-            try:
-                async with asyncio.timeout(SOURCE_DEADLINE if sink is None else DOWNLOAD_DEADLINE):
-                    got = await self._once(source, url, headers, sink, end_status)
-            except SourceError:
-                raise
-            except Exception as e:
-                raise web_error(url, e) from e
-            if isinstance(got, Got):
-                return got
-            if secret is not None and origin_of(got) != home:
-                said = f"{shown_url(url)} redirects to {origin_of(got)[1]}"
-                raise SourceError(f"{said}; a secret goes to no other host", status=307)
-            url = got
-        raise SourceError(f"{shown_url(url)}: more than {MAX_REDIRECTS} redirects", status=310)
+        limit: int = PAGE_BYTES,
+        good: Collection[int] = (),
+    ) -> httpx2.Response:
+        """GET `url`, asked with what `state` remembers (etag, modified). Raises SourceError."""
+        headers, asked = self._headers(source, secret), self._conditions(state)
+        if self._client is None:
+            self._client = make_client(SourceError, IN_FLIGHT)
+        await self._turn(origin_of(url), source.max_requests_per_minute)
+        patience = float(source.timeout or SOURCE_DEADLINE)
+        return await ask(
+            self._client,
+            SourceError,
+            shown_url(url),
+            "GET",
+            url,
+            deadline=patience if sink is None else max(patience, DOWNLOAD_DEADLINE),
+            limit=limit,
+            redirects=MAX_REDIRECTS,
+            anywhere=secret is None,
+            good={*good, 304} if asked else good,
+            sink=sink,
+            headers=headers | asked,
+            timeout=(CONNECT_TIMEOUT, patience, patience, None),  # connect, read, write, pool
+        )
 
     @staticmethod
-    def _headers(
-        source: Source, secret: SecretValue | None, state: Mapping[str, Any]
-    ) -> dict[str, str]:
-        headers = {"User-Agent": f"TeckoChecker/{VERSION}"}
-        headers["Accept"] = "application/json" if isinstance(source, ApiSource) else "*/*"
+    def _headers(source: Source, secret: SecretValue | None) -> dict[str, str]:
+        headers = {"Accept": "application/json" if source.type == "api" else "*/*"}
         if secret is not None:
             name, _, value = source.header.partition(":")
             headers[name] = value.strip().replace("{secret}", secret.reveal())
-        for header, known in (("If-None-Match", "etag"), ("If-Modified-Since", "modified")):
-            if state.get(known):
-                headers[header] = state[known]
         return headers
 
-    async def _once(
-        self,
-        source: Source,
-        url: str,
-        headers: Mapping[str, str],
-        sink: IO[bytes] | None,
-        end_status: int | None,
-    ) -> Got | str:
-        """One request: what came, or where it redirects to."""
-        async with self._limit(source, url), self._open().stream("GET", url, headers=headers) as a:
-            if a.status_code in (301, 302, 303, 307, 308) and a.headers.get("location"):
-                return clean_url(str(a.url.join(a.headers["location"])))
-            asked = "If-None-Match" in headers or "If-Modified-Since" in headers
-            if a.status_code not in (200, 304 if asked else 200, end_status):
-                wait = parse_retry_after(a.headers.get("retry-after"), time.time())
-                said = f"{shown_url(url)} said {a.status_code} {a.reason_phrase}".rstrip()
-                raise SourceError(said, status=a.status_code, retry_after=wait)
-            body = await self._read(a, sink if a.status_code == 200 else None)
-            link = next_link(a.headers.get("link", ""))
-            tags = (a.headers.get(name, "") for name in ("etag", "last-modified"))
-            etag, modified = (t if t.isascii() and t.isprintable() else None for t in tags)
-            return Got(str(a.url), a.status_code, body, etag, modified, link)
-
     @staticmethod
-    async def _read(answer: httpx2.Response, sink: IO[bytes] | None) -> bytes:
-        parts, size = [], 0
-        async for part in answer.aiter_bytes():
-            if sink is not None:
-                await asyncio.to_thread(sink.write, part)
-                continue
-            parts.append(part)
-            size += len(part)
-            if size > PAGE_BYTES:
-                raise SourceError(f"{shown_url(str(answer.url))}: more than {PAGE_BYTES} bytes")
-        return b"".join(parts)
+    def _conditions(state: Mapping[str, Any]) -> dict[str, str]:
+        known = {"If-None-Match": state.get("etag"), "If-Modified-Since": state.get("modified")}
+        return {name: value for name, value in known.items() if value}
 
-    def _limit(self, source: Source, url: str) -> contextlib.AbstractAsyncContextManager[Any]:
-        from aiolimiter import AsyncLimiter
-
-        rate = source.max_requests_per_minute
-        if rate is None:
-            return contextlib.nullcontext()
-        per = min(60.0 / rate, 60.0)  # one at a time, evenly: a minute's worth at once is a burst
-        return cast(
-            AsyncLimiter, self._limits.setdefault((origin_of(url), rate), AsyncLimiter(1, per))
-        )
-
-    def _open(self) -> httpx2.AsyncClient:
-        import httpx2
-
-        if self._client is None:
-            self._client = httpx2.AsyncClient(
-                timeout=httpx2.Timeout(CALL_TIMEOUT, connect=CONNECT_TIMEOUT),
-                limits=httpx2.Limits(max_connections=IN_FLIGHT, keepalive_expiry=KEEPALIVE),
-                follow_redirects=False,
-            )
-        return self._client
+    async def _turn(self, host: tuple[str, str, int], rate: int | None) -> None:
+        """Wait until a host may be asked: evenly, since a minute's worth at once is a burst."""
+        if rate is not None:
+            now = asyncio.get_running_loop().time()
+            at = max(now, self._free_at.get(host, 0.0))
+            self._free_at[host] = at + 60 / rate
+            await asyncio.sleep(at - now)
 
     async def close(self) -> None:
         if self._client is not None:
             await self._client.aclose()
 
 
-def web_error(url: str, error: Exception) -> SourceError:
-    """What kept a source from answering, in a line."""
-    import httpx2
+# ── Ingest: what records become ───────────────────────────────────────────────────────────────
 
-    where = shown_url(url)
-    if isinstance(error, not_sent()):
-        return SourceError(
-            f"{where} cannot be reached: {short(error) or type(error).__name__}", sent=False
-        )
-    if isinstance(error, (httpx2.TimeoutException, TimeoutError)):
-        return SourceError(f"{where}: no answer in time")
-    if isinstance(error, (httpx2.HTTPError, httpx2.InvalidURL, ValueError, OSError)):
-        return SourceError(f"{where}: {short(error) or type(error).__name__}")
-    raise error
+CHUNK_ROWS = 2000  # records that commit together: beyond that a transaction only gets longer
+NESTED = 200  # levels of a record: what serves it knows 255, some of which are its own
+DIGITS = 4000  # of an integer; Python converts no more than 4300
 
 
-# ── Ingest ────────────────────────────────────────────────────────────────────────────────────
+class BadRecord(ValueError):
+    """A record that cannot be taken, and why."""
 
 
 class UnclearJson(ValueError):
@@ -5649,26 +5633,63 @@ def refuse(constant: str) -> NoReturn:
     raise UnclearJson(f"{constant} is no number")
 
 
-class BadRecord(ValueError):
-    """A record that cannot be taken, and why."""
-
-
 def finite(text: str) -> float:
     return float(text) if math.isfinite(float(text)) else refuse(text)
 
 
+class NoNumber:
+    """What stands in a JSON answer where a number belongs and is none: it costs its record."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text[:20]
+
+
+def read_json(body: bytes) -> Any:
+    """What an answer says, to the last digit: what orjson refuses or would round, json reads, and
+    leaves a NoNumber or a lone surrogate to the record that has it. Raises SourceError."""
+    try:
+        if not re.search(rb"\d{19}", body):  # beyond 64 bits orjson makes it a float
+            with contextlib.suppress(orjson.JSONDecodeError):
+                return orjson.loads(body)
+        body = body.removeprefix(codecs.BOM_UTF8)
+        return json.loads(
+            body.decode(json.detect_encoding(body), "surrogateescape"),
+            parse_constant=NoNumber,
+            parse_float=lambda text: float(text) if math.isfinite(float(text)) else NoNumber(text),
+            parse_int=lambda text: int(text) if len(text) <= DIGITS else NoNumber(text),
+        )
+    except (ValueError, RecursionError) as e:
+        raise SourceError(f"the answer is not JSON: {short(e)}: {short(body[:80])}") from e
+
+
 def to_json(value: Any) -> bytes:
-    """JSON. Integers beyond 64 bits, which the fast way does not know, go the slow one. Raises
-    BadRecord for what could not be served again: lone surrogates, and nesting without end."""
+    """JSON with its keys sorted, so that their order makes no other record. Raises BadRecord for
+    what could not be served again: lone surrogates, what is no number, and nesting without end."""
     try:
-        return orjson.dumps(value)
+        return orjson.dumps(value, no_number, orjson.OPT_SORT_KEYS)
     except TypeError as e:
-        if "Integer exceeds" not in str(e):
-            raise BadRecord(f"{e}; allowed: Unicode, nested at most {NESTED} deep") from None
+        why = e.__cause__ if isinstance(e.__cause__, BadRecord) else None
+        if why is not None or "Integer exceeds" not in str(e):  # which orjson does not know
+            raise why or BadRecord(f"{e}; allowed: Unicode, nested at most {NESTED} deep") from None
     try:
-        return json.dumps(value, ensure_ascii=False).encode()
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, default=no_number).encode()
     except (UnicodeEncodeError, RecursionError) as e:
         raise BadRecord(f"{e}; allowed: Unicode, nested at most {NESTED} deep") from None
+
+
+def no_number(value: Any) -> NoReturn:
+    raise BadRecord(f"{value!r} is no number")
+
+
+def any_json(value: Any) -> bytes:
+    """JSON also of what `to_json` refuses, to keep it with the rejected records."""
+    try:
+        return json.dumps(value, separators=(",", ":"), default=repr).encode()
+    except RecursionError:
+        return b"(nested too deep to be shown)"
 
 
 def is_deeper(value: Any, allowed: int) -> bool:
@@ -5677,18 +5698,6 @@ def is_deeper(value: Any, allowed: int) -> bool:
     return allowed < 0 or any(
         is_deeper(v, allowed - 1) for v in inner if isinstance(v, dict | list)
     )
-
-
-def any_json(value: Any) -> bytes:
-    """JSON also of what `to_json` refuses, to keep it with the rejected records."""
-    try:
-        return to_json(value)
-    except BadRecord:
-        pass
-    try:
-        return json.dumps(value, separators=(",", ":")).encode()
-    except RecursionError:
-        return b"(nested too deep to be shown)"
 
 
 def picker(path: str) -> Callable[[Mapping[str, Any]], Any]:
@@ -5705,81 +5714,107 @@ def picker(path: str) -> Callable[[Mapping[str, Any]], Any]:
     return pick
 
 
-def in_utc(moment: datetime) -> str:
-    """ISO 8601 in UTC; a time without a zone counts as UTC."""
-    if moment.tzinfo is not None:
-        moment = moment.astimezone(UTC).replace(tzinfo=None)
-    return moment.isoformat() + "Z"
-
-
-def utc_text(value: Any, order: str | None = None) -> str:
-    """A date as people write it (ISO 8601, RFC 5322, 15.01.2024, 15 Jan 2024, unix seconds or
-    milliseconds) as ISO 8601 in UTC. `order` (dmy or mdy) says how 03/04/2024 is meant; without it
-    that is refused rather than guessed. Raises ValueError."""
-    try:
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 10**7:
-            value = str(value)  # maybe 20240115
-        if isinstance(value, str):
-            return date_text(value.strip(), order)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return in_utc(datetime.fromtimestamp(value, UTC))
-    except (OverflowError, OSError):  # beyond the years 1 to 9999
-        pass
-    raise ValueError("a date")
-
-
-def date_text(text: str, order: str | None) -> str:
-    if text[:9].isdigit() and len(text) > 8:  # which ISO 8601 has, too, with any separator
-        return in_utc(from_digits(text))
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        return odd_date(text, order)
-    in_form = len(text) == 20 and text[10] == "T" and text[19] == "Z"
-    return text if in_form else in_utc(moment)
-
-
-def from_digits(text: str) -> datetime:
-    """Unix seconds, milliseconds or microseconds, or a date and time without separators."""
-    whole, _, _ = text.partition(".")
-    units = {9: 1.0, 10: 1.0, 11: 1.0, 13: 1e3, 16: 1e6}
-    if re.fullmatch(r"\d+(\.\d+)?", text) and len(whole) in units:
-        return datetime.fromtimestamp(float(text) / units[len(whole)], UTC)
-    form = {12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}.get(len(text))
-    if form is None:
-        raise ValueError("a date")
-    try:
-        return datetime.strptime(text, form).replace(tzinfo=UTC)
-    except ValueError:
-        raise ValueError("a date") from None
+# A date is of one of the forms below, with a time before or behind it or none, or it is refused:
+# ISO 8601 and its variants, RFC 5322, what JavaScript, Go and C print, and unix time. Which of two
+# numbers is the day is said by a dot (15.1.2024), by a number that is no month, or by `dates`.
+USUAL_DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
+DATE_TAIL = re.compile(r"\s*(\([^()]*\)|\[[^][]*\]|(?<=\s)m=[+-][\d.]+)$")  # a zone's name, Go's m=
+DATE_TIME = re.compile(
+    r"(?:(?<=\d)T|\b)(\d{1,2}):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?(?:\s*([ap])\.?m\b\.?)?"
+    r"(\s*(?:Z|UTC?|GMT)?\s*([+-])(\d\d):?(\d\d)?(?:\s+[A-Z]{3,5})?|\s*(?:Z|UTC?|GMT))?(?!\w)",
+    re.ASCII | re.IGNORECASE,
+)
+WEEKDAY = r"(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?\.?"
+DATE_FORMS = [
+    re.compile(form.replace("MONTH", r"(?P<b>[a-z]{3,9})\.?"), re.ASCII | re.IGNORECASE)
+    for form in (
+        r"(?P<y>\d{4})([-/.])(?P<m>\d{1,2})\2(?P<d>\d{1,2})",
+        r"(?P<y>\d{4})(?P<m>\d\d)(?P<d>\d\d)",
+        r"(?P<y>\d{4})-?W(?P<week>\d\d)-?(?P<weekday>\d)",
+        r"(?P<y>\d{4})-(?P<yearday>\d{3})",
+        r"(?P<d>\d{1,2})(?:st|nd|rd|th)?[- ]MONTH[- ](?P<y>\d{4}|\d\d)",
+        r"MONTH (?P<d>\d{1,2})(?:st|nd|rd|th)? (?P<y>\d{4})",
+        r"(?P<y>\d{4})[- ]MONTH[- ](?P<d>\d{1,2})",
+        r"(?P<one>\d{1,2})(?P<sep>[-/. ]) ?(?P<two>\d{1,2})(?P=sep) ?(?P<y>\d{4}|\d\d)",
+    )
+]
+MONTHS = "january february march april may june july august september october november december"
+MONTH_NUMBERS = {"sept": 9} | {
+    text: number for number, name in enumerate(MONTHS.split(), 1) for text in (name, name[:3])
+}
+UNIX_UNITS = (1, 10**3, 10**6)  # a second in seconds, milliseconds and microseconds
+UNIX_RANGE = range(946_684_800, 4_102_444_800)  # from 2000 to 2100; the units do not overlap there
+LONGEST_DATE = 100  # characters; JavaScript's has some 60
+ONE_READING = "a date that can be read in one way only; `dates: dmy` or mdy decides"
 
 
 @lru_cache(maxsize=4096)
-def odd_date(text: str, order: str | None) -> str:
-    from dateutil import parser
+def moment(text: str, order: str | None = None) -> datetime:
+    """The moment that a text says, in its own zone; without one it is UTC. `order` (dmy or mdy)
+    says how 03/04/2024 is meant. Raises ValueError, and OverflowError beyond the calendar."""
+    if len(text) > LONGEST_DATE:
+        raise ValueError("a date")
+    if (unit := unix_unit(text)) is not None:
+        return datetime.fromtimestamp(float(text) / unit, UTC)
+    if compact := re.fullmatch(r"(\d{8})T?(\d\d)(\d\d)(\d\d)?(\D.*)?", text, re.ASCII):
+        text = "{}T{}:{}:{}{}".format(*compact.groups("00")[:4], compact[5] or "")
+    text, clock = DATE_TAIL.sub("", text), timedelta()
+    zone: tzinfo = UTC
+    if found := DATE_TIME.search(text):
+        hour, minute, second = (int(found[n] or 0) for n in (1, 2, 3))
+        if found[5]:
+            hour = hour % 12 + 12 * (found[5] in "pP") if 1 <= hour <= 12 else 24
+        time_of_day = datetime(1, 1, 1, hour, minute, second, int(f"{found[4] or 0:0<6}"[:6]))
+        clock = time_of_day - datetime(1, 1, 1)
+        if found[7]:
+            offset = timedelta(hours=int(found[8]), minutes=int(found[9] or 0))
+            zone = timezone(-offset if found[7] == "-" else offset)
+        text = f"{text[: found.start()]} {text[found.end() :]}"
+    day = re.sub(rf"^{WEEKDAY}[\s,]+", "", " ".join(text.replace(",", " ").split()), flags=re.I)
+    return day_of(day, order).replace(tzinfo=zone) + clock
 
-    numbers = re.match(r"(\d{1,2})([/.\- ])(\d{1,2})\2\d{1,4}\b", text)
-    day_first = numbers is not None and (order or ("dmy" if numbers[2] == "." else "")) == "dmy"
-    both_ways = numbers and numbers[1] != numbers[3] and max(int(numbers[1]), int(numbers[3])) <= 12
-    if both_ways and order is None and not day_first:
-        raise ValueError("a date that can be read in one way only; `dates: dmy` or mdy decides")
-    try:  # what the text lacks comes from the default: two of them differ where that is a day
-        one, other = (
-            parser.parse(text, default=default, dayfirst=day_first, tzinfos=known_zone)
-            for default in (datetime(2000, 1, 1), datetime(2001, 2, 2))
-        )
-    except (ValueError, OverflowError, TypeError) as e:
-        raise ValueError("a date") from e
-    if one != other or not re.search(r"\d", text):
-        raise ValueError("a whole date")
-    return in_utc(one)
+
+def unix_unit(text: str) -> int | None:
+    """How many of the units of a unix time make a second; None: it is none."""
+    number = float(text) if re.fullmatch(r"\d{9,16}(\.\d+)?", text, re.ASCII) else 0
+    return next((unit for unit in UNIX_UNITS if int(number) // unit in UNIX_RANGE), None)
 
 
-def known_zone(name: str | None, offset: int | None) -> int | None:
-    """An offset from UTC in seconds; a zone that has only a name may mean several."""
-    if name is not None and offset is None:
-        raise ValueError(f"the zone {name}")
-    return offset
+def day_of(text: str, order: str | None) -> datetime:
+    """The day that a text without a time says. Raises ValueError."""
+    found = next(filter(None, (form.fullmatch(text) for form in DATE_FORMS)), None)
+    if found is None:
+        raise ValueError("a date")
+    got = found.groupdict()
+    if len(got["y"]) == 2 and order is None:
+        raise ValueError("a date with a year of four digits")
+    year = int(got["y"]) if len(got["y"]) == 4 else datetime.strptime(got["y"], "%y").year
+    if "week" in got:
+        return datetime.fromisocalendar(year, int(got["week"]), int(got["weekday"]))
+    if "yearday" in got:
+        return datetime.strptime(text, "%Y-%j")
+    if "one" in got:
+        one, two = int(got["one"]), int(got["two"])
+        if order is None and got["sep"] != "." and one != two and max(one, two) <= 12:
+            raise ValueError(ONE_READING)
+        day_first = order == "dmy" if order else got["sep"] == "." or two <= 12
+        return datetime(year, two if day_first else one, one if day_first else two)
+    month = MONTH_NUMBERS.get(got["b"].lower(), 0) if "b" in got else int(got["m"])
+    return datetime(year, month, int(got["d"]))
+
+
+def utc_text(value: Any, order: str | None = None) -> str:
+    """A date as ISO 8601 in UTC. Raises ValueError, whose text says what is allowed."""
+    text = str(value).strip() if type(value) in (str, int, float) else ""
+    try:
+        if USUAL_DATE.fullmatch(text):
+            datetime.fromisoformat(text)
+            return text
+        at = moment(text, order).astimezone(UTC).replace(tzinfo=None)
+    except (OverflowError, ValueError) as e:
+        known = str(e).startswith("a date")
+        raise ValueError(str(e) if known else "a date") from None
+    return at.isoformat() + "Z"
 
 
 class UnifiedFields(TypedDict, total=False):
@@ -5817,29 +5852,20 @@ class Mapper:
         self.name, self.source = name, source
         mapping = [source.id, sorted(source.fields.items()), source.dates]
         self._salt = digest_of(json.dumps(mapping))
-        self._id = picker(source.id)
+        self._ids = [(field, picker(field)) for field in source.ids]
         self.nested = source.type == "api"
         self._keys: tuple[str, ...] = ()
         self._plan = MappingPlan([], [], [], [])
 
     def identify(self, record: Mapping[str, Any]) -> str:
-        """The record's id as text. Raises BadRecord."""
-        value = self._id(record)
-        if type(value) is str and value.isascii() and value.strip():
-            return value
-        if value is None:
-            raise BadRecord(f"no id: {self.source.id} is missing")
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise BadRecord(f"{self.source.id}: found {cut(value)}; allowed: text or a number")
-        text = str(value)
-        if not text.strip():
-            raise BadRecord(f"no id: {self.source.id} is empty")
-        if SURROGATES.search(text):
-            raise BadRecord(f"{self.source.id}: found {cut(value)}; allowed: text in Unicode")
-        return text
+        """The record's id as text; of several fields a JSON list of theirs. Raises BadRecord."""
+        if len(self._ids) == 1:
+            [(field, pick)] = self._ids
+            return id_text(field, pick(record))
+        return to_json([id_text(field, pick(record)) for field, pick in self._ids]).decode()
 
     def hash(self, record: bytes) -> bytes:
-        return hashlib.sha256(self._salt + record).digest()[:16]
+        return hashlib.blake2b(record, digest_size=16, salt=self._salt).digest()
 
     def unify(self, record: Mapping[str, Any], source_id: str) -> bytes:
         """The record in the unified schema, as JSON. Raises BadRecord."""
@@ -5876,99 +5902,58 @@ class Mapper:
         given = self.source.fields
         plain = [(name, key) for name, key in given.items() if key in keys]
         deep = [(name, picker(path)) for name, path in given.items() if path not in keys]
-        free = {self.source.id, *given.values()}
-        matched: list[tuple[str, str]] = []
+        free = {*self.source.ids, *given.values()}
+        matched: dict[str, str] = {}
         for key in keys:
             name = key.strip().lower()
-            taken = {*given, *(name for name, _ in matched)}
-            if name in UNIFIED and name not in taken and key not in free:
-                matched.append((name, key))
-        used = {self.source.id, *(key for _, key in (*plain, *matched))}
+            if name in UNIFIED and name not in given and key not in free:
+                matched.setdefault(name, key)
+        alone = self.source.ids if len(self.source.ids) == 1 else ()  # which source_id is already
+        used = {*alone, *(key for _, key in plain), *matched.values()}
+        pairs = [*matched.items()]
         return MappingPlan(
-            plain + matched, cast(Any, deep), matched, [key for key in keys if key not in used]
+            plain + pairs, cast(Any, deep), pairs, [k for k in keys if k not in used]
         )
 
 
-SURROGATES = re.compile("[\ud800-\udfff]")
-
-# What is known of a source's fields: by name their types, and whether every record had it.
-Fields = dict[str, dict[str, Any]]
-
-
-def type_of(value: Any) -> str | None:
-    """A JSON value's type; None for null, which says nothing."""
-    if value is None or isinstance(value, bool):
-        return None if value is None else "boolean"
-    names = {int: "integer", float: "number", str: "text", list: "list", dict: "object"}
-    return names[type(value)]
-
-
-def type_of_text(value: str) -> str | None:
-    """What a value of a CSV file looks like; None for an empty one."""
-    if not value:
-        return None
-    if value[0] not in "+-.0123456789":
-        return "text"
-    for kind, read in (("integer", int), ("number", float), ("date", datetime.fromisoformat)):
-        with contextlib.suppress(ValueError):
-            read(value)
-            return kind
-    return "text"
+def id_text(field: str, value: Any) -> str:
+    """A value that identifies a record. Raises BadRecord."""
+    if type(value) is str and value.isascii() and value.strip():
+        return value
+    if value is None:
+        raise BadRecord(f"no id: {field} is missing")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadRecord(f"{field}: found {cut(value)}; allowed: text or a number")
+    if not str(value).strip():
+        raise BadRecord(f"no id: {field} is empty")
+    if re.search("[\ud800-\udfff]", str(value)):
+        raise BadRecord(f"{field}: found {cut(value)}; allowed: text in Unicode")
+    return str(value)
 
 
-def fields_of(records: Sequence[Mapping[str, Any]], csv_columns: Sequence[str] = ()) -> Fields:
-    """The fields of some records: of API records all, of a file's a sample, for speed."""
-    found: Fields = {name: {"types": set(), "always": True} for name in csv_columns}
-    look = type_of_text if csv_columns else type_of
-    step = max(1, len(records) // SAMPLED_ROWS) if csv_columns else 1
-    for record in records[::step]:
-        for name, value in record.items():
-            field = found.setdefault(name, {"types": set(), "always": True})
-            if (kind := look(value)) is not None:
-                field["types"].add(kind)
-    for name, field in found.items():
-        field["types"] = sorted(field["types"])
-        field["always"] = bool(csv_columns) or all(name in record for record in records)
-    return found
+Fields = dict[str, bool]  # of a source: whether every record had it
 
 
-def fits(kind: str, known: Collection[str], *, text_takes_all: bool) -> bool:
-    """Whether a value of this type is nothing new where `known` ones were met."""
-    wider = {"integer": {"number"}}.get(kind, set())
-    return (
-        not known or kind in known or bool(wider & {*known}) or (text_takes_all and "text" in known)
-    )
+def fields_of(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Fields:
+    if columns or not records:
+        return dict.fromkeys(columns if records else (), True)
+    found = Counter(itertools.chain.from_iterable(records))
+    return {name: count == len(records) for name, count in found.items()}
 
 
-def drift(known: Mapping[str, Any], seen: Fields, *, text_takes_all: bool) -> list[str]:
-    """What is new, gone or of another type in the fields `seen`; nothing where none are known."""
+def drift(known: Mapping[str, Any], seen: Fields) -> list[str]:
+    """What is new or gone in the fields `seen`; nothing where none are known."""
     if not known or not seen:
         return []
     notes = [f"new field {cut(name)}" for name in seen if name not in known]
-    notes += [
-        f"field {cut(name)} is gone"
-        for name, was in known.items()
-        if was["always"] and name not in seen
-    ]
-    for name, now in seen.items():
-        was = known[name]["types"] if name in known else []
-        for kind in now["types"]:
-            if not fits(kind, was, text_takes_all=text_takes_all):
-                notes.append(f"field {cut(name)} was {' or '.join(was)}, now {kind}")
-    return notes
+    gone = (name for name, always in known.items() if always is True and name not in seen)
+    return notes + [f"field {cut(name)} is gone" for name in gone]
 
 
-def learned(known: Mapping[str, Any], seen: Fields) -> Fields:
+def learned(known: Mapping[str, Any], seen: Fields) -> dict[str, Any]:
     """What is known of the fields after some more records."""
-    if not seen:
-        return dict(known)
-    after: Fields = {}
-    for name in [*known, *(n for n in seen if n not in known)]:
-        was, now = known.get(name), seen.get(name)
-        types = {*(was["types"] if was else ()), *(now["types"] if now else ())}
-        always = (was["always"] if was else not known) and now is not None and now["always"]
-        after[name] = {"types": sorted(types), "always": always}
-    return after
+    both = dict.fromkeys([*known, *seen]) if seen else known
+    return {n: known.get(n, not known) is True and (not seen or seen.get(n, False)) for n in both}
 
 
 @dataclass(frozen=True, slots=True)
@@ -5977,45 +5962,34 @@ class Fetched:
     be read, and where the part stands after them."""
 
     label: str  # of the part, for people: "products.csv line", "page 3 record"
-    records: list[tuple[int, Any]]
-    rejects: list[Rejected]
-    part: str
-    state: dict[str, Any]
-    progress: float | None
+    records: Sequence[tuple[int, Any]]
+    rejects: Sequence[Rejected]
+    span: tuple[int, int] | None  # numbers read anew: what was rejected there before is forgotten
+    part: str = ""  # its name in the checkpoint; empty: none is kept
+    state: dict[str, Any] = field(default_factory=dict)
+    progress: float | None = None
     columns: Sequence[str] = ()  # of a CSV file
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Fetched records by id, hashed; of several with one id the last."""
-
-    by_id: dict[str, tuple[int, Any, bytes, bytes]]  # number, record, its JSON, its hash
-    rejects: list[Rejected]
-    fields: Fields
-    earlier: dict[str, list[tuple[int, Any, bytes, bytes]]]  # those that it replaces
+LAST = 1 << 53  # the number of no record
+Row = tuple[int, str, Any, bytes, bytes]  # its number, id, itself, itself as JSON, hash of that
+Known = Mapping[str, tuple[bytes, bool]]  # by id: hash, and whether this run has written it
 
 
-def prepare(mapper: Mapper, fetched: Fetched) -> Prepared:
+def prepare(mapper: Mapper, fetched: Fetched) -> tuple[list[Row], list[Rejected], Fields]:
     """Identify and hash; for a thread."""
-    by_id: dict[str, tuple[int, Any, bytes, bytes]] = {}
-    earlier: dict[str, list[tuple[int, Any, bytes, bytes]]] = {}
-    rejects = list(fetched.rejects)
+    rows, rejects = list[Row](), [*fetched.rejects]
     for number, record in fetched.records:
         try:
             if not isinstance(record, dict):
                 raise BadRecord(f"found {cut(record)}; allowed: an object")
-            key = mapper.identify(record)
-            text = to_json(record)
+            key, text = mapper.identify(record), to_json(record)
             if mapper.nested and is_deeper(record, NESTED):
                 raise BadRecord(f"nested more than {NESTED} deep")
+            rows.append((number, key, record, text, mapper.hash(text)))
         except BadRecord as e:
             rejects.append(rejected(fetched, number, e, any_json(record)))
-            continue
-        if key in by_id:
-            earlier.setdefault(key, []).append(by_id[key])
-        by_id[key] = (number, record, text, mapper.hash(text))
-    fields = fields_of([record for _, record, _, _ in by_id.values()], fetched.columns)
-    return Prepared(by_id, rejects, fields, earlier)
+    return rows, rejects, fields_of([row[2] for row in rows], fetched.columns)
 
 
 def rejected(fetched: Fetched, number: int, error: BadRecord, record: bytes) -> Rejected:
@@ -6023,100 +5997,97 @@ def rejected(fetched: Fetched, number: int, error: BadRecord, record: bytes) -> 
 
 
 def finish(
-    mapper: Mapper, fetched: Fetched, prepared: Prepared, known: Mapping[str, bytes]
-) -> Chunk:
-    """Normalize what is not `known` by its hash; for a thread. Of several with one id the last
-    good one counts; those that it replaces count as updated."""
-    chunk = Chunk(
-        [], [], [*prepared.rejects], Counter(), fetched.part, fetched.state, fetched.progress
-    )
-    counts, unchanged, inserted = chunk.counts, 0, 0
-    for key, found in prepared.by_id.items():
-        if known.get(key) == found[3]:
+    mapper: Mapper, fetched: Fetched, rows: Sequence[Row], rejects: list[Rejected], known: Known
+) -> tuple[Chunk, list[str]]:
+    """Normalize what is not `known` by its hash, and tell which ids came twice with other values;
+    for a thread. Of several with one id the last good one stands, as it would if a chunk ended
+    between them; those before it count as updated."""
+    now, unchanged, twice = dict(known), 0, list[str]()
+    raws, unified = dict[str, tuple[str, str, bool]](), dict[str, tuple[str, str, bytes]]()
+    for number, key, record, text, digest in rows:
+        before = now.get(key)
+        if before is not None and before[0] == digest:
             unchanged += 1
             continue
-        data = unify_or_reject(mapper, fetched, chunk, key, found)
-        chunk.raws.append((key, found[2].decode(), data is not None))
-        if data is None:
-            fall_back(mapper, fetched, chunk, key, prepared.earlier.pop(key, []), known)
-        else:
-            chunk.unified.append((key, data, found[3]))
-            inserted += key not in known
-    counts["processed"] = len(fetched.records) + len(fetched.rejects)
-    counts["unchanged"] = unchanged
-    counts["inserted"] += inserted
-    counts["failed"] = len(chunk.rejects)
+        if before is not None and before[1]:
+            twice.append(key)
+        try:
+            unified[key] = key, mapper.unify(record, key).decode(), digest
+            now[key] = digest, True
+        except BadRecord as e:
+            rejects.append(rejected(fetched, number, e, text))
+            now[key] = b"", True
+        raws[key] = key, text.decode(), bool(now[key][0])
+    rejects.sort(key=lambda rejected: rejected.number)
+    counts = Counter(processed=len(fetched.records) + len(fetched.rejects), unchanged=unchanged)
+    counts |= {"inserted": len(unified.keys() - known.keys()), "failed": len(rejects)}
     counts["updated"] = counts["processed"] - unchanged - counts["inserted"] - counts["failed"]
-    chunk.rejects.sort(key=lambda rejected: rejected.number)
-    return chunk
+    where = fetched.part, fetched.state, fetched.progress, fetched.label, fetched.span
+    return Chunk([*raws.values()], [*unified.values()], rejects, counts, *where), twice
 
 
-def unify_or_reject(
-    mapper: Mapper, fetched: Fetched, chunk: Chunk, key: str, found: tuple[int, Any, bytes, bytes]
-) -> str | None:
-    """The unified record; None where it had to be rejected."""
-    number, record, text, _ = found
-    try:
-        return mapper.unify(record, key).decode()
-    except BadRecord as e:
-        chunk.rejects.append(rejected(fetched, number, e, text))
-        return None
+def failed_too_many(limit: str | None, failed: int, processed: int, *, ended: bool) -> bool:
+    """Whether the rejected records are more than `max_failed` allows; a share is judged from
+    CHUNK_ROWS records on, and at the end."""
+    if limit is None:
+        return False
+    if not limit.endswith("%"):
+        return failed > int(limit)
+    return (ended or processed >= CHUNK_ROWS) and failed * 100 > float(limit[:-1]) * processed
 
 
-def fall_back(
-    mapper: Mapper,
-    fetched: Fetched,
-    chunk: Chunk,
-    key: str,
-    earlier: list[tuple[int, Any, bytes, bytes]],
-    known: Mapping[str, bytes],
-) -> None:
-    """The last record of an id is bad: the last good one before it stands, as it would if a chunk
-    ended between them."""
-    while earlier:
-        found = earlier.pop()
-        if data := unify_or_reject(mapper, fetched, chunk, key, found):
-            chunk.unified.append((key, data, found[3]))
-            chunk.counts["inserted"] += key not in known
-            return
+# ── Ingest: files ─────────────────────────────────────────────────────────────────────────────
+
+CHUNK_BYTES = 4 << 20  # characters of a file after which a chunk ends early, however few records
+RECORD_BYTES = 16 << 20  # characters of one line, or of one field; more is no record
+RACY_SECONDS = 5.0  # s for which a file that changed may still be written to
+BLOCK_BYTES = 1 << 20  # characters that are passed over at once
+NOT_CSV = {  # how files begin that may be taken for a CSV file and are none
+    rb"PK\x03\x04": "a zip archive, or a workbook of Excel, which is one",
+    rb"\xd0\xcf\x11\xe0": "an old workbook of Excel",
+    rb"BZh\d1AY&SY": "packed by bzip2",
+    rb"\xfd7zXZ": "packed by xz",
+    rb"\x28\xb5\x2f\xfd": "packed by zstd",
+    rb"7z\xbc\xaf": "a 7z archive",
+    rb"Rar!\x1a": "a rar archive",
+    rb"(?s:.{257})ustar": "a tar archive",
+    rb"%PDF-\d": "a PDF",
+    rb"PAR1\x15": "a Parquet file",
+    rb"SQLite format 3\0": "a SQLite database",
+}
+SWALLOWS = "a quote swallows the lines after it"
+DOWNLOAD_BYTES = 4 << 30  # of a file behind a URL
+OPEN_QUOTE = "a quote is opened and never closed"
 
 
-# files
-
-
-def encoding_of(head: bytes) -> str:
-    """From the byte order mark; without one UTF-8."""
+def encoding_of(head: bytes) -> str | None:
+    """From the byte order mark, if there is one."""
     marks = (
         (codecs.BOM_UTF8, "utf-8-sig"),
         (codecs.BOM_UTF32_LE, "utf-32"),  # which begins like that of UTF-16
         (codecs.BOM_UTF16_LE, "utf-16"),
         (codecs.BOM_UTF16_BE, "utf-16"),
+        (codecs.BOM_UTF32_BE, "utf-32"),
     )
-    return next((name for mark, name in marks if head.startswith(mark)), "utf-8")
+    return next((name for mark, name in marks if head.startswith(mark)), None)
 
 
 def column_names(row: Sequence[str]) -> list[str]:
     """A header's names; an empty one is named by its place, a second one of a name gets a
     number, so that no value is lost."""
-    names: list[str] = []
+    names, counts = dict[str, None](), Counter[str]()
     for place, text in enumerate(row, 1):
-        name = text.strip() or f"column_{place}"
-        count = 2
+        base = name = text.strip() or f"column_{place}"
         while name in names:
-            name, count = f"{text.strip() or f'column_{place}'}_{count}", count + 1
-        names.append(name)
-    return names
+            counts[base] += 1
+            name = f"{base}_{counts[base] + 1}"
+        names[name] = None
+    return [*names]
 
 
-def delimiter_of(line: str, wanted: str) -> str:
-    """The one that parts a header into most columns, best with the `wanted` one among them; a
-    comma where none does better."""
-
-    def merit(delimiter: str) -> tuple[bool, int]:
-        columns = next(csv.reader([line], delimiter=delimiter), [])
-        return wanted in column_names(columns), len(columns)
-
-    return max(",;\t|", key=merit)
+def natural(path: str) -> list[tuple[int, str]]:
+    """What sorts export-9 before export-10."""
+    return [(int(t), t) if t.isdecimal() else (0, t) for t in re.split(r"(\d+)", path)]
 
 
 def identity_of(stat: os.stat_result, now: float) -> list[int] | None:
@@ -6129,504 +6100,708 @@ def identity_of(stat: os.stat_result, now: float) -> list[int] | None:
 
 def is_unchanged(path: Path, state: Mapping[str, Any], now: float) -> bool:
     """Whether a file is surely the one that was read to its end."""
-    known = state.get("identity")
+    known = state.get("identity") if state.get("done") else None
     return known is not None and known == identity_of(path.stat(), now)
 
 
 def quote_error(error: csv.Error) -> str:
     """The reader's complaints in words that help."""
     said = str(error)
-    if "unexpected end of data" in said or "field larger" in said:
-        return "a quote is opened and never closed"
-    return said
+    if said == OPEN_QUOTE or "unexpected end of data" in said or "field larger" in said:
+        return OPEN_QUOTE
+    return f"{said}; `escape` or `quote: none` say how else quotes are meant"
 
 
-class LongLine(bytes):
-    """The begin of a line that is longer than any record; `size` is its true length."""
-
-    size: int
+class LongLine(str):
+    """The begin of a line that is longer than any record."""
 
 
-def size_of(line: bytes) -> int:
-    return line.size if isinstance(line, LongLine) else len(line)
+@contextlib.contextmanager
+def readable(part: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, UnicodeError) as e:
+        why = (e.strerror if isinstance(e, OSError) else None) or str(e)
+        raise SourceError(f"{part} cannot be read: {short(why)}", status=400) from e
+
+
+def validators_of(got: httpx2.Response) -> dict[str, str] | None:
+    """What tells that a file behind a URL is as it was; None where it may have changed once more
+    since, within the same second."""
+    told = {"etag": got.headers.get("etag", ""), "modified": got.headers.get("last-modified", "")}
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        date, modified = map(parsedate_to_datetime, (got.headers["date"], told["modified"]))
+        if (date - modified).total_seconds() < 2:
+            return None
+    return {name: text for name, text in told.items() if text.isascii() and text.isprintable()}
 
 
 class CsvFile:
-    """One CSV file (RFC 4180) as a stream of records, read from where it was left; for a thread.
+    """One CSV file (RFC 4180) as records, from where it was left; for a thread. A line ends with
+    LF, CRLF or CR. What is malformed costs the line it starts on and no other: reading goes on
+    with the next line. `growing`: somebody may be writing its last line at this moment."""
 
-    Positions are bytes of the text, unpacked and in UTF-8 where the file is not plain. What is
-    malformed costs the line it starts on and no other: reading goes on with the next line.
-    """
-
-    def __init__(self, path: Path, part: str, source: CsvSource, fingerprint: str) -> None:
-        self.path, self.part, self.source, self.fingerprint = path, part, source, fingerprint
-        self.ended = False
-        self.columns: list[str] = []
-        self.renamed: list[str] = []  # what a person should know of that
-        self.position = self.line = 0
-        self._taken: list[bytes] = []  # lines of the record under way
-        self._pushed: deque[bytes] = deque()  # lines that were read, and are to be looked at
-        self._broken = ""  # why the record under way cannot be taken
-        self._digest: Any = (
-            hashlib.sha256()
-        )  # of what was read up to _safe; None: it cannot be told
-        self._safe = (0, 0)  # position and line from which to go on
-        self._frozen = False  # where to go on stays, whatever is read
-        self._file: Any = None
-        self._readline: Callable[[], bytes]
-        self._seek: Callable[[int], int] | None  # None: only reading on gets there
-
-    def __enter__(self) -> CsvFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def open(self, state: Mapping[str, Any], now: float) -> None:
-        """Find out what the file is, read its header, and go to where `state` says."""
+    def __init__(self, file: Any, part: str, source: CsvSource, *, growing: bool) -> None:
+        self.part, self.source, self._file, self._growing = part, source, file, growing
+        self._size = os.fstat(file.fileno()).st_size
         csv.field_size_limit(RECORD_BYTES)
-        self._file = self.path.open("rb")  # closed by __exit__
-        self._size = os.fstat(self._file.fileno()).st_size
-        self.identity = identity_of(os.fstat(self._file.fileno()), now)
-        stream: Any = self._file
-        if self._file.peek(2)[:2] == b"\x1f\x8b":
-            stream = gzip.GzipFile(fileobj=self._file)
-        head = stream.read(SNIFF_BYTES)
-        stream.seek(0)
-        self._encoding = self.source.encoding or encoding_of(head)
-        old_mac = b"\r" in head and b"\n" not in head
-        wide = codecs.lookup(self._encoding).name.startswith(("utf-16", "utf-32"))
-        self._plain = stream is self._file and not wide and not old_mac
-        if wide or old_mac:
-            bad = "surrogateescape" if old_mac else "surrogatepass"  # and found when it is decoded
-            newline = "\r" if old_mac else ""
-            text = io.TextIOWrapper(stream, self._encoding, errors=bad, newline=newline)
-            self._readline = lambda: text.readline(RECORD_BYTES).encode(errors=bad)
-            self._encoding = "utf-8"
+        packed = file.peek(2)[:2] == b"\x1f\x8b"
+        stream: Any = gzip.GzipFile(fileobj=file) if packed else file
+        head = stream.peek(512)
+        if kind := next((NOT_CSV[begin] for begin in NOT_CSV if re.match(begin, head)), None):
+            raise SourceError(f"{part} is no CSV file, but {kind}", status=400)
+        encoding = encoding_of(head[:4]) or source.encoding or "utf-8"
+        self._encoding = encoding.removesuffix("-sig")
+        wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+        bad = "surrogatepass" if wide else "surrogateescape"  # and found in _lines
+        self._text = io.TextIOWrapper(stream, encoding, errors=bad, newline="")
+        self._dialect: dict[str, Any] = {"escapechar": source.escape, "strict": True}
+        if source.quote == "none":
+            self._dialect |= {"quoting": csv.QUOTE_NONE, "quotechar": None}
         else:
-            self._readline = partial(stream.readline, RECORD_BYTES)
-        self._stream = stream
-        self._seek = stream.seek if not (wide or old_mac) else None
-        self._read_header(head)
-        self._resume(state)
+            self._dialect |= {"quotechar": source.quote}
+        self._start()
 
-    def _read_header(self, head: bytes) -> None:
-        if not head:
-            self.ended = True
-            return
-        line = self._readline()
-        while not line.strip() and (more := self._readline()):  # blank lines before the header
-            line += more
-        mark = len(codecs.BOM_UTF8) if line.startswith(codecs.BOM_UTF8) else 0
-        self._encoding = "utf-8" if self._encoding == "utf-8-sig" else self._encoding
-        self.position = mark
-        self._digest.update(line[:mark])
-        first = line[mark:].decode(self._encoding, errors="replace").lstrip()
-        self._delimiter = self.source.delimiter or delimiter_of(first, self.source.id)
-        if told := re.fullmatch(r"sep=(.)\r?\n?", first):  # Excel's way to name the delimiter
-            self._delimiter, self.position, self.line = told[1], len(line), 1
-            self._digest.update(line[mark:])
-        else:
-            self._pushed.extend(io.BytesIO(line[mark:]).readlines())
-        self._restart()
-        if self.source.columns:
-            self.columns = column_names(self.source.columns)
-        else:
-            try:
-                row = next((row for row in self._reader if row), [])
-            except csv.Error as e:
-                said = f"{self.part}: the header cannot be read: {quote_error(e)}"
-                raise SourceError(said, status=400) from e
-            self.columns = column_names(row)
-            self.renamed = [
-                f"column {place} {cut(text)} of {self.part} is called {cut(name)}"
-                for place, (text, name) in enumerate(zip(row, self.columns, strict=True), 1)
-                if text.strip() != name
-            ]
-            if self._broken:
-                self.renamed.append(f"the header of {self.part}: {self._broken}")
-            self._broken = ""
-            self._settle((self.position, self.line))
-        self._safe = (self.position, self.line)
+    def _start(self) -> None:
+        """Read the header."""
+        self.ended = self.waits = False  # waits: its last line has no end yet, and was not taken
+        self.notes: list[str] = []
+        self._taken: list[str] = []  # lines read and not settled
+        self._again: deque[str] = deque()  # lines that were given back
+        self._begin = self._last = 0  # where the record under way begins, and the one before
+        self._line = 0  # lines before them
+        self._digest = hashlib.blake2b(digest_size=16)  # of what need not be read again,
+        self._safe = (0, 0)  # and its characters and lines
+        self._frozen = False  # that stays as it is, whatever is read
+        self._broken = ""  # why the record under way cannot be taken
+        self._taken += [self._text.readline() for _ in range(self.source.skip)]
+        self._begin, self._delimiter = len(self._taken), ","
+        first = next(self._lines(), "")
+        self._delimiter = self.source.delimiter or self._delimiter_of(first)
+        if told := re.fullmatch(r"sep=(.)\s*", first):  # Excel's way to name it
+            self._delimiter, self._begin = told[1], len(self._taken)
+        elif first:
+            self._again.append(self._taken.pop())
+        self._reader = self._make_reader(self._lines())
+        self.ended = not first
+        self._header: list[str] | None = None
+        self.columns = column_names(self.source.columns or ()) if first else []
+        if first and not self.columns:
+            self._read_header()
+        self._settle()
 
-    def _restart(self) -> None:
-        self._reader = csv.reader(self._lines(), delimiter=self._delimiter, strict=True)
+    def _read_header(self) -> None:
+        try:
+            row = next(self._reader, [])
+        except csv.Error as e:
+            said = f"{self.part}: the header cannot be read: {quote_error(e)}"
+            raise SourceError(said, status=400) from e
+        self._header = row
+        row = [name.encode(errors="replace").decode() for name in row]
+        self.columns = column_names(row)
+        self._begin = len(self._taken)
+        self.notes += [
+            f"column {place} {cut(text)} of {self.part} is called {cut(name)}"
+            for place, (text, name) in enumerate(zip(row, self.columns, strict=True), 1)
+            if text.strip() != name
+        ]
+        if self._broken:
+            self.notes.append(f"the header of {self.part}: {self._broken}")
+        self._broken = ""
 
-    def _resume(self, state: Mapping[str, Any]) -> None:
-        """Go on behind what was read, where that is surely as it was."""
-        at = int(state.get("position", 0))
-        if state.get("map") != self.fingerprint or at <= self.position or at > self._size_of_text():
-            return
-        if self._plain:
-            digest = self._digest_until(at)
-            if digest.hexdigest() != state.get("digest"):
-                return
-            self._digest = digest
-        elif self.identity is None or state.get("identity") != self.identity:
-            return
-        self._go_to(at)
-        self.line = int(state["line"])
-        self._safe = (self.position, self.line)
+    def resume(self, state: Mapping[str, Any]) -> bool:
+        """Go on behind what was read, where that is as it was; else from the start."""
+        left, digest = state.get("position", 0) - self._safe[0], self._digest.copy()
+        while left > 0 and (text := self._text.read(min(left, BLOCK_BYTES))):
+            digest.update(text.encode(errors="surrogatepass"))
+            left -= len(text)
+        if left == 0 and digest.hexdigest() == state.get("digest"):
+            self._digest, self._safe = digest, (state["position"], state["line"])
+            self._line = state["line"]
+            return True
+        self._text.seek(0)
+        self._start()
+        return False
 
-    def _size_of_text(self) -> float:
-        return self._size if self._plain else math.inf
+    def _make_reader(self, lines: Iterable[str], **dialect: Any) -> Iterator[list[str]]:
+        return csv.reader(lines, delimiter=self._delimiter, **self._dialect | dialect)
 
-    def _go_to(self, position: int) -> None:
-        self._pushed.clear()
-        if self._seek is not None:
-            self._seek(position)
-        else:
-            while self.position < position and (line := self._readline()):
-                self.position += len(line)
-        self.position = position
-        self._restart()
+    def _delimiter_of(self, line: str) -> str:
+        """The one that parts the header into most columns, best with those of the id among them;
+        a comma where none does better."""
 
-    def _digest_until(self, position: int) -> Any:
-        """Of the file as it is now, from its start; by a way of its own, past what was read."""
-        digest, done = hashlib.sha256(), 0
-        while block := os.pread(self._file.fileno(), min(1 << 20, position - done), done):
-            digest.update(block)
-            done += len(block)
-        return digest
+        def merit(delimiter: str) -> tuple[bool, int]:
+            self._delimiter = delimiter
+            with contextlib.suppress(csv.Error):
+                columns = next(self._make_reader([line], strict=False), [])
+                return {*self.source.ids} <= {*column_names(columns)}, len(columns)
+            return False, 0
 
-    def _settle(self, begin: tuple[int, int]) -> None:
-        """The record that began at `begin` is done with: what was taken for it need not be read
-        again, but for a last line without an end, which may still grow."""
-        if self._frozen:
-            pass
-        elif self._taken and self._taken[-1].endswith((b"\n", b"\r")):
-            self._safe = self.position, self.line
-            if self._digest is not None:
-                self._digest.update(b"".join(self._taken))
-        elif self._taken:
-            self._safe = begin
-        self._taken.clear()
+        return max(",;\t|", key=merit)
 
     def _lines(self) -> Iterator[str]:
-        while True:
-            if not self._pushed and not self._fill():
+        """The lines for the reader, but for blank ones and comments before a record, and for a
+        byte order mark there, which stands where files were joined."""
+        readline, again, taken = self._text.readline, self._again, self._taken
+        comment, blank = self.source.comment, " \t\r\n".replace(self._delimiter, "")
+        unusual = f"\ufeff{blank}{comment or ''}"
+        while line := again.popleft() if again else readline(RECORD_BYTES):
+            if line[-1] != "\n" and not (line := self._odd_line(line)):
                 return
-            line = self._pushed.popleft()
-            self.position += size_of(line)
-            self.line += 1
-            if isinstance(line, LongLine):
-                self._broken = f"a line of more than {RECORD_BYTES} bytes"
-            self._taken.append(line)
-            try:
-                yield line.decode(self._encoding)
-            except UnicodeDecodeError as e:
-                wrong = line[e.start : e.start + 1].hex()
-                self._broken = f"byte 0x{wrong} is not {self._encoding}; `encoding` names another"
-                yield line.decode(self._encoding, errors="replace")
+            taken.append(line)
+            begun = len(taken) - self._begin
+            if begun == 1 and line[0] in unusual:
+                line = line.lstrip("\ufeff")
+                if not line.strip(blank) or (comment and line.startswith(comment)):
+                    self._begin += 1
+                    if self._begin > 10 * CHUNK_ROWS:
+                        self._settle()
+                    continue
+            elif begun == CHUNK_ROWS and self._swallows(taken[self._begin :]):
+                raise csv.Error(OPEN_QUOTE)
+            if not line.isascii():
+                self._check(line)
+            yield line
 
-    def _long_line(self, begin: bytes) -> LongLine:
-        """Read on to the end of a line that is longer than any record, and let go of it."""
-        line, part = LongLine(begin[:1000] + b"\n"), begin
-        line.size = len(begin)
-        while not part.endswith((b"\n", b"\r")) and (part := self._readline()):
-            line.size += len(part)
-        self._digest = None  # of a part that is gone
-        return line
+    def _odd_line(self, line: str) -> str:
+        """A line that does not end with LF: the last one, one that ends with CR, or an endless one,
+        of which the rest is passed over."""
+        if len(line) >= RECORD_BYTES:
+            part, line = line, LongLine(line[:1000])
+            while part[-1] not in "\r\n" and (more := self._text.readline(RECORD_BYTES)):
+                part = more
+        if isinstance(line, LongLine):
+            self._frozen, self._broken = True, f"a line of more than {RECORD_BYTES} characters"
+            return line
+        self.waits = self._growing and line[-1] != "\r"
+        return "" if self.waits else line
 
-    def _fill(self) -> bool:
-        """Read some more whole lines; False at the end."""
-        if self._seek is None:
-            self._pushed.extend(filter(None, [self._readline()]))
-        else:
-            block = self._stream.read(BLOCK_BYTES) + self._readline()
-            self._pushed.extend(io.BytesIO(block).readlines())
-        if self._pushed and len(self._pushed[-1]) >= RECORD_BYTES:
-            self._pushed[-1] = self._long_line(self._pushed[-1])
-        return bool(self._pushed)
+    def _check(self, line: str) -> None:
+        try:
+            line.encode()
+        except UnicodeEncodeError as e:
+            wrong = f"byte 0x{ord(line[e.start]) & 0xFF:02x} is not {self._encoding}"
+            self._broken = f"{wrong}; `encoding` names another"
+
+    def _settle(self) -> None:
+        """What was read up to the record under way need not be read again, but for a last line
+        without an end, which may still grow."""
+        upto, end = self._begin, self._taken[self._begin - 1][-1:] if self._begin else "\n"
+        whole = end == "\n" or (end == "\r" and not self.ended)
+        if not self._frozen:
+            text = "".join(self._taken[: upto if whole else self._last])
+            self._digest.update(text.encode(errors="surrogatepass"))
+            lines = self._line + (upto if whole else self._last)
+            self._safe = self._safe[0] + len(text), lines
+        self._frozen |= not whole
+        self._line += upto
+        del self._taken[:upto]
+        self._begin = self._last = 0
 
     def read(self) -> Fetched:
-        """The next records, some thousand at most: well-formed ones at once, others singly."""
-        if self._seek is None or (records := self._read_at_once()) is None:
-            return self._read_singly()
-        return self._fetched(records, [])
-
-    def _read_at_once(self) -> list[tuple[int, Any]] | None:
-        """The next thousand lines, where each is a record of its own and without fault; None,
-        and nothing read, where that is not so."""
-        if len(self._pushed) < CHUNK_ROWS:
-            self._fill()
-        lines = list(itertools.islice(self._pushed, CHUNK_ROWS))
-        block = b"".join(lines)
-        if not block.endswith(b"\n") or len(block) > CHUNK_BYTES or LongLine in map(type, lines):
-            return None
-        try:
-            text = io.StringIO(block.decode(self._encoding), newline="\n")
-            rows = list(csv.reader(text, delimiter=self._delimiter, strict=True))
-        except (csv.Error, UnicodeDecodeError):
-            return None
-        if len(rows) != len(lines) or {*map(len, rows)} != {len(self.columns)}:
-            return None
-        first = self.line + 1
-        self.position += len(block)
-        self.line += len(lines)
-        self._taken = [block]
-        self._settle((self.position, self.line))
-        self._pushed = deque(itertools.islice(self._pushed, len(lines), None))
-        self._restart()
-        return list(enumerate(map(dict, map(zip, itertools.repeat(self.columns), rows)), first))
-
-    def _read_singly(self) -> Fetched:
-        records: list[tuple[int, Any]] = []
-        rejects: list[Rejected] = []
-        columns, begun = self.columns, self.position
-        while len(records) + len(rejects) < CHUNK_ROWS and self.position - begun < CHUNK_BYTES:
-            begin = self.position, self.line
+        """The next records, some thousand at most."""
+        records, rejects, columns = list[tuple[int, Any]](), list[Rejected](), self.columns
+        first, wanted = self._line + 1, len(columns)
+        size, header, taken = 0, self._header, self._taken
+        while len(records) + len(rejects) < CHUNK_ROWS and size < CHUNK_BYTES:
             try:
                 row = next(self._reader, None)
             except csv.Error as e:
-                if "unexpected end" in str(e) and not self._frozen:  # what is to come may close it
-                    self._frozen, self._safe = True, begin
-                rejects.append(self._give_up(begin, quote_error(e)))
-                continue
+                row = None
+                if not self.waits:
+                    rejects.append(self._unreadable(e))
+                    continue
             if row is None:
                 self.ended = True
                 break
-            if self._broken or len(row) != len(columns):
-                if rejected := self._judge(begin, row):
+            begin = self._last = self._begin
+            self._begin = end = len(taken)
+            size += len(taken[-1])
+            if len(row) != wanted or self._broken or end > begin + 2:
+                size += sum(map(len, taken[begin:]))
+                if rejected := self._judge(row):
                     rejects.append(rejected)
-            else:
-                records.append((begin[1] + 1, dict(zip(columns, row, strict=True))))
-            self._settle(begin)
-        return self._fetched(records, rejects)
-
-    def _fetched(self, records: list[tuple[int, Any]], rejects: list[Rejected]) -> Fetched:
+                    continue
+            elif row == header:
+                if len(self.notes) < MAX_NOTES:
+                    place = f"{self.part} line {self._line + begin + 1}"
+                    self.notes.append(f"{place}: the header once more")
+                continue
+            records.append((self._line + begin + 1, dict(zip(columns, row, strict=True))))
+        self._settle()
+        span = first, LAST if self.ended else self._line
         position, line = self._safe
-        known = self._digest if self._plain else None
-        state = {
-            "map": self.fingerprint,
-            "identity": self.identity,
-            "position": position,
-            "line": line,
-            "digest": known.hexdigest() if known is not None else None,
-            "done": self.ended,
-        }
-        share = self._file.tell() / self._size if self._size else 1.0
+        state = {"position": position, "line": line, "digest": self._digest.hexdigest()}
+        state |= {"done": self.ended}
+        share = min(self._file.tell() / self._size, 1.0) if self._size else 1.0
         label = f"{self.part} line"
-        return Fetched(label, records, rejects, self.part, state, min(share, 1.0), self.columns)
+        return Fetched(label, records, rejects, span, self.part, state, share, columns)
 
-    def _judge(self, begin: tuple[int, int], row: list[str]) -> Rejected | None:
-        """What is wrong with a record; None for a line with nothing in it."""
-        found, wanted = len(row), len(self.columns)
-        if not self._broken and (not row or (found == 1 < wanted and not row[0].strip())):
-            return None
-        reason = self._broken
-        if found != wanted:
-            reason = reason or f"found {found} fields; the header has {wanted}"
-            if any(self._is_whole(line) for line in self._taken[1:]):
-                return self._give_up(begin, f"{reason}; a quote swallows the lines after it")
+    def _unreadable(self, error: csv.Error) -> Rejected:
+        if "unexpected end" in str(error):  # what is to come may close the quote
+            self._settle()
+            self._frozen = True
+        return self._give_up(quote_error(error))
+
+    def _judge(self, row: Sequence[str]) -> Rejected | None:
+        """What is wrong with the record that was just read; None where nothing is."""
+        lines, reason = self._taken[self._last :], self._broken
+        if len(row) != len(self.columns):
+            reason = reason or f"found {len(row)} fields; the header has {len(self.columns)}"
+            swallows = any(map(self._is_alone, lines[1:]))
+        else:
+            swallows = self._swallows(lines)
+        if swallows:
+            self._begin = self._last
+            return self._give_up("; ".join(filter(None, [reason, SWALLOWS])))
         self._broken = ""
-        return self._rejected(begin, reason, b"".join(self._taken))
+        return self._rejected(self._last, reason, lines) if reason else None
 
-    def _is_whole(self, line: bytes) -> bool:
-        """Whether a line is a record of its own, so that a quote before it must be a stray one."""
-        text = line.decode(self._encoding, errors="replace")
-        try:
-            row = next(csv.reader([text], delimiter=self._delimiter, strict=True), [])
-        except csv.Error:
-            return False
-        return len(row) == len(self.columns)
+    def _swallows(self, lines: Sequence[str]) -> bool:
+        """Whether a stray quote took these lines together: nineteen of twenty are records alone."""
+        alone = sum(map(self._is_alone, lines)) if len(lines) > 2 and len(self.columns) > 1 else 0
+        return 20 * alone >= 19 * len(lines)
 
-    def _give_up(self, begin: tuple[int, int], reason: str) -> Rejected:
+    def _is_alone(self, line: str) -> bool:
+        """Whether a line would be a record of its own if quotes meant nothing."""
+        row = next(self._make_reader([line], quoting=csv.QUOTE_NONE, quotechar=None), [])
+        named = dict(zip(self.columns, row, strict=False))
+        return len(row) == len(self.columns) and all(
+            named.get(name, "").strip() for name in self.source.ids
+        )
+
+    def _give_up(self, reason: str) -> Rejected:
         """Reject the first line of the record under way, and read again from the second on."""
-        first, *rest = self._taken or [b""]
-        self._pushed.extendleft(reversed(rest))
-        self.position, self.line = begin[0] + size_of(first), begin[1] + 1
-        self._taken = [first]
-        self._settle(begin)
+        first, *rest = self._taken[self._begin :] or [""]
+        del self._taken[self._begin + 1 :]
+        self._again.extendleft(reversed(rest))
+        self._last = self._begin
+        self._begin = len(self._taken)
         self._broken = ""
-        self._restart()
-        return self._rejected(begin, reason, first)
+        self._reader = self._make_reader(self._lines())
+        return self._rejected(self._last, reason, [first])
 
-    def _rejected(self, begin: tuple[int, int], reason: str, record: bytes) -> Rejected:
-        text = record.decode(self._encoding, errors="backslashreplace").rstrip("\r\n")
-        return Rejected(f"{self.part} line {begin[1] + 1}", reason, text, begin[1] + 1)
-
-
-# pages
-
-
-def items_of(answer: Any, path: str | None) -> list[Any]:
-    """The list of records in an answer. Without a path the answer itself, or the only list in it.
-    Raises SourceError."""
-    if path is not None:
-        found = picker(path)(answer) if isinstance(answer, dict) else None
-        if isinstance(found, list):
-            return found
-        raise SourceError(f"there is no list at {path!r} in the answer: {cut(answer)}", status=400)
-    if isinstance(answer, list):
-        return answer
-    block = answer if isinstance(answer, dict) else {}
-    lists = {key: value for key, value in block.items() if isinstance(value, list)}
-    if len(lists) == 1:
-        return next(iter(lists.values()))
-    there = f"lists are at: {short(', '.join(lists))}" if lists else f"found {cut(answer)}"
-    raise SourceError(f"the answer is no list; `items` says where it is; {there}", status=400)
+    def _rejected(self, begin: int, reason: str, lines: Sequence[str]) -> Rejected:
+        shown = re.sub("[\udc80-\udcff]", lambda m: f"\\x{ord(m[0]) & 0xFF:02x}", "".join(lines))
+        shown = shown.rstrip("\r\n").encode(errors="backslashreplace").decode()
+        number = self._line + begin + 1
+        return Rejected(f"{self.part} line {number}", reason, shown, number)
 
 
-def read_json(body: bytes) -> Any:
-    try:
-        return json.loads(body, parse_constant=refuse, parse_float=finite)
-    except (ValueError, RecursionError) as e:
-        raise SourceError(f"the answer is not JSON: {short(e)}: {short(body[:80])}") from e
+class Means(NamedTuple):
+    """What a reader of a source works with. A reader is an object whose `read(states)` yields
+    Fetched, one after the other, from where `states` say that its parts were left."""
+
+    fetch: Callable[..., Awaitable[httpx2.Response]]  # asks a URL
+    work: Callable[..., Awaitable[Any]]  # calls something in a thread, when that is our turn
+    note: Callable[[str], None]
+    clock: Callable[[], float]
+    counts: Counter[str]  # of this run so far, by COUNTED
+    checkpoint: Checkpoint  # as it was when this run began
+    folder: Path  # for what is downloaded
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """One answer of an API. `items` is None where it is the same as the last time (304)."""
+class Files:
+    """A CSV source as a stream of records: a file, all that a glob matches in natural order, or one
+    behind a URL. The same files bring the same records, whatever came before: where one was
+    rewritten or is gone, or changed records, those that may have to win over it are read again."""
 
-    number: int
-    part: str  # its name in the checkpoint
-    items: list[Any] | None
-    count: int
-    next: str | None  # URL of the next one, where the answer names it
-    digest: bytes | None
-    state: dict[str, Any]
+    def __init__(
+        self, source: CsvSource, means: Means, base: Path, allowed: Callable[[Path], bool]
+    ) -> None:
+        self.source, self.means, self.base, self.allowed = source, means, base, allowed
+        self.parts: Collection[str] | None = None  # those that there are
+
+    async def read(self, states: Mapping[str, Mapping[str, Any]]) -> AsyncGenerator[Fetched]:
+        """From where `states` say that parts were left. Raises SourceError, for a file that cannot
+        be read once the others are."""
+        if self.source.remote:
+            part = shown_url(self.source.path)
+            async for fetched in self._download(part, states.get(part, {})):
+                yield fetched
+            return
+        files, failures = await self.means.work(self._find), list[str]()
+        self.parts = {part for _, part in files}
+        gone = states.keys() - {part for _, part in files}
+        if gone or (len(files) > 1 and await self.means.work(self._rewritten, files, states)):
+            states = {}
+        for path, part in files:
+            before = self.means.counts["updated"]
+            try:
+                async for fetched in self._read_file(path, part, states.get(part, {})):
+                    yield fetched
+            except SourceError as e:
+                failures.append(str(e))
+            if self.means.counts["updated"] > before:
+                states = {}
+        for part in gone:
+            yield Fetched(f"{part} line", [], [], (0, LAST), part)
+        if failures:
+            raise SourceError(short("; ".join(failures)), status=400)
+
+    def _find(self) -> list[tuple[Path, str]]:
+        """The files to read, each with its name in the checkpoint."""
+        exact, path = self.base / self.source.path, self.source.path
+        try:
+            found = [exact] if exact.is_file() else map(Path, glob.glob(str(exact), recursive=True))
+            files = [file for file in found if file.is_file()]  # no pipe: it might block
+            files = [file for file in files if self.allowed(file)]
+        except OSError as e:
+            raise SourceError(f"{path}: {e.strerror}", status=400) from e
+        if not files:
+            raise SourceError(f"there is no file {path}", status=404)
+        names = (os.fsencode(os.path.relpath(file, self.base)) for file in files)
+        parts = [name.decode(errors="backslashreplace") for name in names]
+        return sorted(zip(files, parts, strict=True), key=lambda file: natural(file[1]))
+
+    def _rewritten(
+        self, files: Sequence[tuple[Path, str]], states: Mapping[str, Mapping[str, Any]]
+    ) -> bool:
+        """Whether one of the files did not only grow."""
+        now = self.means.clock()
+        for path, part in files:
+            with contextlib.suppress(SourceError), readable(part):
+                if part in states and not is_unchanged(path, states[part], now):
+                    with path.open("rb") as file:
+                        csv_file = CsvFile(file, part, self.source, growing=False)
+                        if not csv_file.resume(states[part]):
+                            return True
+        return False
+
+    async def _read_file(
+        self, path: Path, part: str, state: Mapping[str, Any]
+    ) -> AsyncGenerator[Fetched]:
+        now = self.means.clock()
+        with readable(part):
+            if await self.means.work(is_unchanged, path, state, now):
+                return
+            with path.open("rb") as file:
+                identity = identity_of(os.fstat(file.fileno()), now)
+                told = {"identity": identity}
+                async for fetched in self._read(file, part, state, told, identity is None):
+                    yield fetched
+
+    async def _download(self, part: str, state: Mapping[str, Any]) -> AsyncGenerator[Fetched]:
+        """A file behind a URL is fetched whole before it is read: a server that breaks off then
+        costs nothing but a retry. It has no name, so that no crash leaves it behind."""
+        for left in self.means.folder.glob(".download-*"):  # by an older version, which named them
+            left.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=self.means.folder) as sink:
+            limit = min(DOWNLOAD_BYTES, shutil.disk_usage(self.means.folder).free // 2)
+            got = await self.means.fetch(self.source.path, state=state, sink=sink, limit=limit)
+            if got.status_code == 304:
+                return
+            sink.seek(0)
+            told = validators_of(got)
+            with readable(part):
+                async for fetched in self._read(sink, part, state, told, told is None):
+                    yield fetched
+
+    async def _read(
+        self,
+        file: Any,
+        part: str,
+        state: Mapping[str, Any],
+        told: Mapping[str, Any] | None,
+        growing: bool,
+    ) -> AsyncGenerator[Fetched]:
+        """What one file holds. `told` is remembered once it was read whole."""
+        means, open_file = self.means, partial(CsvFile, growing=growing)
+        csv_file = await means.work(open_file, file, part, self.source)
+        if state:
+            await means.work(csv_file.resume, state)
+        self._check_columns(csv_file)
+        while not csv_file.ended:  # not ahead of the writing: threads in turns cost more than one
+            fetched = await means.work(csv_file.read)
+            if csv_file.ended and not csv_file.waits:
+                fetched.state.update(told or {})
+            yield fetched
+        for note in csv_file.notes:
+            means.note(note)
+        if csv_file.waits:
+            means.note(f"the last line of {part} has no end yet, and waits for the next run")
+
+    def _check_columns(self, file: CsvFile) -> None:
+        if not file.columns:
+            if not file.waits:
+                self.means.note(f"{file.part} is empty")
+            return
+        wanted = {*self.source.ids}
+        if not self.means.checkpoint.fields:  # later on it is drift that one is gone
+            wanted |= {*self.source.fields.values()}
+        if missing := sorted(wanted - {*file.columns}):
+            there = ", ".join(map(cut, file.columns))
+            said = f"{file.part} has no column {', '.join(map(cut, missing))}; there are: {there}"
+            raise SourceError(said, status=400)
+
+
+# ── Ingest: pages ─────────────────────────────────────────────────────────────────────────────
+
+# One rule says where paging ends, and its counterpart that it ended too early. The end is: nothing
+# names a next page; 204; a list that is empty, null or absent where there was one before; a page
+# beyond the first that is refused, where pages have numbers; what was asked for or shown already;
+# `more` that is false. If the last answer, or a total, then says that there is more, the run says
+# so; and it fails where that may be a mistake in the job: nobody said how to page, or what was said
+# is in no answer.
+MAX_PAGES = 100_000  # of one run; an API whose `next` never ends is cut off there
+SAME_PAGES = 2  # pages in a row without anything new: the paging goes in circles, or is at its end
+PAGE_REFUSED = (400, 404, 416, 422)  # what APIs answer to the number of a page that is not there
+HAS_MORE = re.compile(r"has(more|next(page)?)")
+MORE = re.compile(
+    r"(odata)?next(page|url|link|uri|cursor|token|offset|start|results?|records)*"
+    r"|has(more|next(page)?)|more(results|items|pages)?|continuation(token)?|lastevaluatedkey"
+)
+TOTAL = re.compile(
+    r"(count|total)|total(count|results|items|records|elements|hits)|recordstotal|numfound"
+)
+NO_LIST = ("errors", "warnings")  # lists that hold no records
+
+
+def next_link(header: str) -> str | None:
+    """The target of rel="next" in a Link header (RFC 8288, section 3), in linear time."""
+    target, rels = "", list[str]()
+    for found in LINK.finditer(header):
+        if found["target"] is not None:
+            target, rels = found["target"], []
+        elif found["rel"] is not None and not rels:
+            rels = found["rel"].strip('"').lower().split()
+            if "next" in rels:
+                return target
+    return None
+
+
+LINK = re.compile(
+    r'<(?P<target>[^<>]*)>|;\s*rel\s*=\s*(?P<rel>"[^"]*"|[^\s,;"]+)|"(?:[^"\\]|\\.?)*"?',
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def signs_in(answer: Any, path: str = "", depth: int = 3) -> Iterator[tuple[str, str, Any]]:
+    """The single values of an answer: their dotted paths, names as letters alone, and they."""
+    for key, value in answer.items() if isinstance(answer, dict) and depth else ():
+        where = f"{path}.{key}".lstrip(".")
+        if isinstance(value, dict):
+            yield from signs_in(value, where, depth - 1)
+        name = re.sub("[^a-z]", "", str(key).lower())
+        yield where, name, value.get("href") if isinstance(value, dict) else value
 
 
 class Pages:
-    """The pages of an API in their order, several requests ahead where they go by number."""
+    """An API as a stream of records, page after page."""
 
-    def __init__(
-        self,
-        source: ApiSource,
-        get: Callable[[str, Mapping[str, Any], int | None], Awaitable[Got]],
-        states: Mapping[str, Mapping[str, Any]],
-        since: str | None,
-    ) -> None:
-        """`get` asks for a URL with what is remembered of it, and the status that means the end;
-        `states`: what is remembered, by part."""
-        self.source, self._get, self._states = source, get, states
+    parts: Collection[str] | None = None  # what they are is known after a whole run
+
+    def __init__(self, source: ApiSource, means: Means, since: str | None) -> None:
+        self.source, self.means, self.since = source, means, since
         self.paging = source.next or Paging.model_validate("link")
-        self._query = dict(source.params)
-        if source.since is not None and since is not None:
-            self._query[source.since.param] = since
-        self._seen: set[bytes] = set()
-        self._repeated = 0
-        self._longest = 0  # records on a page
+        self.numbered = self.paging.type in ("page", "offset")
+        start = self.paging.start
+        self._at = start if start is not None else int(self.paging.type == "page")
+        self._items = source.items  # where the list is
+        self._taken = self._pages = 0
+        self._signs: list[tuple[str, str, Any]] = []  # in the last answer
+        self._met = False  # whether some answer had what `next` names
+        self._totals = dict[str, int]()  # that answers told
+        self.shrank = False  # whether such a total got less from page to page
+        self.has_field = False  # whether some record has what `since` names
 
-    async def read(self) -> AsyncGenerator[Page]:
-        """Raises SourceError, also where the paging goes in circles."""
-        numbered = self.paging.type in ("page", "offset")
-        async with contextlib.aclosing(self._numbered() if numbered else self._linked()) as pages:
-            async for page in pages:
-                self._watch(page)
-                yield page
-
-    def _watch(self, page: Page) -> None:
-        if page.number > MAX_PAGES:
-            raise SourceError(f"more than {MAX_PAGES} pages: does `next` ever end?", status=400)
-        if page.digest is None:
-            return
-        self._repeated = self._repeated + 1 if page.digest in self._seen else 0
-        self._seen.add(page.digest)
-        if self._repeated >= SAME_PAGES:
-            said = f"pages {page.number - SAME_PAGES + 1} to {page.number} came before"
-            raise SourceError(f"the paging goes in circles: {said}; is `next` right?", status=400)
-
-    async def _linked(self) -> AsyncGenerator[Page]:
-        url, asked = self._url({}), set[str]()
-        while url:
+    async def read(self, states: Mapping[str, Mapping[str, Any]]) -> AsyncGenerator[Fetched]:
+        """From the first page on. Raises SourceError."""
+        url: str | None = self._url(self._number())
+        asked, seen, stale = set[str](), set[bytes](), 0
+        answer: Any = None
+        got: httpx2.Response | None = None
+        while url and url not in asked:
+            if len(asked) >= MAX_PAGES:
+                raise SourceError(f"more than {MAX_PAGES} pages: does `next` ever end?", status=400)
             asked.add(url)
-            try:
-                clean_url(url)
-            except ValueError as e:
-                said = f"the next page cannot be asked for: {short(url)} is no URL"
-                raise SourceError(said, status=400) from e
-            page = await self._page(url, len(asked))
-            yield page
-            url = page.next or ""
-            if url in asked:
-                raise SourceError(f"`next` of page {page.number} comes back to a page", status=400)
+            got = await self._get(url, len(asked))
+            if got.status_code in (204, *PAGE_REFUSED):
+                if got.status_code not in (204, 404):
+                    self.means.note(f"page {len(asked)}: {got.status_code}: taken for the end")
+                self._signs = []
+                break
+            answer, items, digest = await self.means.work(self._open, got.content, len(asked))
+            stale = stale + 1 if digest in seen or not items else 0
+            seen.add(digest)
+            for fetched in self._fetched(items, len(asked)):
+                yield fetched
+            url = self._next(got, answer, items)
+            if stale >= SAME_PAGES or (not items and self.numbered):
+                self._in_circles(url, items, len(asked))
+                break
+        self._judge(answer, got, url or "")
 
-    async def _numbered(self) -> AsyncGenerator[Page]:
-        """Until a page is empty: a short one may have shrunk, or the server allows no longer
-        ones. Then the offset goes on behind what really came."""
-        by_offset, start = self.paging.type == "offset", self.paging.start
-        at = planned = start if start is not None else (0 if by_offset else 1)
-        ahead: deque[asyncio.Task[Page]] = deque()  # for pages at `at` and each `step` after it
-        step, number = 1, 1
+    async def _get(self, url: str, number: int) -> httpx2.Response:
         try:
-            page = await self._page(self._number_url(at), 1)
-            while page.count:
-                yield page
-                number += 1
-                at += page.count if by_offset else 1
-                if by_offset and page.count != step:
-                    step = page.count
-                    while ahead:
-                        await cancelled(ahead.popleft())
-                planned = planned if ahead else at
-                while len(ahead) < min(number - 1, PAGES_AHEAD):
-                    url = self._number_url(planned)
-                    ahead.append(asyncio.create_task(self._page(url, number + len(ahead))))
-                    planned += step
-                page = await ahead.popleft()
-        finally:
-            for task in ahead:
-                await cancelled(task)
+            clean_url(url)
+        except ValueError as e:
+            said = f"the next page cannot be asked for: {short(url)} is no URL"
+            raise SourceError(said, status=400) from e
+        if self.source.secret is not None and origin_of(url) != origin_of(self.source.url):
+            said = f"`next` points to {origin_of(url)[1]}; a secret goes to no other host"
+            raise SourceError(said, status=400)
+        good = PAGE_REFUSED if self.numbered and number > 1 else ()
+        try:
+            return await self.means.fetch(url, good=good)
+        except SourceError as e:
+            if e.permanent and e.status is None:  # too long an answer
+                raise SourceError(f"{e}; `next.size` asks for fewer records", status=400) from e
+            raise
 
-    def _number_url(self, at: int) -> str:
-        paging = self.paging
-        query = {paging.param or paging.type: str(at)}
-        if paging.size is not None:
-            default = "limit" if paging.type == "offset" else "per_page"
-            query[paging.size_param or default] = str(paging.size)
-        return self._url(query)
+    def _open(self, body: bytes, number: int) -> tuple[Any, list[Any], bytes]:
+        answer = read_json(body)
+        items = self._list_in(answer, may_lack=number > 1 or self.since is not None)
+        self._signs = [*signs_in(answer)]
+        return answer, items, digest_of(any_json(items))
+
+    def _list_in(self, answer: Any, *, may_lack: bool) -> list[Any]:
+        """The list of records in an answer. Without a path the answer itself, or the only list in
+        it. Raises SourceError."""
+        block, lists = answer if isinstance(answer, dict) else {}, list[str]()
+        if self._items is None and block:
+            lists = [key for key, value in block.items() if isinstance(value, list)]
+            if len(lists) == 1 and lists[0] not in NO_LIST:
+                self._items = lists[0]
+        found = answer if self._items is None else picker(self._items)(block)
+        if isinstance(found, list):
+            return found
+        if may_lack and not lists and (found is None or found is block):
+            return []
+        if self._items is not None:
+            said = f"there is no list at {self._items!r} in the answer: {cut(answer)}"
+        else:
+            there = f"lists are at: {short(', '.join(lists))}" if lists else f"found {cut(answer)}"
+            said = f"the answer is no list; `items` says where it is; {there}"
+        raise SourceError(said, status=400)
+
+    def _fetched(self, items: Sequence[Any], number: int) -> Iterator[Fetched]:
+        """A page, in chunks where it is long."""
+        self._taken += len(items)
+        self._pages += bool(items)
+        if self.source.since is not None and not self.has_field:
+            pick = picker(self.source.since.field)
+            self.has_field = any(isinstance(r, dict) and pick(r) is not None for r in items)
+        for start in range(0, len(items), CHUNK_ROWS):
+            some = [*enumerate(items[start : start + CHUNK_ROWS], start + 1)]
+            last = start + CHUNK_ROWS >= len(items)
+            span = (start, LAST if last else start + CHUNK_ROWS) if self.since is None else None
+            yield Fetched(f"page {number} record", some, [], span)
 
     def _url(self, query: Mapping[str, str]) -> str:
         import httpx2
 
-        return str(httpx2.URL(self.source.url).copy_merge_params({**self._query, **query}))
+        asked = dict(self.source.params)
+        if self.source.since is not None and self.since is not None:
+            asked[self.source.since.param] = self.since
+        return str(httpx2.URL(self.source.url).copy_merge_params({**asked, **query}))
 
-    async def _page(self, url: str, number: int) -> Page:
-        part = digest_of(url).hex()
-        known = self._states.get(part, {})
-        if self._may_go_on(known, number):
-            known = {}
-        past_the_end = 404 if number > 1 and self.paging.type in ("page", "offset") else None
-        got = await self._get(url, known, past_the_end)
-        if got.status == 404:
-            return Page(number, part, [], 0, None, None, {})
-        if got.status == 304:
-            following = self._next(got, None) or known["next"]
-            return Page(number, part, None, known["count"], following, None, dict(known))
-        items, following, digest = await asyncio.to_thread(self._open, got)
-        state = {"etag": got.etag, "modified": got.modified, "count": len(items), "next": following}
-        state["short"] = len(items) < self._longest
-        self._longest = max(self._longest, len(items))
-        return Page(number, part, items, len(items), following, digest, state)
+    def _number(self) -> dict[str, str]:
+        """The parameters of the page at `_at`, where pages have numbers, and of its size."""
+        paging, query = self.paging, dict[str, str]()
+        if self.numbered:
+            query[paging.param or paging.type] = str(self._at)
+        if paging.size is not None and paging.type in ("page", "offset", "last"):
+            default = "per_page" if paging.type == "page" else "limit"
+            query[paging.size_param or default] = str(paging.size)
+        return query
 
-    def _may_go_on(self, known: Mapping[str, Any], number: int) -> bool:
-        """Whether a page that was the last may have one behind it by now though its body, and so
-        its ETag, is the same: where the Link header alone would tell, and it is not short. A lone
-        page of an API that is not said to page by Link is taken for all there is."""
-        by_link = self.paging.type == "link" and (self.source.next is not None or number > 1)
-        return by_link and known.get("next") is None and not known.get("short")
-
-    def _open(self, got: Got) -> tuple[list[Any], str | None, bytes]:
-        answer = read_json(got.body)
-        items = items_of(answer, self.source.items)
-        return items, self._next(got, answer), digest_of(any_json(items))
-
-    def _next(self, got: Got, answer: Any) -> str | None:
-        paging = self.paging
-        if paging.type == "link" and got.link:
-            return resolved(got.url, got.link)
-        cursor = picker(paging.path)(answer) if isinstance(answer, dict) else None
-        if paging.type != "cursor" or cursor in (None, "", False):
+    def _next(self, got: httpx2.Response, answer: Any, items: Sequence[Any]) -> str | None:
+        """The URL of the next page, as far as this answer knows of one."""
+        for where, name, value in self._signs:
+            if TOTAL.fullmatch(name) and type(value) is int:
+                self.shrank |= name != "count" and value < self._totals.get(where, value)
+                self._totals[where] = value
+        if self._has_more(answer) is False:
+            self._met = True
             return None
-        if isinstance(cursor, str) and cursor.startswith(("https://", "http://")):
-            return cursor
+        paging, url = self.paging, str(got.url)
+        if self.numbered:
+            self._met = True
+            self._at += len(items) if paging.type == "offset" else 1
+            return self._url(self._number())
+        if paging.type == "link":
+            self._met |= "link" in got.headers
+            link = next_link(got.headers.get("link", ""))
+            return resolved(url, link) if link else None
+        if paging.type == "last":
+            path = paging.path or self.source.ids[0]
+            cursor = picker(path)(items[-1]) if items and isinstance(items[-1], dict) else None
+        else:
+            path = paging.path or "next_cursor"
+            cursor = picker(path)(answer) if isinstance(answer, dict) else None
+        self._met |= cursor is not None or any(path == where for where, *_ in self._signs)
+        if cursor in (None, "", False):
+            return None
+        if not isinstance(cursor, str):
+            cursor = any_json(cursor).decode()
+        elif cursor.startswith(("https://", "http://")) or (
+            cursor.startswith(("/", "?")) and paging.param is None
+        ):
+            return resolved(url, cursor)
+        default = "starting_after" if paging.type == "last" else "cursor"
         try:
-            return self._url({paging.param or "cursor": str(cursor)})
+            return self._url({**self._number(), paging.param or default: cursor})
         except ValueError:
             return cut(cursor)  # which is no URL, and told so when it is asked for
+
+    def _has_more(self, answer: Any) -> Any:
+        if self.source.more is not None:
+            return picker(self.source.more)(answer) if isinstance(answer, dict) else None
+        signs = self._signs if self.paging.type != "link" else ()
+        return next((v for _, n, v in signs if HAS_MORE.fullmatch(n) and type(v) is bool), None)
+
+    def _in_circles(self, url: str | None, items: Sequence[Any], number: int) -> None:
+        if not url or self.numbered:
+            return
+        if items:
+            said = f"the paging goes in circles: pages {number - 1} and {number} came before"
+            self._complain(f"{said}; is `next` right?", mistake=True)
+        else:
+            self.means.note(f"pages {number - 1} and {number} are empty: taken for the end")
+
+    def _judge(self, answer: Any, got: httpx2.Response | None, url: str) -> None:
+        """Say what the answers say of more than was taken."""
+        first, paging = self._pages <= 1, self.paging
+        path = paging.path or "next_cursor"
+        more = "" if self.numbered else self._says_more(answer)
+        if not more and got is not None and not self.numbered:
+            linked = paging.type != "link" and next_link(got.headers.get("link", ""))
+            more = "Link" if linked else next((h for h in got.headers if "next-page" in h), "")
+        if not self._met and paging.type == "cursor" and self._taken:
+            there = ", ".join(map(str, answer)) if isinstance(answer, dict) else cut(answer)
+            said = f"there is no {path} in the answer; there are {short(there)}"
+            self._complain(said, mistake=bool(more) or not self.means.checkpoint.records)
+        elif more and not url:
+            said = f"the answer says by {more} that there is more; `next` says how to ask for it"
+            self._complain(said, mistake=first)
+        elif self.since is None and max(self._totals.values(), default=0) > self._taken:
+            total = max(self._totals.values())
+            said = f"{self._taken} records came of {total} that the answer tells of"
+            asks_on = self.source.next is not None or self._pages > 1
+            self._complain(f"{said}; `next` says how to ask for more", mistake=not asks_on)
+        elif self.source.next is not None and paging.type == "link" and not self._met:
+            self.means.note("no answer had a Link header, which `next` names")
+        if self.source.since is not None and self._taken and not self.has_field:
+            self.means.note(f"no record has {self.source.since.field}, which `since` names")
+        if not self._taken and self.since is None and not self.means.checkpoint.records:
+            self.means.note("no records came")
+
+    def _says_more(self, answer: Any) -> str:
+        """What in the last answer says that there is a next page; empty: nothing does."""
+        if self.source.more is not None and self._has_more(answer) is True:
+            return self.source.more
+        for where, name, value in self._signs:
+            told = value is True or (type(value) in (str, int) and value not in ("", 0))
+            if MORE.fullmatch(name) and told:
+                return where
+        return ""
+
+    def _complain(self, said: str, *, mistake: bool) -> None:
+        """A mistake fails the job until some run was whole; what is known is noted."""
+        if mistake and not self.means.checkpoint.whole:
+            raise SourceError(said, status=400)
+        self.means.note(said)
 
 
 def resolved(base: str, link: str) -> str:
@@ -6636,51 +6811,48 @@ def resolved(base: str, link: str) -> str:
         return cut(link)
 
 
-async def cancelled(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
-# what is incremental
-
-
-def moment_of(value: Any) -> tuple[str, float] | None:
-    """The form (s, ms, date or time) and unix seconds of a time stamp; None: it is none."""
-    try:
-        at = datetime.fromisoformat(utc_text(value)).timestamp()
-    except ValueError:
-        return None
-    text = str(value)
-    if re.fullmatch(r"\d+(\.\d+)?", text) and abs(at - float(text)) < 1:
-        return "s", at
-    if re.fullmatch(r"\d{13}", text):
-        return "ms", at
-    return ("date" if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text) else "time"), at
+# A watermark is the greatest value of a field, as it came. What is sent is that less the overlap,
+# in its own form: the numbers of its date and time are replaced, and all else of it is kept.
+SINCE_FORMS = (
+    (r"\d{4}([-/.])\d\d\1\d\d", r"%Y\1%m\1%d"),
+    (r"^\d{8}(?=T|$)", "%Y%m%d"),
+    (r"\d\d\.\d\d\.\d{4}", "%d.%m.%Y"),
+    (r"\b[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4}", "%a, %d %b %Y"),
+    (r"\d\d:\d\d:\d\d", "%H:%M:%S"),
+    (r"(?<=[T ])\d\d:\d\d(?!:)", "%H:%M"),
+    (r"(?<=T)\d{6}", "%H%M%S"),
+)
 
 
 def latest(records: Iterable[Any], path: str) -> tuple[str, float] | None:
-    """The greatest time stamp among records, by its form and in unix seconds."""
-    pick = picker(path)
-    moments = (moment_of(pick(r)) for r in records if isinstance(r, dict))
-    return max((m for m in moments if m is not None), key=lambda m: m[1], default=None)
+    """The greatest time stamp among records: as it came, and in unix seconds."""
+    pick, found = picker(path), list[tuple[str, float]]()
+    for value in (pick(record) for record in records if isinstance(record, dict)):
+        with contextlib.suppress(ValueError, OverflowError):
+            if type(value) in (str, int, float):
+                found.append((str(value), moment(str(value).strip()).timestamp()))
+    return max(found, key=lambda mark: mark[1], default=None)
 
 
-def since_text(form: str, at: float, overlap: float) -> str:
-    """A watermark as it is sent: some time before it, since records may come late."""
-    at -= overlap
-    if form in ("s", "ms"):
-        return str(math.floor(at * (1000 if form == "ms" else 1)))
-    return iso(math.floor(at))[: 10 if form == "date" else None]
-
-
-def failed_too_many(limit: str | None, failed: int, processed: int, *, ended: bool) -> bool:
-    """Whether the rejected records are more than `max_failed` allows; a share is judged from
-    CHUNK_ROWS records on, and at the end."""
-    if limit is None:
-        return False
-    if not limit.endswith("%"):
-        return failed > int(limit)
-    return (ended or processed >= CHUNK_ROWS) and failed * 100 > float(limit[:-1]) * processed
+def since_text(text: str, at: float, since: Since) -> str:
+    """The moment `at`, less the overlap, in the form that `text` has, or in the one that was
+    asked for; rounded down."""
+    own = moment(text.strip())
+    if at < own.timestamp():  # of a clock that is ahead
+        kept = re.search(r":\d\d[.,]\d", text) is not None  # a fraction, which is sent as it is
+        own = datetime.fromtimestamp(math.floor(at) - kept, own.tzinfo)
+    before = own - timedelta(seconds=since.overlap)
+    unix = {"s": 1, "ms": 10**3, "us": 10**6}
+    if since.format is not None and since.format not in unix:
+        return before.astimezone(UTC).strftime(since.format)
+    if unit := unix.get(since.format or "") or unix_unit(text):
+        return str(math.floor(before.timestamp()) * unit)
+    form = text.strip().replace("%", "%%")
+    for pattern, directive in SINCE_FORMS:
+        form = re.sub(pattern, directive, form, count=1)
+    known = "%d" in form and not re.search(r"\d\s*[ap]\.?m", text, re.IGNORECASE)
+    same = known and moment(text.strip()).strftime(form) == text.strip()
+    return before.strftime(form) if same else iso(math.floor(before.timestamp()))
 
 
 # ── Metrics ───────────────────────────────────────────────────────────────────────────────────
@@ -7185,10 +7357,9 @@ class Steps:
             return StepResult(float(job.spec.poll_interval), "a run goes on already")
         self.ingesting.add(job.id)
         try:
-            async with self._ingest_slots:
-                checkpoint = await self.store.checkpoint(job.name)
-                run = await self.store.begin_run(job, self.clock())
-                return await self._run_ingest(job, Ingesting(self, job, run, checkpoint))
+            checkpoint = await self.store.checkpoint(job.name)
+            run = await self.store.begin_run(job, self.clock())
+            return await self._run_ingest(job, Ingesting(self, job, run, checkpoint))
         finally:
             self.ingesting.discard(job.id)
 
@@ -7198,14 +7369,16 @@ class Steps:
         try:
             await ingesting.go()
             status = "success"
+        except StoreError:
+            raise
         except (SourceError, IngestFailed, SecretError) as e:
             error = e
             self._count_error(e)
         except (Interrupted, asyncio.CancelledError) as e:
             status, error = "interrupted", e
         except Exception as e:
-            error = IngestFailed(f"a defect of TeckoChecker: {type(e).__name__}: {e}")
-            log.exception("job %s: a defect of TeckoChecker", job.id)
+            error = IngestFailed(f"internal error, see the log: {type(e).__name__}: {e}")
+            log.exception("job %s: internal error", job.id)
         wait = self._ingest_wait(job, error)
         said = str(error) or "the program was told to end" if error else None
         end = RunEnd(
@@ -7214,11 +7387,11 @@ class Steps:
             notes=ingesting.notes,
             wait=wait,
             watermark=ingesting.watermark() if status == "success" else None,
-            whole=status == "success" and ingesting.kind == "api",
-            there=ingesting.there if status == "success" else None,
+            whole=status == "success" and ingesting.source.type == "api",
+            there=ingesting.reader.parts if status == "success" else None,
             forget=isinstance(error, IngestFailed) and error.forget,
         )
-        run = await self.store.end_run(ingesting.run, end, self.clock())
+        run = await self.patiently(self.store.end_run, ingesting.run, end, self.clock())
         self.metrics.ingest_runs.labels(status).inc()
         for what in COUNTED:
             self.metrics.records.labels(what).inc(getattr(run, f"records_{what}"))
@@ -7235,29 +7408,37 @@ class Steps:
             return wait_after_error(error, row, interval, settings, self.luck())
         return BACKOFF_FIRST if isinstance(error, Interrupted) else interval
 
-    async def secret_of(self, source: Source) -> SecretValue | None:
-        return None if source.secret is None else await self._secret(str(source.secret))
+    async def busy(self, work: Callable[..., T], *args: Any) -> T:
+        """Call something that keeps a processor busy, in a thread: one of a few at once."""
+        async with self._ingest_slots:
+            return await asyncio.to_thread(work, *args)
 
-    async def fetch(
-        self,
-        source: Source,
-        url: str,
-        state: Mapping[str, Any],
-        *,
-        sink: IO[bytes] | None = None,
-        end_status: int | None = None,
-    ) -> Got:
-        """Ask a source, and again after what passes by itself. Raises SourceError."""
-        settings, secret = self.config.settings, await self.secret_of(source)
+    async def patiently(self, ask_store: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Ask the store, however long it stays locked; StoreError once the service stops."""
         for attempt in itertools.count(1):
             try:
-                return await self.web.get(
-                    source, url, secret, state, sink=sink, end_status=end_status
-                )
+                return await ask_store(*args)
+            except StoreError as e:
+                if self.stopping:
+                    raise
+                log.error("an ingest waits for the store: %s", e)
+                await asyncio.sleep(backoff(attempt, STORE_PATIENCE, self.luck()))
+        raise AssertionError("counting ended")
+
+    async def fetch(
+        self, source: Source, url: str, *, sink: IO[bytes] | None = None, **request: Any
+    ) -> httpx2.Response:
+        """Ask a source, and again after what passes by itself. Raises SourceError."""
+        settings = self.config.settings
+        secret = None if source.secret is None else await self._secret(str(source.secret))
+        for attempt in itertools.count(1):
+            try:
+                return await self.web.get(source, url, secret, sink=sink, **request)
             except SourceError as e:
                 wait = backoff(attempt, settings.retry_delay, self.luck())
                 wait = e.retry_after if e.retry_after is not None else wait
-                if e.permanent or attempt > settings.max_retries or wait > settings.retry_delay:
+                passes = not e.permanent or (e.status == 403 and e.retry_after is not None)
+                if not passes or attempt > settings.max_retries or wait > settings.retry_delay:
                     raise
                 log.info("%s; again in %.0f s", e, wait)
                 await asyncio.sleep(wait)
@@ -7267,8 +7448,27 @@ class Steps:
         raise AssertionError("counting ended")
 
 
-LIMITS = ("secret", "header", "max_failed", "on_drift", "max_requests_per_minute")  # of a source;
-# they change nothing about what a record becomes
+# ── Ingesting ─────────────────────────────────────────────────────────────────────────────────
+
+# A run is one loop: fetch, identify, look up, normalize, commit. What keeps a processor busy runs
+# in a thread, and INGESTS_AT_ONCE of these at a time, so that a run which waits (for its source,
+# for its rate, for the store) holds up no other. What one chunk brings, and how far its part has
+# been read with it, is one transaction: whatever is killed whenever, the next run goes on from the
+# last chunk. A row that comes again is known by its hash, and not written.
+#
+# What is provisional decides nothing: a last line without an end in a file that was only just
+# written, an ETag or time of change of this very second, a watermark of numbered pages that moved
+# while they were read. They wait for the next run.
+#
+# Not promised: what vanishes from a source stays; of records that move between numbered pages one
+# may be missed by a run, though not by the next one, unless it moved without a trace.
+
+DATA_FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")  # what HTTP may have read
+INGESTS_AT_ONCE = 2  # chunks worked on: more would only take turns on the same processor and store
+STORE_PATIENCE = 30.0  # s between attempts to write a chunk to a locked store, to which they grow
+MAX_NOTES = 50  # of a run
+LIMITS = {"secret", "header", "max_failed", "on_drift", "max_requests_per_minute", "timeout"}
+# of a source: they change nothing about what a record becomes
 
 
 def may_be_read(path: Path, config: Config) -> bool:
@@ -7286,210 +7486,125 @@ class Interrupted(Exception):
 
 
 class Ingesting:
-    """One run of an ingest: fetch, identify, look up, normalize, commit; chunk by chunk. What is
-    heavy happens in threads, what is written in one transaction a chunk."""
+    """One run of an ingest."""
 
     def __init__(self, steps: Steps, job: Job, run: Run, checkpoint: Checkpoint) -> None:
         assert isinstance(job.spec, IngestSpec)
         self.steps, self.job, self.run, self.checkpoint = steps, job, run, checkpoint
         self.source: CsvSource | ApiSource = job.spec.ingest
-        self.kind = self.source.type
         self.mapper = Mapper(job.name, self.source)
         self.fields: Mapping[str, Any] = checkpoint.fields
         self.notes: list[str] = []
-        self.there: Collection[str] | None = None  # the parts that there are
-        self._processed = self._failed = 0
+        self.counts = Counter[str]()
+        self._reason = ""  # why the first of the rejected was
+        self._moved = False  # an id came twice with other values
         self._latest: tuple[str, float] | None = None
-        self.fingerprint = digest_of(self.source.model_dump_json(exclude={*LIMITS})).hex()
+        folder = steps.config.settings.database.parent
+        fetch, work = partial(steps.fetch, self.source), steps.busy
+        means = Means(fetch, work, self.note, steps.clock, self.counts, checkpoint, folder)
+        self.reader = self._reader(means)
+
+    def _reader(self, means: Means) -> Files | Pages:
+        config = self.steps.config
+        if isinstance(self.source, CsvSource):
+            trusted = self.job.origin == "file"
+            return Files(
+                self.source, means, config.base, lambda path: trusted or may_be_read(path, config)
+            )
+        mark, since, sent = self._known_mark(), self.source.since, None
+        if since is not None and mark is not None and mark["at"] > since.overlap:
+            sent = since_text(mark["text"], mark["at"], since)
+        return Pages(self.source, means, sent)
 
     async def go(self) -> None:
-        """Raises SourceError, SecretError, IngestFailed and Interrupted."""
-        if isinstance(self.source, ApiSource):
-            await self._read_api(self.source)
-        elif self.source.remote:
-            await self._read_download(self.source)
-        else:
-            files = await asyncio.to_thread(self._files, self.source.path)
-            self.there = {part for _, part in files}
-            for path, part in files:
-                await self._read_file(self.source, path, part, self._state(part), {})
+        """Raises SourceError, SecretError, IngestFailed, Interrupted and StoreError."""
+        form = digest_of(self.source.model_dump_json(exclude=LIMITS)).hex()
+        known = self.checkpoint.parts.items()
+        states = {part: state for part, state in known if state.get("map") == form}
+        async with contextlib.aclosing(self.reader.read(states)) as chunks:
+            async for fetched in chunks:
+                if fetched.state:
+                    fetched.state["map"] = form
+                await self._take(fetched)
         self._judge(ended=True)
 
+    async def _take(self, fetched: Fetched) -> None:
+        steps, (chunk, twice) = self.steps, await self._normalized(fetched)
+        save = partial(steps.store.save_chunk, self.run, self.job.revision, self.source.type)
+        if not await steps.patiently(save, chunk, self.fields, steps.clock()):
+            raise Interrupted("the job was paused, changed or removed while it ran")
+        if twice and not self._moved:
+            self._moved = True
+            self.note(f"an id came twice with other values, {cut(twice[0])} for one: the last wins")
+        self._reason = self._reason or next((reject.reason for reject in chunk.rejects), "")
+        self.counts.update(chunk.counts)
+        self._judge(ended=False)
+        if steps.stopping:
+            raise Interrupted("the service was stopped while it ran")
+
+    async def _normalized(self, fetched: Fetched) -> tuple[Chunk, list[str]]:
+        """What is to be written, and the ids that came twice with other values."""
+        steps, store = self.steps, self.steps.store
+        rows, rejects, fields = await steps.busy(prepare, self.mapper, fetched)
+        self._check_drift(fields)
+        if isinstance(self.source, ApiSource) and self.source.since is not None:
+            records = [record for _, record in fetched.records]
+            found = await steps.busy(latest, records, self.source.since.field)
+            marks = filter(None, (self._latest, found))
+            self._latest = max(marks, key=lambda mark: mark[1], default=None)
+        ids = {row[1] for row in rows}
+        known = await steps.patiently(store.hashes, self.run, [*ids]) if ids else {}
+        if not self.checkpoint.records:  # all that is there came in this run
+            known = {key: (digest, True) for key, (digest, _) in known.items()}
+        return await steps.busy(finish, self.mapper, fetched, rows, rejects, known)
+
+    def _judge(self, *, ended: bool) -> None:
+        failed, processed = self.counts["failed"], self.counts["processed"]
+        limit = self.source.max_failed
+        if failed_too_many(limit, failed, processed, ended=ended):
+            said = f"{failed} of {processed} records were rejected"
+            raise IngestFailed(f"{said}; allowed: max_failed {limit}", forget=True)
+        if ended and 0 < processed == failed:
+            said = f"all {failed} records were rejected"
+            raise IngestFailed(f"{said}, the first for: {self._reason}", forget=True)
+
+    def _check_drift(self, fields: Fields) -> None:
+        """Against what a whole run has met: the first one only learns, page after page."""
+        notes = drift(self.checkpoint.fields if self.checkpoint.whole else {}, fields)
+        for note in notes:
+            self.note(note)
+        if notes and self.source.on_drift == "freeze":
+            raise IngestFailed(f"the fields drifted, and on_drift is freeze: {'; '.join(notes)}")
+        self.fields = learned(self.fields, fields)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes and len(self.notes) < MAX_NOTES:
+            self.notes.append(text)
+
     def watermark(self) -> str | None:
-        """What to remember for `since` after a whole run; never later than the run began, since
-        a clock that is ahead would hide what comes."""
-        if self._latest is None:
+        """What to remember for `since` after a whole run; None: what is. Never later than the run
+        began, since a clock that is ahead would hide what comes."""
+        if self._latest is None or not isinstance(self.reader, Pages):
             return None
-        form, at = self._latest
-        at = min(at, self.run.start_time)
-        known = self._known_mark()
-        mark = (form, at) if known is None or at > known[1] else known
-        return json.dumps({"map": self._mark_of(), "form": mark[0], "at": mark[1]})
+        if self.reader.numbered and (self._moved or self.reader.shrank):
+            self.note("records moved between the pages: what `since` sends waits for the next run")
+            return None
+        text, at = self._latest
+        at, known = min(at, self.run.start_time), self._known_mark()
+        if known is not None and known["at"] >= at:
+            return None
+        return json.dumps({"map": self._mark_of(), "text": text, "at": at})
 
     def _mark_of(self) -> str:
         """What a watermark is good for: the same records, read in the same way."""
         assert isinstance(self.source, ApiSource)
         field = self.source.since.field if self.source.since else None
-        block = self.source.model_dump(mode="json", exclude={*LIMITS, "next", "since"})
+        block = self.source.model_dump(mode="json", exclude={*LIMITS, "next", "since", "more"})
         return digest_of(json.dumps([block, field], sort_keys=True)).hex()
 
-    def _known_mark(self) -> tuple[str, float] | None:
+    def _known_mark(self) -> Any:
         mark = json.loads(self.checkpoint.watermark or "{}")
-        return (mark["form"], mark["at"]) if mark.get("map") == self._mark_of() else None
-
-    def _state(self, part: str) -> Mapping[str, Any]:
-        """What is remembered of a part, if it was read in the same way as now."""
-        state = self.checkpoint.parts.get(part, {})
-        return state if state.get("map") == self.fingerprint else {}
-
-    # files
-
-    def _files(self, path: str) -> list[tuple[Path, str]]:
-        """The files to read, each with its name in the checkpoint."""
-        base = self.steps.config.base
-        exact = base / path
-        try:
-            found = [exact] if exact.is_file() else map(Path, glob.glob(str(exact), recursive=True))
-            files = sorted(file for file in found if file.is_file())  # no pipe: it might block
-            if self.job.origin != "file":
-                files = [file for file in files if may_be_read(file, self.steps.config)]
-        except OSError as e:
-            raise SourceError(f"{path}: {e.strerror}", status=400) from e
-        if not files:
-            raise SourceError(f"there is no file {path}", status=404)
-        names = (os.fsencode(os.path.relpath(file, base)) for file in files)
-        return [(f, n.decode(errors="backslashreplace")) for f, n in zip(files, names, strict=True)]
-
-    async def _read_download(self, source: CsvSource) -> None:
-        """A file behind a URL is fetched whole before it is read: a server that breaks off then
-        costs nothing but a retry."""
-        part = shown_url(source.path)
-        state = self._state(part)
-        folder = self.steps.config.settings.database.parent
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".download-") as sink:
-            got = await self.steps.fetch(source, source.path, state, sink=sink)
-            if got.status == 304:
-                return
-            sink.flush()
-            told = {"etag": got.etag, "modified": got.modified}
-            await self._read_file(source, Path(sink.name), part, state, told)
-
-    async def _read_file(
-        self,
-        source: CsvSource,
-        path: Path,
-        part: str,
-        state: Mapping[str, Any],
-        told: Mapping[str, Any],
-    ) -> None:
-        """Read one file from where it was left. `told` is remembered once it was read whole."""
-        try:
-            now = self.steps.clock()
-            if state.get("done") and await asyncio.to_thread(is_unchanged, path, state, now):
-                return
-            with CsvFile(path, part, source, self.fingerprint) as file:
-                await asyncio.to_thread(file.open, state, now)
-                self._check_columns(file)
-                await self._read_chunks(file, told)
-        except (OSError, EOFError, zlib.error, UnicodeError) as e:
-            why = (e.strerror if isinstance(e, OSError) else None) or str(e)
-            raise SourceError(f"{part} cannot be read: {short(why)}", status=400) from e
-
-    def _check_columns(self, file: CsvFile) -> None:
-        if not file.columns:
-            self._note(f"{file.part} is empty")
-            return
-        wanted = {self.source.id}
-        if not self.checkpoint.fields:  # later on it is drift that one is gone
-            wanted |= {*self.source.fields.values()}
-        if missing := sorted(wanted - {*file.columns}):
-            there = ", ".join(map(cut, file.columns))
-            said = f"{file.part} has no column {', '.join(map(cut, missing))}; there are: {there}"
-            raise SourceError(said, status=400)
-        for note in file.renamed:
-            self._note(note)
-
-    async def _read_chunks(self, file: CsvFile, told: Mapping[str, Any]) -> None:
-        def read() -> tuple[Fetched, Prepared]:
-            fetched = file.read()
-            if file.ended:
-                fetched.state.update(told)
-            return fetched, prepare(self.mapper, fetched)
-
-        while not file.ended:  # not ahead of the writing: two threads in turns cost more than one
-            await self._take(*await asyncio.to_thread(read))
-
-    # pages
-
-    async def _read_api(self, source: ApiSource) -> None:
-        mark, since = self._known_mark(), None
-        if source.since is not None and mark is not None and mark[1] > source.since.overlap:
-            since = since_text(*mark, source.since.overlap)
-        states = {part: self._state(part) for part in self.checkpoint.parts}
-        home = origin_of(source.url)
-
-        async def get(url: str, state: Mapping[str, Any], end_status: int | None) -> Got:
-            if source.secret is not None and origin_of(url) != home:
-                said = f"`next` points to {origin_of(url)[1]}; a secret goes to no other host"
-                raise SourceError(said, status=400)
-            return await self.steps.fetch(source, url, state, end_status=end_status)
-
-        async with contextlib.aclosing(Pages(source, get, states, since).read()) as pages:
-            async for page in pages:
-                await self._take_page(source, page)
-
-    async def _take_page(self, source: ApiSource, page: Page) -> None:
-        """A page, in chunks where it is long; what tells its changes is saved with the last."""
-        items, label = page.items or [], f"page {page.number} record"
-        if source.since is not None:
-            found = await asyncio.to_thread(latest, items, source.since.field)
-            self._latest = max(
-                filter(None, (self._latest, found)), key=lambda m: m[1], default=None
-            )
-        for start in range(0, max(len(items), 1), CHUNK_ROWS):
-            some = list(enumerate(items[start : start + CHUNK_ROWS], start + 1))
-            last = start + CHUNK_ROWS >= len(items)
-            state = {**page.state, "map": self.fingerprint} if last else {}
-            fetched = Fetched(label, some, [], page.part, state, None)
-            await self._take(fetched, await asyncio.to_thread(prepare, self.mapper, fetched))
-
-    # chunks
-
-    async def _take(self, fetched: Fetched, prepared: Prepared) -> None:
-        self._check_drift(prepared)
-        store, keys = self.steps.store, list(prepared.by_id)
-        known = await store.hashes(self.run.source, keys) if keys else {}
-        chunk = await asyncio.to_thread(finish, self.mapper, fetched, prepared, known)
-        saved = await store.save_chunk(
-            self.run, self.job.revision, self.kind, chunk, self.fields, self.steps.clock()
-        )
-        if not saved:
-            raise Interrupted("the job was paused, changed or removed while it ran")
-        self._processed += chunk.counts["processed"]
-        self._failed += chunk.counts["failed"]
-        self._judge(ended=False)
-        if self.steps.stopping:
-            raise Interrupted("the service was stopped while it ran")
-
-    def _judge(self, *, ended: bool) -> None:
-        limit = self.source.max_failed
-        if failed_too_many(limit, self._failed, self._processed, ended=ended):
-            said = f"{self._failed} of {self._processed} records were rejected"
-            raise IngestFailed(f"{said}; allowed: max_failed {limit}", forget=True)
-
-    def _check_drift(self, prepared: Prepared) -> None:
-        """Against what a whole run has met: the first one only learns, page after page."""
-        known = self.checkpoint.fields if self.checkpoint.whole else {}
-        notes = drift(known, prepared.fields, text_takes_all=self.kind == "csv")
-        for note in notes:
-            self._note(note)
-        if notes and self.source.on_drift == "freeze":
-            raise IngestFailed(f"the fields drifted, and on_drift is freeze: {'; '.join(notes)}")
-        self.fields = learned(self.fields, prepared.fields)
-
-    def _note(self, text: str) -> None:
-        if text not in self.notes and len(self.notes) < MAX_NOTES:
-            self.notes.append(text)
+        return mark if mark.get("map") == self._mark_of() and "text" in mark else None
 
 
 # ── Doctor ────────────────────────────────────────────────────────────────────────────────────
@@ -7564,7 +7679,7 @@ class Doctor:
         return ", ".join(f"{name}: {short(picker(at)(record))}" for name, at in shown.items())
 
     async def _url(self, source: CsvSource | ApiSource) -> str:
-        secret = await self._steps.secret_of(source)
+        secret = await self._steps._secret(str(source.secret)) if source.secret else None
         with tempfile.TemporaryFile() as sink:
             try:
                 async with asyncio.timeout(CALL_DEADLINE):
@@ -7573,7 +7688,7 @@ class Doctor:
                 if not sink.tell():
                     raise SourceError("no answer in time") from None
                 return f"is sending, for more than {CALL_DEADLINE:.0f} s"
-        return f"answered {got.status}"
+        return f"answered {got.status_code}"
 
     async def _files(self, path: str) -> str:
         return await asyncio.to_thread(readable_files, str(self._steps.config.base / path))
@@ -10974,7 +11089,9 @@ async def export(
     args: argparse.Namespace, model: type[BaseModel], rows: AsyncIterator[BaseModel]
 ) -> None:
     """Print rows as they come: as CSV with its blocks as JSON, or as one JSON array."""
-    writer, joint = csv.DictWriter(sys.stdout, [*model.model_fields], lineterminator="\n"), "["
+    # a writer whose lines end with CRLF quotes both; of those lines the CR is dropped
+    out = argparse.Namespace(write=lambda line: sys.stdout.write(f"{line[:-2]}\n"))
+    writer, joint = csv.DictWriter(out, [*model.model_fields]), "["
     if args.csv:
         writer.writeheader()
     async for row in rows:

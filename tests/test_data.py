@@ -272,7 +272,7 @@ def test_an_ingest_in_the_answers(rest: Rest) -> None:
     assert job["totals"] == {"records": 1} | dict(zip(COUNTS, [4, 1, 0, 0, 3], strict=True))
     [run] = job["runs"]
     assert (run["status"], run["records_failed"], run["error_message"]) == ("success", 3, None)
-    assert "3 records were rejected" in job["last_error"]
+    assert "3 of 4 records were rejected in the run of" in job["last_error"]
     found = {row["place"]: row["reason"] for row in job["rejects"]}
     assert [*found] == [f"few.csv line {n}" for n in (5, 4, 3)]  # newest first
     assert "2 fields" in found["few.csv line 3"] and "no id" in found["few.csv line 4"]
@@ -579,6 +579,9 @@ COMMANDS = [
 ]
 
 
+AGAIN = "id,title,no date\n" + table_of(2).partition("\n")[2]
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Done]:
     """How each of the commands ended, one after the other, without a service; products.csv is
@@ -589,7 +592,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Done]:
     env = {"SECRET_KEY": MASTER_KEY, "TEST_OPENAI_KEY": standins.OPENAI_KEY}
     env |= {"TEST_KEBOOLA_TOKEN": standins.KEBOOLA_TOKEN}
     first, _ = run_many(folder, COMMANDS[:1], env)
-    (folder / "products.csv").write_text(WITH_FAULTS.replace("one", "first") + table_of(2))
+    (folder / "products.csv").write_text(WITH_FAULTS.replace("one", "first") + AGAIN)
     rest, _ = run_many(folder, COMMANDS[1:], env)
     return dict(zip(COMMANDS, first + rest, strict=True))
 

@@ -387,6 +387,8 @@ def chunk(rows: dict[str, str], bad: tuple[str, ...] = (), inserted: int = 0) ->
         part="file",
         state={"at": len(rows)},
         progress=0.5,
+        label="line",
+        span=None,
     )
 
 
@@ -407,7 +409,7 @@ async def test_records_are_written_in_chunks(store: tecko.Store) -> None:
     said = [json.loads(row["data"])["v"] for row in rows]
     assert said[:3] == [many["k0"], "other", many["k2"]] and said[-1] == "n"
     assert len(rows) == 1201 and rows[1]["updated_at"] == 4.0 and rows[2]["updated_at"] == 3.0
-    assert (await store.hashes("s", ["k1", "nope"])) == {"k1": tecko.digest_of("other")}
+    assert (await store.hashes(run, ["k1", "nope"])) == {"k1": (tecko.digest_of("other"), True)}
     assert (await store.totals("s"))["records"] == 1201 and len(await store.rejects("s", 9)) == 1
     ended = await store.end_run(run, tecko.RunEnd("success", None, [], 60.0, there=["x"]), 5.0)
     assert (ended.status, ended.progress, ended.records_failed) == ("success", 1.0, 1)

@@ -36,11 +36,7 @@ MODELS = (
     tecko.Since,
 )
 YAML_KEYS = sorted({name for model in MODELS for name in model.model_fields})
-PACKAGE_OF = {
-    "yaml": "pyyaml",
-    "dotenv": "python-dotenv",
-    "dateutil": "python-dateutil",
-}  # where import and package differ
+PACKAGE_OF = {"yaml": "pyyaml", "dotenv": "python-dotenv"}  # where import and package differ
 
 
 def readme() -> str:
