@@ -2546,7 +2546,8 @@ class Sqlite:
         import aiosqlite
 
         self._db = await aiosqlite.connect(self._uri, uri=True, isolation_level=None)
-        await self.run(f"PRAGMA busy_timeout = {int(1000 * TURN)}")
+        patience = TURN if self._writes else PATIENCE  # who begins a transaction tries again
+        await self.run(f"PRAGMA busy_timeout = {int(1000 * patience)}")
         if not self._writes:
             await self.run("PRAGMA query_only = ON")
             return
