@@ -3462,10 +3462,10 @@ class Secrets(Records):
         return len(rows)
 
     @transactional
-    async def drop_keys(self, drop: Callable[[Collection[str]], None]) -> None:
-        """Let `drop` forget master keys while nobody can seal; it is told the ids of those that
-        rows still need."""
-        drop({row.key_id for row in await self.secrets()})
+    async def change_keys(self, change: Callable[[Collection[str]], None]) -> None:
+        """Let `change` add or drop master keys while nobody can seal; it is told the ids of those
+        that rows need."""
+        change({row.key_id for row in await self.secrets()})
 
 
 # ── Stored jobs ───────────────────────────────────────────────────────────────────────────────
@@ -7489,7 +7489,7 @@ class Desk:
     async def rotate(self) -> int:
         """New key in front of the old one, everything sealed anew in one transaction, old key
         gone: a crash between any two of these leaves keys that open every secret."""
-        self.vault.begin_rotation()
+        await self.store.change_keys(lambda needed: self.vault.begin_rotation())
 
         def reseal(row: SealedSecret) -> tuple[bytes, str]:
             return self.vault.seal(row.name, row.type, self.vault.open(row))
@@ -7497,10 +7497,11 @@ class Desk:
         count = await self.store.reseal_secrets(reseal, self.clock())
 
         def drop(needed: Collection[str]) -> None:
+            self.vault.load(required=True)
             if {*needed} <= {self.vault.key_id}:  # else another rotation has begun
                 self.vault.end_rotation()
 
-        await self.store.drop_keys(drop)
+        await self.store.change_keys(drop)
         return count
 
     async def create_job(self, spec: Spec) -> JobDetail:

@@ -101,8 +101,34 @@ async def test_a_secret_is_sealed_with_the_lock_held(store: tecko.Store, path: P
         keys.insert(0, "new")
     await asyncio.gather(*added)
     needed: list[set[str]] = []
-    await store.drop_keys(lambda ids: needed.append({*ids}))
+    await store.change_keys(lambda ids: needed.append({*ids}))
     assert needed == [{"new"}]
+
+
+async def test_rotations_and_new_secrets_at_once(tmp_path: Path, path: Place) -> None:
+    """Three processes' worth of rotations, and secrets that are added meanwhile: every one of them
+    opens in the end, and a last rotation leaves one key."""
+    (tmp_path / "teckochecker.key").write_text(tecko.new_master_key())
+    config = tecko.load_config(tmp_path / "jobs.yaml", {})
+    async with contextlib.AsyncExitStack() as stack:
+        desks = []
+        for _ in range(3):
+            store = await stack.enter_async_context(tecko.Store(path))
+            desks.append(tecko.Desk(store, tecko.Vault(config.settings), lambda: config))
+
+        async def add(desk: tecko.Desk, number: int) -> None:
+            for n in range(4):
+                name = f"secret-{number}-{n}"
+                value = f"value-of-{name}"
+                await desk.add_secret(tecko.SecretBody(name=name, type="api", value=value))
+
+        both = [add(desk, n) for n, desk in enumerate(desks)]
+        await asyncio.gather(*both, *(desk.rotate() for desk in desks * 2))
+        await desks[0].rotate()
+        assert len((tmp_path / "teckochecker.key").read_text().split()) == 1
+        fresh, rows = tecko.Vault(config.settings), await desks[0].store.secrets()
+        opened = {fresh.open(row).reveal() for row in rows}
+    assert opened == {f"value-of-secret-{n}-{m}" for n in range(3) for m in range(4)}
 
 
 # ── Files ─────────────────────────────────────────────────────────────────────────────────────
