@@ -2627,7 +2627,9 @@ class Postgres:
         "SELECT 1 FROM pg_tables WHERE schemaname = current_schema()"
         " AND tablename = 'schema_version'"
     )
-    begin_sql = (  # the lock is of this schema; two programs may share a database
+    # Advisory locks are told apart by two numbers: ours, and the schema's, since two programs may
+    # share a database.
+    begin_sql = (
         f"BEGIN; SET LOCAL lock_timeout = {int(1000 * TURN)};"
         " SELECT pg_advisory_xact_lock(7238, hashtext(current_schema()));"
         " SET LOCAL lock_timeout = 0"
@@ -2661,8 +2663,11 @@ class Postgres:
             def dump(self, obj: str) -> Any:
                 return super().dump(obj.replace("\0", "\ufffd"))
 
-        ours: Any = {f"keepalives_{name}": value for name, value in KEEPALIVES.items()}
+        silence = 1000 * (KEEPALIVES["idle"] + KEEPALIVES["interval"] * KEEPALIVES["count"])  # ms
+        ours: Any = {f"keepalives_{n}": v for n, v in KEEPALIVES.items()}
+        ours |= {"tcp_user_timeout": silence}
         theirs = "; ".join(f"SET tcp_keepalives_{n} = {v}" for n, v in KEEPALIVES.items())
+        theirs += f"; SET tcp_user_timeout = {silence}"
         db = await self._psycopg.AsyncConnection.connect(
             self._url, autocommit=True, connect_timeout=5, **ours
         )

@@ -503,6 +503,21 @@ async def test_a_reader_that_gives_up(url: str) -> None:
         await store.pause_job(job.id, 2.0)
 
 
+async def test_a_writer_that_gives_up(url: str) -> None:
+    """Cancelled wherever it is: its transaction is whole, and the next one works."""
+    async with tecko.Store(url) as store:
+        for turns in range(0, 60, 4):
+            name = f"job-{turns}"
+            writing = asyncio.ensure_future(store.create_job(spec(name), "store", 1.0))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+            await made(store, f"{name}-after")
+            known = {job.name: job.id for job in await store.jobs()}
+            assert name not in known or len(await store.batches(known[name])) == 2
+
+
 async def test_a_transaction_that_lost_its_connection(server: postgres.Server, url: str) -> None:
     """It is a StoreError and nothing of it is there; the next one works."""
     async with tecko.Store(url) as store:
