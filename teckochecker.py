@@ -3618,13 +3618,13 @@ class Jobs(Secrets):
             f"SELECT {OF_JOB}, {HAS_OPEN}, {OF_BATCH} FROM polling_jobs j LEFT JOIN polling_batches"
             f" b ON b.job_id = j.id WHERE j.id IN {numbers(ids)} ORDER BY j.id, b.position"
         )
-        found: dict[int, Due] = {}
+        found, batch = dict[int, Due](), COLUMNS_OF_JOB + 1  # where its columns begin
         for row in rows:
-            if (job_id := row[0]) not in found:
-                found[job_id] = Due(*row[: COLUMNS_OF_JOB + 1])
-                self._current(found[job_id])
-            if row[COLUMNS_OF_JOB + 1] is not None:  # an ingest has no batches
-                found[job_id].batches.append(Batch(*row[COLUMNS_OF_JOB + 1 :]))
+            if (due := found.get(row[0])) is None:
+                found[row[0]] = due = Due(*row[:batch])
+                self._current(due)
+            if row[batch] is not None:  # an ingest has no batches
+                due.batches.append(Batch(*row[batch:]))
         return list(found.values())
 
     async def job_with_batches(self, job_id: int) -> tuple[Job | None, list[Batch], bool]:
