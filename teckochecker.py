@@ -2935,7 +2935,8 @@ class Sqlite:
         import aiosqlite
 
         self._db = await aiosqlite.connect(self._uri, uri=True, isolation_level=None)
-        await self.run(f"PRAGMA busy_timeout = {int(1000 * TURN)}")
+        patience = TURN if self._writes else PATIENCE  # who begins a transaction tries again
+        await self.run(f"PRAGMA busy_timeout = {int(1000 * patience)}")
         if not self._writes:
             await self.run("PRAGMA query_only = ON")
             return
@@ -3015,7 +3016,9 @@ class Postgres:
         "SELECT 1 FROM pg_tables WHERE schemaname = current_schema()"
         " AND tablename = 'schema_version'"
     )
-    begin_sql = (  # the lock is of this schema; two programs may share a database
+    # Advisory locks are told apart by two numbers: ours, and the schema's, since two programs may
+    # share a database.
+    begin_sql = (
         f"BEGIN; SET LOCAL lock_timeout = {int(1000 * TURN)};"
         " SELECT pg_advisory_xact_lock(7238, hashtext(current_schema()));"
         " SET LOCAL lock_timeout = 0"
@@ -3049,8 +3052,11 @@ class Postgres:
             def dump(self, obj: str) -> Any:
                 return super().dump(obj.replace("\0", "\ufffd"))
 
-        ours: Any = {f"keepalives_{name}": value for name, value in KEEPALIVES.items()}
+        silence = 1000 * (KEEPALIVES["idle"] + KEEPALIVES["interval"] * KEEPALIVES["count"])  # ms
+        ours: Any = {f"keepalives_{n}": v for n, v in KEEPALIVES.items()}
+        ours |= {"tcp_user_timeout": silence}
         theirs = "; ".join(f"SET tcp_keepalives_{n} = {v}" for n, v in KEEPALIVES.items())
+        theirs += f"; SET tcp_user_timeout = {silence}"
         db = await self._psycopg.AsyncConnection.connect(
             self._url, autocommit=True, connect_timeout=5, **ours
         )
@@ -3868,10 +3874,10 @@ class Secrets(Records):
         return len(rows)
 
     @transactional
-    async def drop_keys(self, drop: Callable[[Collection[str]], None]) -> None:
-        """Let `drop` forget master keys while nobody can seal; it is told the ids of those that
-        rows still need."""
-        drop({row.key_id for row in await self.secrets()})
+    async def change_keys(self, change: Callable[[Collection[str]], None]) -> None:
+        """Let `change` add or drop master keys while nobody can seal; it is told the ids of those
+        that rows need."""
+        change({row.key_id for row in await self.secrets()})
 
 
 # ── Stored jobs ───────────────────────────────────────────────────────────────────────────────
@@ -4019,13 +4025,13 @@ class Jobs(Secrets):
             f"SELECT {OF_JOB}, {HAS_OPEN}, {OF_BATCH} FROM polling_jobs j LEFT JOIN polling_batches"
             f" b ON b.job_id = j.id WHERE j.id IN {numbers(ids)} ORDER BY j.id, b.position"
         )
-        found: dict[int, CheckRow] = {}
+        found, batch = dict[int, CheckRow](), COLUMNS_OF_JOB + 1  # where its columns begin
         for row in rows:
-            if (job_id := row[0]) not in found:
-                found[job_id] = CheckRow(*row[: COLUMNS_OF_JOB + 1])
-                self._current(found[job_id])
-            if row[COLUMNS_OF_JOB + 1] is not None:  # an ingest has no batches
-                found[job_id].batches.append(Batch(*row[COLUMNS_OF_JOB + 1 :]))
+            if (due := found.get(row[0])) is None:
+                found[row[0]] = due = CheckRow(*row[:batch])
+                self._current(due)
+            if row[batch] is not None:  # an ingest has no batches
+                due.batches.append(Batch(*row[batch:]))
         return list(found.values())
 
     async def job_with_batches(self, job_id: int) -> tuple[Job | None, list[Batch], bool]:
@@ -8162,7 +8168,7 @@ class Desk:
             return await self.store.reseal_secrets(reseal, self.clock())
 
         count = await self.store.transact(seal_all)
-        await self.store.drop_keys(self.vault.end_rotation)
+        await self.store.change_keys(self.vault.end_rotation)
         return count
 
     async def create_job(self, spec: Spec) -> JobDetail:

@@ -101,8 +101,34 @@ async def test_a_secret_is_sealed_with_the_lock_held(store: tecko.Store, path: P
         keys.insert(0, "new")
     await asyncio.gather(*added)
     needed: list[set[str]] = []
-    await store.drop_keys(lambda ids: needed.append({*ids}))
+    await store.change_keys(lambda ids: needed.append({*ids}))
     assert needed == [{"new"}]
+
+
+async def test_rotations_and_new_secrets_at_once(tmp_path: Path, path: Place) -> None:
+    """Three processes' worth of rotations, and secrets that are added meanwhile: every one of them
+    opens in the end, and a last rotation leaves one key."""
+    (tmp_path / "teckochecker.key").write_text(tecko.new_master_key())
+    config = tecko.load_config(tmp_path / "jobs.yaml", {})
+    async with contextlib.AsyncExitStack() as stack:
+        desks = []
+        for _ in range(3):
+            store = await stack.enter_async_context(tecko.Store(path))
+            desks.append(tecko.Desk(store, tecko.Vault(config.settings), lambda: config))
+
+        async def add(desk: tecko.Desk, number: int) -> None:
+            for n in range(4):
+                name = f"secret-{number}-{n}"
+                value = f"value-of-{name}"
+                await desk.add_secret(tecko.SecretBody(name=name, type="api", value=value))
+
+        both = [add(desk, n) for n, desk in enumerate(desks)]
+        await asyncio.gather(*both, *(desk.rotate() for desk in desks * 2))
+        await desks[0].rotate()
+        assert len((tmp_path / "teckochecker.key").read_text().split()) == 1
+        fresh, rows = tecko.Vault(config.settings), await desks[0].store.secrets()
+        opened = {fresh.open(row).reveal() for row in rows}
+    assert opened == {f"value-of-secret-{n}-{m}" for n in range(3) for m in range(4)}
 
 
 # ── Files ─────────────────────────────────────────────────────────────────────────────────────
@@ -477,6 +503,21 @@ async def test_a_reader_that_gives_up(url: str) -> None:
             done = await asyncio.gather(*reading, return_exceptions=True)
             assert done[0] == done[2] == job
         await store.pause_job(job.id, 2.0)
+
+
+async def test_a_writer_that_gives_up(url: str) -> None:
+    """Cancelled wherever it is: its transaction is whole, and the next one works."""
+    async with tecko.Store(url) as store:
+        for turns in range(0, 60, 4):
+            name = f"job-{turns}"
+            writing = asyncio.ensure_future(store.create_job(spec(name), "store", 1.0))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+            await made(store, f"{name}-after")
+            known = {job.name: job.id for job in await store.jobs()}
+            assert name not in known or len(await store.batches(known[name])) == 2
 
 
 async def test_a_transaction_that_lost_its_connection(server: postgres.Server, url: str) -> None:
