@@ -4943,12 +4943,15 @@ async def exchange(
             if answer.status_code >= 300 and size > ERROR_BYTES:
                 break
             if size > limit:
-                raise error(f"{who} answered with more than {limit:,} bytes")
+                too_long = error(f"{who} answered with more than {limit:,} bytes")
+                too_long.permanent = True
+                raise too_long
             if sink is None or answer.status_code != 200:
                 parts.append(part)
             else:
                 await asyncio.to_thread(sink.write, part)
-    headers = [item for item in answer.headers.multi_items() if item[0] not in PACKING]
+    raw = answer.headers.raw  # bytes, which need not be ASCII (RFC 9110, section 5.5)
+    headers = [item for item in raw if item[0].decode().lower() not in PACKING]
     content = b"".join(parts)
     return httpx2.Response(
         answer.status_code, headers=headers, content=content, request=answer.request
@@ -7013,7 +7016,7 @@ class Steps:
         sent."""
         steps, row = list[StepResult](), next(iter(await self.store.due([job_id])), None)
         if row is not None and row.damage:  # others go on
-            return StepResult(LONGEST_WAIT, row.damage, TeckoError(row.damage))
+            raise TeckoError(row.damage)
         if row is not None and row.has_open:
             for trigger in await self.store.open_triggers(job_id):
                 steps.append(await self._advance(row, trigger))
@@ -8986,12 +8989,13 @@ class Service:
         """A step met what nobody expected: told in the log and in the job's last_error, of which
         all but the words of our own errors may name what no caller may read."""
         timer.failures += 1
-        self.metrics.internal_errors.inc()
-        known = str(error) if isinstance(error, TeckoError) else ""
-        said = known or f"internal error; see the log: {type(error).__name__}"
+        expected = isinstance(error, TeckoError)
+        said = str(error) if expected else f"internal error; see the log: {type(error).__name__}"
+        if not expected:
+            self.metrics.internal_errors.inc()
         pace = (timer.plan.interval if timer.plan else 0) or self.settings.default_poll_interval
         wait = min(pace * 2.0 ** (timer.failures - 1), LONGEST_WAIT)
-        log.error("job %s: %s; again in %.0f s", job_id, said, wait, exc_info=error)
+        log.error("job %s: %s; again in %.0f s", job_id, said, wait, exc_info=None if expected else error)
         with contextlib.suppress(StoreError):  # which is told by the next step
             await self.store.note_failure(job_id, said, time.time(), wait)
         return StepResult(wait, said, TeckoError(said))
