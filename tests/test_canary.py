@@ -115,9 +115,11 @@ def keboola_echoes(openai: standins.OpenAI, keboola: standins.Keboola, token: st
     """Three jobs whose Keboola jobs give the token back: refused, refused at length, failed."""
     keboola.token(token)
     keboola.end_with, keboola.end_message = "error", f"could not log in with {token}"
-    answer = {"error": f"bad token {token}", "exceptionId": token}
+    answer = {"error": f"bad token {token}", "code": 401, "exceptionId": token}
     keboola.fault("POST /jobs", standins.Fault.status(401, body=answer))
-    keboola.fault("POST /jobs", standins.Fault.status(400, body={"error": "z" * 285 + token}))
+    keboola.fault(
+        "POST /jobs", standins.Fault.status(400, body={"error": "z" * 285 + token, "code": 1})
+    )
     return ["first", "second", "third"]
 
 
