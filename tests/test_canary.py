@@ -170,12 +170,14 @@ def errors_of(folder: Path) -> dict[str, str | None]:
     return dict(rows)
 
 
-def break_a_job(folder: Path, name: str, poison: str) -> None:
-    """Put nonsense into a job's row, so that what reads it runs into a defect."""
+def break_two_jobs(folder: Path, poison: str) -> None:
+    """Put nonsense into the row of a trigger, so that what reads it runs into a defect, and into
+    another job's definition, which is that job's error."""
     with sqlite3.connect(folder / "teckochecker.db", timeout=10) as db:
-        [[spec]] = db.execute("SELECT spec FROM polling_jobs WHERE name = ?", (name,)).fetchall()
-        broken = json.dumps(json.loads(spec) | {"poll_interval": poison})
-        db.execute("UPDATE polling_jobs SET spec = ? WHERE name = ?", (broken, name))
+        of_job = "WHERE job_id = (SELECT id FROM polling_jobs WHERE name = 'third')"
+        db.execute(f"UPDATE triggers SET state = ?, finished_at = NULL {of_job}", (poison,))
+        broken = json.dumps({"name": "unknown", "poll_interval": poison})
+        db.execute("UPDATE polling_jobs SET spec = ? WHERE name = 'unknown'", (broken,))
     db.close()
 
 
@@ -228,7 +230,7 @@ def aviary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aviary]:
             folder, env | {"LOG_FORMAT": "json", "LOG_FILE": "service.log"}, "-v"
         ) as program:
             use(aviary, program)
-        aviary.cli("check", "-v", "check", "refused")
+        aviary.cli("check", "-v", "job", "show", "unknown", "--json")
         yield aviary
 
 
@@ -267,7 +269,7 @@ def use(aviary: Aviary, program: RunningProgram) -> None:
     listen(program)
     aviary.said["notified"] = "\n".join(program.notified).encode()
     aviary.keep_files()
-    break_a_job(folder, "unknown", BY_FILE)
+    break_two_jobs(folder, BY_FILE)
     log = folder / "service.log"
     wait_for(lambda: "Traceback" in log.read_text(), "a traceback in the log")
     assert program.terminate() == 0
@@ -303,10 +305,10 @@ def test_logs_have_no_canary(aviary: Aviary) -> None:
 
 
 def test_a_traceback_has_no_canary(aviary: Aviary) -> None:
-    """A defect that shows its values is logged with its place and without them; a command says
-    it in one line."""
-    assert b"poll_interval" in aviary.said["traceback in log"]
-    assert b"is damaged" in aviary.said["check stderr"]
+    """A defect that shows its values is logged with its place and without them; so is a definition
+    that cannot be read, by a command."""
+    assert b"next_state" in aviary.said["traceback in log"]
+    assert b"cannot be used" in aviary.said["check stdout"] + aviary.said["check stderr"]
     assert not loud(aviary, "traceback", "check")
 
 
