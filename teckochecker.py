@@ -6416,7 +6416,7 @@ class Steps:
                 at = now + (wait := pace or row.pace)
                 self.store.note(UnchangedCheck(row.id, row.revision, row.round, now, at, pace))
                 done[row.id] = StepResult(wait, "no news")
-            elif batches is not None or error is not None:
+            elif (batches is not None or error is not None) and not row.damage:
                 errors = [error] if batches is None and error is not None else []
                 news.append(self._concluded(row, batches or row.batches, errors))
         self.tally["checks", "waiting"] += len(done)
