@@ -4782,7 +4782,7 @@ CUT = 16_384  # characters looked at for that: to redact more would hold up the 
 LONGEST_SECRET = 4096  # characters
 REDIRECTS = (301, 302, 303, 307, 308)
 PACKING = ("content-encoding", "content-length", "transfer-encoding")
-ADDRESS = {OpenAIError: "OPENAI_BASE_URL", KeboolaError: "stack_url", SourceError: "the URL"}
+SET_BY = {OpenAIError: "OPENAI_BASE_URL", KeboolaError: "stack_url", SourceError: "the URL"}
 OWN_ERROR = {  # keys of an error that the API itself answers; other bodies are a proxy's or a
     OpenAIError: {"error"},  # router's, who knows nothing of what was asked for
     KeboolaError: {"error", "code"},
@@ -4962,7 +4962,7 @@ def refusal(answer: httpx2.Response, error: type[UpstreamError], said: str) -> U
     """An answer that is no good as an error, with the reason that it gives, and the wait."""
     status, data = answer.status_code, None
     with contextlib.suppress(UpstreamError):
-        data = json_of(answer, error, said)
+        data = read_answer(answer, error, said)
     own = isinstance(data, dict) and OWN_ERROR.get(error, set()) <= data.keys()
     kept = own or error not in OWN_ERROR or status < 400 or status == 429 or status >= 500
     reason = reason_in(data) or page_in(answer, error) or http.client.responses.get(status, "")
@@ -4987,16 +4987,17 @@ def page_in(answer: httpx2.Response, error: type[UpstreamError]) -> str:
     """The beginning of a body that is no JSON; a web page is called one."""
     said = short(answer.content[: 4 * CUT].decode(errors="replace"), REASON)
     html = "html" in answer.headers.get("content-type", "") or said.startswith("<")
-    return f"a web page; is {ADDRESS.get(error, 'the address')} right?" if html else said
+    return f"a web page; is {SET_BY.get(error, 'the address')} right?" if html else said
 
 
-def json_of(answer: httpx2.Response, error: type[UpstreamError], who: str) -> Any:
-    """What an answer says. What orjson refuses, a lone surrogate or a number, json may take."""
+def read_answer(answer: httpx2.Response, error: type[UpstreamError], who: str) -> Any:
+    """What an answer says, called `who` in errors. What orjson refuses, a lone surrogate or a
+    number, json may take."""
     with contextlib.suppress(ValueError):
         return orjson.loads(answer.content)
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(answer.content.decode())
-    raise error(f"{who}'s answer cannot be read: {page_in(answer, error) or 'it is empty'}")
+    raise error(f"{who} cannot be read: {page_in(answer, error) or 'it is empty'}")
 
 
 # ── Upstreams: OpenAI ─────────────────────────────────────────────────────────────────────────
@@ -5324,7 +5325,8 @@ class OpenAI:
                 async with self._slots:
                     self.on_request(kind)
                     answer = await getattr(mine.batches, kind)(*args, **query)
-                data = json_of(answer.http_response, OpenAIError, f"OpenAI's answer about {about}")
+                said = f"OpenAI's answer about {about}"
+                data = read_answer(answer.http_response, OpenAIError, said)
             except (openai.OpenAIError, OpenAIError) as e:
                 found = [x for x in (e, e.__cause__) if isinstance(x, OpenAIError)]
                 error = found[0] if found else OpenAIError(f"OpenAI about {about}: {short(e)}")
@@ -5534,7 +5536,7 @@ class Keboola:
             raise
         if (date := unix_time(answer.headers.get("date"))) is not None:
             self._ahead[stack] = date - self._clock()
-        return json_of(answer, KeboolaError, f"Keboola's answer about {about}")
+        return read_answer(answer, KeboolaError, f"Keboola's answer about {about}")
 
     async def close(self) -> None:
         for asked in self._queues.values():
@@ -7104,7 +7106,7 @@ class Steps:
                 at = now + (wait := pace or row.pace)
                 self.store.note(UnchangedCheck(row.id, row.revision, row.round, now, at, pace))
                 done[row.id] = StepResult(wait, "no news")
-            elif batches is not None or error is not None:
+            elif (batches is not None or error is not None) and not row.damage:
                 errors = [error] if batches is None and error is not None else []
                 news.append(self._concluded(row, batches or row.batches, errors))
         self.metrics.checks.labels("waiting").inc(len(done))
@@ -8995,7 +8997,9 @@ class Service:
             self.metrics.internal_errors.inc()
         pace = (timer.plan.interval if timer.plan else 0) or self.settings.default_poll_interval
         wait = min(pace * 2.0 ** (timer.failures - 1), LONGEST_WAIT)
-        log.error("job %s: %s; again in %.0f s", job_id, said, wait, exc_info=None if expected else error)
+        log.error(
+            "job %s: %s; again in %.0f s", job_id, said, wait, exc_info=None if expected else error
+        )
         with contextlib.suppress(StoreError):  # which is told by the next step
             await self.store.note_failure(job_id, said, time.time(), wait)
         return StepResult(wait, said, TeckoError(said))

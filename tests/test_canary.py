@@ -115,9 +115,11 @@ def keboola_echoes(openai: standins.OpenAI, keboola: standins.Keboola, token: st
     """Three jobs whose Keboola jobs give the token back: refused, refused at length, failed."""
     keboola.token(token)
     keboola.end_with, keboola.end_message = "error", f"could not log in with {token}"
-    answer = {"error": f"bad token {token}", "exceptionId": token}
+    answer = {"error": f"bad token {token}", "code": 401, "exceptionId": token}
     keboola.fault("POST /jobs", standins.Fault.status(401, body=answer))
-    keboola.fault("POST /jobs", standins.Fault.status(400, body={"error": "z" * 285 + token}))
+    keboola.fault(
+        "POST /jobs", standins.Fault.status(400, body={"error": "z" * 285 + token, "code": 1})
+    )
     return ["first", "second", "third"]
 
 
@@ -305,8 +307,8 @@ def test_logs_have_no_canary(aviary: Aviary) -> None:
 def test_a_traceback_has_no_canary(aviary: Aviary) -> None:
     """A defect that shows its values is logged with its place and without them; so is a definition
     that cannot be read, by a command."""
-    assert b"next_state" in aviary.said["traceback in log"]
-    assert b"is damaged" in aviary.said["check stdout"] + aviary.said["check stderr"]
+    assert b"_advance" in aviary.said["traceback in log"]
+    assert b"cannot be used" in aviary.said["check stdout"] + aviary.said["check stderr"]
     assert not loud(aviary, "traceback", "check")
 
 

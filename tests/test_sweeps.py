@@ -293,6 +293,19 @@ async def test_from_done_to_triggered_in_one_step(world: World) -> None:
     assert (await world.get(ids[4])).status == "triggered" and len(world.keboola.created) == 1
 
 
+async def test_a_damaged_job_costs_no_other_of_its_key_a_check(world: World) -> None:
+    """Its definition cannot be read: it says so alone, and one page answers the rest."""
+    ids = await watch(world, 10)
+    await world.steps.step_all(ids)
+    world.clock.turn(INTERVAL)
+    with contextlib.closing(sqlite3.connect(world.store.path)) as db, db:
+        db.execute("UPDATE polling_jobs SET spec = '{}', last_error = 'x' WHERE id = ?", ids[3:4])
+    for n in range(10):
+        batch(world, n).become("in_progress", completed=4)
+    done = await world.steps.step_all(ids)
+    assert [n for n in ids if done[n].error] == [ids[3]] and world.openai.count(LIST) == 2
+
+
 async def test_whose_batch_is_listed_as_done_need_not_wait(world: World) -> None:
     """A list that others asked for shows it: its job is named, and the service checks it at once,
     an hour before it is due."""
