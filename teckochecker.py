@@ -6902,8 +6902,8 @@ class Metrics:
         counter, gauge = made(prometheus.Counter), made(prometheus.Gauge)
         histogram = made(prometheus.Histogram)
         self.checks = counter("checks", "Checks of a job's batches.", ["outcome"])
-        self.triggers = counter("triggers", "What happened to triggers.", ["event"])
-        self.ingest_runs = counter("ingest_runs", "Runs of ingests.", ["status"])
+        self.triggers = counter("triggers", "What happened to triggers.", ["outcome"])
+        self.ingest_runs = counter("ingest_runs", "Runs of ingests.", ["outcome"])
         self.openai_requests = counter("openai_requests", "Requests to OpenAI.", ["kind"])
         self.records = counter("records", "Records that ingests read.", ["became"])
         labels = ["upstream", "status"]
