@@ -7,35 +7,28 @@ trigger is lost, and none is doubled as long as Keboola's search shows a job wit
 window. Everything below serves that sentence. The file reads from top to bottom; a section
 uses only what stands above it:
 
-    Constants     every number, with its unit and its reason
-    Redaction     what keeps secrets out of logs and messages
-    Errors        what can go wrong, and what follows from it
-    Model         texts, times and intervals as people and programs give them
-    Job           what a job is, nested as in jobs.yaml or flat; the edge of validation
-    Settings      what the environment and the head of jobs.yaml may say
-    Rows          what the store has of a job, a batch, a trigger, a run
-    Decisions     the tables of states and the pure functions that say what to do next
-    Secrets       master keys and encryption
-    YAML          jobs.yaml as data that knows its lines; wrong values in words
-    Configuration jobs.yaml, .env and the environment into settings and jobs
-    Plan          what a changed jobs.yaml would do
-    Store         the one place with SQL
-    Upstreams     the one place that calls OpenAI, Keboola and the sources of ingests
-    Ingest        records out of files and pages, and what they become; writes nothing
-    Steps         load, ask, decide, record, act
-    Doctor        what `validate --online` asks the other sides
-    Desk          what people and programs may ask for, each rule once
-    Service       scheduler, reload, health, start, drain, stop
-    Metrics       what Prometheus is told
-    Admin         HTTP: one table of routes serves, documents and is tested
-    Output to main, at the end: the command line, the one place that prints and exits
+    Constants, Redaction, Errors     what many sections share
+    Model, Job, Settings, Rows       what is validated where it comes in, and what the store has
+    Decisions                        states as tables, and what to do next: no clock, no I/O
+    Secrets                          master keys and encryption
+    YAML, Configuration              jobs.yaml, .env and the environment into settings and jobs
+    Schema to Housekeeping           the store on two engines: the one place with SQL, no network
+    Asking over HTTP to Web          OpenAI, Keboola and sources: the one place that calls them
+    Ingest                           records out of files and pages; writes nothing
+    Metrics                          what Prometheus reads
+    Steps, Ingesting, Doctor         load, ask, decide, record, act
+    Answers, Operations              what people and programs may ask for, each rule once
+    Run lock, Scheduler, Plan        one process a database; timers; what a new jobs.yaml would do
+    Service                          ticks, reload, health, start, drain
+    Routes, OpenAPI, HTTP            one table of routes serves, documents and is tested
+    Output to Parser and main        the command line: the one place that prints and exits
 
 A job                                     A trigger (the outbox row of one round of a job)
 
   active <--> paused                        pending --claim--> sending --+--> running --> succeeded
     |  \                                       ^   ^              |   |  |         \----> failed
-    |   +--- a batch failed --> failed         |   +--- surely ---+   |  +--> rejected
-    | all done                   ^   ^         |       not sent       | who knows
+    |   +--- a batch failed --> failed         |   +-- known not --+   |  +--> rejected
+    | all done                   ^   ^         |      to be sent      | outcome unknown
     v                            |   |         |                      v
   triggering -- refused, held ---+   |         +---- not found --- unknown --> running (found)
     | Keboola has it                 |                                |  ^
