@@ -27,7 +27,7 @@ A job                                     A trigger (the outbox row of one round
 
   active <--> paused                        pending --claim--> sending --+--> running --> succeeded
     |  \                                       ^   ^              |   |  |         \----> failed
-    |   +--- a batch failed --> failed         |   +-- known not --+   |  +--> rejected
+    |   +--- a batch failed --> failed         |   +--- not sent --+   |  +--> rejected
     | all done                   ^   ^         |      to be sent      | outcome unknown
     v                            |   |         |                      v
   triggering -- refused, held ---+   |         +---- not found --- unknown --> running (found)
