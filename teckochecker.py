@@ -28,7 +28,7 @@ A job                                     A trigger (the outbox row of one round
   active <--> paused                        pending --claim--> sending --+--> running --> succeeded
     |  \                                       ^   ^              |   |  |         \----> failed
     |   +--- a batch failed --> failed         |   +--- not sent --+   |  +--> rejected
-    | all done                   ^   ^         |      to be sent      | outcome unknown
+    | all done                   ^   ^         |                      | outcome unknown
     v                            |   |         |                      v
   triggering -- refused, held ---+   |         +---- not found --- unknown --> running (found)
     | Keboola has it                 |                                |  ^
@@ -3346,6 +3346,8 @@ class Database:
                 if not engine.is_busy(e):
                     raise self._store_error(e) from e
                 now = time.monotonic()
+                if self._blocked_since is None:
+                    log.info("waiting for another process that has locked the database")
                 self._blocked_since = self._blocked_since or now
                 if now - self._blocked_since >= self.patience:
                     said = f"the database {self.place} is locked by another process"
@@ -3811,6 +3813,11 @@ class Secrets(Records):
         sealed, where = {"value": value, "key_id": key_id}, "name = :name AND type = :kind"
         if not await self._change("secrets", sealed, where, name=name, kind=kind):
             raise NotFound(f"there is no secret {name!r} of type {kind} to replace", code=1001)
+        await self._sql(  # a changed job is due at once, however long it was to wait
+            "UPDATE polling_jobs SET revision = revision + 1, errors_in_row = 0"
+            " WHERE :name IN (openai_secret, keboola_secret, api_secret)",
+            {"name": name},
+        )
         await self._log(None, "updated", f"secret {name!r} has a new value", now)
 
     async def secret_types(self) -> dict[str | int, str]:
@@ -5173,6 +5180,13 @@ class OpenAI:
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self.on_request: Callable[[str], None] = lambda kind: None  # told: retrieve or list
         self._keys: dict[str, Key] = {}
+
+    def set_budget(self, per_minute: int | None) -> None:
+        """From now on each key has so many requests a minute."""
+        if per_minute != self._per_minute:
+            self._per_minute = per_minute
+            for key in self._keys.values():
+                key.budget = budget(per_minute)
 
     def _key(self, key: SecretValue) -> Key:
         if (found := self._keys.get(key.reveal())) is None:
@@ -8566,7 +8580,7 @@ def differing(old: Spec, new: Spec) -> list[str]:
 TICK = 1.0  # s between looks at what other processes changed in the store
 STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
 DRAIN_SECONDS = 7.0  # s for work in flight after SIGTERM, of the 10 s promised in all
-START_WAIT = 60.0  # s that a start waits for another process's lock on the store
+LOCK_WAIT = 60.0  # s that a start waits for another process's lock on the store
 STORE_PAUSE = 5.0  # s until a step that met a failing store is tried again
 READ_TOGETHER = 500  # jobs read by one query of those due in one tick
 GC_THRESHOLD = 10_000  # objects more than at the last collection: several ticks' worth
@@ -8662,10 +8676,12 @@ class Service:
         return self.steps.config.settings
 
     async def start(self, *, timers: bool = True) -> None:
-        """Bring the store up to jobs.yaml and start the timers."""
+        """Bring the store up to jobs.yaml and start the timers. Another process that holds the
+        store's lock is waited for."""
+        self.store.patience = LOCK_WAIT
         await self.store.clamp_times(time.time())
         await self._adopt(self.steps.config)
-        await self.store.clamp_times(time.time())
+        self.store.patience = PATIENCE
         if not timers:
             return
         self._epoch = time.time()
@@ -8743,6 +8759,7 @@ class Service:
             kept = {name: getattr(old, name) for name in BOUND_AT_START}
             changed = [n for n, value in kept.items() if getattr(config.settings, n) != value]
             await self._adopt(replace(config, settings=config.settings.model_copy(update=kept)))
+            self.steps.openai.set_budget(config.settings.max_requests_per_minute)
             if changed:
                 log.warning("changed, but taken up only by a restart: %s", ", ".join(changed))
         except TeckoError as e:

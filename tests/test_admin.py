@@ -149,7 +149,7 @@ def held_up(made: Surface) -> Iterator[None]:
         free.wait(60)
 
     reader: Any = made.service.store._reader
-    asyncio.run_coroutine_threadsafe(reader._execute(occupy), made.loop)
+    asyncio.run_coroutine_threadsafe(reader._db._execute(occupy), made.loop)
     assert busy.wait(10)
     try:
         yield
@@ -537,6 +537,7 @@ def test_an_error_that_nobody_expects(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_no_descriptor_is_left(tmp_path: Path) -> None:
     """What cannot be accepted is tried again each second, and told in a line; once descriptors are
     free, all is as before."""
+    (tmp_path / "jobs.yaml").write_text("jobs: []\n")
     with RunningProgram(tmp_path, {"API_PORT": "0", "API_MAX_CONNECTIONS": "1000"}) as program:
         resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (60, 60))
         host, port = program.url.removeprefix("http://").split(":")
@@ -605,7 +606,7 @@ def test_health_names_nobody_to_strangers(tmp_path: Path) -> None:
         flat |= dict.fromkeys(("openai_secret", "keboola_secret"), "absent")
         flat |= dict.fromkeys(("keboola_component_id", "keboola_configuration_id"), "x")
         flat |= {"keboola_stack_url": "https://connection.keboola.com"}
-        spec = tecko.parse(tecko.JobSpec, flat, {"bounds": (1, 60)})
+        spec = tecko.job_spec(flat, {"bounds": (1, 60)})
         made.on_loop(made.service.store.create_job(spec, "store", time.time()))
         token = {"Authorization": f"Bearer {TOKEN}"}
         until(lambda: ask(made, "/health", **token).body["overdue_jobs"] == ["overdue-job"])
@@ -843,6 +844,7 @@ def test_a_stop_under_load(tmp_path: Path) -> None:
                 answer.read()
 
     env = {"API_PORT": "0", "SECRET_KEY": MASTER_KEY}
+    (tmp_path / "jobs.yaml").write_text("jobs: []\n")
     with RunningProgram(tmp_path, env) as program, ThreadPoolExecutor(12) as clients:
         host = program.url.removeprefix("http://")
         posted = [clients.submit(post, host, client) for client in range(12)]

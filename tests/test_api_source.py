@@ -1303,8 +1303,8 @@ WRONG = [
     (
         "overlap: 10m",
         "over: 10m",
-        "14: ingest.since.over: unknown key (did you mean 'overlap'?); allowed: field, format, overlap,"
-        " param",
+        "14: ingest.since.over: unknown key (did you mean 'overlap'?); allowed: field, format,"
+        " overlap, param",
     ),
     ("{title: ", "{titel: ", f"16: ingest.fields.titel: found 'titel'; allowed: {FIELDS}"),
     ("type: api\n ", "type: rest\n ", "8: ingest.type: found 'rest'; allowed: csv or api"),

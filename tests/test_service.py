@@ -501,6 +501,43 @@ async def test_a_bad_reload_keeps_the_old_configuration(
     assert (await world.store.find_job("from-file")).shown_status == "active"
 
 
+async def until_job(world: World, job_id: int, met: Callable[[tecko.Job], object]) -> None:
+    async def holds() -> object:
+        return met(await world.get(job_id))
+
+    await until(holds)
+
+
+async def test_a_replaced_secret_makes_its_jobs_due(world: World) -> None:
+    """A refused key is waited with for longer and longer; a new one is tried at once."""
+    world.openai.batch("batch_1")
+    await world.secret("openai", "openai", "sk-a-refused-key-0123", replace=True)
+    job_id = await world.job(poll_interval=3600)
+    async with running(world):
+        await until_job(world, job_id, lambda job: job.errors_in_row > 0)
+        await world.secret("openai", "openai", standins.OPENAI_KEY, replace=True)
+        await until_job(world, job_id, lambda job: job.last_error is None)
+
+
+async def test_a_start_waits_for_a_foreign_lock(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so, and goes on when the lock is gone."""
+    caplog.set_level("INFO")
+    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+
+        async def start() -> None:
+            async with running(world):
+                pass
+
+        starting = asyncio.create_task(start())
+        await until(lambda: "waiting for another process that has locked" in caplog.text)
+        assert not starting.done()
+        other.execute("ROLLBACK")
+        await asyncio.wait_for(starting, 20)
+
+
 # ── Drain ─────────────────────────────────────────────────────────────────────────────────────
 
 
