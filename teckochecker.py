@@ -7025,7 +7025,7 @@ class Steps:
         sent."""
         steps, row = list[StepResult](), next(iter(await self.store.due([job_id])), None)
         if row is not None and row.damage:  # others go on
-            raise TeckoError(row.damage)
+            return StepResult(LONGEST_WAIT, row.damage, TeckoError(row.damage))
         if row is not None and row.has_open:
             for trigger in await self.store.open_triggers(job_id):
                 steps.append(await self._advance(row, trigger))

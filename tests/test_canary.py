@@ -308,7 +308,7 @@ def test_a_traceback_has_no_canary(aviary: Aviary) -> None:
     """A defect that shows its values is logged with its place and without them; so is a definition
     that cannot be read, by a command."""
     assert b"_advance" in aviary.said["traceback in log"]
-    assert b"cannot be used" in aviary.said["check stdout"] + aviary.said["check stderr"]
+    assert b"is damaged" in aviary.said["check stdout"] + aviary.said["check stderr"]
     assert not loud(aviary, "traceback", "check")
 
 

@@ -122,13 +122,14 @@ async def test_rotations_and_new_secrets_at_once(tmp_path: Path, path: Place) ->
                 value = f"value-of-{name}"
                 await desk.add_secret(tecko.SecretBody(name=name, type="api", value=value))
 
+        await add(desks[0], 3)  # a rotation that would seal nothing is refused
         both = [add(desk, n) for n, desk in enumerate(desks)]
         await asyncio.gather(*both, *(desk.rotate() for desk in desks * 2))
         await desks[0].rotate()
         assert len((tmp_path / "teckochecker.key").read_text().split()) == 1
         fresh, rows = tecko.Vault(config.settings), await desks[0].store.secrets()
         opened = {fresh.open(row).reveal() for row in rows}
-    assert opened == {f"value-of-secret-{n}-{m}" for n in range(3) for m in range(4)}
+    assert opened == {f"value-of-secret-{n}-{m}" for n in range(4) for m in range(4)}
 
 
 # ── Files ─────────────────────────────────────────────────────────────────────────────────────
@@ -306,8 +307,7 @@ async def test_a_job_that_cannot_be_read_is_shown(world: World) -> None:
     assert [job.id for job in listed.jobs] == [bad, good]
     assert "is damaged" in str(listed.jobs[0].last_error) and not listed.jobs[1].last_error
     assert (await desk.job("bad")).batches[0].batch_id == "batch_1"
-    with pytest.raises(tecko.TeckoError, match="is damaged"):
-        await world.steps.step(bad)
+    assert "is damaged" in (await world.steps.step(bad)).said
     assert "done" in (await world.steps.step(good)).said or world.openai.requests
 
 

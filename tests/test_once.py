@@ -394,7 +394,7 @@ def locked_before_the_claim(site: Site) -> None:
         stopped_at(gate)
         with site.locked():
             gate.release()
-            until(lambda: "database is locked" in program.text(), "a word about the lock")
+            until(lambda: "is locked by another process" in program.text(), "a word about the lock")
             assert site.posts() == []
         assert until(site.ended, "the job's end") == "completed"
 
