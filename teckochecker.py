@@ -1265,6 +1265,23 @@ class Settings(BaseModel):
     credentials_directory: Path | None = None
 
     @property
+    def store(self) -> Path | str:
+        """What `Store` opens: the file, or the URL of a PostgreSQL database."""
+        return self.database_url.reveal() if self.database_url else self.database
+
+    @property
+    def shown_store(self) -> str:
+        """The same for people: of a URL without its user, password and options."""
+        url = urlsplit(str(self.store))
+        host = url.netloc.rpartition("@")[2]
+        return f"{url.scheme}://{host}{url.path}" if self.database_url else str(self.database)
+
+    @property
+    def has_store(self) -> bool:
+        """Whether there is a database to ask: a server is asked for its own."""
+        return self.database_url is not None or self.database.exists()
+
+    @property
     def job_context(self) -> dict[str, Any]:
         """What the models of a job need to know of the settings."""
         bounds = (self.min_poll_interval, self.max_poll_interval)
@@ -2922,6 +2939,8 @@ class Sqlite:
 
     def __init__(self, path: Path, *, mode: Literal["ro", "rw"], writes: bool) -> None:
         self._uri, self._writes = f"file:{quote(str(path))}?mode={mode}", writes
+        if mode == "ro" and not Path(f"{path}-wal").exists():  # nobody writes it: make no -wal
+            self._uri += "&immutable=1"
         self._db: aiosqlite.Connection | None = None
 
     async def open(self) -> None:
@@ -3273,11 +3292,12 @@ class Database:
         self._end = time.monotonic() + seconds
 
     @contextlib.asynccontextmanager
-    async def sole(self) -> AsyncIterator[None]:
-        """Work on this database alone, which may take until another node has gone; on SQLite the
-        run lock sees to that. When the lock is lost, and another node has it, `superseded` is true
-        and every write fails."""
-        while not await self._claimed():  # noqa: ASYNC110 - the lock is the server's
+    async def sole(self, in_reserve: Callable[[], None] = lambda: None) -> AsyncIterator[None]:
+        """Work on this database alone, which may take until another node has gone: `in_reserve` is
+        called before each pause. On SQLite the run lock sees to that. When the lock is lost, and
+        another node has it, `superseded` is true and every write fails."""
+        while not await self._claimed():
+            in_reserve()
             await asyncio.sleep(SOLE_SECONDS)
         yield  # the lock goes with the connection
 
@@ -9141,11 +9161,15 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def make_service(
-    config: Config, load: Callable[[], Config], *, timers: bool = True
+    config: Config,
+    load: Callable[[], Config],
+    *,
+    timers: bool = True,
+    in_reserve: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Service]:
     """The service with its store and upstreams, started; drained and closed at the end."""
     vault = Vault(config.settings)
-    async with Store(config.settings.database) as store, store.sole():
+    async with Store(config.settings.store) as store, store.sole(in_reserve):
         settings = config.settings
         openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
         upstreams = openai, Keboola(), Web()
@@ -10290,8 +10314,6 @@ def no_jobs_file(config: Config) -> Invalid:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    import difflib
-
     close = difflib.get_close_matches(word, known, 1)
     return f"did you mean {close[0]!r}?" if close else ""
 
@@ -10313,7 +10335,7 @@ def on_desk(config: Config, work: Callable[[Desk], Awaitable[T]], *, looks: bool
     vault = Vault(config.settings)
 
     async def asking() -> T:
-        async with Store(config.settings.database, read_only=looks) as store, guessing(store):
+        async with Store(config.settings.store, read_only=looks) as store, guessing(store):
             return await work(Desk(store, vault, lambda: config))
 
     if not looks:
@@ -10345,29 +10367,27 @@ jobs:
 """
 
 
-async def refuse_a_lost_key(database: Path, key_file: Path) -> None:
-    async with Store(database, read_only=True) as store:
-        sealed = [row.name for row in await store.secrets()]
-    if sealed:
-        raise SecretError(
-            f"{key_file} is missing, and a new key would not open what {database} has sealed:"
-            f" {', '.join(sealed)}",
-            hint="put the key file back, or --new-key, and store these secrets again",
-        )
+async def sealed_names(settings: Settings) -> list[str]:
+    """The stored secrets; makes the database where it is missing."""
+    async with Store(settings.store) as store:
+        return await store.names("secrets")
 
 
 def cmd_init(args: argparse.Namespace, config: Config) -> int:
     settings, vault, done = config.settings, Vault(config.settings), []
-    key_file = vault.file
+    if not settings.has_store:
+        done.append(f"made the database {settings.shown_store}")
+    sealed, key_file = asyncio.run(sealed_names(settings)), vault.file
     if key_file is not None and not key_file.exists():
-        if settings.database.exists() and not args.new_key:
-            asyncio.run(refuse_a_lost_key(settings.database, key_file))
+        if sealed and not args.new_key:
+            raise SecretError(
+                f"{key_file} is missing, and a new key would not open what"
+                f" {settings.shown_store} has sealed: {', '.join(sealed)}",
+                hint="put the key file back, or --new-key, and store these secrets again",
+            )
         write_private(key_file, new_master_key() + "\n")
         done.append(f"made the master key {key_file} (back it up: without it no secret opens)")
     vault.load(required=True)
-    if not settings.database.exists():
-        done.append(f"made the database {settings.database}")
-    asyncio.run(Store(settings.database).touch())
     if not config.path.exists():
         config.path.write_text(FIRST_JOBS_FILE)
         done.append(f"wrote {config.path}")
@@ -10384,35 +10404,35 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
 def cmd_validate(args: argparse.Namespace, config: Config) -> int:
     """Everything `start` would refuse, that every stored secret decrypts, and what would change;
     --online also asks the other sides."""
-    if config.jobs is None:
+    if not config.path.exists():
         raise no_jobs_file(config)
     for warning in config.warnings:
         print(redact(f"warning: {warning}"), file=sys.stderr)
-    vault, exists = Vault(config.settings), config.settings.database.exists()
+    vault, jobs = Vault(config.settings), config.jobs or []
 
     async def look(desk: Desk) -> tuple[list[Problem], list[str], list[str]]:
         problems = await every_problem(config, desk.store, vault, unused=True)
-        return (
-            problems,
-            await desk.store.names("secrets"),
-            await planned(config.jobs or [], desk.store),
-        )
+        return (problems, await desk.store.names("secrets"), await planned(jobs, desk.store))
 
-    if exists:
+    if config.settings.has_store:
         problems, stored, changes = on_desk(config, look, looks=True)
     else:
         problems, stored = all_problems(config, {}, unused=True), []
-        changes = [f"{job.name} will be created" for job in config.jobs]
+        changes = [f"{job.name} will be created" for job in jobs]
     problems += [Problem(found=said) for said in asyncio.run(client_problems())]
     if problems:
         raise Invalid(problems, hint=missing_secret_hint(problems))
     names = sorted({*config.secrets, *stored})
     findings = asyncio.run(examined(config, vault)) if args.online else []
-    text = f"{config.path} is good: {counted(len(config.jobs), 'job')},"
+    text = f"{config.path} is good: {counted(len(jobs), 'job')},"
     lines = [f"{text} {counted(len(names), 'secret')}", *changes]
     lines += [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
-    jobs = [job.name for job in config.jobs]
-    document = {"valid": True, "jobs": jobs, "secrets": names, "changes": changes}
+    document = {
+        "valid": True,
+        "jobs": [job.name for job in jobs],
+        "secrets": names,
+        "changes": changes,
+    }
     report(args, document | {"online": [f._asdict() for f in findings]}, "\n".join(lines))
     return int(not all(f.good for f in findings))
 
@@ -10425,13 +10445,13 @@ def missing_secret_hint(problems: Sequence[Problem]) -> str:
 
 
 async def examined(config: Config, vault: Vault) -> list[Finding]:
-    async with Store(config.settings.database) as store:
+    async with Store(config.settings.store) as store:
         return await examine(config, store, vault)
 
 
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
     database = config.settings.database
-    if config.jobs is None and not database.exists():
+    if not config.path.exists() and not config.settings.has_store:
         raise no_jobs_file(config)
     if args.daemon:
         return start_daemon(args, config)
@@ -10439,6 +10459,21 @@ def cmd_start(args: argparse.Namespace, config: Config) -> int:
     with waiting as lock, contextlib.suppress(asyncio.CancelledError):
         asyncio.run(serve(config, lambda: config_of(args), lock))
     return 0
+
+
+def in_reserve(lock: RunLock) -> Iterator[None]:
+    """What each second brings in which another node works on the database. Neither systemd nor
+    `start --daemon` waits for its end."""
+    said = "in reserve: another node works on this database"
+    log.warning(said)
+    lock.write("", time.time())
+    while True:
+        notify("READY=1", "WATCHDOG=1", f"STATUS={said}")
+        yield
+
+
+def not_beside_another() -> None:
+    raise Conflict("a TeckoChecker of another host works on this database", hint="ask it there")
 
 
 async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> None:
@@ -10449,7 +10484,8 @@ async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> No
     for number in ends:
         loop.add_signal_handler(number, starting.cancel)
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
-    async with make_service(config, load) as service:
+    waits = partial(next, in_reserve(lock))
+    async with make_service(config, load, in_reserve=waits) as service:
         service.lock = lock
         for number in ends:
             loop.add_signal_handler(number, service.stop.set)
@@ -10467,8 +10503,8 @@ async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> No
 
 
 def start_daemon(args: argparse.Namespace, config: Config) -> int:
-    """Start this program again in a session of its own, and wait until it holds the lock and has
-    an address, or has ended: then what it said is the reason."""
+    """Start this program again in a session of its own, and wait until it works or is in reserve,
+    or has ended: then what it said is the reason."""
     database = config.settings.database
     log_file = config.settings.log_file or database.with_suffix(".log")
     options = ["-v"] * args.verbose + ["-q"] * args.quiet
@@ -10487,7 +10523,7 @@ def start_daemon(args: argparse.Namespace, config: Config) -> int:
     try:
         while child.poll() is None:
             found = holder(database)
-            if found is not None and found.pid == child.pid and found.address:
+            if found is not None and found.pid == child.pid and found.started_at:
                 document = {"running": True, "pid": child.pid, "log": str(log_file)}
                 return report(args, document, f"started, pid {child.pid}; the log is {log_file}")
             said += pipe.read() or b""
@@ -10581,15 +10617,15 @@ def ask_service(address: str, method: str, path: str, settings: Settings) -> Any
 
 
 def cmd_status(args: argparse.Namespace, config: Config) -> int:
-    now, database, found = time.time(), config.settings.database, holder(config.settings.database)
+    now, settings, found = time.time(), config.settings, holder(config.settings.database)
     serves = found is not None and found.address != ""
 
     async def look(desk: Desk) -> tuple[dict[str, int], list[tuple[str, float]], list[Any]]:
         counts, due = (await desk.store.counts())["jobs"], await desk.store.due_next(5)
         return counts, due, await desk.store.attention(10)
 
-    counts, due, needs = on_desk(config, look, looks=True) if database.exists() else ({}, [], [])
-    needs += refused_reload(found.address, config.settings) if found and serves else []
+    counts, due, needs = on_desk(config, look, looks=True) if settings.has_store else ({}, [], [])
+    needs += refused_reload(found.address, settings) if found and serves else []
     up = round(now - found.started_at, 1) if found and found.started_at else None
     document = {
         "running": found is not None and found.command == "start",
@@ -10597,17 +10633,18 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
         "pid": found.pid if found else None,
         "uptime_seconds": up,
         "admin": found.address if found and serves else None,
-        "database": str(database),
+        "database": settings.shown_store,
         "jobs": counts,
         "due_next": [{"job": name, "next_check_at": iso(at)} for name, at in due],
         "attention": needs,
     }
     does = "running" if document["running"] else f"not running; a {found and found.command} is"
+    does = "in reserve" if up and not serves else does
     what = f"{does}, pid {found.pid or 'unknown'}" if found else "not running"
     rows = [
         ("Service", what + (f", for {span(up)}" if up else "")),
         ("Admin surface", document["admin"]),
-        ("Database", database if database.exists() else f"{database} (not there yet)"),
+        ("Database", settings.shown_store + " (not there yet)" * (not settings.has_store)),
         ("Jobs", ", ".join(f"{n:,} {status}" for status, n in sorted(counts.items())) or "none"),
         ("Due next", ", ".join(f"{name} {due_in(at, now)}" for name, at in due if serves)),
         *(("Needs you", f"{each['job']}: {each['reason'] or each['what']}") for each in needs),
@@ -10707,7 +10744,8 @@ def report_run(args: argparse.Namespace, run: Run) -> int:
 
 async def check_here(args: argparse.Namespace, config: Config) -> list[Turn]:
     with RunLock(config.settings.database, "check"):
-        async with make_service(config, lambda: config, timers=False) as service:
+        alone = partial(make_service, timers=False, in_reserve=not_beside_another)
+        async with alone(config, lambda: config) as service:
             async with guessing(service.store):
                 turns = await turns_of(service.store, args)
             async with progress(service.store, turns):
@@ -10756,7 +10794,7 @@ async def check_once(service: Service, job_id: int, stepped: StepResult) -> None
 
 async def check_there(args: argparse.Namespace, config: Config, found: Holder) -> list[Turn]:
     """Have the running service do it, and wait until the store shows that it did."""
-    async with Store(config.settings.database, read_only=True) as store:
+    async with Store(config.settings.store, read_only=True) as store:
         async with guessing(store):
             turns = await turns_of(store, args)
         for turn in turns:
@@ -10835,7 +10873,7 @@ def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
-    there = config.settings.database.exists()
+    there = config.settings.has_store
     nothing = SecretList(secrets=[], total=0)
     answer = on_desk(config, lambda desk: desk.secrets(), looks=True) if there else nothing
     rows: list[tuple[object, ...]]
@@ -10856,7 +10894,8 @@ def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
 
 def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
     count, vault = on_desk(config, lambda desk: desk.rotate()), Vault(config.settings)
-    text = f"sealed {counted(count, 'secret')} of {config.settings.database} with a new master key"
+    place = config.settings.shown_store
+    text = f"sealed {counted(count, 'secret')} of {place} with a new master key"
     if vault.file is not None:
         text += f": back up {vault.file} (the one before is in {vault.old_file()})"
     return report(args, {"resealed": count}, text)

@@ -106,9 +106,10 @@ class Done(NamedTuple):
         return json.loads(self.out)
 
     def refused(self, *words: str) -> None:
-        """Exit code 1, nothing on stdout, one line that has the words, and at most a hint."""
+        """Exit code 1, nothing on stdout, one line that has the words (below it perhaps the line
+        of jobs.yaml that it is about), and at most a hint."""
         assert (self.code, self.out) == (1, ""), self.err
-        first, *hints = self.err.splitlines()
+        first, *hints = (line for line in self.err.splitlines() if line[0] != " ")
         assert len(hints) <= 1 and all(hint.startswith("hint: ") for hint in hints), self.err
         missing = [word for word in words if word not in self.err]
         assert first.startswith("teckochecker: ") and not missing, self.err
@@ -515,11 +516,18 @@ def test_rotation_replaces_the_key(story: Story) -> None:
         story.after.opened("keboola", story.before.key)
 
 
-def test_the_first_jobs_file_is_good(story: Story) -> None:
-    """What init writes validates as it is."""
+def test_the_first_jobs_file_is_good(story: Story, tmp_path: Path) -> None:
+    """What init writes validates as it is, and with the # taken away."""
     assert (story.folder / "jobs.yaml").read_text() == tecko.FIRST_JOBS_FILE
     assert story.said["validate"].document["valid"] is True
     assert story.said["validate"].document["secrets"] == ["keboola", "openai"]
+    text = tecko.FIRST_JOBS_FILE.replace("\n#  ", "\n  ")
+    (tmp_path / "jobs.yaml").write_text(text)
+    env = {"OPENAI_API_KEY": "sk-of-tests", "KEBOOLA_TOKEN": "1-2-of-tests"}
+    [bare, uncommented], _ = run_many(
+        story.folder, ["validate", Told(f"-c {tmp_path}/jobs.yaml validate", env)]
+    )
+    assert "0 jobs" in bare.out and "1 job, 2 secrets" in uncommented.out, uncommented.err
 
 
 def test_status_of_what_does_not_run(story: Story) -> None:
@@ -530,21 +538,17 @@ def test_status_of_what_does_not_run(story: Story) -> None:
 
 
 def test_commands_without_openai_do_not_import_its_sdk(home: Path, tmp_path: Path) -> None:
-    """The SDK costs 0.7 s and 30 MB: what asks OpenAI nothing does without."""
+    """The SDK costs 0.7 s and 30 MB: what asks OpenAI nothing does without. Only `validate` needs
+    an HTTP client, to see whether one can be made."""
     shutil.copytree(home, tmp_path / "home")
     lines: list[Told | str] = [Told("secret add --name y --type api", {}, "value-y"), CREATE]
-    lines += [
-        "init",
-        Told("validate", {"TEST_OPENAI_KEY": "sk-of-tests"}),
-        "job list",
-        "job show 1",
-        "secret list",
-        "status",
-        "stop",
-    ]
+    lines += ["init", "job list", "job show 1", "secret list", "status", "stop"]
     done, modules = run_many(tmp_path / "home", lines)
-    assert [ended.code for ended in done] == [0] * 8 + [1]
+    assert [ended.code for ended in done] == [0] * 7 + [1]
     assert not modules & {"openai", "httpx2", "apscheduler"}
+    validate = Told("validate", {"TEST_OPENAI_KEY": "sk-of-tests"})
+    [done_too], modules = run_many(tmp_path / "home", [validate])
+    assert done_too.code == 0 and not modules & {"openai", "apscheduler"}
 
 
 def test_validate_names_what_does_not_resolve_or_decrypt(home: Path, tmp_path: Path) -> None:
@@ -1191,8 +1195,8 @@ def test_a_document_is_redacted_by_its_values(capsys: pytest.CaptureFixture[str]
 def test_a_mistake_is_shown_in_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     """File, line and column, the line itself and a mark; not where it may show a secret."""
     at: dict[str, Any] = {"file": "jobs.yaml", "line": 8, "column": 5}
-    shown = tecko.Problem("jobs", "found 'a'", "b", **at, source="    secret: a")
-    hidden = tecko.Problem("secrets.x", "found 'value'", "env", **at, source="    value: hunter2")
+    shown = tecko.Problem("jobs", "'a'", "b", **at, source="    secret: a")
+    hidden = tecko.Problem("secrets.x", "'value'", "env", **at, source="    value: hunter2")
     tecko.complain(tecko.Invalid([shown, hidden], hint="do that"))
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("teckochecker: jobs.yaml:8:5: jobs: found 'a'")
