@@ -137,7 +137,7 @@ def before_the_outbox_commit(site: Site) -> None:
         stopped_at(answered)
         with site.locked():
             answered.release()
-            until(lambda: "database is locked" in program.text(), "a word about the lock")
+            until(lambda: "is locked by another process" in program.text(), "a word about the lock")
             program.kill()
     assert site.states() == []
 
