@@ -10368,16 +10368,16 @@ jobs:
 
 
 async def sealed_names(settings: Settings) -> list[str]:
-    """The stored secrets; makes the database where it is missing."""
+    """The stored secrets; on a PostgreSQL server it makes the tables where they are missing."""
     async with Store(settings.store) as store:
         return await store.names("secrets")
 
 
 def cmd_init(args: argparse.Namespace, config: Config) -> int:
     settings, vault, done = config.settings, Vault(config.settings), []
-    if not settings.has_store:
-        done.append(f"made the database {settings.shown_store}")
-    sealed, key_file = asyncio.run(sealed_names(settings)), vault.file
+    key_file, sealed = vault.file, list[str]()
+    if settings.has_store:
+        sealed = asyncio.run(sealed_names(settings))
     if key_file is not None and not key_file.exists():
         if sealed and not args.new_key:
             raise SecretError(
@@ -10388,6 +10388,9 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
         write_private(key_file, new_master_key() + "\n")
         done.append(f"made the master key {key_file} (back it up: without it no secret opens)")
     vault.load(required=True)
+    if not settings.has_store:
+        asyncio.run(Store(settings.store).touch())
+        done.append(f"made the database {settings.shown_store}")
     if not config.path.exists():
         config.path.write_text(FIRST_JOBS_FILE)
         done.append(f"wrote {config.path}")
@@ -10418,7 +10421,7 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
         problems, stored, changes = on_desk(config, look, looks=True)
     else:
         problems, stored = all_problems(config, {}, unused=True), []
-        changes = [f"{job.name} will be created" for job in jobs]
+        changes = [f"job {job.name!r} is new" for job in jobs]
     problems += [Problem(found=said) for said in asyncio.run(client_problems())]
     if problems:
         raise Invalid(problems, hint=missing_secret_hint(problems))

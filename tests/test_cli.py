@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import postgres
 import pytest
 import standins
 from conftest import (
@@ -1455,3 +1456,37 @@ def test_check_is_one_round_in_the_foreground(
     assert len(keboola.created) == 1
     assert failing.code == 1 and "401" in failing.out and "other" in failing.out
     assert both.code == 1 and {row["name"] for row in json.loads(both.out)} == {"job", "other"}
+
+
+# ── PostgreSQL ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_two_nodes_on_postgresql(
+    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola, server: postgres.Server
+) -> None:
+    """One works and fires once, the other waits in reserve and takes over after kill -9; SIGTERM
+    ends one that waits. What looks needs no file, and shows neither user nor password."""
+    openai.batch("batch_1", "completed")
+    url = server.schema().replace("user=postgres&", "user=postgres&password=hunter2-of-tests&")
+    env = program_environment(openai, DATABASE_URL=url, SECRET_KEY=MASTER_KEY)
+    env["TRIGGER_SETTLE_SECONDS"] = "1"
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "jobs.yaml").write_text(JOB_YAML.format(stack=keboola.url))
+    with RunningProgram(first, env) as working:
+        until(lambda: keboola.created, "its job", 30)
+        with RunningProgram(second, env) as waiting:
+            assert "in reserve" in waiting.text() and not any(
+                "admin" in n for n in waiting.notified
+            )
+            shown, listed = run_many(second, ["status", "job list"], env)[0]
+            assert "in reserve" in shown.out and "job" in listed.out, listed.err
+            assert "postgresql:///postgres" in shown.out
+            assert "hunter2" not in shown.out + listed.out + waiting.text() + working.text()
+            assert waiting.terminate() == 0
+        with RunningProgram(second, env) as waiting:
+            working.kill()
+            waiting.heard("admin surface at ")
+            assert waiting.terminate() == 0
+    assert len(keboola.created) == 1
