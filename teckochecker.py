@@ -8556,6 +8556,9 @@ PLANNED: dict[FileStep, str] = {
 }
 
 
+WILL_FIRE = "will fire when its batches are done"
+
+
 async def planned(specs: Sequence[Spec], store: Store) -> list[str]:
     """What would become of the store's jobs if jobs.yaml had these, a sentence each; and of those
     that are new or watch other batches, whether they will fire."""
@@ -8567,7 +8570,7 @@ async def planned(specs: Sequence[Spec], store: Store) -> list[str]:
         known = job is not None and not job.damage and isinstance(job.spec, JobSpec)
         if isinstance(spec, JobSpec) and not (known and job and aim(job.watches) == aim(spec)):
             fired = next(iter(await store.fired(aim(spec))), None)
-            then = "will fire when its batches are done"
+            then = WILL_FIRE
             if fired is not None:
                 when = (
                     f"as trigger {fired.trigger_id} of job {fired.job!r}, {iso(fired.created_at)}"
@@ -10421,7 +10424,11 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
         problems, stored, changes = on_desk(config, look, looks=True)
     else:
         problems, stored = all_problems(config, {}, unused=True), []
-        changes = [f"job {job.name!r} is new" for job in jobs]
+        changes = [
+            f"job {job.name!r} {said}"
+            for job in jobs
+            for said in ("is new", *([WILL_FIRE] if isinstance(job, JobSpec) else ()))
+        ]
     problems += [Problem(found=said) for said in asyncio.run(client_problems())]
     if problems:
         raise Invalid(problems, hint=missing_secret_hint(problems))
