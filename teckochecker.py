@@ -229,30 +229,8 @@ FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the bat
 
 AUTO_SHARE = 0.08  # of a batch's age, `auto` waits at most: half of that is the latency to expect
 AUTO_STEP = 1.25  # between the intervals of `auto`: few of them, so that jobs are due together
-STOP_SECONDS = 2.0  # that a run has after Ctrl-C to write its chunk
-FOLLOW_SECONDS = 0.2  # s between looks at a run that is shown on a terminal
+
 STORE_RETRY = 1.0  # s between attempts to write down what Keboola answered
-
-CHUNK_ROWS = 2000  # records that commit together: beyond that a transaction only gets longer
-BLOCK_BYTES = 1 << 19  # bytes of a file that are read at once
-CHUNK_BYTES = 4 << 20  # bytes of a file after which a chunk ends early, however few its records
-RECORD_BYTES = 16 << 20  # bytes of one line, or characters of one field; more is no record
-SNIFF_BYTES = 1 << 16  # bytes of a file that tell its encoding and its line ends
-SAMPLED_ROWS = 25  # of a chunk of CSV, whose values tell the types of its columns
-RACY_SECONDS = 2.0  # s within which a file may change again without a new time of change
-PAGE_BYTES = 64 << 20  # bytes of one answer of a source
-PAGES_AHEAD = 4  # requests in flight where pages can be asked for by number
-MAX_PAGES = 100_000  # of one run; an API whose `next` never ends is cut off there
-MAX_NOTES = 50  # of a run
-SAME_PAGES = 10  # pages in a row that came before: the paging goes in circles
-MAX_REDIRECTS = 5
-NESTED = 200  # levels of a record: what serves it knows 255, some of which are its own
-DATA_FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")  # what HTTP may have read
-SOURCE_DEADLINE = 120.0  # s for one page of a source
-DOWNLOAD_DEADLINE = 3600.0  # s for a file behind a URL
-INGESTS_AT_ONCE = 2  # more would only take turns on the same processor and the same store
-DELETE_ROWS = 5000  # of a deleted job's records in one transaction, so that it stays short
-
 HTTP_ANSWER = 5.0  # s that a route may take before its caller is answered without the result
 LOG_BYTES = 10_000_000  # per log file, five are kept
 
@@ -545,7 +523,6 @@ ORIGIN = r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?"
 ORIGINS = rf'(?i)^\s*\[?\s*("?{ORIGIN}"?\s*(,\s*|\]?\s*$))*$'  # a JSON list will do, too
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
-EARLIEST, LATEST = 946_684_800.0, 4_102_444_800.0  # 2000 and 2100, unix seconds
 
 
 def iso(at: float) -> str:
@@ -553,13 +530,6 @@ def iso(at: float) -> str:
     that can be said: a nonsense time in one row must not hide all the others."""
     shown = min(253_402_300_799.0, max(-62_135_596_800.0, at))  # years 1 to 9999
     return datetime.fromtimestamp(shown, UTC).isoformat(timespec="seconds")[:19] + "Z"
-
-
-def plausible(at: object) -> float | None:
-    """A unix time that another program named; None where it can be none, like milliseconds."""
-    if isinstance(at, bool) or not isinstance(at, int | float):
-        return None
-    return float(at) if EARLIEST <= at <= LATEST else None
 
 
 At = Annotated[  # unix seconds, shown as a date in answers
@@ -615,9 +585,8 @@ def without_twins(value: list[str]) -> list[str]:
 def clean_stack_url(value: str) -> str:
     """`https://host` without path; plain http only to this machine, where nobody listens in."""
     found = re.fullmatch(r"(https?)://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?/?", value.lower())
-    if not found or int(found[3] or 443) > 65535:
-        raise ValueError("not a stack URL")
-    if found[1] == "http" and found[2].strip("[]") not in LOOPBACK:
+    insecure = found and found[1] == "http" and found[2].strip("[]") not in LOOPBACK
+    if not found or insecure or int(found[3] or 443) > 65535:
         raise ValueError("not a stack URL")
     return value.rstrip("/").lower()
 
@@ -696,16 +665,12 @@ RESERVED_VARIABLES = frozenset(
 )
 
 
-def as_given(value: object) -> object:
-    """A text may be given as a number: configuration_id: 123."""
-    return value
-
-
 Letters = Annotated[str, StringConstraints(min_length=1, max_length=255)]
 Label = Annotated[  # a name or an id
     str,
     StringConstraints(min_length=1, max_length=255, strip_whitespace=True),
-    BeforeValidator(as_given, json_schema_input_type=Letters | float),
+    # configuration_id: 123 is taken as well, see StrictModel
+    BeforeValidator(lambda value: value, json_schema_input_type=Letters | float),
 ]
 Location = Annotated[  # a URL or a path; a presigned URL of S3 has some 1,500 characters
     str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True)
@@ -941,6 +906,15 @@ class Source(StrictModel):
         None, description="1 to 3600 seconds, or 30s, 2m, that an answer may take; default 2m"
     )
 
+    @field_validator("path", "url", check_fields=False)
+    @classmethod
+    def _secret_needs_https(cls, value: str, info: ValidationInfo) -> str:
+        if info.data.get("secret") is None:
+            return value
+        if "://" not in value:
+            raise ValueError("a secret goes with a URL, not with a file")
+        return safe_for_secret(value)
+
     @property
     def ids(self) -> Sequence[str]:
         return [self.id] if isinstance(self.id, str) else self.id
@@ -981,15 +955,6 @@ class CsvSource(Source):
     def remote(self) -> bool:
         return self.path.startswith(("https://", "http://"))
 
-    @field_validator("path")
-    @classmethod
-    def _secret_needs_url(cls, value: str, info: ValidationInfo) -> str:
-        if info.data.get("secret") is None:
-            return value
-        if "://" not in value:
-            raise ValueError("a secret goes with a URL, not with a file")
-        return safe_for_secret(value)
-
 
 class ApiSource(Source):
     """A REST API that answers with JSON."""
@@ -1017,11 +982,6 @@ class ApiSource(Source):
     since: Since | None = Field(
         None, description="a field, or a block with field, param, overlap, format"
     )
-
-    @field_validator("url")
-    @classmethod
-    def _secret_needs_https(cls, value: str, info: ValidationInfo) -> str:
-        return value if info.data.get("secret") is None else safe_for_secret(value)
 
 
 SOURCES: dict[str, type[Source]] = {"csv": CsvSource, "api": ApiSource}
@@ -1096,41 +1056,39 @@ class FlatJob(AnyJob):
 
     def to_spec(self) -> JobSpec:
         """The same job, nested. What is in it was validated here already."""
-        watch = OpenAIBatches.model_construct(
-            secret=self.openai_secret_id if self.openai_secret is None else self.openai_secret,
-            batch_ids=self.batch_ids or [self.batch_id],
-            trigger_when=self.trigger_when,
-        )
-        trigger = KeboolaTrigger.model_construct(
-            secret=self.keboola_secret_id if self.keboola_secret is None else self.keboola_secret,
-            stack_url=self.keboola_stack_url,
-            component_id=self.keboola_component_id,
-            configuration_id=self.keboola_configuration_id,
-            variables=self.variables,
-            on_ambiguous=self.on_ambiguous,
+        said = dict(self) | {"batch_ids": self.batch_ids or [self.batch_id]}
+        for name, by_id in self.EITHER[1:]:
+            said[name] = said[by_id] if said[name] is None else said[name]
+        watch, trigger = (
+            {inner: said[name] for inner, name in names.items()} for names in FLAT_NAMES.values()
         )
         return JobSpec.model_construct(
-            name=self.name, poll_interval=self.poll_interval_seconds, watch=watch, trigger=trigger
+            name=self.name,
+            poll_interval=self.poll_interval_seconds,
+            watch=OpenAIBatches.model_construct(**watch),
+            trigger=KeboolaTrigger.model_construct(**trigger),
         )
+
+
+FLAT_NAMES = {  # what FlatJob calls the fields of a job's blocks
+    "watch": {"batch_ids": "batch_ids", "secret": "openai_secret", "trigger_when": "trigger_when"},
+    "trigger": {
+        **{"variables": "variables", "on_ambiguous": "on_ambiguous"},
+        **{
+            name: f"keboola_{name}"
+            for name in ("secret", "stack_url", "component_id", "configuration_id")
+        },
+    },
+}
 
 
 def flat_fields(spec: Spec) -> dict[str, Any]:
     """A job's definition by the names of FlatJob; of an ingest, those that it has."""
     flat: dict[str, Any] = {"name": spec.name, "poll_interval_seconds": spec.poll_interval}
-    if isinstance(spec, IngestSpec):
-        return flat
-    watch, trigger = spec.watch, spec.trigger
-    return flat | {
-        "batch_ids": watch.batch_ids,
-        "openai_secret": watch.secret,
-        "trigger_when": watch.trigger_when,
-        "keboola_secret": trigger.secret,
-        "keboola_stack_url": trigger.stack_url,
-        "keboola_component_id": trigger.component_id,
-        "keboola_configuration_id": trigger.configuration_id,
-        "variables": trigger.variables,
-        "on_ambiguous": trigger.on_ambiguous,
-    }
+    blocks = {} if isinstance(spec, IngestSpec) else FLAT_NAMES
+    for block, names in blocks.items():
+        flat |= {name: getattr(getattr(spec, block), inner) for inner, name in names.items()}
+    return flat
 
 
 class JobChanges(FlatJob):
