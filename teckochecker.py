@@ -200,6 +200,7 @@ if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK 
     from aiolimiter import AsyncLimiter
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
     from apscheduler.triggers.interval import IntervalTrigger
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from psycopg import AsyncConnection
 
 P = ParamSpec("P")
@@ -1854,14 +1855,17 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 
 def read_text(path: Path, most: int) -> str:
     """The text of a regular file. Raises OSError, also for a pipe, which would block whoever waits
-    for its end, and for more than `most` bytes; and UnicodeDecodeError."""
+    for its end, for more than `most` bytes, and for what is no text."""
     with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         data = file.read(most + 1)
     if len(data) > most:
         raise OSError(errno.EFBIG, f"it has more than {most} bytes")
-    return data.decode("utf-8-sig")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise OSError(errno.EILSEQ, f"it is no UTF-8 text: {e.reason}, byte {e.start}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1891,12 +1895,8 @@ def parse_master_key(text: str) -> bytes:
     return key
 
 
-def key_text(key: bytes) -> str:
-    return base64.urlsafe_b64encode(key).decode()
-
-
 def new_master_key() -> str:
-    return key_text(randomness.token_bytes(32))
+    return base64.urlsafe_b64encode(randomness.token_bytes(32)).decode()
 
 
 def clean_secret(value: str) -> str:
@@ -1919,26 +1919,22 @@ def write_private(path: Path, text: str) -> None:
     try:
         before = path.stat() if path.exists() else None
         handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as e:
-        raise SecretError(f"cannot write {path}: {e.strerror}") from None
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            if before is not None:
-                os.fchown(handle, before.st_uid, before.st_gid)
-                os.fchmod(handle, before.st_mode & 0o660)
-            os.fsync(handle)
-        os.replace(draft, path)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+                file.flush()
+                if before is not None:
+                    os.fchown(handle, before.st_uid, before.st_gid)
+                    os.fchmod(handle, before.st_mode & 0o660)
+                os.fsync(handle)
+            os.replace(draft, path)
+        finally:
+            Path(draft).unlink(missing_ok=True)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # without it a power loss may bring the old file back
         os.close(folder)
-    except BaseException as e:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)
-        if isinstance(e, OSError):
-            raise SecretError(f"cannot write {path}: {e.strerror}") from None
-        raise
+    except OSError as e:
+        raise SecretError(f"cannot write {path}: {e.strerror}") from None
 
 
 class Vault:
@@ -1950,7 +1946,7 @@ class Vault:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._keys: dict[str, bytes] = {}  # key id -> key; the first one seals
+        self._keys: dict[str, str] = {}  # key id -> key in base64; the first one seals
 
     @property
     def file(self) -> Path | None:
@@ -1974,19 +1970,18 @@ class Vault:
         elif file.exists():
             try:
                 text = read_text(file, 10_000)
-            except (OSError, UnicodeDecodeError) as e:
-                why = e.strerror if isinstance(e, OSError) else "it is no text"
-                raise SecretError(f"cannot read the master key {file}: {why}") from None
+            except OSError as e:
+                raise SecretError(f"cannot read the master key {file}: {e.strerror}") from None
         elif required or s.secret_key_file is not None:
             raise SecretError(
                 f"there is no master key at {file}", hint="teckochecker.py init makes one"
             )
         else:
             return
-        keys = [parse_master_key(part) for part in re.split(r"[\s,]+", text.strip())]
-        for key in keys:
-            SecretValue(key_text(key), "master key")  # so that it is redacted everywhere
-        self._keys = {hashlib.sha256(key).hexdigest()[:16]: key for key in keys}
+        texts = re.split(r"[\s,]+", text.strip())
+        self._keys = {hashlib.sha256(parse_master_key(t)).hexdigest()[:16]: t for t in texts}
+        for key in texts:
+            SecretValue(key, "master key")  # so that it is redacted everywhere
 
     @property
     def key_id(self) -> str:
@@ -1998,18 +1993,14 @@ class Vault:
     def seal(self, name: str, kind: str, value: SecretValue) -> tuple[bytes, str]:
         """Nonce, ciphertext and tag (AES-256-GCM, NIST SP 800-38D), and the id of the key. Name,
         type and key id are authenticated: a row moved to another name does not decrypt."""
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
         self.load(required=True)  # another process may have rotated while a value was typed
         key_id, nonce = self.key_id, randomness.token_bytes(12)
         bound = json.dumps([name, kind, key_id]).encode()
-        return nonce + AESGCM(self._keys[key_id]).encrypt(
-            nonce, value.reveal().encode(), bound
-        ), key_id
+        box = self._cipher(key_id).encrypt(nonce, value.reveal().encode(), bound)
+        return nonce + box, key_id
 
     def open(self, row: SealedSecret) -> SecretValue:
         from cryptography.exceptions import InvalidTag
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
         if row.key_id not in self._keys:
             self.load(required=True)  # rotated by another process since we read it
@@ -2018,12 +2009,16 @@ class Vault:
             raise SecretError(f"secret {row.name!r} was sealed with a key that is not in {where}")
         bound = json.dumps([row.name, row.type, row.key_id]).encode()
         try:
-            plain = AESGCM(self._keys[row.key_id]).decrypt(row.value[:12], row.value[12:], bound)
+            plain = self._cipher(row.key_id).decrypt(row.value[:12], row.value[12:], bound)
         except (InvalidTag, ValueError):
-            raise SecretError(
-                f"secret {row.name!r} does not decrypt: its row was changed"
-            ) from None
+            said = f"secret {row.name!r} does not decrypt: its row was changed"
+            raise SecretError(said) from None
         return SecretValue(plain.decode(), row.name)
+
+    def _cipher(self, key_id: str) -> AESGCM:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        return AESGCM(parse_master_key(self._keys[key_id]))
 
     def begin_rotation(self) -> None:
         """Put a fresh key in front of the key file's; from here on it seals. None is dropped: one
@@ -2038,7 +2033,7 @@ class Vault:
                     hint="set SECRET_KEY=NEW,OLD, run this again, then drop OLD",
                 )
             return
-        kept = [key_text(key) for key in self._keys.values()]
+        kept = self._keys.values()
         write_private(self.old_file(), "\n".join(kept) + "\n")
         self._write([new_master_key(), *kept])
 
@@ -2048,7 +2043,7 @@ class Vault:
         self.load(required=True)
         if self.file is not None:
             kept = [k for n, k in enumerate(self._keys) if n == 0 or k in needed]
-            self._write([key_text(self._keys[key_id]) for key_id in kept])
+            self._write([self._keys[key_id] for key_id in kept])
 
     def old_file(self) -> Path:
         """Where the key file of before the last rotation is."""
@@ -2065,7 +2060,7 @@ class Vault:
 # ── YAML ──────────────────────────────────────────────────────────────────────────────────────
 
 Mark = tuple[int, int]  # line and column, from 1
-PLAIN_INT = r"-?(?:0|[1-9][0-9]{0,17})"
+PLAIN = re.compile("(?P<null>~|null|)|(?P<bool>true|false)|(?P<int>-?(?:0|[1-9][0-9]{0,17}))")
 YAML_BYTES = 10 << 20  # of jobs.yaml: some 20,000 jobs
 YAML_DEPTH = 40  # levels; a job has six
 YAML_REPEATED = 100_000  # values that aliases may repeat: a few hundred bytes could say 10**8
@@ -2107,20 +2102,6 @@ def meant(word: object, names: Iterable[str], closeness: float = 0.65) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-class Block(dict[str, Any]):
-    """A mapping of jobs.yaml; `marks` tells where each of its keys stands."""
-
-    def __init__(self) -> None:
-        self.marks: dict[str | int, Mark] = {}
-
-
-class Items(list[Any]):
-    """A list of jobs.yaml; `marks` tells where each of its items stands."""
-
-    def __init__(self) -> None:
-        self.marks: dict[str | int, Mark] = {}
-
-
 class JobsYaml:
     """jobs.yaml as plain data that knows its lines, and every fault met in reading it.
 
@@ -2133,11 +2114,13 @@ class JobsYaml:
         self.faults: list[Fault] = []
         self._lines: list[str] = []
         self._made: dict[int, tuple[Any, int]] = {}  # by node: the value, and how much is in it
+        self._count = 0  # values so far, those in aliases as well
+        self._marks: dict[int, dict[str | int, Mark]] = {}  # by id of a block or list, by key
         data = self._read() if path.exists() else None
-        if data is not None and not isinstance(data, Block):
-            kind = "a list" if isinstance(data, Items) else "text"  # which may be a key file's
+        if data is not None and not isinstance(data, dict):
+            kind = "a list" if isinstance(data, list) else "text"  # which may be a key file's
             self.faults.append(Fault((), kind, ", ".join(JobsFile.model_fields)))
-        self.data = data if isinstance(data, Block) else Block()
+        self.data: dict[str, Any] = data if isinstance(data, dict) else {}
 
     def _read(self) -> Any:
         import yaml
@@ -2147,12 +2130,12 @@ class JobsYaml:
             self._lines = text.splitlines()
             loader: Any = self._loader()
             node = loader(text).get_single_node()
-            return None if node is None else self._plain(node, ())[0]
+            return None if node is None else self._plain(node, ())
         except yaml.MarkedYAMLError as e:
             at = e.problem_mark
             mark = (at.line + 1, at.column + 1) if at else (1, 1)
             broken = self._placed("", f"not YAML: {e.problem or e.context}", "", mark)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+        except (yaml.YAMLError, RecursionError) as e:
             what = f"not a YAML text: {str(e).splitlines()[0]}"
             broken = Problem(found=what, file=str(self.path))
         except OSError as e:
@@ -2163,88 +2146,73 @@ class JobsYaml:
     def _loader() -> type[Any]:
         import yaml
 
-        class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-            yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+        class Loader(getattr(yaml, "CBaseLoader", yaml.BaseLoader)):  # type: ignore[misc]
+            def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+                found = PLAIN.fullmatch(value) if kind is yaml.ScalarNode and implicit[0] else None
+                return found.lastgroup if found else super().resolve(kind, value, implicit)
 
-        for tag, pattern, first in (
-            ("null", r"~|null|", ["~", "n", ""]),
-            ("bool", r"true|false", ["t", "f"]),
-            ("int", PLAIN_INT, list("-0123456789")),
-            ("merge", r"<<", ["<"]),
-        ):
-            whole = re.compile(f"^(?:{pattern})$")
-            Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", whole, first)
         return Loader
 
-    def _plain(self, node: Any, at: Place) -> tuple[Any, int]:
-        """The value of a node, and how many values are in it with its aliases followed. A node is
-        made once: an alias is its anchor's value once more."""
-        made = self._made.get(id(node), (None, 0))
-        if made[1]:
-            return made
-        if id(node) in self._made:
+    def _plain(self, node: Any, at: Place) -> Any:
+        """The value of a node. A node is made once: an alias is its anchor's value once more, and
+        counts as often as there are values in it."""
+        value, size = self._made.get(id(node), (None, 0))
+        if size:
+            self._count += size
+        elif id(node) in self._made:
             raise self._refused(node, "an alias that contains itself")
-        if len(at) > YAML_DEPTH:
+        elif len(at) > YAML_DEPTH:
             raise self._refused(node, f"nested more than {YAML_DEPTH} levels deep")
-        self._made[id(node)] = made  # under way
-        make: Any = {"mapping": self._block, "sequence": self._items}.get(node.id, self._scalar)
-        made = cast(tuple[Any, int], make(node, at))
-        if made[1] > len(self._made) + YAML_REPEATED:
+        else:
+            self._made[id(node)] = None, 0  # under way
+            before, self._count = self._count, self._count + 1
+            make = {"mapping": self._block, "sequence": self._items}.get(node.id, self._scalar)
+            value = make(node, at)
+            self._made[id(node)] = value, self._count - before
+        if self._count > len(self._made) + YAML_REPEATED:
             raise self._refused(node, f"its aliases repeat more than {YAML_REPEATED} values")
-        self._made[id(node)] = made
-        return made
+        return value
 
     def _refused(self, node: Any, what: str) -> Invalid:
         return Invalid([self._placed("", what, "", mark_of(node))])
 
-    def _items(self, node: Any, at: Place) -> tuple[Items, int]:
-        items, size = Items(), 1
-        for i, item in enumerate(node.value):
-            value, more = self._plain(item, (*at, i))
-            items.append(value)
-            items.marks[i] = mark_of(item)
-            size += more
-        return items, size
+    def _items(self, node: Any, at: Place) -> list[Any]:
+        items = [self._plain(item, (*at, i)) for i, item in enumerate(node.value)]
+        self._marks[id(items)] = {i: mark_of(item) for i, item in enumerate(node.value)}
+        return items
 
-    def _block(self, node: Any, at: Place) -> tuple[Block, int]:
-        block, size = Block(), 1
+    def _block(self, node: Any, at: Place) -> dict[str, Any]:
+        block: dict[str, Any] = {}
+        marks = self._marks[id(block)] = {}
         merged: list[Any] = []
         for key_node, value_node in node.value:
-            if key_node.tag.endswith(":merge"):
-                value, more = self._plain(value_node, at)
-                merged += value if isinstance(value, Items) else [value]
-            elif key_node.id != "scalar":
+            key = key_node.value
+            if key_node.id != "scalar":
                 raise self._refused(key_node, "a list or block as a key; allowed: text")
-            else:
-                more = self._entry(block, key_node, value_node, at)
-            size += more
+            if key == "<<" and not key_node.style:
+                value = self._plain(value_node, at)
+                merged += value if isinstance(value, list) else [value]
+                continue
+            if key in block:
+                said = f'duplicate key "{key}" (first on line {marks[key][0]})'
+                self.faults.append(Fault((*at, key), said))
+            marks[key] = mark_of(key_node)
+            block[key] = self._plain(value_node, (*at, key))
         for other in merged:
-            if not isinstance(other, Block):
+            if not isinstance(other, dict):
                 raise self._refused(node, "<< takes blocks only")
             for key in other.keys() - block.keys():
-                block[key], block.marks[key] = other[key], other.marks[key]
-        return block, size
+                block[key], marks[key] = other[key], self._marks[id(other)][key]
+        return block
 
-    def _entry(self, block: Block, key_node: Any, value_node: Any, at: Place) -> int:
-        key = str(key_node.value)
-        if key in block:
-            said = f'duplicate key "{key}" (first on line {block.marks[key][0]})'
-            self.faults.append(Fault((*at, key), said))
-        block.marks[key] = mark_of(key_node)
-        block[key], size = self._plain(value_node, (*at, key))
-        return size
-
-    def _scalar(self, node: Any, at: Place) -> tuple[Any, int]:
+    def _scalar(self, node: Any, at: Place) -> str | int | None:
         kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
-        if kind == "null":
-            return None, 1
-        if kind == "bool" and text in ("true", "false"):
-            return text == "true", 1
-        if kind == "int" and re.fullmatch(PLAIN_INT, text):
-            return int(text), 1
+        found = PLAIN.fullmatch(text)
+        if found and found.lastgroup == kind:
+            return int(text) if kind == "int" else {"true": True, "false": False}.get(text)
         if kind != "str":
             self.faults.append(Fault(at, f"the tag {kind}", "plain text and numbers"))
-        return VARIABLE.sub(lambda m: self._variable(m, at), text), 1
+        return VARIABLE.sub(lambda m: self._variable(m, at), text)
 
     def _variable(self, found: re.Match[str], at: Place) -> str:
         """The value of ${NAME}. Under `secrets:` an unset one concerns only who needs that secret:
@@ -2258,9 +2226,10 @@ class JobsYaml:
         data: Any = self.data
         mark = (1, 1)
         for part in at:
-            if not isinstance(data, Block | Items) or part not in data.marks:
+            marks = self._marks.get(id(data), {})
+            if part not in marks:
                 break
-            mark, data = data.marks[part], data[part]  # type: ignore[index]
+            mark, data = marks[part], data[part]
         return mark
 
     def problems(self, faults: Iterable[Fault]) -> list[Problem]:
@@ -2509,8 +2478,8 @@ def read_dot_env(path: Path) -> tuple[dict[str, str], list[str]]:
         return {}, []
     try:
         bindings = list(parse_stream(io.StringIO(read_text(path, 1 << 20))))
-    except (OSError, UnicodeDecodeError):
-        raise Invalid([f"{path}: cannot be read as UTF-8 text"]) from None
+    except OSError as e:
+        raise Invalid([f"{path}: cannot be read: {e.strerror}"]) from None
     env, warnings = {}, []
     for binding in bindings:
         place, name = f"{path}:{binding.original.line}", binding.key
@@ -2599,8 +2568,8 @@ def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
         return SecretValue(clean_secret(read_text(config.base / str(ref.file), 100_000)), name)
     except KeyError:
         why = f"the environment variable {ref.env} is not set"
-    except (OSError, UnicodeDecodeError) as e:
-        why = f"cannot read {ref.file}: {e.strerror if isinstance(e, OSError) else 'it is no text'}"
+    except OSError as e:
+        why = f"cannot read {ref.file}: {e.strerror}"
     except SecretError as e:
         why = str(e)
     raise SecretError(f"secret {name!r}: {why}")
