@@ -294,11 +294,6 @@ def redact(text: str) -> str:
     return KEY_SHAPES.sub("***", text)
 
 
-def holds_secret(text: str) -> bool:
-    """Whether a secret's value that we know is in a text."""
-    return any(form in text for form in SecretValue.forms)
-
-
 def excerpt(text: str, most: int) -> str:
     """The redacted beginning of a text. It is cut before it is redacted, for it may be endless,
     but not where a secret could be cut in half, which would then not be recognized."""
@@ -385,10 +380,6 @@ class Problem:
         word = "" if self.found.startswith(UNKNOWN_KEY) else "found "
         return f"{word}{self.found}; allowed: {self.allowed}"
 
-    def redacted(self) -> Problem:
-        where, found, source = map(redact, (self.where, self.found, self.source))
-        return replace(self, where=where, found=found, source=source)
-
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
         return ": ".join(filter(None, (place, self.where, self.text)))
@@ -402,8 +393,11 @@ class Invalid(TeckoError):
     longest = 1 << 20  # each of its lines is bounded
 
     def __init__(self, problems: Iterable[Problem | str], *, hint: str = "") -> None:
-        given = (Problem(found=p) if isinstance(p, str) else p for p in problems)
-        self.problems = [p.redacted() for p in given]
+        self.problems = []
+        for given in problems:
+            p = Problem(found=given) if isinstance(given, str) else given
+            where, found, source = map(redact, (p.where, p.found, p.source))
+            self.problems.append(replace(p, where=where, found=found, source=source))
         super().__init__("\n".join(map(str, self.problems)), hint=hint)
 
 
@@ -713,6 +707,7 @@ Pace = Annotated[  # of a watch
     ),
 ]
 SecretName = Annotated[str | int, PlainValidator(secret_name, json_schema_input_type=Letters | int)]
+SecretId = Annotated[SecretName, Field(description="the id of a stored secret, not its name")]
 Whole = Annotated[int, BeforeValidator(not_bool)]
 Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(not_bool)]
 StackUrl = Annotated[
@@ -1029,14 +1024,10 @@ class FlatJob(AnyJob):
     batch_ids: BatchIds = absent()
     batch_id: BatchId = absent(description="one batch, in place of batch_ids")
     openai_secret: SecretName = absent(description="the name of a secret of type openai")
-    openai_secret_id: SecretName = absent(
-        description="the id of a stored secret, in place of its name"
-    )
+    openai_secret_id: SecretId = absent()
     trigger_when: TriggerWhen = "all_completed"
     keboola_secret: SecretName = absent(description="the name of a secret of type keboola")
-    keboola_secret_id: SecretName = absent(
-        description="the id of a stored secret, in place of its name"
-    )
+    keboola_secret_id: SecretId = absent()
     keboola_stack_url: StackUrl
     keboola_component_id: Component
     keboola_configuration_id: Configuration
@@ -2457,10 +2448,9 @@ def consistent(s: Settings) -> Settings:
     if low > high:
         said = f"MIN_POLL_INTERVAL is {low}, which is more than MAX_POLL_INTERVAL, {high}"
         raise Invalid([f"environment: {said}"])
-    if not low <= s.default_poll_interval <= high:
+    if not low <= (usual := s.default_poll_interval) <= high:
         allowed = f"{low} to {high}, from MIN_POLL_INTERVAL to MAX_POLL_INTERVAL"
-        found = str(s.default_poll_interval)
-        raise Invalid([Problem("environment: DEFAULT_POLL_INTERVAL", found, allowed)])
+        raise Invalid([Problem("environment: DEFAULT_POLL_INTERVAL", str(usual), allowed)])
     if s.api_host not in LOOPBACK and s.admin_token is None:
         raise Invalid(
             [f"the admin surface would listen on {s.api_host} without a token"],
@@ -2492,13 +2482,6 @@ def read_dot_env(path: Path) -> tuple[dict[str, str], list[str]]:
     return env, warnings
 
 
-def open_to_all(key_file: Path | None) -> list[str]:
-    """A warning where everybody on this machine can read the master key."""
-    if key_file is None or not key_file.exists() or not key_file.stat().st_mode & 0o004:
-        return []
-    return [f"{key_file} can be read by all users of this machine: chmod 600 {key_file}"]
-
-
 def register_references(secrets: Any, env: Mapping[str, str]) -> None:
     """Make the values that `secrets:` refers to known, so that no error message shows one."""
     for ref in secrets.values() if isinstance(secrets, dict) else ():
@@ -2515,8 +2498,8 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     """
     base = path.absolute().parent
     if must_exist and not path.exists():
-        hint = "teckochecker.py init writes a first one"
-        raise Invalid([f"{path}: there is no such file"], hint=hint)
+        said = f"{path}: there is no such file"
+        raise Invalid([said], hint="teckochecker.py init writes a first one")
     dot_env, warnings = read_dot_env(base / ".env")
     env = {**dot_env, **environ}
     text = JobsYaml(path, env)
@@ -2527,12 +2510,13 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     items = head.get("jobs")
     file = file or JobsFile.model_validate({})  # to go on looking: all is told at once
     settings = settings_from(env, file, base, f"{path}:{text.mark(('database',))[0]}")
-    warnings += open_to_all(Vault(settings).file)
+    key = Vault(settings).file
+    if key is not None and key.exists() and key.stat().st_mode & 0o004:
+        warnings.append(f"{key} can be read by all users of this machine: chmod 600 {key}")
     jobs, in_jobs = read_jobs(items if isinstance(items, list) else [], settings, text)
     if in_head:
         raise Invalid(text.problems([*in_head, *in_jobs]))
-    specs = None if items is None else jobs
-    problems = text.problems(in_jobs)
+    specs, problems = None if items is None else jobs, text.problems(in_jobs)
     return Config(path, settings, env, file.secrets or {}, specs, text, problems, warnings)
 
 
@@ -2542,16 +2526,15 @@ def read_jobs(
     """The jobs, and what is wrong with them; those are the good ones where anything is."""
     jobs: list[Spec] = []
     faults = [f for f in text.faults if len(f.at) > 1 and f.at[0] == "jobs"]
-    lines: dict[Any, int] = {}
+    firsts: dict[str, int] = {}
     for i, item in enumerate(items):
         job, found = read_job(item, settings.job_context)
         faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
-        name = str(item["name"]).strip() if isinstance(item, dict) and "name" in item else None
-        if name is not None and name in lines:
-            said = f"line {lines[name]} has a job of this name already"
+        named = isinstance(item, dict) and "name" in item
+        first = firsts.setdefault(str(item["name"]).strip(), i) if named else i
+        if first != i:
+            said = f"line {text.mark(('jobs', first))[0]} has a job of this name already"
             faults.append(Fault(("jobs", i, "name"), said))
-        elif name is not None:
-            lines[name] = text.mark(("jobs", i))[0]
         if job is not None:
             jobs.append(job)
     return jobs, faults
@@ -2597,7 +2580,10 @@ def secret_faults(
         elif ref and (why := unreadable(str(name), ref, config)):
             said.append(Fault(place, why))
     held = "the value of a secret, which would be stored and shown; name it in `secret` instead"
-    return [*said, *(Fault(at, held) for at, text in texts_in(job) if holds_secret(text))]
+    for place, text in texts_in(job):
+        if any(form in text for form in SecretValue.forms):
+            said.append(Fault(place, held))
+    return said
 
 
 def texts_in(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
