@@ -193,6 +193,7 @@ if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK 
     from aiolimiter import AsyncLimiter
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
     from apscheduler.triggers.interval import IntervalTrigger
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from psycopg import AsyncConnection
 
 P = ParamSpec("P")
@@ -222,30 +223,8 @@ FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the bat
 
 AUTO_SHARE = 0.08  # of a batch's age, `auto` waits at most: half of that is the latency to expect
 AUTO_STEP = 1.25  # between the intervals of `auto`: few of them, so that jobs are due together
-STOP_SECONDS = 2.0  # that a run has after Ctrl-C to write its chunk
-FOLLOW_SECONDS = 0.2  # s between looks at a run that is shown on a terminal
+
 STORE_RETRY = 1.0  # s between attempts to write down what Keboola answered
-
-CHUNK_ROWS = 2000  # records that commit together: beyond that a transaction only gets longer
-BLOCK_BYTES = 1 << 19  # bytes of a file that are read at once
-CHUNK_BYTES = 4 << 20  # bytes of a file after which a chunk ends early, however few its records
-RECORD_BYTES = 16 << 20  # bytes of one line, or characters of one field; more is no record
-SNIFF_BYTES = 1 << 16  # bytes of a file that tell its encoding and its line ends
-SAMPLED_ROWS = 25  # of a chunk of CSV, whose values tell the types of its columns
-RACY_SECONDS = 2.0  # s within which a file may change again without a new time of change
-PAGE_BYTES = 64 << 20  # bytes of one answer of a source
-PAGES_AHEAD = 4  # requests in flight where pages can be asked for by number
-MAX_PAGES = 100_000  # of one run; an API whose `next` never ends is cut off there
-MAX_NOTES = 50  # of a run
-SAME_PAGES = 10  # pages in a row that came before: the paging goes in circles
-MAX_REDIRECTS = 5
-NESTED = 200  # levels of a record: what serves it knows 255, some of which are its own
-DATA_FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")  # what HTTP may have read
-SOURCE_DEADLINE = 120.0  # s for one page of a source
-DOWNLOAD_DEADLINE = 3600.0  # s for a file behind a URL
-INGESTS_AT_ONCE = 2  # more would only take turns on the same processor and the same store
-DELETE_ROWS = 5000  # of a deleted job's records in one transaction, so that it stays short
-
 HTTP_ANSWER = 5.0  # s that a route may take before its caller is answered without the result
 LOG_BYTES = 10_000_000  # per log file, five are kept
 
@@ -306,11 +285,6 @@ def redact(text: str) -> str:
         if form in text:
             text = text.replace(form, "***")
     return KEY_SHAPES.sub("***", text)
-
-
-def holds_secret(text: str) -> bool:
-    """Whether a secret's value that we know is in a text."""
-    return any(form in text for form in SecretValue.forms)
 
 
 def excerpt(text: str, most: int) -> str:
@@ -399,10 +373,6 @@ class Problem:
         word = "" if self.found.startswith(UNKNOWN_KEY) else "found "
         return f"{word}{self.found}; allowed: {self.allowed}"
 
-    def redacted(self) -> Problem:
-        where, found, source = map(redact, (self.where, self.found, self.source))
-        return replace(self, where=where, found=found, source=source)
-
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
         return ": ".join(filter(None, (place, self.where, self.text)))
@@ -416,8 +386,11 @@ class Invalid(TeckoError):
     longest = 1 << 20  # each of its lines is bounded
 
     def __init__(self, problems: Iterable[Problem | str], *, hint: str = "") -> None:
-        given = (Problem(found=p) if isinstance(p, str) else p for p in problems)
-        self.problems = [p.redacted() for p in given]
+        self.problems = []
+        for given in problems:
+            p = Problem(found=given) if isinstance(given, str) else given
+            where, found, source = map(redact, (p.where, p.found, p.source))
+            self.problems.append(replace(p, where=where, found=found, source=source))
         super().__init__("\n".join(map(str, self.problems)), hint=hint)
 
 
@@ -538,7 +511,6 @@ ORIGIN = r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?"
 ORIGINS = rf'(?i)^\s*\[?\s*("?{ORIGIN}"?\s*(,\s*|\]?\s*$))*$'  # a JSON list will do, too
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
-EARLIEST, LATEST = 946_684_800.0, 4_102_444_800.0  # 2000 and 2100, unix seconds
 
 
 def iso(at: float) -> str:
@@ -546,13 +518,6 @@ def iso(at: float) -> str:
     that can be said: a nonsense time in one row must not hide all the others."""
     shown = min(253_402_300_799.0, max(-62_135_596_800.0, at))  # years 1 to 9999
     return datetime.fromtimestamp(shown, UTC).isoformat(timespec="seconds")[:19] + "Z"
-
-
-def plausible(at: object) -> float | None:
-    """A unix time that another program named; None where it can be none, like milliseconds."""
-    if isinstance(at, bool) or not isinstance(at, int | float):
-        return None
-    return float(at) if EARLIEST <= at <= LATEST else None
 
 
 At = Annotated[  # unix seconds, shown as a date in answers
@@ -608,9 +573,8 @@ def without_twins(value: list[str]) -> list[str]:
 def clean_stack_url(value: str) -> str:
     """`https://host` without path; plain http only to this machine, where nobody listens in."""
     found = re.fullmatch(r"(https?)://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?/?", value.lower())
-    if not found or int(found[3] or 443) > 65535:
-        raise ValueError("not a stack URL")
-    if found[1] == "http" and found[2].strip("[]") not in LOOPBACK:
+    insecure = found and found[1] == "http" and found[2].strip("[]") not in LOOPBACK
+    if not found or insecure or int(found[3] or 443) > 65535:
         raise ValueError("not a stack URL")
     return value.rstrip("/").lower()
 
@@ -689,16 +653,12 @@ RESERVED_VARIABLES = frozenset(
 )
 
 
-def as_given(value: object) -> object:
-    """A text may be given as a number: configuration_id: 123."""
-    return value
-
-
 Letters = Annotated[str, StringConstraints(min_length=1, max_length=255)]
 Label = Annotated[  # a name or an id
     str,
     StringConstraints(min_length=1, max_length=255, strip_whitespace=True),
-    BeforeValidator(as_given, json_schema_input_type=Letters | float),
+    # configuration_id: 123 is taken as well, see StrictModel
+    BeforeValidator(lambda value: value, json_schema_input_type=Letters | float),
 ]
 Location = Annotated[  # a URL or a path; a presigned URL of S3 has some 1,500 characters
     str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True)
@@ -740,6 +700,7 @@ Pace = Annotated[  # of a watch
     ),
 ]
 SecretName = Annotated[str | int, PlainValidator(secret_name, json_schema_input_type=Letters | int)]
+SecretId = Annotated[SecretName, Field(description="the id of a stored secret, not its name")]
 Whole = Annotated[int, BeforeValidator(not_bool)]
 Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(not_bool)]
 StackUrl = Annotated[
@@ -934,6 +895,15 @@ class Source(StrictModel):
         None, description="1 to 3600 seconds, or 30s, 2m, that an answer may take; default 2m"
     )
 
+    @field_validator("path", "url", check_fields=False)
+    @classmethod
+    def _secret_needs_https(cls, value: str, info: ValidationInfo) -> str:
+        if info.data.get("secret") is None:
+            return value
+        if "://" not in value:
+            raise ValueError("a secret goes with a URL, not with a file")
+        return safe_for_secret(value)
+
     @property
     def ids(self) -> Sequence[str]:
         return [self.id] if isinstance(self.id, str) else self.id
@@ -974,15 +944,6 @@ class CsvSource(Source):
     def remote(self) -> bool:
         return self.path.startswith(("https://", "http://"))
 
-    @field_validator("path")
-    @classmethod
-    def _secret_needs_url(cls, value: str, info: ValidationInfo) -> str:
-        if info.data.get("secret") is None:
-            return value
-        if "://" not in value:
-            raise ValueError("a secret goes with a URL, not with a file")
-        return safe_for_secret(value)
-
 
 class ApiSource(Source):
     """A REST API that answers with JSON."""
@@ -1010,11 +971,6 @@ class ApiSource(Source):
     since: Since | None = Field(
         None, description="a field, or a block with field, param, overlap, format"
     )
-
-    @field_validator("url")
-    @classmethod
-    def _secret_needs_https(cls, value: str, info: ValidationInfo) -> str:
-        return value if info.data.get("secret") is None else safe_for_secret(value)
 
 
 SOURCES: dict[str, type[Source]] = {"csv": CsvSource, "api": ApiSource}
@@ -1061,14 +1017,10 @@ class FlatJob(AnyJob):
     batch_ids: BatchIds = absent()
     batch_id: BatchId = absent(description="one batch, in place of batch_ids")
     openai_secret: SecretName = absent(description="the name of a secret of type openai")
-    openai_secret_id: SecretName = absent(
-        description="the id of a stored secret, in place of its name"
-    )
+    openai_secret_id: SecretId = absent()
     trigger_when: TriggerWhen = "all_completed"
     keboola_secret: SecretName = absent(description="the name of a secret of type keboola")
-    keboola_secret_id: SecretName = absent(
-        description="the id of a stored secret, in place of its name"
-    )
+    keboola_secret_id: SecretId = absent()
     keboola_stack_url: StackUrl
     keboola_component_id: Component
     keboola_configuration_id: Configuration
@@ -1089,41 +1041,39 @@ class FlatJob(AnyJob):
 
     def to_spec(self) -> JobSpec:
         """The same job, nested. What is in it was validated here already."""
-        watch = OpenAIBatches.model_construct(
-            secret=self.openai_secret_id if self.openai_secret is None else self.openai_secret,
-            batch_ids=self.batch_ids or [self.batch_id],
-            trigger_when=self.trigger_when,
-        )
-        trigger = KeboolaTrigger.model_construct(
-            secret=self.keboola_secret_id if self.keboola_secret is None else self.keboola_secret,
-            stack_url=self.keboola_stack_url,
-            component_id=self.keboola_component_id,
-            configuration_id=self.keboola_configuration_id,
-            variables=self.variables,
-            on_ambiguous=self.on_ambiguous,
+        said = dict(self) | {"batch_ids": self.batch_ids or [self.batch_id]}
+        for name, by_id in self.EITHER[1:]:
+            said[name] = said[by_id] if said[name] is None else said[name]
+        watch, trigger = (
+            {inner: said[name] for inner, name in names.items()} for names in FLAT_NAMES.values()
         )
         return JobSpec.model_construct(
-            name=self.name, poll_interval=self.poll_interval_seconds, watch=watch, trigger=trigger
+            name=self.name,
+            poll_interval=self.poll_interval_seconds,
+            watch=OpenAIBatches.model_construct(**watch),
+            trigger=KeboolaTrigger.model_construct(**trigger),
         )
+
+
+FLAT_NAMES = {  # what FlatJob calls the fields of a job's blocks
+    "watch": {"batch_ids": "batch_ids", "secret": "openai_secret", "trigger_when": "trigger_when"},
+    "trigger": {
+        **{"variables": "variables", "on_ambiguous": "on_ambiguous"},
+        **{
+            name: f"keboola_{name}"
+            for name in ("secret", "stack_url", "component_id", "configuration_id")
+        },
+    },
+}
 
 
 def flat_fields(spec: Spec) -> dict[str, Any]:
     """A job's definition by the names of FlatJob; of an ingest, those that it has."""
     flat: dict[str, Any] = {"name": spec.name, "poll_interval_seconds": spec.poll_interval}
-    if isinstance(spec, IngestSpec):
-        return flat
-    watch, trigger = spec.watch, spec.trigger
-    return flat | {
-        "batch_ids": watch.batch_ids,
-        "openai_secret": watch.secret,
-        "trigger_when": watch.trigger_when,
-        "keboola_secret": trigger.secret,
-        "keboola_stack_url": trigger.stack_url,
-        "keboola_component_id": trigger.component_id,
-        "keboola_configuration_id": trigger.configuration_id,
-        "variables": trigger.variables,
-        "on_ambiguous": trigger.on_ambiguous,
-    }
+    blocks = {} if isinstance(spec, IngestSpec) else FLAT_NAMES
+    for block, names in blocks.items():
+        flat |= {name: getattr(getattr(spec, block), inner) for inner, name in names.items()}
+    return flat
 
 
 class JobChanges(FlatJob):
@@ -1906,14 +1856,17 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 
 def read_text(path: Path, most: int) -> str:
     """The text of a regular file. Raises OSError, also for a pipe, which would block whoever waits
-    for its end, and for more than `most` bytes; and UnicodeDecodeError."""
+    for its end, for more than `most` bytes, and for what is no text."""
     with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         data = file.read(most + 1)
     if len(data) > most:
         raise OSError(errno.EFBIG, f"it has more than {most} bytes")
-    return data.decode("utf-8-sig")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise OSError(errno.EILSEQ, f"it is no UTF-8 text: {e.reason}, byte {e.start}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1943,12 +1896,8 @@ def parse_master_key(text: str) -> bytes:
     return key
 
 
-def key_text(key: bytes) -> str:
-    return base64.urlsafe_b64encode(key).decode()
-
-
 def new_master_key() -> str:
-    return key_text(randomness.token_bytes(32))
+    return base64.urlsafe_b64encode(randomness.token_bytes(32)).decode()
 
 
 def clean_secret(value: str) -> str:
@@ -1971,26 +1920,22 @@ def write_private(path: Path, text: str) -> None:
     try:
         before = path.stat() if path.exists() else None
         handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as e:
-        raise SecretError(f"cannot write {path}: {e.strerror}") from None
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            if before is not None:
-                os.fchown(handle, before.st_uid, before.st_gid)
-                os.fchmod(handle, before.st_mode & 0o660)
-            os.fsync(handle)
-        os.replace(draft, path)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+                file.flush()
+                if before is not None:
+                    os.fchown(handle, before.st_uid, before.st_gid)
+                    os.fchmod(handle, before.st_mode & 0o660)
+                os.fsync(handle)
+            os.replace(draft, path)
+        finally:
+            Path(draft).unlink(missing_ok=True)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # without it a power loss may bring the old file back
         os.close(folder)
-    except BaseException as e:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)
-        if isinstance(e, OSError):
-            raise SecretError(f"cannot write {path}: {e.strerror}") from None
-        raise
+    except OSError as e:
+        raise SecretError(f"cannot write {path}: {e.strerror}") from None
 
 
 class Vault:
@@ -2002,7 +1947,7 @@ class Vault:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._keys: dict[str, bytes] = {}  # key id -> key; the first one seals
+        self._keys: dict[str, str] = {}  # key id -> key in base64; the first one seals
 
     @property
     def file(self) -> Path | None:
@@ -2026,19 +1971,18 @@ class Vault:
         elif file.exists():
             try:
                 text = read_text(file, 10_000)
-            except (OSError, UnicodeDecodeError) as e:
-                why = e.strerror if isinstance(e, OSError) else "it is no text"
-                raise SecretError(f"cannot read the master key {file}: {why}") from None
+            except OSError as e:
+                raise SecretError(f"cannot read the master key {file}: {e.strerror}") from None
         elif required or s.secret_key_file is not None:
             raise SecretError(
                 f"there is no master key at {file}", hint="teckochecker.py init makes one"
             )
         else:
             return
-        keys = [parse_master_key(part) for part in re.split(r"[\s,]+", text.strip())]
-        for key in keys:
-            SecretValue(key_text(key), "master key")  # so that it is redacted everywhere
-        self._keys = {hashlib.sha256(key).hexdigest()[:16]: key for key in keys}
+        texts = re.split(r"[\s,]+", text.strip())
+        self._keys = {hashlib.sha256(parse_master_key(t)).hexdigest()[:16]: t for t in texts}
+        for key in texts:
+            SecretValue(key, "master key")  # so that it is redacted everywhere
 
     @property
     def key_id(self) -> str:
@@ -2050,18 +1994,14 @@ class Vault:
     def seal(self, name: str, kind: str, value: SecretValue) -> tuple[bytes, str]:
         """Nonce, ciphertext and tag (AES-256-GCM, NIST SP 800-38D), and the id of the key. Name,
         type and key id are authenticated: a row moved to another name does not decrypt."""
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
         self.load(required=True)  # another process may have rotated while a value was typed
         key_id, nonce = self.key_id, randomness.token_bytes(12)
         bound = json.dumps([name, kind, key_id]).encode()
-        return nonce + AESGCM(self._keys[key_id]).encrypt(
-            nonce, value.reveal().encode(), bound
-        ), key_id
+        box = self._cipher(key_id).encrypt(nonce, value.reveal().encode(), bound)
+        return nonce + box, key_id
 
     def open(self, row: SealedSecret) -> SecretValue:
         from cryptography.exceptions import InvalidTag
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
         if row.key_id not in self._keys:
             self.load(required=True)  # rotated by another process since we read it
@@ -2070,12 +2010,16 @@ class Vault:
             raise SecretError(f"secret {row.name!r} was sealed with a key that is not in {where}")
         bound = json.dumps([row.name, row.type, row.key_id]).encode()
         try:
-            plain = AESGCM(self._keys[row.key_id]).decrypt(row.value[:12], row.value[12:], bound)
+            plain = self._cipher(row.key_id).decrypt(row.value[:12], row.value[12:], bound)
         except (InvalidTag, ValueError):
-            raise SecretError(
-                f"secret {row.name!r} does not decrypt: its row was changed"
-            ) from None
+            said = f"secret {row.name!r} does not decrypt: its row was changed"
+            raise SecretError(said) from None
         return SecretValue(plain.decode(), row.name)
+
+    def _cipher(self, key_id: str) -> AESGCM:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        return AESGCM(parse_master_key(self._keys[key_id]))
 
     def begin_rotation(self) -> None:
         """Put a fresh key in front of the key file's; from here on it seals. None is dropped: one
@@ -2090,7 +2034,7 @@ class Vault:
                     hint="set SECRET_KEY=NEW,OLD, run this again, then drop OLD",
                 )
             return
-        kept = [key_text(key) for key in self._keys.values()]
+        kept = self._keys.values()
         write_private(self.old_file(), "\n".join(kept) + "\n")
         self._write([new_master_key(), *kept])
 
@@ -2100,7 +2044,7 @@ class Vault:
         self.load(required=True)
         if self.file is not None:
             kept = [k for n, k in enumerate(self._keys) if n == 0 or k in needed]
-            self._write([key_text(self._keys[key_id]) for key_id in kept])
+            self._write([self._keys[key_id] for key_id in kept])
 
     def old_file(self) -> Path:
         """Where the key file of before the last rotation is."""
@@ -2117,7 +2061,7 @@ class Vault:
 # ── YAML ──────────────────────────────────────────────────────────────────────────────────────
 
 Mark = tuple[int, int]  # line and column, from 1
-PLAIN_INT = r"-?(?:0|[1-9][0-9]{0,17})"
+PLAIN = re.compile("(?P<null>~|null|)|(?P<bool>true|false)|(?P<int>-?(?:0|[1-9][0-9]{0,17}))")
 YAML_BYTES = 10 << 20  # of jobs.yaml: some 20,000 jobs
 YAML_DEPTH = 40  # levels; a job has six
 YAML_REPEATED = 100_000  # values that aliases may repeat: a few hundred bytes could say 10**8
@@ -2159,20 +2103,6 @@ def meant(word: object, names: Iterable[str], closeness: float = 0.65) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-class Block(dict[str, Any]):
-    """A mapping of jobs.yaml; `marks` tells where each of its keys stands."""
-
-    def __init__(self) -> None:
-        self.marks: dict[str | int, Mark] = {}
-
-
-class Items(list[Any]):
-    """A list of jobs.yaml; `marks` tells where each of its items stands."""
-
-    def __init__(self) -> None:
-        self.marks: dict[str | int, Mark] = {}
-
-
 class JobsYaml:
     """jobs.yaml as plain data that knows its lines, and every fault met in reading it.
 
@@ -2185,11 +2115,13 @@ class JobsYaml:
         self.faults: list[Fault] = []
         self._lines: list[str] = []
         self._made: dict[int, tuple[Any, int]] = {}  # by node: the value, and how much is in it
+        self._count = 0  # values so far, those in aliases as well
+        self._marks: dict[int, dict[str | int, Mark]] = {}  # by id of a block or list, by key
         data = self._read() if path.exists() else None
-        if data is not None and not isinstance(data, Block):
-            kind = "a list" if isinstance(data, Items) else "text"  # which may be a key file's
+        if data is not None and not isinstance(data, dict):
+            kind = "a list" if isinstance(data, list) else "text"  # which may be a key file's
             self.faults.append(Fault((), kind, ", ".join(JobsFile.model_fields)))
-        self.data = data if isinstance(data, Block) else Block()
+        self.data: dict[str, Any] = data if isinstance(data, dict) else {}
 
     def _read(self) -> Any:
         import yaml
@@ -2199,12 +2131,12 @@ class JobsYaml:
             self._lines = text.splitlines()
             loader: Any = self._loader()
             node = loader(text).get_single_node()
-            return None if node is None else self._plain(node, ())[0]
+            return None if node is None else self._plain(node, ())
         except yaml.MarkedYAMLError as e:
             at = e.problem_mark
             mark = (at.line + 1, at.column + 1) if at else (1, 1)
             broken = self._placed("", f"not YAML: {e.problem or e.context}", "", mark)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+        except (yaml.YAMLError, RecursionError) as e:
             what = f"not a YAML text: {str(e).splitlines()[0]}"
             broken = Problem(found=what, file=str(self.path))
         except OSError as e:
@@ -2215,88 +2147,73 @@ class JobsYaml:
     def _loader() -> type[Any]:
         import yaml
 
-        class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-            yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+        class Loader(getattr(yaml, "CBaseLoader", yaml.BaseLoader)):  # type: ignore[misc]
+            def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+                found = PLAIN.fullmatch(value) if kind is yaml.ScalarNode and implicit[0] else None
+                return found.lastgroup if found else super().resolve(kind, value, implicit)
 
-        for tag, pattern, first in (
-            ("null", r"~|null|", ["~", "n", ""]),
-            ("bool", r"true|false", ["t", "f"]),
-            ("int", PLAIN_INT, list("-0123456789")),
-            ("merge", r"<<", ["<"]),
-        ):
-            whole = re.compile(f"^(?:{pattern})$")
-            Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", whole, first)
         return Loader
 
-    def _plain(self, node: Any, at: Place) -> tuple[Any, int]:
-        """The value of a node, and how many values are in it with its aliases followed. A node is
-        made once: an alias is its anchor's value once more."""
-        made = self._made.get(id(node), (None, 0))
-        if made[1]:
-            return made
-        if id(node) in self._made:
+    def _plain(self, node: Any, at: Place) -> Any:
+        """The value of a node. A node is made once: an alias is its anchor's value once more, and
+        counts as often as there are values in it."""
+        value, size = self._made.get(id(node), (None, 0))
+        if size:
+            self._count += size
+        elif id(node) in self._made:
             raise self._refused(node, "an alias that contains itself")
-        if len(at) > YAML_DEPTH:
+        elif len(at) > YAML_DEPTH:
             raise self._refused(node, f"nested more than {YAML_DEPTH} levels deep")
-        self._made[id(node)] = made  # under way
-        make: Any = {"mapping": self._block, "sequence": self._items}.get(node.id, self._scalar)
-        made = cast(tuple[Any, int], make(node, at))
-        if made[1] > len(self._made) + YAML_REPEATED:
+        else:
+            self._made[id(node)] = None, 0  # under way
+            before, self._count = self._count, self._count + 1
+            make = {"mapping": self._block, "sequence": self._items}.get(node.id, self._scalar)
+            value = make(node, at)
+            self._made[id(node)] = value, self._count - before
+        if self._count > len(self._made) + YAML_REPEATED:
             raise self._refused(node, f"its aliases repeat more than {YAML_REPEATED} values")
-        self._made[id(node)] = made
-        return made
+        return value
 
     def _refused(self, node: Any, what: str) -> Invalid:
         return Invalid([self._placed("", what, "", mark_of(node))])
 
-    def _items(self, node: Any, at: Place) -> tuple[Items, int]:
-        items, size = Items(), 1
-        for i, item in enumerate(node.value):
-            value, more = self._plain(item, (*at, i))
-            items.append(value)
-            items.marks[i] = mark_of(item)
-            size += more
-        return items, size
+    def _items(self, node: Any, at: Place) -> list[Any]:
+        items = [self._plain(item, (*at, i)) for i, item in enumerate(node.value)]
+        self._marks[id(items)] = {i: mark_of(item) for i, item in enumerate(node.value)}
+        return items
 
-    def _block(self, node: Any, at: Place) -> tuple[Block, int]:
-        block, size = Block(), 1
+    def _block(self, node: Any, at: Place) -> dict[str, Any]:
+        block: dict[str, Any] = {}
+        marks = self._marks[id(block)] = {}
         merged: list[Any] = []
         for key_node, value_node in node.value:
-            if key_node.tag.endswith(":merge"):
-                value, more = self._plain(value_node, at)
-                merged += value if isinstance(value, Items) else [value]
-            elif key_node.id != "scalar":
+            key = key_node.value
+            if key_node.id != "scalar":
                 raise self._refused(key_node, "a list or block as a key; allowed: text")
-            else:
-                more = self._entry(block, key_node, value_node, at)
-            size += more
+            if key == "<<" and not key_node.style:
+                value = self._plain(value_node, at)
+                merged += value if isinstance(value, list) else [value]
+                continue
+            if key in block:
+                said = f'duplicate key "{key}" (first on line {marks[key][0]})'
+                self.faults.append(Fault((*at, key), said))
+            marks[key] = mark_of(key_node)
+            block[key] = self._plain(value_node, (*at, key))
         for other in merged:
-            if not isinstance(other, Block):
+            if not isinstance(other, dict):
                 raise self._refused(node, "<< takes blocks only")
             for key in other.keys() - block.keys():
-                block[key], block.marks[key] = other[key], other.marks[key]
-        return block, size
+                block[key], marks[key] = other[key], self._marks[id(other)][key]
+        return block
 
-    def _entry(self, block: Block, key_node: Any, value_node: Any, at: Place) -> int:
-        key = str(key_node.value)
-        if key in block:
-            said = f'duplicate key "{key}" (first on line {block.marks[key][0]})'
-            self.faults.append(Fault((*at, key), said))
-        block.marks[key] = mark_of(key_node)
-        block[key], size = self._plain(value_node, (*at, key))
-        return size
-
-    def _scalar(self, node: Any, at: Place) -> tuple[Any, int]:
+    def _scalar(self, node: Any, at: Place) -> str | int | None:
         kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
-        if kind == "null":
-            return None, 1
-        if kind == "bool" and text in ("true", "false"):
-            return text == "true", 1
-        if kind == "int" and re.fullmatch(PLAIN_INT, text):
-            return int(text), 1
+        found = PLAIN.fullmatch(text)
+        if found and found.lastgroup == kind:
+            return int(text) if kind == "int" else {"true": True, "false": False}.get(text)
         if kind != "str":
             self.faults.append(Fault(at, f"the tag {kind}", "plain text and numbers"))
-        return VARIABLE.sub(lambda m: self._variable(m, at), text), 1
+        return VARIABLE.sub(lambda m: self._variable(m, at), text)
 
     def _variable(self, found: re.Match[str], at: Place) -> str:
         """The value of ${NAME}. Under `secrets:` an unset one concerns only who needs that secret:
@@ -2310,9 +2227,10 @@ class JobsYaml:
         data: Any = self.data
         mark = (1, 1)
         for part in at:
-            if not isinstance(data, Block | Items) or part not in data.marks:
+            marks = self._marks.get(id(data), {})
+            if part not in marks:
                 break
-            mark, data = data.marks[part], data[part]  # type: ignore[index]
+            mark, data = marks[part], data[part]
         return mark
 
     def problems(self, faults: Iterable[Fault]) -> list[Problem]:
@@ -2540,10 +2458,9 @@ def consistent(s: Settings) -> Settings:
     if low > high:
         said = f"MIN_POLL_INTERVAL is {low}, which is more than MAX_POLL_INTERVAL, {high}"
         raise Invalid([f"environment: {said}"])
-    if not low <= s.default_poll_interval <= high:
+    if not low <= (usual := s.default_poll_interval) <= high:
         allowed = f"{low} to {high}, from MIN_POLL_INTERVAL to MAX_POLL_INTERVAL"
-        found = str(s.default_poll_interval)
-        raise Invalid([Problem("environment: DEFAULT_POLL_INTERVAL", found, allowed)])
+        raise Invalid([Problem("environment: DEFAULT_POLL_INTERVAL", str(usual), allowed)])
     if s.api_host not in LOOPBACK and s.admin_token is None:
         raise Invalid(
             [f"the admin surface would listen on {s.api_host} without a token"],
@@ -2561,8 +2478,8 @@ def read_dot_env(path: Path) -> tuple[dict[str, str], list[str]]:
         return {}, []
     try:
         bindings = list(parse_stream(io.StringIO(read_text(path, 1 << 20))))
-    except (OSError, UnicodeDecodeError):
-        raise Invalid([f"{path}: cannot be read as UTF-8 text"]) from None
+    except OSError as e:
+        raise Invalid([f"{path}: cannot be read: {e.strerror}"]) from None
     env, warnings = {}, []
     for binding in bindings:
         place, name = f"{path}:{binding.original.line}", binding.key
@@ -2573,13 +2490,6 @@ def read_dot_env(path: Path) -> tuple[dict[str, str], list[str]]:
             if name not in ENVIRONMENT and (question := meant(name, ENVIRONMENT, 0.85)):
                 warnings.append(f"{place}: {name} is no setting of TeckoChecker{question}")
     return env, warnings
-
-
-def open_to_all(key_file: Path | None) -> list[str]:
-    """A warning where everybody on this machine can read the master key."""
-    if key_file is None or not key_file.exists() or not key_file.stat().st_mode & 0o004:
-        return []
-    return [f"{key_file} can be read by all users of this machine: chmod 600 {key_file}"]
 
 
 def register_references(secrets: Any, env: Mapping[str, str]) -> None:
@@ -2598,8 +2508,8 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     """
     base = path.absolute().parent
     if must_exist and not path.exists():
-        hint = "teckochecker.py init writes a first one"
-        raise Invalid([f"{path}: there is no such file"], hint=hint)
+        said = f"{path}: there is no such file"
+        raise Invalid([said], hint="teckochecker.py init writes a first one")
     dot_env, warnings = read_dot_env(base / ".env")
     env = {**dot_env, **environ}
     text = JobsYaml(path, env)
@@ -2610,12 +2520,13 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     items = head.get("jobs")
     file = file or JobsFile.model_validate({})  # to go on looking: all is told at once
     settings = settings_from(env, file, base, f"{path}:{text.mark(('database',))[0]}")
-    warnings += open_to_all(Vault(settings).file)
+    key = Vault(settings).file
+    if key is not None and key.exists() and key.stat().st_mode & 0o004:
+        warnings.append(f"{key} can be read by all users of this machine: chmod 600 {key}")
     jobs, in_jobs = read_jobs(items if isinstance(items, list) else [], settings, text)
     if in_head:
         raise Invalid(text.problems([*in_head, *in_jobs]))
-    specs = None if items is None else jobs
-    problems = text.problems(in_jobs)
+    specs, problems = None if items is None else jobs, text.problems(in_jobs)
     return Config(path, settings, env, file.secrets or {}, specs, text, problems, warnings)
 
 
@@ -2625,16 +2536,15 @@ def read_jobs(
     """The jobs, and what is wrong with them; those are the good ones where anything is."""
     jobs: list[Spec] = []
     faults = [f for f in text.faults if len(f.at) > 1 and f.at[0] == "jobs"]
-    lines: dict[Any, int] = {}
+    firsts: dict[str, int] = {}
     for i, item in enumerate(items):
         job, found = read_job(item, settings.job_context)
         faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
-        name = str(item["name"]).strip() if isinstance(item, dict) and "name" in item else None
-        if name is not None and name in lines:
-            said = f"line {lines[name]} has a job of this name already"
+        named = isinstance(item, dict) and "name" in item
+        first = firsts.setdefault(str(item["name"]).strip(), i) if named else i
+        if first != i:
+            said = f"line {text.mark(('jobs', first))[0]} has a job of this name already"
             faults.append(Fault(("jobs", i, "name"), said))
-        elif name is not None:
-            lines[name] = text.mark(("jobs", i))[0]
         if job is not None:
             jobs.append(job)
     return jobs, faults
@@ -2651,8 +2561,8 @@ def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
         return SecretValue(clean_secret(read_text(config.base / str(ref.file), 100_000)), name)
     except KeyError:
         why = f"the environment variable {ref.env} is not set"
-    except (OSError, UnicodeDecodeError) as e:
-        why = f"cannot read {ref.file}: {e.strerror if isinstance(e, OSError) else 'it is no text'}"
+    except OSError as e:
+        why = f"cannot read {ref.file}: {e.strerror}"
     except SecretError as e:
         why = str(e)
     raise SecretError(f"secret {name!r}: {why}")
@@ -2680,7 +2590,10 @@ def secret_faults(
         elif ref and (why := unreadable(str(name), ref, config)):
             said.append(Fault(place, why))
     held = "the value of a secret, which would be stored and shown; name it in `secret` instead"
-    return [*said, *(Fault(at, held) for at, text in texts_in(job) if holds_secret(text))]
+    for place, text in texts_in(job):
+        if any(form in text for form in SecretValue.forms):
+            said.append(Fault(place, held))
+    return said
 
 
 def texts_in(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:

@@ -360,10 +360,8 @@ def test_a_batch_that_was_found_again_is_denied_from_the_start() -> None:
 @unhurried
 @given(st.floats() | st.integers() | st.sampled_from([1_732_600_000_000, 253_402_300_800, -1e14]))
 def test_no_time_raises(at: float) -> None:
-    """Whatever number stands for a time becomes a date, and a nonsense one is none at the edge."""
+    """Whatever number stands for a time becomes a date."""
     assert datetime.fromisoformat(tecko.iso(at)).tzinfo is UTC
-    seen = tecko.plausible(at)
-    assert seen is None or 2000 <= datetime.fromtimestamp(seen, UTC).year <= 2100
 
 
 @unhurried
