@@ -130,6 +130,7 @@ from concurrent import futures
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache, partial, wraps
 from http import HTTPStatus
@@ -178,7 +179,6 @@ try:
         PlainValidator,
         StrictStr,
         StringConstraints,
-        TypeAdapter,
         ValidationError,
         ValidationInfo,
         WithJsonSchema,
@@ -187,7 +187,6 @@ try:
         model_validator,
     )
     from pydantic.json_schema import models_json_schema
-    from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
         raise
@@ -5648,19 +5647,10 @@ def finite(text: str) -> float:
     return float(text) if math.isfinite(float(text)) else refuse(text)
 
 
-class NoNumber:
-    """What stands in a JSON answer where a number belongs and is none: it costs its record."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text[:20]
-
-
 def read_json(body: bytes) -> Any:
     """What an answer says, to the last digit: what orjson refuses or would round, json reads, and
-    leaves a NoNumber or a lone surrogate to the record that has it. Raises SourceError."""
+    leaves a lone surrogate, or what is no number (a Decimal), to the record that has it. Raises
+    SourceError."""
     try:
         if not re.search(rb"\d{19}", body):  # beyond 64 bits orjson makes it a float
             with contextlib.suppress(orjson.JSONDecodeError):
@@ -5668,9 +5658,9 @@ def read_json(body: bytes) -> Any:
         body = body.removeprefix(codecs.BOM_UTF8)
         return json.loads(
             body.decode(json.detect_encoding(body), "surrogateescape"),
-            parse_constant=NoNumber,
-            parse_float=lambda text: float(text) if math.isfinite(float(text)) else NoNumber(text),
-            parse_int=lambda text: int(text) if len(text) <= DIGITS else NoNumber(text),
+            parse_constant=Decimal,
+            parse_float=lambda text: float(text) if math.isfinite(float(text)) else Decimal(text),
+            parse_int=lambda text: int(text) if len(text) <= DIGITS else Decimal(text),
         )
     except (ValueError, RecursionError) as e:
         raise SourceError(f"the answer is not JSON: {short(e)}: {short(body[:80])}") from e
@@ -5679,26 +5669,19 @@ def read_json(body: bytes) -> Any:
 def to_json(value: Any) -> bytes:
     """JSON with its keys sorted, so that their order makes no other record. Raises BadRecord for
     what could not be served again: lone surrogates, what is no number, and nesting without end."""
-    try:
-        return orjson.dumps(value, no_number, orjson.OPT_SORT_KEYS)
-    except TypeError as e:
-        why = e.__cause__ if isinstance(e.__cause__, BadRecord) else None
-        if why is not None or "Integer exceeds" not in str(e):  # which orjson does not know
-            raise why or BadRecord(f"{e}; allowed: Unicode, nested at most {NESTED} deep") from None
-    try:
-        return json.dumps(value, ensure_ascii=False, sort_keys=True, default=no_number).encode()
-    except (UnicodeEncodeError, RecursionError) as e:
-        raise BadRecord(f"{e}; allowed: Unicode, nested at most {NESTED} deep") from None
-
-
-def no_number(value: Any) -> NoReturn:
-    raise BadRecord(f"{value!r} is no number")
+    with contextlib.suppress(TypeError):
+        return orjson.dumps(value, None, orjson.OPT_SORT_KEYS)
+    try:  # integers beyond 64 bits, of which orjson knows nothing
+        return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
+    except (TypeError, UnicodeEncodeError, RecursionError) as e:
+        said = f"{e}; allowed: finite numbers, Unicode, nested at most {NESTED} deep"
+        raise BadRecord(said) from None
 
 
 def any_json(value: Any) -> bytes:
     """JSON also of what `to_json` refuses, to keep it with the rejected records."""
     try:
-        return json.dumps(value, separators=(",", ":"), default=repr).encode()
+        return json.dumps(value, separators=(",", ":"), default=str).encode()
     except RecursionError:
         return b"(nested too deep to be shown)"
 
@@ -5711,7 +5694,10 @@ def is_deeper(value: Any, allowed: int) -> bool:
     )
 
 
-def picker(path: str) -> Callable[[Mapping[str, Any]], Any]:
+Picker = Callable[[Mapping[str, Any]], Any]
+
+
+def picker(path: str) -> Picker:
     """What takes the value at a dotted path out of a record; a field of that very name wins."""
     keys = path.split(".")
 
@@ -5828,31 +5814,11 @@ def utc_text(value: Any, order: str | None = None) -> str:
     return at.isoformat() + "Z"
 
 
-class UnifiedFields(TypedDict, total=False):
-    """What a record has in the schema that all sources share, beside what identifies it; a dict,
-    since making models of a hundred thousand rows costs twice as much as validating them."""
-
-    __pydantic_config__ = ConfigDict(coerce_numbers_to_str=True)  # type: ignore[misc]
-
-    title: str
-    description: str
-    content: str
-    author: str
-    published_at: Annotated[str, BeforeValidator(utc_text)]  # ISO 8601 in UTC
-    url: str
-    category: str
-
-
-VALIDATE = TypeAdapter(UnifiedFields).validator.validate_python
-
-
-class MappingPlan(NamedTuple):
-    """What is taken from records with certain fields; made once for all that have the same."""
-
-    plain: list[tuple[str, str]]  # unified field and the source's own
-    deep: list[tuple[str, Callable[[Mapping[str, Any]], Any]]]  # at a dotted path
-    matched: list[tuple[str, str]]  # of the plain ones those that nobody named
-    rest: list[str]  # for the metadata
+def plain_text(value: Any) -> str:
+    """A value that is one of text. Raises ValueError, whose text says what is allowed."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("text or a number")
+    return str(value)
 
 
 class Mapper:
@@ -5864,9 +5830,7 @@ class Mapper:
         mapping = [source.id, sorted(source.fields.items()), source.dates]
         self._salt = digest_of(json.dumps(mapping))
         self._ids = [(field, picker(field)) for field in source.ids]
-        self.nested = source.type == "api"
-        self._keys: tuple[str, ...] = ()
-        self._plan = MappingPlan([], [], [], [])
+        self._plan = lru_cache(64)(self._make_plan)
 
     def identify(self, record: Mapping[str, Any]) -> str:
         """The record's id as text; of several fields a JSON list of theirs. Raises BadRecord."""
@@ -5880,76 +5844,52 @@ class Mapper:
 
     def unify(self, record: Mapping[str, Any], source_id: str) -> bytes:
         """The record in the unified schema, as JSON. Raises BadRecord."""
-        if (keys := tuple(record)) != self._keys:
-            self._keys, self._plan = keys, self._make_plan(keys)
-        plan = self._plan
-        metadata = {key: record[key] for key in plan.rest}
-        if not self.nested:  # all is text
-            made = {name: text for name, key in plan.plain if (text := record[key])}
-        else:
-            picks = [*((name, record[key]) for name, key in plan.plain)]
-            picks += ((name, pick(record)) for name, pick in plan.deep)
-            made = {name: value for name, value in picks if value not in (None, "")}
-            for name, key in plan.matched:
-                if isinstance(made.get(name), dict | list | bool):  # meant by nobody
-                    metadata[key] = made.pop(name)
-        try:
-            if self.source.dates and "published_at" in made:
-                made["published_at"] = utc_text(made["published_at"], self.source.dates)
-            whole = {"source": self.name, "source_id": source_id, **VALIDATE(made)}
-            whole["metadata"] = metadata
-            return to_json(whole)
-        except BadRecord:
-            raise
-        except ValidationError as e:
-            error = e.errors(include_url=False)[0]
-            place, found = error["loc"][0], error["input"]
-            why = str(error["ctx"]["error"]) if error["type"] == "value_error" else "text"
-        except ValueError as e:
-            place, found, why = "published_at", made["published_at"], str(e)
-        raise BadRecord(f"{place}: found {cut(found)}; allowed: {why}")
+        picks, matched, rest = self._plan(tuple(record))
+        metadata = {key: record[key] for key in rest}
+        made = {name: value for name, pick in picks if (value := pick(record)) not in (None, "")}
+        for name, key in matched.items():
+            if isinstance(made.get(name), dict | list | bool):  # meant by nobody
+                metadata[key] = made.pop(name)
+        for name, value in made.items():
+            try:
+                dated = name == "published_at"
+                made[name] = utc_text(value, self.source.dates) if dated else plain_text(value)
+            except ValueError as e:
+                raise BadRecord(f"{name}: found {cut(value)}; allowed: {e}") from None
+        whole = {"source": self.name, "source_id": source_id, **made, "metadata": metadata}
+        return to_json(whole)
 
-    def _make_plan(self, keys: tuple[str, ...]) -> MappingPlan:
-        given = self.source.fields
-        plain = [(name, key) for name, key in given.items() if key in keys]
-        deep = [(name, picker(path)) for name, path in given.items() if path not in keys]
-        free = {*self.source.ids, *given.values()}
-        matched: dict[str, str] = {}
+    def _make_plan(
+        self, keys: tuple[str, ...]
+    ) -> tuple[list[tuple[str, Picker]], dict[str, str], list[str]]:
+        """For records with these fields: what is picked for which unified field, those of the
+        unified fields that nobody named, with the source's own, and what is for the metadata."""
+        given, ids = self.source.fields, self.source.ids
+        matched = dict[str, str]()
         for key in keys:
             name = key.strip().lower()
-            if name in UNIFIED and name not in given and key not in free:
+            if name in UNIFIED and name not in given and key not in (*ids, *given.values()):
                 matched.setdefault(name, key)
-        alone = self.source.ids if len(self.source.ids) == 1 else ()  # which source_id is already
-        used = {*alone, *(key for _, key in plain), *matched.values()}
-        pairs = [*matched.items()]
-        return MappingPlan(
-            plain + pairs, cast(Any, deep), pairs, [k for k in keys if k not in used]
-        )
+        alone = ids if len(ids) == 1 else ()  # which source_id is already
+        used = {*alone, *given.values(), *matched.values()}
+        picks = [(name, picker(path)) for name, path in (*given.items(), *matched.items())]
+        return picks, matched, [key for key in keys if key not in used]
 
 
 def id_text(field: str, value: Any) -> str:
     """A value that identifies a record. Raises BadRecord."""
-    if type(value) is str and value.isascii() and value.strip():
-        return value
     if value is None:
         raise BadRecord(f"no id: {field} is missing")
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadRecord(f"{field}: found {cut(value)}; allowed: text or a number")
-    if not str(value).strip():
+    try:
+        text = plain_text(value)
+    except ValueError as e:
+        raise BadRecord(f"{field}: found {cut(value)}; allowed: {e}") from None
+    if not text.strip():
         raise BadRecord(f"no id: {field} is empty")
-    if re.search("[\ud800-\udfff]", str(value)):
-        raise BadRecord(f"{field}: found {cut(value)}; allowed: text in Unicode")
-    return str(value)
+    return text
 
 
 Fields = dict[str, bool]  # of a source: whether every record had it
-
-
-def fields_of(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Fields:
-    if columns or not records:
-        return dict.fromkeys(columns if records else (), True)
-    found = Counter(itertools.chain.from_iterable(records))
-    return {name: count == len(records) for name, count in found.items()}
 
 
 def drift(known: Mapping[str, Any], seen: Fields) -> list[str]:
@@ -5979,7 +5919,6 @@ class Fetched:
     part: str = ""  # its name in the checkpoint; empty: none is kept
     state: dict[str, Any] = field(default_factory=dict)
     progress: float | None = None
-    columns: Sequence[str] = ()  # of a CSV file
 
 
 LAST = 1 << 53  # the number of no record
@@ -5994,13 +5933,14 @@ def prepare(mapper: Mapper, fetched: Fetched) -> tuple[list[Row], list[Rejected]
         try:
             if not isinstance(record, dict):
                 raise BadRecord(f"found {cut(record)}; allowed: an object")
-            key, text = mapper.identify(record), to_json(record)
-            if mapper.nested and is_deeper(record, NESTED):
+            text = to_json(record)
+            if is_deeper(record, NESTED):
                 raise BadRecord(f"nested more than {NESTED} deep")
-            rows.append((number, key, record, text, mapper.hash(text)))
+            rows.append((number, mapper.identify(record), record, text, mapper.hash(text)))
         except BadRecord as e:
             rejects.append(rejected(fetched, number, e, any_json(record)))
-    return rows, rejects, fields_of([row[2] for row in rows], fetched.columns)
+    found = Counter(itertools.chain.from_iterable(row[2] for row in rows))
+    return rows, rejects, {name: count == len(rows) for name, count in found.items()}
 
 
 def rejected(fetched: Fetched, number: int, error: BadRecord, record: bytes) -> Rejected:
@@ -6346,7 +6286,7 @@ class CsvFile:
         state |= {"done": self.ended}
         share = min(self._file.tell() / self._size, 1.0) if self._size else 1.0
         label = f"{self.part} line"
-        return Fetched(label, records, rejects, span, self.part, state, share, columns)
+        return Fetched(label, records, rejects, span, self.part, state, share)
 
     def _unreadable(self, error: csv.Error) -> Rejected:
         if "unexpected end" in str(error):  # what is to come may close the quote
