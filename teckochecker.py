@@ -5726,8 +5726,6 @@ DATE_FORMS = [
     re.compile(form.replace("MONTH", r"(?P<b>[a-z]{3,9})\.?"), re.ASCII | re.IGNORECASE)
     for form in (
         r"(?P<y>\d{4})([-/.])(?P<m>\d{1,2})\2(?P<d>\d{1,2})",
-        r"(?P<y>\d{4})(?P<m>\d\d)(?P<d>\d\d)",
-        r"(?P<y>\d{4})-?W(?P<week>\d\d)-?(?P<weekday>\d)",
         r"(?P<y>\d{4})-(?P<yearday>\d{3})",
         r"(?P<d>\d{1,2})(?:st|nd|rd|th)?[- ]MONTH[- ](?P<y>\d{4}|\d\d)",
         r"MONTH (?P<d>\d{1,2})(?:st|nd|rd|th)? (?P<y>\d{4})",
@@ -5741,15 +5739,13 @@ MONTH_NUMBERS = {"sept": 9} | {
 }
 UNIX_UNITS = (1, 10**3, 10**6)  # a second in seconds, milliseconds and microseconds
 UNIX_RANGE = range(946_684_800, 4_102_444_800)  # from 2000 to 2100; the units do not overlap there
-LONGEST_DATE = 100  # characters; JavaScript's has some 60
-ONE_READING = "a date that can be read in one way only; `dates: dmy` or mdy decides"
 
 
 @lru_cache(maxsize=4096)
 def moment(text: str, order: str | None = None) -> datetime:
     """The moment that a text says, in its own zone; without one it is UTC. `order` (dmy or mdy)
     says how 03/04/2024 is meant. Raises ValueError, and OverflowError beyond the calendar."""
-    if len(text) > LONGEST_DATE:
+    if len(text) > 100:  # characters; JavaScript's has some 60
         raise ValueError("a date")
     if (unit := unix_unit(text)) is not None:
         return datetime.fromtimestamp(float(text) / unit, UTC)
@@ -5779,6 +5775,8 @@ def unix_unit(text: str) -> int | None:
 
 def day_of(text: str, order: str | None) -> datetime:
     """The day that a text without a time says. Raises ValueError."""
+    if re.fullmatch(r"\d{8}|\d{4}(-W\d\d-|W\d\d)\d", text, re.ASCII):
+        return datetime.fromisoformat(text)
     found = next(filter(None, (form.fullmatch(text) for form in DATE_FORMS)), None)
     if found is None:
         raise ValueError("a date")
@@ -5786,14 +5784,12 @@ def day_of(text: str, order: str | None) -> datetime:
     if len(got["y"]) == 2 and order is None:
         raise ValueError("a date with a year of four digits")
     year = int(got["y"]) if len(got["y"]) == 4 else datetime.strptime(got["y"], "%y").year
-    if "week" in got:
-        return datetime.fromisocalendar(year, int(got["week"]), int(got["weekday"]))
     if "yearday" in got:
         return datetime.strptime(text, "%Y-%j")
     if "one" in got:
         one, two = int(got["one"]), int(got["two"])
         if order is None and got["sep"] != "." and one != two and max(one, two) <= 12:
-            raise ValueError(ONE_READING)
+            raise ValueError("a date that can be read in one way only; `dates: dmy` or mdy decides")
         day_first = order == "dmy" if order else got["sep"] == "." or two <= 12
         return datetime(year, two if day_first else one, one if day_first else two)
     month = MONTH_NUMBERS.get(got["b"].lower(), 0) if "b" in got else int(got["m"])
@@ -6006,21 +6002,14 @@ NOT_CSV = {  # how files begin that may be taken for a CSV file and are none
     rb"PAR1\x15": "a Parquet file",
     rb"SQLite format 3\0": "a SQLite database",
 }
-SWALLOWS = "a quote swallows the lines after it"
-DOWNLOAD_BYTES = 4 << 30  # of a file behind a URL
+MARKS = {  # byte order marks
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # which begins like that of UTF-16
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF32_BE: "utf-32",
+}
 OPEN_QUOTE = "a quote is opened and never closed"
-
-
-def encoding_of(head: bytes) -> str | None:
-    """From the byte order mark, if there is one."""
-    marks = (
-        (codecs.BOM_UTF8, "utf-8-sig"),
-        (codecs.BOM_UTF32_LE, "utf-32"),  # which begins like that of UTF-16
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-        (codecs.BOM_UTF32_BE, "utf-32"),
-    )
-    return next((name for mark, name in marks if head.startswith(mark)), None)
 
 
 def column_names(row: Sequence[str]) -> list[str]:
@@ -6092,7 +6081,7 @@ class CsvFile:
     LF, CRLF or CR. What is malformed costs the line it starts on and no other: reading goes on
     with the next line. `growing`: somebody may be writing its last line at this moment."""
 
-    def __init__(self, file: Any, part: str, source: CsvSource, *, growing: bool) -> None:
+    def __init__(self, file: Any, part: str, source: CsvSource, growing: bool) -> None:
         self.part, self.source, self._file, self._growing = part, source, file, growing
         self._size = os.fstat(file.fileno()).st_size
         csv.field_size_limit(RECORD_BYTES)
@@ -6101,7 +6090,8 @@ class CsvFile:
         head = stream.peek(512)
         if kind := next((NOT_CSV[begin] for begin in NOT_CSV if re.match(begin, head)), None):
             raise SourceError(f"{part} is no CSV file, but {kind}", status=400)
-        encoding = encoding_of(head[:4]) or source.encoding or "utf-8"
+        marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
+        encoding = marked or source.encoding or "utf-8"
         self._encoding = encoding.removesuffix("-sig")
         wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
         bad = "surrogatepass" if wide else "surrogateescape"  # and found in _lines
@@ -6148,8 +6138,7 @@ class CsvFile:
             said = f"{self.part}: the header cannot be read: {quote_error(e)}"
             raise SourceError(said, status=400) from e
         self._header = row
-        row = [name.encode(errors="replace").decode() for name in row]
-        self.columns = column_names(row)
+        self.columns = column_names([name.encode(errors="replace").decode() for name in row])
         self._begin = len(self._taken)
         self.notes += [
             f"column {place} {cut(text)} of {self.part} is called {cut(name)}"
@@ -6252,8 +6241,8 @@ class CsvFile:
     def read(self) -> Fetched:
         """The next records, some thousand at most."""
         records, rejects, columns = list[tuple[int, Any]](), list[Rejected](), self.columns
-        first, wanted = self._line + 1, len(columns)
-        size, header, taken = 0, self._header, self._taken
+        first = self._line + 1
+        size, taken = 0, self._taken
         while len(records) + len(rejects) < CHUNK_ROWS and size < CHUNK_BYTES:
             try:
                 row = next(self._reader, None)
@@ -6267,13 +6256,12 @@ class CsvFile:
                 break
             begin = self._last = self._begin
             self._begin = end = len(taken)
-            size += len(taken[-1])
-            if len(row) != wanted or self._broken or end > begin + 2:
-                size += sum(map(len, taken[begin:]))
+            size += sum(map(len, taken[begin:]))
+            if len(row) != len(columns) or self._broken or end > begin + 2:
                 if rejected := self._judge(row):
                     rejects.append(rejected)
                     continue
-            elif row == header:
+            elif row == self._header:
                 if len(self.notes) < MAX_NOTES:
                     place = f"{self.part} line {self._line + begin + 1}"
                     self.notes.append(f"{place}: the header once more")
@@ -6281,12 +6269,10 @@ class CsvFile:
             records.append((self._line + begin + 1, dict(zip(columns, row, strict=True))))
         self._settle()
         span = first, LAST if self.ended else self._line
-        position, line = self._safe
-        state = {"position": position, "line": line, "digest": self._digest.hexdigest()}
-        state |= {"done": self.ended}
+        state: dict[str, Any] = dict(zip(("position", "line"), self._safe, strict=True))
+        state |= {"digest": self._digest.hexdigest(), "done": self.ended}
         share = min(self._file.tell() / self._size, 1.0) if self._size else 1.0
-        label = f"{self.part} line"
-        return Fetched(label, records, rejects, span, self.part, state, share)
+        return Fetched(f"{self.part} line", records, rejects, span, self.part, state, share)
 
     def _unreadable(self, error: csv.Error) -> Rejected:
         if "unexpected end" in str(error):  # what is to come may close the quote
@@ -6304,7 +6290,8 @@ class CsvFile:
             swallows = self._swallows(lines)
         if swallows:
             self._begin = self._last
-            return self._give_up("; ".join(filter(None, [reason, SWALLOWS])))
+            said = "a quote swallows the lines after it"
+            return self._give_up(f"{reason}; {said}" if reason else said)
         self._broken = ""
         return self._rejected(self._last, reason, lines) if reason else None
 
@@ -6428,8 +6415,8 @@ class Files:
                 return
             with path.open("rb") as file:
                 identity = identity_of(os.fstat(file.fileno()), now)
-                told = {"identity": identity}
-                async for fetched in self._read(file, part, state, told, identity is None):
+                told = {"identity": identity} if identity else None
+                async for fetched in self._read(file, part, state, told):
                     yield fetched
 
     async def _download(self, part: str, state: Mapping[str, Any]) -> AsyncGenerator[Fetched]:
@@ -6438,27 +6425,22 @@ class Files:
         for left in self.means.folder.glob(".download-*"):  # by an older version, which named them
             left.unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=self.means.folder) as sink:
-            limit = min(DOWNLOAD_BYTES, shutil.disk_usage(self.means.folder).free // 2)
+            limit = min(4 << 30, shutil.disk_usage(self.means.folder).free // 2)
             got = await self.means.fetch(self.source.path, state=state, sink=sink, limit=limit)
             if got.status_code == 304:
                 return
             sink.seek(0)
-            told = validators_of(got)
             with readable(part):
-                async for fetched in self._read(sink, part, state, told, told is None):
+                async for fetched in self._read(sink, part, state, validators_of(got)):
                     yield fetched
 
     async def _read(
-        self,
-        file: Any,
-        part: str,
-        state: Mapping[str, Any],
-        told: Mapping[str, Any] | None,
-        growing: bool,
+        self, file: Any, part: str, state: Mapping[str, Any], told: Mapping[str, Any] | None
     ) -> AsyncGenerator[Fetched]:
-        """What one file holds. `told` is remembered once it was read whole."""
-        means, open_file = self.means, partial(CsvFile, growing=growing)
-        csv_file = await means.work(open_file, file, part, self.source)
+        """What one file holds. `told` is remembered once it was read whole; None: it may have
+        changed since."""
+        means = self.means
+        csv_file = await means.work(CsvFile, file, part, self.source, told is None)
         if state:
             await means.work(csv_file.resume, state)
         self._check_columns(csv_file)
@@ -6566,29 +6548,27 @@ class Pages:
             if len(asked) >= MAX_PAGES:
                 raise SourceError(f"more than {MAX_PAGES} pages: does `next` ever end?", status=400)
             asked.add(url)
-            got = await self._get(url, len(asked))
+            number = len(asked)
+            got = await self._get(url, number)
             if got.status_code in (204, *PAGE_REFUSED):
                 if got.status_code not in (204, 404):
-                    self.means.note(f"page {len(asked)}: {got.status_code}: taken for the end")
+                    self.means.note(f"page {number}: {got.status_code}: taken for the end")
                 self._signs = []
                 break
-            answer, items, digest = await self.means.work(self._open, got.content, len(asked))
+            answer, items, digest = await self.means.work(self._open, got.content, number)
             stale = stale + 1 if digest in seen or not items else 0
             seen.add(digest)
-            for fetched in self._fetched(items, len(asked)):
+            for fetched in self._fetched(items, number):
                 yield fetched
-            url = self._next(got, answer, items)
+            link = self._next(got, answer, items)
+            url = resolved(str(got.url), link) if link else None
             if stale >= SAME_PAGES or (not items and self.numbered):
-                self._in_circles(url, items, len(asked))
+                if url and not self.numbered:
+                    self._in_circles(items, number)
                 break
-        self._judge(answer, got, url or "")
+        self._judge(answer, got, url)
 
     async def _get(self, url: str, number: int) -> httpx2.Response:
-        try:
-            clean_url(url)
-        except ValueError as e:
-            said = f"the next page cannot be asked for: {short(url)} is no URL"
-            raise SourceError(said, status=400) from e
         if self.source.secret is not None and origin_of(url) != origin_of(self.source.url):
             said = f"`next` points to {origin_of(url)[1]}; a secret goes to no other host"
             raise SourceError(said, status=400)
@@ -6658,7 +6638,7 @@ class Pages:
         return query
 
     def _next(self, got: httpx2.Response, answer: Any, items: Sequence[Any]) -> str | None:
-        """The URL of the next page, as far as this answer knows of one."""
+        """The URL of the next page, relative perhaps, as far as this answer knows of one."""
         for where, name, value in self._signs:
             if TOTAL.fullmatch(name) and type(value) is int:
                 self.shrank |= name != "count" and value < self._totals.get(where, value)
@@ -6666,35 +6646,29 @@ class Pages:
         if self._has_more(answer) is False:
             self._met = True
             return None
-        paging, url = self.paging, str(got.url)
+        paging = self.paging
         if self.numbered:
             self._met = True
             self._at += len(items) if paging.type == "offset" else 1
             return self._url(self._number())
         if paging.type == "link":
             self._met |= "link" in got.headers
-            link = next_link(got.headers.get("link", ""))
-            return resolved(url, link) if link else None
-        if paging.type == "last":
-            path = paging.path or self.source.ids[0]
-            cursor = picker(path)(items[-1]) if items and isinstance(items[-1], dict) else None
-        else:
-            path = paging.path or "next_cursor"
-            cursor = picker(path)(answer) if isinstance(answer, dict) else None
+            return next_link(got.headers.get("link", ""))
+        last = paging.type == "last"
+        holder = items[-1] if last and items else None if last else answer
+        path = paging.path or (self.source.ids[0] if last else "next_cursor")
+        cursor = picker(path)(holder) if isinstance(holder, dict) else None
         self._met |= cursor is not None or any(path == where for where, *_ in self._signs)
         if cursor in (None, "", False):
             return None
         if not isinstance(cursor, str):
             cursor = any_json(cursor).decode()
-        elif cursor.startswith(("https://", "http://")) or (
-            cursor.startswith(("/", "?")) and paging.param is None
-        ):
-            return resolved(url, cursor)
-        default = "starting_after" if paging.type == "last" else "cursor"
-        try:
-            return self._url({**self._number(), paging.param or default: cursor})
-        except ValueError:
-            return cut(cursor)  # which is no URL, and told so when it is asked for
+        elif re.match("https?://" if paging.param else "https?://|[/?]", cursor):
+            return cursor
+        name = paging.param or ("starting_after" if last else "cursor")
+        return self._url(
+            {**self._number(), name: cursor.encode(errors="backslashreplace").decode()}
+        )
 
     def _has_more(self, answer: Any) -> Any:
         if self.source.more is not None:
@@ -6702,23 +6676,18 @@ class Pages:
         signs = self._signs if self.paging.type != "link" else ()
         return next((v for _, n, v in signs if HAS_MORE.fullmatch(n) and type(v) is bool), None)
 
-    def _in_circles(self, url: str | None, items: Sequence[Any], number: int) -> None:
-        if not url or self.numbered:
-            return
+    def _in_circles(self, items: Sequence[Any], number: int) -> None:
         if items:
             said = f"the paging goes in circles: pages {number - 1} and {number} came before"
             self._complain(f"{said}; is `next` right?", mistake=True)
         else:
             self.means.note(f"pages {number - 1} and {number} are empty: taken for the end")
 
-    def _judge(self, answer: Any, got: httpx2.Response | None, url: str) -> None:
+    def _judge(self, answer: Any, got: httpx2.Response | None, url: str | None) -> None:
         """Say what the answers say of more than was taken."""
         first, paging = self._pages <= 1, self.paging
         path = paging.path or "next_cursor"
-        more = "" if self.numbered else self._says_more(answer)
-        if not more and got is not None and not self.numbered:
-            linked = paging.type != "link" and next_link(got.headers.get("link", ""))
-            more = "Link" if linked else next((h for h in got.headers if "next-page" in h), "")
+        more = self._says_more(answer, got) if got is not None and not self.numbered else ""
         if not self._met and paging.type == "cursor" and self._taken:
             there = ", ".join(map(str, answer)) if isinstance(answer, dict) else cut(answer)
             said = f"there is no {path} in the answer; there are {short(there)}"
@@ -6738,7 +6707,7 @@ class Pages:
         if not self._taken and self.since is None and not self.means.checkpoint.records:
             self.means.note("no records came")
 
-    def _says_more(self, answer: Any) -> str:
+    def _says_more(self, answer: Any, got: httpx2.Response) -> str:
         """What in the last answer says that there is a next page; empty: nothing does."""
         if self.source.more is not None and self._has_more(answer) is True:
             return self.source.more
@@ -6746,7 +6715,9 @@ class Pages:
             told = value is True or (type(value) in (str, int) and value not in ("", 0))
             if MORE.fullmatch(name) and told:
                 return where
-        return ""
+        if self.paging.type != "link" and next_link(got.headers.get("link", "")):
+            return "Link"
+        return next((header for header in got.headers if "next-page" in header), "")
 
     def _complain(self, said: str, *, mistake: bool) -> None:
         """A mistake fails the job until some run was whole; what is known is noted."""
@@ -6757,9 +6728,10 @@ class Pages:
 
 def resolved(base: str, link: str) -> str:
     try:
-        return urljoin(base, link)
-    except ValueError:
-        return cut(link)
+        return clean_url(urljoin(base, link))
+    except ValueError as e:
+        said = f"the next page cannot be asked for: {short(link)} is no URL"
+        raise SourceError(said, status=400) from e
 
 
 # A watermark is the greatest value of a field, as it came. What is sent is that less the overlap,
