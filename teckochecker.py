@@ -5803,11 +5803,9 @@ def utc_text(value: Any, order: str | None = None) -> str:
         if USUAL_DATE.fullmatch(text):
             datetime.fromisoformat(text)
             return text
-        at = moment(text, order).astimezone(UTC).replace(tzinfo=None)
+        return moment(text, order).astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
     except (OverflowError, ValueError) as e:
-        known = str(e).startswith("a date")
-        raise ValueError(str(e) if known else "a date") from None
-    return at.isoformat() + "Z"
+        raise ValueError(str(e) if str(e).startswith("a date") else "a date") from None
 
 
 def plain_text(value: Any) -> str:
@@ -5978,9 +5976,10 @@ def failed_too_many(limit: str | None, failed: int, processed: int, *, ended: bo
     CHUNK_ROWS records on, and at the end."""
     if limit is None:
         return False
-    if not limit.endswith("%"):
-        return failed > int(limit)
-    return (ended or processed >= CHUNK_ROWS) and failed * 100 > float(limit[:-1]) * processed
+    share = limit.endswith("%")
+    if share and not ended and processed < CHUNK_ROWS:
+        return False
+    return failed * 100 > float(limit.removesuffix("%")) * (processed if share else 100)
 
 
 # ── Ingest: files ─────────────────────────────────────────────────────────────────────────────
@@ -5995,12 +5994,9 @@ NOT_CSV = {  # how files begin that may be taken for a CSV file and are none
     rb"BZh\d1AY&SY": "packed by bzip2",
     rb"\xfd7zXZ": "packed by xz",
     rb"\x28\xb5\x2f\xfd": "packed by zstd",
-    rb"7z\xbc\xaf": "a 7z archive",
-    rb"Rar!\x1a": "a rar archive",
     rb"(?s:.{257})ustar": "a tar archive",
     rb"%PDF-\d": "a PDF",
     rb"PAR1\x15": "a Parquet file",
-    rb"SQLite format 3\0": "a SQLite database",
 }
 MARKS = {  # byte order marks
     codecs.BOM_UTF8: "utf-8-sig",
@@ -6564,7 +6560,7 @@ class Pages:
             url = resolved(str(got.url), link) if link else None
             if stale >= SAME_PAGES or (not items and self.numbered):
                 if url and not self.numbered:
-                    self._in_circles(items, number)
+                    self._in_circles(f"pages {number - 1} and {number}", items)
                 break
         self._judge(answer, got, url)
 
@@ -6676,12 +6672,12 @@ class Pages:
         signs = self._signs if self.paging.type != "link" else ()
         return next((v for _, n, v in signs if HAS_MORE.fullmatch(n) and type(v) is bool), None)
 
-    def _in_circles(self, items: Sequence[Any], number: int) -> None:
-        if items:
-            said = f"the paging goes in circles: pages {number - 1} and {number} came before"
-            self._complain(f"{said}; is `next` right?", mistake=True)
-        else:
-            self.means.note(f"pages {number - 1} and {number} are empty: taken for the end")
+    def _in_circles(self, pages: str, items: Sequence[Any]) -> None:
+        if not items:
+            self.means.note(f"{pages} are empty: taken for the end")
+            return
+        said = f"the paging goes in circles: {pages} came before; is `next` right?"
+        self._complain(said, mistake=True)
 
     def _judge(self, answer: Any, got: httpx2.Response | None, url: str | None) -> None:
         """Say what the answers say of more than was taken."""
