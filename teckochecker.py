@@ -123,6 +123,7 @@ from concurrent import futures
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache, partial, wraps
 from http import HTTPStatus
@@ -171,7 +172,6 @@ try:
         PlainValidator,
         StrictStr,
         StringConstraints,
-        TypeAdapter,
         ValidationError,
         ValidationInfo,
         WithJsonSchema,
@@ -180,7 +180,6 @@ try:
         model_validator,
     )
     from pydantic.json_schema import models_json_schema
-    from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
         raise
@@ -5588,19 +5587,10 @@ def finite(text: str) -> float:
     return float(text) if math.isfinite(float(text)) else refuse(text)
 
 
-class NoNumber:
-    """What stands in a JSON answer where a number belongs and is none: it costs its record."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text[:20]
-
-
 def read_json(body: bytes) -> Any:
     """What an answer says, to the last digit: what orjson refuses or would round, json reads, and
-    leaves a NoNumber or a lone surrogate to the record that has it. Raises SourceError."""
+    leaves a lone surrogate, or what is no number (a Decimal), to the record that has it. Raises
+    SourceError."""
     try:
         if not re.search(rb"\d{19}", body):  # beyond 64 bits orjson makes it a float
             with contextlib.suppress(orjson.JSONDecodeError):
@@ -5608,9 +5598,9 @@ def read_json(body: bytes) -> Any:
         body = body.removeprefix(codecs.BOM_UTF8)
         return json.loads(
             body.decode(json.detect_encoding(body), "surrogateescape"),
-            parse_constant=NoNumber,
-            parse_float=lambda text: float(text) if math.isfinite(float(text)) else NoNumber(text),
-            parse_int=lambda text: int(text) if len(text) <= DIGITS else NoNumber(text),
+            parse_constant=Decimal,
+            parse_float=lambda text: float(text) if math.isfinite(float(text)) else Decimal(text),
+            parse_int=lambda text: int(text) if len(text) <= DIGITS else Decimal(text),
         )
     except (ValueError, RecursionError) as e:
         raise SourceError(f"the answer is not JSON: {short(e)}: {short(body[:80])}") from e
@@ -5619,26 +5609,19 @@ def read_json(body: bytes) -> Any:
 def to_json(value: Any) -> bytes:
     """JSON with its keys sorted, so that their order makes no other record. Raises BadRecord for
     what could not be served again: lone surrogates, what is no number, and nesting without end."""
-    try:
-        return orjson.dumps(value, no_number, orjson.OPT_SORT_KEYS)
-    except TypeError as e:
-        why = e.__cause__ if isinstance(e.__cause__, BadRecord) else None
-        if why is not None or "Integer exceeds" not in str(e):  # which orjson does not know
-            raise why or BadRecord(f"{e}; allowed: Unicode, nested at most {NESTED} deep") from None
-    try:
-        return json.dumps(value, ensure_ascii=False, sort_keys=True, default=no_number).encode()
-    except (UnicodeEncodeError, RecursionError) as e:
-        raise BadRecord(f"{e}; allowed: Unicode, nested at most {NESTED} deep") from None
-
-
-def no_number(value: Any) -> NoReturn:
-    raise BadRecord(f"{value!r} is no number")
+    with contextlib.suppress(TypeError):
+        return orjson.dumps(value, None, orjson.OPT_SORT_KEYS)
+    try:  # integers beyond 64 bits, of which orjson knows nothing
+        return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
+    except (TypeError, UnicodeEncodeError, RecursionError) as e:
+        said = f"{e}; allowed: finite numbers, Unicode, nested at most {NESTED} deep"
+        raise BadRecord(said) from None
 
 
 def any_json(value: Any) -> bytes:
     """JSON also of what `to_json` refuses, to keep it with the rejected records."""
     try:
-        return json.dumps(value, separators=(",", ":"), default=repr).encode()
+        return json.dumps(value, separators=(",", ":"), default=str).encode()
     except RecursionError:
         return b"(nested too deep to be shown)"
 
@@ -5651,7 +5634,10 @@ def is_deeper(value: Any, allowed: int) -> bool:
     )
 
 
-def picker(path: str) -> Callable[[Mapping[str, Any]], Any]:
+Picker = Callable[[Mapping[str, Any]], Any]
+
+
+def picker(path: str) -> Picker:
     """What takes the value at a dotted path out of a record; a field of that very name wins."""
     keys = path.split(".")
 
@@ -5680,8 +5666,6 @@ DATE_FORMS = [
     re.compile(form.replace("MONTH", r"(?P<b>[a-z]{3,9})\.?"), re.ASCII | re.IGNORECASE)
     for form in (
         r"(?P<y>\d{4})([-/.])(?P<m>\d{1,2})\2(?P<d>\d{1,2})",
-        r"(?P<y>\d{4})(?P<m>\d\d)(?P<d>\d\d)",
-        r"(?P<y>\d{4})-?W(?P<week>\d\d)-?(?P<weekday>\d)",
         r"(?P<y>\d{4})-(?P<yearday>\d{3})",
         r"(?P<d>\d{1,2})(?:st|nd|rd|th)?[- ]MONTH[- ](?P<y>\d{4}|\d\d)",
         r"MONTH (?P<d>\d{1,2})(?:st|nd|rd|th)? (?P<y>\d{4})",
@@ -5695,15 +5679,13 @@ MONTH_NUMBERS = {"sept": 9} | {
 }
 UNIX_UNITS = (1, 10**3, 10**6)  # a second in seconds, milliseconds and microseconds
 UNIX_RANGE = range(946_684_800, 4_102_444_800)  # from 2000 to 2100; the units do not overlap there
-LONGEST_DATE = 100  # characters; JavaScript's has some 60
-ONE_READING = "a date that can be read in one way only; `dates: dmy` or mdy decides"
 
 
 @lru_cache(maxsize=4096)
 def moment(text: str, order: str | None = None) -> datetime:
     """The moment that a text says, in its own zone; without one it is UTC. `order` (dmy or mdy)
     says how 03/04/2024 is meant. Raises ValueError, and OverflowError beyond the calendar."""
-    if len(text) > LONGEST_DATE:
+    if len(text) > 100:  # characters; JavaScript's has some 60
         raise ValueError("a date")
     if (unit := unix_unit(text)) is not None:
         return datetime.fromtimestamp(float(text) / unit, UTC)
@@ -5733,6 +5715,8 @@ def unix_unit(text: str) -> int | None:
 
 def day_of(text: str, order: str | None) -> datetime:
     """The day that a text without a time says. Raises ValueError."""
+    if re.fullmatch(r"\d{8}|\d{4}(-W\d\d-|W\d\d)\d", text, re.ASCII):
+        return datetime.fromisoformat(text)
     found = next(filter(None, (form.fullmatch(text) for form in DATE_FORMS)), None)
     if found is None:
         raise ValueError("a date")
@@ -5740,14 +5724,12 @@ def day_of(text: str, order: str | None) -> datetime:
     if len(got["y"]) == 2 and order is None:
         raise ValueError("a date with a year of four digits")
     year = int(got["y"]) if len(got["y"]) == 4 else datetime.strptime(got["y"], "%y").year
-    if "week" in got:
-        return datetime.fromisocalendar(year, int(got["week"]), int(got["weekday"]))
     if "yearday" in got:
         return datetime.strptime(text, "%Y-%j")
     if "one" in got:
         one, two = int(got["one"]), int(got["two"])
         if order is None and got["sep"] != "." and one != two and max(one, two) <= 12:
-            raise ValueError(ONE_READING)
+            raise ValueError("a date that can be read in one way only; `dates: dmy` or mdy decides")
         day_first = order == "dmy" if order else got["sep"] == "." or two <= 12
         return datetime(year, two if day_first else one, one if day_first else two)
     month = MONTH_NUMBERS.get(got["b"].lower(), 0) if "b" in got else int(got["m"])
@@ -5761,38 +5743,16 @@ def utc_text(value: Any, order: str | None = None) -> str:
         if USUAL_DATE.fullmatch(text):
             datetime.fromisoformat(text)
             return text
-        at = moment(text, order).astimezone(UTC).replace(tzinfo=None)
+        return moment(text, order).astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
     except (OverflowError, ValueError) as e:
-        known = str(e).startswith("a date")
-        raise ValueError(str(e) if known else "a date") from None
-    return at.isoformat() + "Z"
+        raise ValueError(str(e) if str(e).startswith("a date") else "a date") from None
 
 
-class UnifiedFields(TypedDict, total=False):
-    """What a record has in the schema that all sources share, beside what identifies it; a dict,
-    since making models of a hundred thousand rows costs twice as much as validating them."""
-
-    __pydantic_config__ = ConfigDict(coerce_numbers_to_str=True)  # type: ignore[misc]
-
-    title: str
-    description: str
-    content: str
-    author: str
-    published_at: Annotated[str, BeforeValidator(utc_text)]  # ISO 8601 in UTC
-    url: str
-    category: str
-
-
-VALIDATE = TypeAdapter(UnifiedFields).validator.validate_python
-
-
-class MappingPlan(NamedTuple):
-    """What is taken from records with certain fields; made once for all that have the same."""
-
-    plain: list[tuple[str, str]]  # unified field and the source's own
-    deep: list[tuple[str, Callable[[Mapping[str, Any]], Any]]]  # at a dotted path
-    matched: list[tuple[str, str]]  # of the plain ones those that nobody named
-    rest: list[str]  # for the metadata
+def plain_text(value: Any) -> str:
+    """A value that is one of text. Raises ValueError, whose text says what is allowed."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("text or a number")
+    return str(value)
 
 
 class Mapper:
@@ -5804,9 +5764,7 @@ class Mapper:
         mapping = [source.id, sorted(source.fields.items()), source.dates]
         self._salt = digest_of(json.dumps(mapping))
         self._ids = [(field, picker(field)) for field in source.ids]
-        self.nested = source.type == "api"
-        self._keys: tuple[str, ...] = ()
-        self._plan = MappingPlan([], [], [], [])
+        self._plan = lru_cache(64)(self._make_plan)
 
     def identify(self, record: Mapping[str, Any]) -> str:
         """The record's id as text; of several fields a JSON list of theirs. Raises BadRecord."""
@@ -5820,76 +5778,52 @@ class Mapper:
 
     def unify(self, record: Mapping[str, Any], source_id: str) -> bytes:
         """The record in the unified schema, as JSON. Raises BadRecord."""
-        if (keys := tuple(record)) != self._keys:
-            self._keys, self._plan = keys, self._make_plan(keys)
-        plan = self._plan
-        metadata = {key: record[key] for key in plan.rest}
-        if not self.nested:  # all is text
-            made = {name: text for name, key in plan.plain if (text := record[key])}
-        else:
-            picks = [*((name, record[key]) for name, key in plan.plain)]
-            picks += ((name, pick(record)) for name, pick in plan.deep)
-            made = {name: value for name, value in picks if value not in (None, "")}
-            for name, key in plan.matched:
-                if isinstance(made.get(name), dict | list | bool):  # meant by nobody
-                    metadata[key] = made.pop(name)
-        try:
-            if self.source.dates and "published_at" in made:
-                made["published_at"] = utc_text(made["published_at"], self.source.dates)
-            whole = {"source": self.name, "source_id": source_id, **VALIDATE(made)}
-            whole["metadata"] = metadata
-            return to_json(whole)
-        except BadRecord:
-            raise
-        except ValidationError as e:
-            error = e.errors(include_url=False)[0]
-            place, found = error["loc"][0], error["input"]
-            why = str(error["ctx"]["error"]) if error["type"] == "value_error" else "text"
-        except ValueError as e:
-            place, found, why = "published_at", made["published_at"], str(e)
-        raise BadRecord(f"{place}: found {cut(found)}; allowed: {why}")
+        picks, matched, rest = self._plan(tuple(record))
+        metadata = {key: record[key] for key in rest}
+        made = {name: value for name, pick in picks if (value := pick(record)) not in (None, "")}
+        for name, key in matched.items():
+            if isinstance(made.get(name), dict | list | bool):  # meant by nobody
+                metadata[key] = made.pop(name)
+        for name, value in made.items():
+            try:
+                dated = name == "published_at"
+                made[name] = utc_text(value, self.source.dates) if dated else plain_text(value)
+            except ValueError as e:
+                raise BadRecord(f"{name}: found {cut(value)}; allowed: {e}") from None
+        whole = {"source": self.name, "source_id": source_id, **made, "metadata": metadata}
+        return to_json(whole)
 
-    def _make_plan(self, keys: tuple[str, ...]) -> MappingPlan:
-        given = self.source.fields
-        plain = [(name, key) for name, key in given.items() if key in keys]
-        deep = [(name, picker(path)) for name, path in given.items() if path not in keys]
-        free = {*self.source.ids, *given.values()}
-        matched: dict[str, str] = {}
+    def _make_plan(
+        self, keys: tuple[str, ...]
+    ) -> tuple[list[tuple[str, Picker]], dict[str, str], list[str]]:
+        """For records with these fields: what is picked for which unified field, those of the
+        unified fields that nobody named, with the source's own, and what is for the metadata."""
+        given, ids = self.source.fields, self.source.ids
+        matched = dict[str, str]()
         for key in keys:
             name = key.strip().lower()
-            if name in UNIFIED and name not in given and key not in free:
+            if name in UNIFIED and name not in given and key not in (*ids, *given.values()):
                 matched.setdefault(name, key)
-        alone = self.source.ids if len(self.source.ids) == 1 else ()  # which source_id is already
-        used = {*alone, *(key for _, key in plain), *matched.values()}
-        pairs = [*matched.items()]
-        return MappingPlan(
-            plain + pairs, cast(Any, deep), pairs, [k for k in keys if k not in used]
-        )
+        alone = ids if len(ids) == 1 else ()  # which source_id is already
+        used = {*alone, *given.values(), *matched.values()}
+        picks = [(name, picker(path)) for name, path in (*given.items(), *matched.items())]
+        return picks, matched, [key for key in keys if key not in used]
 
 
 def id_text(field: str, value: Any) -> str:
     """A value that identifies a record. Raises BadRecord."""
-    if type(value) is str and value.isascii() and value.strip():
-        return value
     if value is None:
         raise BadRecord(f"no id: {field} is missing")
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadRecord(f"{field}: found {cut(value)}; allowed: text or a number")
-    if not str(value).strip():
+    try:
+        text = plain_text(value)
+    except ValueError as e:
+        raise BadRecord(f"{field}: found {cut(value)}; allowed: {e}") from None
+    if not text.strip():
         raise BadRecord(f"no id: {field} is empty")
-    if re.search("[\ud800-\udfff]", str(value)):
-        raise BadRecord(f"{field}: found {cut(value)}; allowed: text in Unicode")
-    return str(value)
+    return text
 
 
 Fields = dict[str, bool]  # of a source: whether every record had it
-
-
-def fields_of(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Fields:
-    if columns or not records:
-        return dict.fromkeys(columns if records else (), True)
-    found = Counter(itertools.chain.from_iterable(records))
-    return {name: count == len(records) for name, count in found.items()}
 
 
 def drift(known: Mapping[str, Any], seen: Fields) -> list[str]:
@@ -5919,7 +5853,6 @@ class Fetched:
     part: str = ""  # its name in the checkpoint; empty: none is kept
     state: dict[str, Any] = field(default_factory=dict)
     progress: float | None = None
-    columns: Sequence[str] = ()  # of a CSV file
 
 
 LAST = 1 << 53  # the number of no record
@@ -5934,13 +5867,14 @@ def prepare(mapper: Mapper, fetched: Fetched) -> tuple[list[Row], list[Rejected]
         try:
             if not isinstance(record, dict):
                 raise BadRecord(f"found {cut(record)}; allowed: an object")
-            key, text = mapper.identify(record), to_json(record)
-            if mapper.nested and is_deeper(record, NESTED):
+            text = to_json(record)
+            if is_deeper(record, NESTED):
                 raise BadRecord(f"nested more than {NESTED} deep")
-            rows.append((number, key, record, text, mapper.hash(text)))
+            rows.append((number, mapper.identify(record), record, text, mapper.hash(text)))
         except BadRecord as e:
             rejects.append(rejected(fetched, number, e, any_json(record)))
-    return rows, rejects, fields_of([row[2] for row in rows], fetched.columns)
+    found = Counter(itertools.chain.from_iterable(row[2] for row in rows))
+    return rows, rejects, {name: count == len(rows) for name, count in found.items()}
 
 
 def rejected(fetched: Fetched, number: int, error: BadRecord, record: bytes) -> Rejected:
@@ -5982,9 +5916,10 @@ def failed_too_many(limit: str | None, failed: int, processed: int, *, ended: bo
     CHUNK_ROWS records on, and at the end."""
     if limit is None:
         return False
-    if not limit.endswith("%"):
-        return failed > int(limit)
-    return (ended or processed >= CHUNK_ROWS) and failed * 100 > float(limit[:-1]) * processed
+    share = limit.endswith("%")
+    if share and not ended and processed < CHUNK_ROWS:
+        return False
+    return failed * 100 > float(limit.removesuffix("%")) * (processed if share else 100)
 
 
 # ── Ingest: files ─────────────────────────────────────────────────────────────────────────────
@@ -5999,28 +5934,18 @@ NOT_CSV = {  # how files begin that may be taken for a CSV file and are none
     rb"BZh\d1AY&SY": "packed by bzip2",
     rb"\xfd7zXZ": "packed by xz",
     rb"\x28\xb5\x2f\xfd": "packed by zstd",
-    rb"7z\xbc\xaf": "a 7z archive",
-    rb"Rar!\x1a": "a rar archive",
     rb"(?s:.{257})ustar": "a tar archive",
     rb"%PDF-\d": "a PDF",
     rb"PAR1\x15": "a Parquet file",
-    rb"SQLite format 3\0": "a SQLite database",
 }
-SWALLOWS = "a quote swallows the lines after it"
-DOWNLOAD_BYTES = 4 << 30  # of a file behind a URL
+MARKS = {  # byte order marks
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # which begins like that of UTF-16
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF32_BE: "utf-32",
+}
 OPEN_QUOTE = "a quote is opened and never closed"
-
-
-def encoding_of(head: bytes) -> str | None:
-    """From the byte order mark, if there is one."""
-    marks = (
-        (codecs.BOM_UTF8, "utf-8-sig"),
-        (codecs.BOM_UTF32_LE, "utf-32"),  # which begins like that of UTF-16
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-        (codecs.BOM_UTF32_BE, "utf-32"),
-    )
-    return next((name for mark, name in marks if head.startswith(mark)), None)
 
 
 def column_names(row: Sequence[str]) -> list[str]:
@@ -6092,7 +6017,7 @@ class CsvFile:
     LF, CRLF or CR. What is malformed costs the line it starts on and no other: reading goes on
     with the next line. `growing`: somebody may be writing its last line at this moment."""
 
-    def __init__(self, file: Any, part: str, source: CsvSource, *, growing: bool) -> None:
+    def __init__(self, file: Any, part: str, source: CsvSource, growing: bool) -> None:
         self.part, self.source, self._file, self._growing = part, source, file, growing
         self._size = os.fstat(file.fileno()).st_size
         csv.field_size_limit(RECORD_BYTES)
@@ -6101,7 +6026,8 @@ class CsvFile:
         head = stream.peek(512)
         if kind := next((NOT_CSV[begin] for begin in NOT_CSV if re.match(begin, head)), None):
             raise SourceError(f"{part} is no CSV file, but {kind}", status=400)
-        encoding = encoding_of(head[:4]) or source.encoding or "utf-8"
+        marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
+        encoding = marked or source.encoding or "utf-8"
         self._encoding = encoding.removesuffix("-sig")
         wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
         bad = "surrogatepass" if wide else "surrogateescape"  # and found in _lines
@@ -6148,8 +6074,7 @@ class CsvFile:
             said = f"{self.part}: the header cannot be read: {quote_error(e)}"
             raise SourceError(said, status=400) from e
         self._header = row
-        row = [name.encode(errors="replace").decode() for name in row]
-        self.columns = column_names(row)
+        self.columns = column_names([name.encode(errors="replace").decode() for name in row])
         self._begin = len(self._taken)
         self.notes += [
             f"column {place} {cut(text)} of {self.part} is called {cut(name)}"
@@ -6252,8 +6177,8 @@ class CsvFile:
     def read(self) -> Fetched:
         """The next records, some thousand at most."""
         records, rejects, columns = list[tuple[int, Any]](), list[Rejected](), self.columns
-        first, wanted = self._line + 1, len(columns)
-        size, header, taken = 0, self._header, self._taken
+        first = self._line + 1
+        size, taken = 0, self._taken
         while len(records) + len(rejects) < CHUNK_ROWS and size < CHUNK_BYTES:
             try:
                 row = next(self._reader, None)
@@ -6267,13 +6192,12 @@ class CsvFile:
                 break
             begin = self._last = self._begin
             self._begin = end = len(taken)
-            size += len(taken[-1])
-            if len(row) != wanted or self._broken or end > begin + 2:
-                size += sum(map(len, taken[begin:]))
+            size += sum(map(len, taken[begin:]))
+            if len(row) != len(columns) or self._broken or end > begin + 2:
                 if rejected := self._judge(row):
                     rejects.append(rejected)
                     continue
-            elif row == header:
+            elif row == self._header:
                 if len(self.notes) < MAX_NOTES:
                     place = f"{self.part} line {self._line + begin + 1}"
                     self.notes.append(f"{place}: the header once more")
@@ -6281,12 +6205,10 @@ class CsvFile:
             records.append((self._line + begin + 1, dict(zip(columns, row, strict=True))))
         self._settle()
         span = first, LAST if self.ended else self._line
-        position, line = self._safe
-        state = {"position": position, "line": line, "digest": self._digest.hexdigest()}
-        state |= {"done": self.ended}
+        state: dict[str, Any] = dict(zip(("position", "line"), self._safe, strict=True))
+        state |= {"digest": self._digest.hexdigest(), "done": self.ended}
         share = min(self._file.tell() / self._size, 1.0) if self._size else 1.0
-        label = f"{self.part} line"
-        return Fetched(label, records, rejects, span, self.part, state, share, columns)
+        return Fetched(f"{self.part} line", records, rejects, span, self.part, state, share)
 
     def _unreadable(self, error: csv.Error) -> Rejected:
         if "unexpected end" in str(error):  # what is to come may close the quote
@@ -6304,7 +6226,8 @@ class CsvFile:
             swallows = self._swallows(lines)
         if swallows:
             self._begin = self._last
-            return self._give_up("; ".join(filter(None, [reason, SWALLOWS])))
+            said = "a quote swallows the lines after it"
+            return self._give_up(f"{reason}; {said}" if reason else said)
         self._broken = ""
         return self._rejected(self._last, reason, lines) if reason else None
 
@@ -6428,8 +6351,8 @@ class Files:
                 return
             with path.open("rb") as file:
                 identity = identity_of(os.fstat(file.fileno()), now)
-                told = {"identity": identity}
-                async for fetched in self._read(file, part, state, told, identity is None):
+                told = {"identity": identity} if identity else None
+                async for fetched in self._read(file, part, state, told):
                     yield fetched
 
     async def _download(self, part: str, state: Mapping[str, Any]) -> AsyncGenerator[Fetched]:
@@ -6438,27 +6361,22 @@ class Files:
         for left in self.means.folder.glob(".download-*"):  # by an older version, which named them
             left.unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=self.means.folder) as sink:
-            limit = min(DOWNLOAD_BYTES, shutil.disk_usage(self.means.folder).free // 2)
+            limit = min(4 << 30, shutil.disk_usage(self.means.folder).free // 2)
             got = await self.means.fetch(self.source.path, state=state, sink=sink, limit=limit)
             if got.status_code == 304:
                 return
             sink.seek(0)
-            told = validators_of(got)
             with readable(part):
-                async for fetched in self._read(sink, part, state, told, told is None):
+                async for fetched in self._read(sink, part, state, validators_of(got)):
                     yield fetched
 
     async def _read(
-        self,
-        file: Any,
-        part: str,
-        state: Mapping[str, Any],
-        told: Mapping[str, Any] | None,
-        growing: bool,
+        self, file: Any, part: str, state: Mapping[str, Any], told: Mapping[str, Any] | None
     ) -> AsyncGenerator[Fetched]:
-        """What one file holds. `told` is remembered once it was read whole."""
-        means, open_file = self.means, partial(CsvFile, growing=growing)
-        csv_file = await means.work(open_file, file, part, self.source)
+        """What one file holds. `told` is remembered once it was read whole; None: it may have
+        changed since."""
+        means = self.means
+        csv_file = await means.work(CsvFile, file, part, self.source, told is None)
         if state:
             await means.work(csv_file.resume, state)
         self._check_columns(csv_file)
@@ -6566,29 +6484,27 @@ class Pages:
             if len(asked) >= MAX_PAGES:
                 raise SourceError(f"more than {MAX_PAGES} pages: does `next` ever end?", status=400)
             asked.add(url)
-            got = await self._get(url, len(asked))
+            number = len(asked)
+            got = await self._get(url, number)
             if got.status_code in (204, *PAGE_REFUSED):
                 if got.status_code not in (204, 404):
-                    self.means.note(f"page {len(asked)}: {got.status_code}: taken for the end")
+                    self.means.note(f"page {number}: {got.status_code}: taken for the end")
                 self._signs = []
                 break
-            answer, items, digest = await self.means.work(self._open, got.content, len(asked))
+            answer, items, digest = await self.means.work(self._open, got.content, number)
             stale = stale + 1 if digest in seen or not items else 0
             seen.add(digest)
-            for fetched in self._fetched(items, len(asked)):
+            for fetched in self._fetched(items, number):
                 yield fetched
-            url = self._next(got, answer, items)
+            link = self._next(got, answer, items)
+            url = resolved(str(got.url), link) if link else None
             if stale >= SAME_PAGES or (not items and self.numbered):
-                self._in_circles(url, items, len(asked))
+                if url and not self.numbered:
+                    self._in_circles(f"pages {number - 1} and {number}", items)
                 break
-        self._judge(answer, got, url or "")
+        self._judge(answer, got, url)
 
     async def _get(self, url: str, number: int) -> httpx2.Response:
-        try:
-            clean_url(url)
-        except ValueError as e:
-            said = f"the next page cannot be asked for: {short(url)} is no URL"
-            raise SourceError(said, status=400) from e
         if self.source.secret is not None and origin_of(url) != origin_of(self.source.url):
             said = f"`next` points to {origin_of(url)[1]}; a secret goes to no other host"
             raise SourceError(said, status=400)
@@ -6658,7 +6574,7 @@ class Pages:
         return query
 
     def _next(self, got: httpx2.Response, answer: Any, items: Sequence[Any]) -> str | None:
-        """The URL of the next page, as far as this answer knows of one."""
+        """The URL of the next page, relative perhaps, as far as this answer knows of one."""
         for where, name, value in self._signs:
             if TOTAL.fullmatch(name) and type(value) is int:
                 self.shrank |= name != "count" and value < self._totals.get(where, value)
@@ -6666,35 +6582,29 @@ class Pages:
         if self._has_more(answer) is False:
             self._met = True
             return None
-        paging, url = self.paging, str(got.url)
+        paging = self.paging
         if self.numbered:
             self._met = True
             self._at += len(items) if paging.type == "offset" else 1
             return self._url(self._number())
         if paging.type == "link":
             self._met |= "link" in got.headers
-            link = next_link(got.headers.get("link", ""))
-            return resolved(url, link) if link else None
-        if paging.type == "last":
-            path = paging.path or self.source.ids[0]
-            cursor = picker(path)(items[-1]) if items and isinstance(items[-1], dict) else None
-        else:
-            path = paging.path or "next_cursor"
-            cursor = picker(path)(answer) if isinstance(answer, dict) else None
+            return next_link(got.headers.get("link", ""))
+        last = paging.type == "last"
+        holder = items[-1] if last and items else None if last else answer
+        path = paging.path or (self.source.ids[0] if last else "next_cursor")
+        cursor = picker(path)(holder) if isinstance(holder, dict) else None
         self._met |= cursor is not None or any(path == where for where, *_ in self._signs)
         if cursor in (None, "", False):
             return None
         if not isinstance(cursor, str):
             cursor = any_json(cursor).decode()
-        elif cursor.startswith(("https://", "http://")) or (
-            cursor.startswith(("/", "?")) and paging.param is None
-        ):
-            return resolved(url, cursor)
-        default = "starting_after" if paging.type == "last" else "cursor"
-        try:
-            return self._url({**self._number(), paging.param or default: cursor})
-        except ValueError:
-            return cut(cursor)  # which is no URL, and told so when it is asked for
+        elif re.match("https?://" if paging.param else "https?://|[/?]", cursor):
+            return cursor
+        name = paging.param or ("starting_after" if last else "cursor")
+        return self._url(
+            {**self._number(), name: cursor.encode(errors="backslashreplace").decode()}
+        )
 
     def _has_more(self, answer: Any) -> Any:
         if self.source.more is not None:
@@ -6702,23 +6612,18 @@ class Pages:
         signs = self._signs if self.paging.type != "link" else ()
         return next((v for _, n, v in signs if HAS_MORE.fullmatch(n) and type(v) is bool), None)
 
-    def _in_circles(self, url: str | None, items: Sequence[Any], number: int) -> None:
-        if not url or self.numbered:
+    def _in_circles(self, pages: str, items: Sequence[Any]) -> None:
+        if not items:
+            self.means.note(f"{pages} are empty: taken for the end")
             return
-        if items:
-            said = f"the paging goes in circles: pages {number - 1} and {number} came before"
-            self._complain(f"{said}; is `next` right?", mistake=True)
-        else:
-            self.means.note(f"pages {number - 1} and {number} are empty: taken for the end")
+        said = f"the paging goes in circles: {pages} came before; is `next` right?"
+        self._complain(said, mistake=True)
 
-    def _judge(self, answer: Any, got: httpx2.Response | None, url: str) -> None:
+    def _judge(self, answer: Any, got: httpx2.Response | None, url: str | None) -> None:
         """Say what the answers say of more than was taken."""
         first, paging = self._pages <= 1, self.paging
         path = paging.path or "next_cursor"
-        more = "" if self.numbered else self._says_more(answer)
-        if not more and got is not None and not self.numbered:
-            linked = paging.type != "link" and next_link(got.headers.get("link", ""))
-            more = "Link" if linked else next((h for h in got.headers if "next-page" in h), "")
+        more = self._says_more(answer, got) if got is not None and not self.numbered else ""
         if not self._met and paging.type == "cursor" and self._taken:
             there = ", ".join(map(str, answer)) if isinstance(answer, dict) else cut(answer)
             said = f"there is no {path} in the answer; there are {short(there)}"
@@ -6738,7 +6643,7 @@ class Pages:
         if not self._taken and self.since is None and not self.means.checkpoint.records:
             self.means.note("no records came")
 
-    def _says_more(self, answer: Any) -> str:
+    def _says_more(self, answer: Any, got: httpx2.Response) -> str:
         """What in the last answer says that there is a next page; empty: nothing does."""
         if self.source.more is not None and self._has_more(answer) is True:
             return self.source.more
@@ -6746,7 +6651,9 @@ class Pages:
             told = value is True or (type(value) in (str, int) and value not in ("", 0))
             if MORE.fullmatch(name) and told:
                 return where
-        return ""
+        if self.paging.type != "link" and next_link(got.headers.get("link", "")):
+            return "Link"
+        return next((header for header in got.headers if "next-page" in header), "")
 
     def _complain(self, said: str, *, mistake: bool) -> None:
         """A mistake fails the job until some run was whole; what is known is noted."""
@@ -6757,9 +6664,10 @@ class Pages:
 
 def resolved(base: str, link: str) -> str:
     try:
-        return urljoin(base, link)
-    except ValueError:
-        return cut(link)
+        return clean_url(urljoin(base, link))
+    except ValueError as e:
+        said = f"the next page cannot be asked for: {short(link)} is no URL"
+        raise SourceError(said, status=400) from e
 
 
 # A watermark is the greatest value of a field, as it came. What is sent is that less the overlap,
