@@ -4831,10 +4831,12 @@ async def ask(
         *(httpx2.UnsupportedProtocol, httpx2.InvalidURL),
     )
     home, what = url, f" about {about}" if about else ""
+    too_long = error(f"{who} answered with more than {limit:,} bytes")
     try:
         async with asyncio.timeout(deadline):
             for _ in range(redirects + 1):
-                answer = await exchange(client, error, who, limit, sink, method, url, request)
+                asked = partial(client.stream, method, url, **request)
+                answer = await exchange(asked, limit, too_long, sink)
                 status, target = answer.status_code, answer.headers.get("location")
                 if status not in REDIRECTS or not target:
                     break
@@ -4855,27 +4857,19 @@ async def ask(
 
 
 async def exchange(
-    client: httpx2.AsyncClient,
-    error: type[UpstreamError],
-    who: str,
-    limit: int,
-    sink: IO[bytes] | None,
-    method: str,
-    url: str,
-    request: Mapping[str, Any],
+    request: Callable[[], Any], limit: int, too_long: UpstreamError, sink: IO[bytes] | None
 ) -> httpx2.Response:
     """One request and its answer, unpacked as it comes. More than `limit` is an error; where the
     status says that already, the rest is not read."""
     import httpx2
 
     parts, size = [], 0
-    async with client.stream(method, url, **request) as answer:
+    async with request() as answer:
         async for part in answer.aiter_bytes():
             size += len(part)
             if answer.status_code >= 300 and size > ERROR_BYTES:
                 break
             if size > limit:
-                too_long = error(f"{who} answered with more than {limit:,} bytes")
                 too_long.permanent = True
                 raise too_long
             if sink is None or answer.status_code != 200:
@@ -4956,27 +4950,13 @@ OUTAGE_PAUSE = 10.0  # s that it does so first; doubles with each trial that fai
 OUTAGE_LONGEST = 300.0  # s, to which that grows
 
 
-class Provider(NamedTuple):
-    """How a provider of batches speaks: its statuses as ours (one that is not listed stands for
-    itself), and where its Batch object has what a BatchSeen holds, as dotted paths."""
-
-    statuses: Mapping[str, str]
-    fields: Mapping[str, str]
-
-
-OPENAI = Provider(  # https://platform.openai.com/docs/api-reference/batch/object
-    statuses={status: status for status in KNOWN_BATCH},
-    fields={
-        "created_at": "created_at",
-        "expires_at": "expires_at",
-        "output_file_id": "output_file_id",
-        "error_file_id": "error_file_id",
-        "requests_total": "request_counts.total",
-        "requests_completed": "request_counts.completed",
-        "requests_failed": "request_counts.failed",
-        "error": "errors.data.0.message",
-    },
-)
+# Where a Batch object has what a BatchSeen holds, unless under the same name, as dotted paths:
+BATCH_PATHS = {  # https://platform.openai.com/docs/api-reference/batch/object
+    "requests_total": "request_counts.total",
+    "requests_completed": "request_counts.completed",
+    "requests_failed": "request_counts.failed",
+    "error": "errors.data.0.message",
+}
 
 
 def value_at(data: Any, path: str) -> Any:
@@ -4999,7 +4979,7 @@ def fact(name: str, value: Any) -> Any:
     return short(value) or None if isinstance(value, str) else None
 
 
-def parse_batch(batch_id: str, data: Any, provider: Provider = OPENAI) -> BatchSeen:
+def parse_batch(batch_id: str, data: Any) -> BatchSeen:
     """A Batch object as BatchSeen. An answer without a status, or about another batch, is no
     answer: the SDK does not validate, so that any JSON with 200 would pass for a batch."""
     status, given = value_at(data, "status"), value_at(data, "id")
@@ -5007,8 +4987,9 @@ def parse_batch(batch_id: str, data: Any, provider: Provider = OPENAI) -> BatchS
         said = f"it is about {short(given, 80)!r}" if isinstance(given, str) else "it has no id"
         said = "it has no status" if given == batch_id else said
         raise OpenAIError(f"OpenAI's answer is not batch {batch_id}: {said}")
-    facts = {ours: fact(ours, value_at(data, path)) for ours, path in provider.fields.items()}
-    return BatchSeen(batch_id, provider.statuses.get(status) or short(status), **facts)
+    names = [f.name for f in fields(BatchSeen)][2:]
+    facts = (fact(name, value_at(data, BATCH_PATHS.get(name, name))) for name in names)
+    return BatchSeen(batch_id, status if status in KNOWN_BATCH else short(status), *facts)
 
 
 def parse_page(data: Any) -> tuple[list[BatchSeen], str | None]:
@@ -5415,9 +5396,9 @@ class Keboola:
             query["createdTimeFrom"] = keboola_time(since - SEARCH_SLACK)
         met, until = set[str](), time.monotonic() + CALL_DEADLINE
         for page in range(SEARCH_PAGES):
+            bounds = {"deadline": until - time.monotonic()}
             given = query | {"offset": str(page * SEARCH_PAGE)}
-            left = until - time.monotonic()
-            jobs = await self._call("GET", trigger, "search/jobs", secret, left, params=given)
+            jobs = await self._call("GET", trigger, "search/jobs", secret, params=given, **bounds)
             if not isinstance(jobs, list):
                 raise KeboolaError("Keboola's search answered with something else than a list")
             for job in jobs:
@@ -5445,29 +5426,20 @@ class Keboola:
             raise
 
     async def _call(
-        self,
-        method: str,
-        trigger: Trigger,
-        path: str,
-        token: SecretValue,
-        deadline: float = CALL_DEADLINE,
-        **request: Any,
+        self, method: str, trigger: Trigger, path: str, token: SecretValue, **request: Any
     ) -> Any:
         url = f"{await self._queue(trigger.stack_url)}/{path}"
         headers = {"X-StorageApi-Token": token.reveal(), "Content-Type": "application/json"}
-        request["headers"] = headers
-        return await self._ask(method, trigger.stack_url, url, deadline, **request)
+        return await self._ask(method, trigger.stack_url, url, headers=headers, **request)
 
-    async def _ask(
-        self, method: str, stack: str, url: str, deadline: float = CALL_DEADLINE, **request: Any
-    ) -> Any:
+    async def _ask(self, method: str, stack: str, url: str, **request: Any) -> Any:
         """The JSON of an answer, whose Date tells the stack's time. Raises KeboolaError."""
         self._client = self._client or make_client(KeboolaError)
-        about = request["about"] = f"{method} {urlsplit(url).path}"
-        bounds: dict[str, Any] = {"deadline": deadline, "limit": ANSWER_BYTES}
+        about = f"{method} {urlsplit(url).path}"
+        bounds: dict[str, Any] = {"deadline": CALL_DEADLINE, "limit": ANSWER_BYTES, "about": about}
         try:
             answer = await ask(
-                self._client, KeboolaError, "Keboola", method, url, **bounds, **request
+                self._client, KeboolaError, "Keboola", method, url, **bounds | request
             )
         except KeboolaError as e:
             if not e.sent:
@@ -5517,9 +5489,9 @@ class Web:
         good: Collection[int] = (),
     ) -> httpx2.Response:
         """GET `url`, asked with what `state` remembers (etag, modified). Raises SourceError."""
-        headers, asked = self._headers(source, secret), self._conditions(state)
-        if self._client is None:
-            self._client = make_client(SourceError, IN_FLIGHT)
+        known = {"If-None-Match": state.get("etag"), "If-Modified-Since": state.get("modified")}
+        asked = {name: value for name, value in known.items() if value}
+        self._client = self._client or make_client(SourceError, IN_FLIGHT)
         await self._turn(origin_of(url), source.max_requests_per_minute)
         patience = float(source.timeout or SOURCE_DEADLINE)
         return await ask(
@@ -5534,7 +5506,7 @@ class Web:
             anywhere=secret is None,
             good={*good, 304} if asked else good,
             sink=sink,
-            headers=headers | asked,
+            headers=self._headers(source, secret) | asked,
             timeout=(CONNECT_TIMEOUT, patience, patience, None),  # connect, read, write, pool
         )
 
@@ -5545,11 +5517,6 @@ class Web:
             name, _, value = source.header.partition(":")
             headers[name] = value.strip().replace("{secret}", secret.reveal())
         return headers
-
-    @staticmethod
-    def _conditions(state: Mapping[str, Any]) -> dict[str, str]:
-        known = {"If-None-Match": state.get("etag"), "If-Modified-Since": state.get("modified")}
-        return {name: value for name, value in known.items() if value}
 
     async def _turn(self, host: tuple[str, str, int], rate: int | None) -> None:
         """Wait until a host may be asked: evenly, since a minute's worth at once is a burst."""
@@ -7510,7 +7477,9 @@ class Doctor:
         if isinstance(spec, IngestSpec):
             source = spec.ingest
             remote = isinstance(source, ApiSource) or source.remote
-            ask = partial(self._url, source) if remote else partial(self._files, source.place)
+            path = str(self._steps.config.base / source.place)
+            files = partial(asyncio.to_thread, readable_files, path)
+            ask = partial(self._url, source) if remote else files
             yield f"source {shown_url(source.place)}", ask, "nothing is there"
             return
         key, target = str(spec.watch.secret), spec.trigger
@@ -7548,9 +7517,6 @@ class Doctor:
                     raise SourceError("no answer in time") from None
                 return f"is sending, for more than {CALL_DEADLINE:.0f} s"
         return f"answered {got.status_code}"
-
-    async def _files(self, path: str) -> str:
-        return await asyncio.to_thread(readable_files, str(self._steps.config.base / path))
 
 
 def readable_files(path: str) -> str:
