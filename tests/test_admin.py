@@ -605,7 +605,7 @@ def test_health_names_nobody_to_strangers(tmp_path: Path) -> None:
         flat |= dict.fromkeys(("openai_secret", "keboola_secret"), "absent")
         flat |= dict.fromkeys(("keboola_component_id", "keboola_configuration_id"), "x")
         flat |= {"keboola_stack_url": "https://connection.keboola.com"}
-        spec = tecko.parse(tecko.JobSpec, flat, {"bounds": (1, 60)})
+        spec = tecko.job_spec(flat, {"bounds": (1, 60)})
         made.on_loop(made.service.store.create_job(spec, "store", time.time()))
         token = {"Authorization": f"Bearer {TOKEN}"}
         until(lambda: ask(made, "/health", **token).body["overdue_jobs"] == ["overdue-job"])

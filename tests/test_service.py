@@ -249,7 +249,7 @@ async def test_a_damaged_row_is_its_job_s_error(world: World) -> None:
     async with running(world) as service:
         await until(lambda: checks(world, "batch_fine") > 1)
         said = (await service.desk.job(str(broken))).last_error
-        assert said is not None and "cannot be used" in said
+        assert said is not None and "is damaged" in said
 
 
 async def test_no_step_is_begun_while_the_store_cannot_be_written(world: World) -> None:
