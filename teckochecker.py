@@ -6711,11 +6711,9 @@ class Metrics:
         self.registry = prometheus.CollectorRegistry()
         prometheus.ProcessCollector(registry=self.registry)
 
-        def made(kind: Any) -> Any:
-            return partial(kind, namespace="teckochecker", registry=self.registry)
-
-        counter, gauge = made(prometheus.Counter), made(prometheus.Gauge)
-        histogram = made(prometheus.Histogram)
+        kinds: Any = (prometheus.Counter, prometheus.Gauge, prometheus.Histogram)
+        ours = {"namespace": "teckochecker", "registry": self.registry}
+        counter, gauge, histogram = (partial(kind, **ours) for kind in kinds)
         self.checks = counter("checks", "Checks of a job's batches.", ["outcome"])
         self.triggers = counter("triggers", "What happened to triggers.", ["outcome"])
         self.ingest_runs = counter("ingest_runs", "Runs of ingests.", ["outcome"])
@@ -6745,7 +6743,6 @@ class Metrics:
         gauge("build_info", "The version that runs.", ["version"]).labels(VERSION).set(1)
 
     def set(self, **values: float) -> None:
-        """Give gauges of GAUGES their values."""
         for name, value in values.items():
             self._gauges[name].set(value)
 
@@ -7546,7 +7543,7 @@ async def examine(config: Config, store: Store, vault: Vault) -> list[Finding]:
 class Answer(BaseModel):
     """What HTTP and --json say."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", from_attributes=True)
 
 
 class SecretAnswer(Answer):
@@ -7628,9 +7625,6 @@ class Done(Answer):
     message: str
 
 
-SchedulerState = Literal["running", "stopped", "stalled"]
-
-
 class PausedKey(Answer):
     """A key that is left alone for a while, since it was rate-limited or its calls failed."""
 
@@ -7660,7 +7654,7 @@ class Health(Answer):
     uptime_seconds: float
     database: Literal["connected", "disconnected"] = "connected"
     db_connected: bool
-    scheduler: SchedulerState
+    scheduler: Literal["running", "stopped", "stalled"]
     overdue_jobs: list[str] = Field([], description="no successful check for three intervals")
     undelivered_jobs: list[str] = Field(
         [],
@@ -7683,14 +7677,6 @@ class Health(Answer):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Reloaded:
-    """The last reload, or the start: when it was, and why it was refused."""
-
-    at: float
-    error: str | None = None
-
-
 def counted(count: int, one: str, many: str = "") -> str:
     """`1 job`, `2 jobs`."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
@@ -7701,11 +7687,10 @@ def judged(health: Health, file_problem: str | None, store_error: str | None) ->
     does not. A store that is only locked by another process will be free again."""
     overdue, undelivered = len(health.overdue_jobs), len(health.undelivered_jobs)
     locked = store_error is not None and "locked" in store_error
+    lost = file_problem is not None or (store_error is not None and not locked)
     stopping = {
         "the database does not answer": not health.db_connected,
-        "the database was deleted, replaced or cannot be written; see the log": file_problem
-        is not None
-        or (store_error is not None and not locked),
+        "the database was deleted, replaced or cannot be written; see the log": lost,
         f"the scheduler is {health.scheduler}": health.scheduler != "running",
     }
     hindering = {
@@ -7717,11 +7702,10 @@ def judged(health: Health, file_problem: str | None, store_error: str | None) ->
         "the last reload was refused; see the log": not health.config_last_reload_successful,
     }  # fmt: skip
     bad, worse = ([t for t, holds in p.items() if holds] for p in (hindering, stopping))
-    status = "unhealthy" if worse else "degraded" if bad else "healthy"
-    database = "connected" if health.db_connected else "disconnected"
-    return health.model_copy(
-        update={"status": status, "problems": worse + bad, "database": database}
-    )
+    health.status = "unhealthy" if worse else "degraded" if bad else "healthy"
+    health.problems = worse + bad
+    health.database = "connected" if health.db_connected else "disconnected"
+    return health
 
 
 class StoredRecord(Answer):
@@ -7785,42 +7769,31 @@ class Stats(Answer):
 def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -> dict[str, Any]:
     """The fields of JobAnswer; `secrets`: the ids of the stored ones, by name."""
     ends = Counter(outcome(batch) for batch in batches)
-    shown: dict[str, Any] = {
-        "id": job.id,
+    shown: dict[str, Any] = {n: getattr(job, n, None) for n in JobAnswer.model_fields}
+    shown |= {"batch_ids": [], "variables": {}}
+    if not job.damage:
+        shown |= flat_fields(job.spec)
+        if isinstance(job.spec, IngestSpec):
+            shown["ingest"] = job.spec.ingest.model_dump(exclude_defaults=True)
+    return shown | {
         "name": job.name,
         "status": job.shown_status,
-        "origin": job.origin,
-        "ingest": None,
+        "last_error": job.damage or job.last_error,
+        "batch_id": next(iter(shown["batch_ids"]), None),
+        "openai_secret_id": secrets.get(str(shown["openai_secret"])),
+        "keboola_secret_id": secrets.get(str(shown["keboola_secret"])),
+        "poll_interval_seconds": job.interval or "auto",
         "batches": batches,
         "batch_count": len(batches),
         "completed_count": ends["completed"],
         "failed_count": ends["failed"],
     }
-    shown |= dict.fromkeys(FlatJob.model_fields) | {"name": job.name}
-    shown |= {} if job.damage else flat_fields(job.spec)
-    if not job.damage and isinstance(job.spec, IngestSpec):
-        shown["ingest"] = job.spec.ingest.model_dump(exclude_defaults=True)
-    shown["batch_ids"] = shown["batch_ids"] or []
-    shown["batch_id"] = next(iter(shown["batch_ids"]), None)
-    shown["variables"] = shown["variables"] or {}
-    for kind in ("openai", "keboola"):
-        shown[f"{kind}_secret_id"] = secrets.get(str(shown[f"{kind}_secret"]))
-    shown["poll_interval_seconds"] = job.interval or "auto"
-    for name in "last_error last_check_at next_check_at created_at completed_at".split():
-        shown[name] = getattr(job, name)
-    shown["last_error"] = job.damage or job.last_error
-    return shown
 
 
 def stored_record(row: Any) -> StoredRecord:
     """A row of normalized_data; it was validated when it was written."""
     times = {"created_at": row["created_at"], "updated_at": row["updated_at"]}
     return StoredRecord.model_construct(**json.loads(row["data"]), **times)
-
-
-def secret_answer(row: SealedSecret) -> SecretAnswer:
-    shown = {name: getattr(row, name) for name in SecretAnswer.model_fields}
-    return SecretAnswer(**shown)
 
 
 # ── Operations ────────────────────────────────────────────────────────────────────────────────
@@ -7883,14 +7856,10 @@ def explain_ingest(
     said = [f"Job {name!r} ingests records from {place}; it has brought {records:,}."]
     if not runs:
         return [*said, "It has not run yet."]
-    run, counts = runs[0], ", ".join(f"{n} {what}" for what, n in record_counts(runs[0]).items())
+    run = runs[0]
+    counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
     when, status = span(now - run.start_time), run.status.replace("_", " ")
     return [*said, f"Its last run began {when} ago: {status}; {counts}.", *run.notes]
-
-
-def record_counts(run: Run) -> dict[str, int]:
-    """A run's records, by what became of them."""
-    return {name: getattr(run, f"records_{name}") for name in COUNTED}
 
 
 def explain_watch(job: Job, batches: Sequence[Batch], now: float) -> list[str]:
@@ -7948,19 +7917,14 @@ class Desk:
         await save(body.name, body.type, seal, self.clock())
         return await self.secret(body.name)
 
-    async def _together(self, work: Callable[[], Awaitable[T]]) -> T:
-        """One transaction, in which no rotation can come between the reading of a key and the row
-        that is sealed with it."""
-        return await asyncio.shield(asyncio.ensure_future(self.store.transact(work)))
-
     async def secrets(self) -> SecretList:
-        rows = [secret_answer(row) for row in await self.store.secrets()]
+        rows = [SecretAnswer.model_validate(row) for row in await self.store.secrets()]
         return SecretList(secrets=rows, total=len(rows))
 
     async def secret(self, ref: str) -> SecretAnswer:
         for row in await self.store.secrets():
             if ref in (row.name, str(row.id)):
-                return secret_answer(row)
+                return SecretAnswer.model_validate(row)
         what = f"with ID {ref}" if ref.isdigit() else repr(ref)
         raise NotFound(f"Secret {what} not found", hint="secret list shows them", code=1001)
 
@@ -8071,8 +8035,9 @@ class Desk:
 
     async def step_job(self, ref: str, step: Literal["pause", "resume", "retry"]) -> JobDetail:
         job = await self.store.find_job(ref)
-        steps = {"pause": self.store.pause_job, "resume": self.store.resume_job}
-        await (steps | {"retry": self.store.retry_job})[step](job.id, self.clock())
+        store = self.store
+        steps = {"pause": store.pause_job, "resume": store.resume_job, "retry": store.retry_job}
+        await steps[step](job.id, self.clock())
         return await self.job(str(job.id))
 
     async def delete_job(self, ref: str) -> Done:
@@ -8144,13 +8109,12 @@ def holder(database: Path) -> Holder | None:
 def foreign_holder(pid_file: Path) -> Holder | None:
     """The process of another user that a pid file names, whose lock we may not look at. It is for
     show: this user cannot signal that process either."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         pid = int(pid_file.read_text())
-        os.kill(pid, 0)
-    except PermissionError:
-        return Holder(pid, pid_file.stat().st_mtime, "", "start")
-    except (OSError, ValueError):
-        return None
+        try:
+            os.kill(pid, 0)
+        except PermissionError:
+            return Holder(pid, pid_file.stat().st_mtime, "", "start")
     return None
 
 
@@ -8173,7 +8137,7 @@ class RunLock:
         self.path, self.command = lock_path(database), command
         self.pid_file = self.path.with_suffix(".pid")
         self._database, self._wait, self._stopped = database.resolve(), wait, stopped
-        self._said = (0.0, "")  # start time and address
+        self._said = ("", 0.0)  # address and start time
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
@@ -8188,7 +8152,8 @@ class RunLock:
             by = f"TeckoChecker {found.command if found else ''} (pid {found.pid if found else 0})"
             may_wait = found is None or found.command != "start"
             if self._stopped() or not may_wait or time.monotonic() > until:
-                raise Conflict(f"another {by} works on this database", hint=LOCKED_HINT)
+                hint = "`status` shows it, `stop` ends a service"
+                raise Conflict(f"another {by} works on this database", hint=hint)
             if not waited:
                 log.warning("waiting for %s to end its work on this database", by)
             waited = True
@@ -8209,16 +8174,15 @@ class RunLock:
             file.close()
             return False
         self._file = file
-        self.write(*self._said[::-1])
+        self.write(*self._said)
         return True
 
     def write(self, address: str, started_at: float) -> None:
         """Say where the admin surface is, and since when; the bare pid goes into the pid file."""
         assert self._file is not None
-        self._said = (started_at, address)
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(f"{started_at}\n{address}\n{self.command}\n")
+        self._said = (address, started_at)
+        self._file.truncate(0)
+        self._file.write(f"{started_at}\n{address}\n{self.command}\n")  # at its end (mode "a")
         self._file.flush()
         if self.command == "start":
             self.pid_file.write_text(f"{os.getpid()}\n")
@@ -8240,9 +8204,6 @@ class RunLock:
             self.pid_file.unlink(missing_ok=True)
         self._file.truncate(0)
         self._file.close()
-
-
-LOCKED_HINT = "`status` shows it, `stop` ends a service"
 
 
 # ── Scheduler ─────────────────────────────────────────────────────────────────────────────────
@@ -8467,7 +8428,7 @@ class Service:
         self.metrics = steps.metrics
         self.connections: Callable[[], int] = lambda: 0
         self.lock: RunLock | None = None
-        self.reloaded = Reloaded(self.started_at)
+        self.reloaded_at, self.reload_error = self.started_at, cast(str | None, None)
         self.store_error: str | None = None  # why the store cannot be written; None: it can
         self._scheduler = make_scheduler(self._clock_moved)
         self._timers: dict[int, JobTimer] = {}
@@ -8478,7 +8439,7 @@ class Service:
         self._seen_version = -1  # of the store
         self._stale = True  # the timers may differ from the store
         self._ticked, self._lag = time.monotonic(), 0.0
-        self._draining = self._woken = False
+        self._draining = False
         steps.on_finished = self._hasten
 
     @property
@@ -8527,7 +8488,6 @@ class Service:
             return
         self._scheduler.pause()
         self._draining = self.steps.stopping = True
-        self.store.close_soon(DRAIN_SECONDS)  # whoever holds its lock
         until = time.monotonic() + DRAIN_SECONDS
         self.store.close_soon(DRAIN_SECONDS + 0.5)  # however long its lock is held
         while self._tasks and (left := until - time.monotonic()) > 0:  # one may begin another
@@ -8578,7 +8538,7 @@ class Service:
         except Exception as e:
             error = f"internal error; see the log: {type(e).__name__}"
             log.exception("reload refused after an internal error")
-        self.reloaded = Reloaded(time.time(), error)
+        self.reloaded_at, self.reload_error = time.time(), error
         for timer in self._timers.values():
             if timer.failed and not timer.busy:
                 self._move(timer, time.time())
@@ -8692,14 +8652,6 @@ class Service:
         """Give a job another due time; its timer goes on from there."""
         if timer.plan is not None and self._scheduler.running:
             self._scheduler.move(timer.timer, on_grid(at))
-            if not self._woken:
-                self._woken = True
-                asyncio.get_running_loop().call_soon(self._wake)
-
-    def _wake(self) -> None:
-        """Let the scheduler look at its due times, once for all that were moved."""
-        self._woken = False
-        if self._scheduler.running:
             self._scheduler.wakeup()
 
     def _hasten(self, job_ids: Collection[int]) -> None:
@@ -8757,13 +8709,9 @@ class Service:
             for job_id in ids:
                 self._stepped(job_id, StepResult(STORE_PAUSE, str(error), error))
             return
-        asked, by_key = {i for i in ids if self._timers[i].asked}, dict[str, list[CheckRow]]()
-        try:
-            by_key, _ = await self.steps.by_key([i for i in ids if i not in asked])
-        except StoreError as e:
-            self._store_failed(e)
-        except Exception:
-            log.exception("internal error; %d jobs are looked at one by one", len(ids))
+        by_key: dict[str, list[CheckRow]] = {}
+        with self._one_by_one_instead(len(ids)):
+            by_key, _ = await self.steps.by_key([i for i in ids if not self._timers[i].asked])
         for secret, rows in by_key.items():
             self._spawn(self._check_together(secret, rows), [row.id for row in rows])
         grouped = {row.id for rows in by_key.values() for row in rows}
@@ -8771,16 +8719,21 @@ class Service:
             if job_id not in grouped:
                 self._spawn(self._step(job_id), [job_id])
 
-    async def _check_together(self, secret: str, rows: Sequence[CheckRow]) -> None:
-        """Check jobs of one key by a list of its batches. Whatever goes wrong with many is met
-        again by each for itself, and told there."""
-        done, began = dict[int, StepResult](), time.perf_counter()
+    @contextlib.contextmanager
+    def _one_by_one_instead(self, jobs: int) -> Iterator[None]:
+        """Whatever goes wrong with many is met again by each for itself, and told there."""
         try:
-            done = await self.steps.check(secret, rows)
+            yield
         except StoreError as e:
             self._store_failed(e)
         except Exception:
-            log.exception("internal error; %d jobs are checked one by one", len(rows))
+            log.exception("internal error; %d jobs are checked one by one", jobs)
+
+    async def _check_together(self, secret: str, rows: Sequence[CheckRow]) -> None:
+        """Check jobs of one key by a list of its batches."""
+        done, began = dict[int, StepResult](), time.perf_counter()
+        with self._one_by_one_instead(len(rows)):
+            done = await self.steps.check(secret, rows)
         self.metrics.steps.observe(time.perf_counter() - began)
         for row in rows:
             if row.id in done:
@@ -8811,15 +8764,13 @@ class Service:
         """A step met what nobody expected: told in the log and in the job's last_error, of which
         all but the words of our own errors may name what no caller may read."""
         timer.failures += 1
-        expected = isinstance(error, TeckoError)
-        said = str(error) if expected else f"internal error; see the log: {type(error).__name__}"
-        if not expected:
+        said, traceback = str(error), None
+        if not isinstance(error, TeckoError):
+            said, traceback = f"internal error; see the log: {type(error).__name__}", error
             self.metrics.internal_errors.inc()
         pace = (timer.plan.interval if timer.plan else 0) or self.settings.default_poll_interval
         wait = min(pace * 2.0 ** (timer.failures - 1), LONGEST_WAIT)
-        log.error(
-            "job %s: %s; again in %.0f s", job_id, said, wait, exc_info=None if expected else error
-        )
+        log.error("job %s: %s; again in %.0f s", job_id, said, wait, exc_info=traceback)
         with contextlib.suppress(StoreError):  # which is told by the next step
             await self.store.note_failure(job_id, said, time.time(), wait)
         return StepResult(wait, said, TeckoError(said))
@@ -8875,25 +8826,20 @@ class Service:
                     "etl_last_run": last.start_time if last else None,
                     "etl_status": last.status if last else None,
                 }
+        stalled = time.monotonic() - self._ticked > STALLED_TICKS
+        running: Any = "running" if self._scheduler.running else "stopped"
         health = Health(
             timestamp=now,
             version=VERSION,
             uptime_seconds=round(now - self.started_at, 1),
-            scheduler=self._scheduler_state(),
-            paused_keys=[
-                PausedKey(secret=p.secret, reason=p.reason, until=p.until)
-                for p in self.steps.openai.pauses()
-            ],
-            config_last_reload_successful=self.reloaded.error is None,
-            config_last_reload_at=self.reloaded.at,
-            config_last_reload_error=self.reloaded.error,
+            scheduler="stalled" if stalled else running,
+            paused_keys=[PausedKey.model_validate(p) for p in self.steps.openai.pauses()],
+            config_last_reload_successful=self.reload_error is None,
+            config_last_reload_at=self.reloaded_at,
+            config_last_reload_error=self.reload_error,
             **seen,
         )
         return judged(health, self.store.file_problem(), self.store_error)
-
-    def _scheduler_state(self) -> SchedulerState:
-        stalled = time.monotonic() - self._ticked > STALLED_TICKS
-        return "stalled" if stalled else "running" if self._scheduler.running else "stopped"
 
     async def alive(self) -> Done:
         """That this is answered at all is the answer: it runs on the event loop."""
@@ -8906,15 +8852,17 @@ class Service:
 
     async def stats(self) -> Stats:
         counts, runs = await self.store.counts(), await self.store.runs(None, 10)
-        jobs: dict[str, int] = counts["jobs"]
-        ended = jobs.get("completed", 0) + jobs.get("completed_with_failures", 0)
+        jobs = Counter[str](counts["jobs"])
         last = runs[0] if runs else None
         return Stats(
-            total_jobs=sum(jobs.values()),
-            **{f"{name}_jobs": jobs.get(name, 0) for name in ("active", "paused", "failed")},
-            completed_jobs=ended,
+            total_jobs=jobs.total(),
+            active_jobs=jobs["active"],
+            paused_jobs=jobs["paused"],
+            completed_jobs=jobs["completed"] + jobs["completed_with_failures"],
+            failed_jobs=jobs["failed"],
             jobs_by_status=jobs,
-            **{f"total_{name}": counts[name] for name in ("secrets", "logs")},
+            total_secrets=counts["secrets"],
+            total_logs=counts["logs"],
             triggers=counts["triggers"],
             uptime_seconds=round(time.time() - self.started_at, 1),
             checks=self.metrics.total(self.metrics.checks),
@@ -8940,8 +8888,8 @@ class Service:
             store_writable=self.store_error is None,
             loop_lag_seconds=self._lag,
             http_connections=self.connections(),
-            config_last_reload_successful=self.reloaded.error is None,
-            config_last_reload_timestamp_seconds=self.reloaded.at,
+            config_last_reload_successful=self.reload_error is None,
+            config_last_reload_timestamp_seconds=self.reloaded_at,
         )
         self.metrics.paused_keys.clear()
         for pause in self.steps.openai.pauses():
@@ -8958,12 +8906,11 @@ async def make_service(
     in_reserve: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Service]:
     """The service with its store and upstreams, started; drained and closed at the end."""
-    vault = Vault(config.settings)
-    async with Store(config.settings.store) as store, store.sole(in_reserve):
-        settings = config.settings
+    settings = config.settings
+    async with Store(settings.store) as store, store.sole(in_reserve):
         openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
         upstreams = openai, Keboola(), Web()
-        service = Service(Steps(config, store, vault, *upstreams), load)
+        service = Service(Steps(config, store, Vault(settings), *upstreams), load)
         try:
             await service.start(timers=timers)
             yield service
@@ -9041,17 +8988,16 @@ class JobQuery(Query):
     log_limit: int = Field(20, ge=1, le=1000, description="log rows, 1 to 1000")
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What a route's function gets: the service, and what the route declares, validated."""
 
     service: Service
-    id: str = ""
-    query: Any = None
-    body: Any = None
-    request_id: str = ""
-    trusted: bool = True  # may see names of jobs and keys
-    address: str = ""  # where the caller reached us, like http://127.0.0.1:8000
+    id: str
+    query: Any
+    body: Any
+    request_id: str
+    trusted: bool  # may see names of jobs and keys
+    address: str  # where the caller reached us, like http://127.0.0.1:8000
 
     @property
     def desk(self) -> Desk:
@@ -9182,14 +9128,14 @@ ROUTES: tuple[Route, ...] = (
 )  # fmt: skip
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise UnclearJson("an object has a duplicate key")
-    return dict(pairs)
-
-
 def json_body(body: bytes) -> Any:
     """What a body says. What is JSON only to Python, or can be read in two ways, is refused."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise UnclearJson("an object has a duplicate key")
+        return dict(pairs)
+
     try:
         return json.loads(body, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
@@ -9215,8 +9161,8 @@ def responses(route: Route) -> dict[str, Any]:
         done = content_of(route.answer.__name__)
     made = {str(route.status): {"description": "Done", "content": done}}
     if route.method != "GET":
-        models = [route.answer.__name__] * (route.status == 202)
-        made["202"] = {"description": "Under way", "content": content_of(*models, "Accepted")}
+        models = ["Accepted"] + [route.answer.__name__] * (route.status == 202)
+        made["202"] = {"description": "Under way", "content": content_of(*models)}
     if route.answer in (Health, Done) and route.public:  # bad news has the same shape
         both = content_of(route.answer.__name__, "ErrorAnswer")
         made["503"] = {"description": "Not well", "content": both}
@@ -9252,10 +9198,10 @@ def openapi() -> dict[str, Any]:
     """The surface as an OpenAPI 3.1 document, out of ROUTES and the models."""
     inputs: set[Any] = {JobSpec, IngestSpec, FlatJob, JobChanges, SecretBody}
     answers = {r.answer for r in ROUTES if isinstance(r.answer, type)} | {ErrorAnswer, Accepted}
-    wanted = [(m, "validation" if m in inputs else "serialization") for m in inputs | answers]
-    wanted.sort(key=lambda pair: pair[0].__name__)
+    models = sorted(inputs | answers, key=attrgetter("__name__"))
+    wanted: Any = [(m, "validation" if m in inputs else "serialization") for m in models]
     place = "#/components/schemas/{model}"
-    _, schemas = models_json_schema(cast(Any, wanted), ref_template=place)
+    _, schemas = models_json_schema(wanted, ref_template=place)
     forms = [{"$ref": place.format(model=name)} for name in ("JobSpec", "FlatJob", "IngestSpec")]
     schemas["$defs"]["Job"] = {"anyOf": forms, "description": "As in jobs.yaml, or flat."}
     paths: dict[str, Any] = {}
@@ -9386,18 +9332,17 @@ TARGET = re.compile(
 SINGLE = ("Host", "Origin", "Content-Length", "Content-Type", "Authorization", "Sec-Fetch-Site")
 
 
-def source_hash(text: str) -> str:
-    """What a Content-Security-Policy calls an inline script or style."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
+SCRIPT_HASH, STYLE_HASH = (  # as a Content-Security-Policy names inline ones
+    f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    for text in (DOCS_SCRIPT, DOCS_STYLE)
+)
 SECURITY_HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; base-uri 'none';"
-    f" script-src {source_hash(DOCS_SCRIPT)}; style-src {source_hash(DOCS_STYLE)};"
+    f" script-src {SCRIPT_HASH}; style-src {STYLE_HASH};"
     " form-action 'none'; frame-ancestors 'none'",
 }
 CORS_HEADERS = {  # for pages of the origins that CORS_ORIGINS names
@@ -9418,8 +9363,8 @@ async def read_head(reader: asyncio.StreamReader, begun: bytes) -> bytes:
         except asyncio.LimitOverrunError:
             raise Refused(431, f"a head has at most {HTTP_HEAD} bytes") from None
         if line != b"\r\n":
-            if not (FIELD_LINE if head else REQUEST_LINE).fullmatch(line):
-                what = "header" if head else "request"
+            what, form = ("header", FIELD_LINE) if head else ("request", REQUEST_LINE)
+            if not form.fullmatch(line):
                 said = "lines are ASCII, end in CR LF, and are not folded"
                 raise Refused(400, f"malformed {what} line; {said}")
         elif not head:
@@ -9484,14 +9429,12 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         self.close_connection |= status >= 500
         self.request_version = "HTTP/1.1"  # the base class answers HTTP/0.9 without a head
         self.send_response(status)
-        headers = {
-            "Content-Type": kind,
-            "Content-Length": str(len(data)),
-            "X-Request-ID": self.request_id,
-        }
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("X-Request-ID", self.request_id)
         if self.close_connection:
-            headers["Connection"] = "close"
-        for name, value in (headers | SECURITY_HEADERS | self.more_headers).items():
+            self.send_header("Connection", "close")
+        for name, value in (SECURITY_HEADERS | self.more_headers).items():
             self.send_header(name, value)
         if status == 401:  # with Basic, a browser asks for the token
             self.send_header("WWW-Authenticate", "Bearer")
@@ -9660,12 +9603,11 @@ class Admin:
         bound = self.url.removeprefix("http://")
         ours = ["localhost", bound, socket.gethostname(), *s.admin_hosts.split(",")]
         address = re.fullmatch(r"\[[0-9a-f:.]+\]|[0-9.]+", name)
-        if address or (name and name in map(bare_host, ours)):
-            return True
-        if not public:
+        known = bool(address or (name and name in map(bare_host, ours)))
+        if not known and not public:
             said = f"Host header {cut(exchange.host)} is not allowed; add it to ADMIN_HOSTS"
             raise Refused(421, said)
-        return False
+        return known
 
     def _check_origin(self, exchange: Exchange) -> bool:
         """Whether a page of CORS_ORIGINS asks. Raises Refused for pages of other hosts."""
