@@ -4429,7 +4429,9 @@ class Checks(Jobs):
         if (trigger := check.trigger) is not None:
             aim = aim_of(trigger.stack_url, trigger.body)
             await self._insert("triggers", asdict(trigger) | {"aim": aim})
-            await self._log(job.id, "triggered", f"decided: trigger {trigger.id}", now)
+            done = f"{len(check.batches)} of {len(check.batches)} batches done"
+            said = f"{done}: starting the Keboola job (trigger {trigger.id})"
+            await self._log(job.id, "triggered", said, now)
         elif check.verdict.event is not None:
             await self._log(job.id, "failed", check.verdict.reason, now)
         elif check.error and check.error != job.last_error:
@@ -10152,6 +10154,7 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
     if config.settings.has_store:
         problems, stored, changes = on_desk(config, look, looks=True)
     else:
+        vault.load(required=False)
         problems, stored = all_problems(config, {}, unused=True), []
         changes = [
             f"job {job.name!r} {said}"
