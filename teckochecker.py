@@ -7897,7 +7897,7 @@ def next_step(job: Job, trigger: Trigger | None, now: float) -> str:
     return f"{does}{when}, {every}, while the service runs"
 
 
-class Desk:
+class Operations:
     """What people and programs may ask for, on the command line and over HTTP: each rule once.
 
     `ref` is an id or a name. Raises Invalid, NotFound, Conflict, SecretError and StoreError.
@@ -8426,7 +8426,7 @@ class Service:
         self._load = load
         self.started_at = time.time()
         self.stop, self.reload = asyncio.Event(), asyncio.Event()
-        self.desk = Desk(steps.store, steps.vault, lambda: steps.config)
+        self.operations = Operations(steps.store, steps.vault, lambda: steps.config)
         self.metrics = steps.metrics
         self.connections: Callable[[], int] = lambda: 0
         self.lock: RunLock | None = None
@@ -9002,8 +9002,8 @@ class Request(NamedTuple):
     address: str  # where the caller reached us, like http://127.0.0.1:8000
 
     @property
-    def desk(self) -> Desk:
-        return self.service.desk
+    def operations(self) -> Operations:
+        return self.service.operations
 
 
 @dataclass(frozen=True, slots=True)
@@ -9038,12 +9038,12 @@ async def show_health(request: Request) -> Health:
 
 async def show_job(request: Request) -> JobDetail:
     query: JobQuery = request.query
-    return await request.desk.job(request.id, query.log_limit if query.include_logs else None)
+    return await request.operations.job(request.id, query.log_limit if query.include_logs else None)
 
 
 async def show_data(request: Request) -> DataPage:
     query, begun = cast(DataQuery, request.query), time.perf_counter()
-    found, following = await request.desk.data(
+    found, following = await request.operations.data(
         query.source, query.limit, query.after or 0, query.offset
     )
     totals = await request.service.store.totals(query.source or "")
@@ -9100,31 +9100,31 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/docs", "This description, as a page", show_docs, HTML),
     Route("GET", "/redoc", "Redirects to /docs", redirect_to_docs, HTML),
     Route("GET", "/api/admin/secrets", "The stored secrets, without their values",
-          lambda r: r.desk.secrets(), SecretList),
-    Route("POST", "/api/admin/secrets", "Store a secret", lambda r: r.desk.add_secret(r.body),
+          lambda r: r.operations.secrets(), SecretList),
+    Route("POST", "/api/admin/secrets", "Store a secret", lambda r: r.operations.add_secret(r.body),
           SecretAnswer, body=SecretBody, example=SECRET_EXAMPLE, status=201),
     Route("GET", "/api/admin/secrets/{id}", "A stored secret, without its value",
-          lambda r: r.desk.secret(r.id), SecretAnswer),
+          lambda r: r.operations.secret(r.id), SecretAnswer),
     Route("DELETE", "/api/admin/secrets/{id}", "Delete a secret that no running job uses",
-          lambda r: r.desk.delete_secret(r.id), Done),
+          lambda r: r.operations.delete_secret(r.id), Done),
     Route("GET", "/api/jobs", "A page of jobs, by id",
-          lambda r: r.desk.jobs(**r.query.model_dump()), JobList, query=JobsQuery),
+          lambda r: r.operations.jobs(**r.query.model_dump()), JobList, query=JobsQuery),
     Route("POST", "/api/jobs", "Create a job, as in jobs.yaml or flat",
-          lambda r: r.desk.create_job(r.body), JobDetail, body=JobSpec, example=JOB_EXAMPLE,
+          lambda r: r.operations.create_job(r.body), JobDetail, body=JobSpec, example=JOB_EXAMPLE,
           status=201),
     Route("GET", "/api/jobs/{id}", "A job with its triggers and log", show_job, JobDetail,
           query=JobQuery),
     Route("PUT", "/api/jobs/{id}", "Change a job's name, interval or target",
-          lambda r: r.desk.update_job(r.id, r.body.model_dump(exclude_unset=True)), JobDetail,
+          lambda r: r.operations.update_job(r.id, r.body.model_dump(exclude_unset=True)), JobDetail,
           body=JobChanges, example={"poll_interval_seconds": 300}),
     Route("DELETE", "/api/jobs/{id}", "Delete a job with its history",
-          lambda r: r.desk.delete_job(r.id), Done),
+          lambda r: r.operations.delete_job(r.id), Done),
     Route("POST", "/api/jobs/{id}/pause", "Stop checking a job",
-          lambda r: r.desk.step_job(r.id, "pause"), JobDetail),
+          lambda r: r.operations.step_job(r.id, "pause"), JobDetail),
     Route("POST", "/api/jobs/{id}/resume", "Continue checking a paused job",
-          lambda r: r.desk.step_job(r.id, "resume"), JobDetail),
+          lambda r: r.operations.step_job(r.id, "resume"), JobDetail),
     Route("POST", "/api/jobs/{id}/retry", "Re-arm a failed job",
-          lambda r: r.desk.step_job(r.id, "retry"), JobDetail),
+          lambda r: r.operations.step_job(r.id, "retry"), JobDetail),
     Route("POST", "/api/jobs/{id}/check", "Check a job now, without waiting for its interval",
           lambda r: r.service.check_now(r.id), Done, status=202),
 )  # fmt: skip
@@ -10063,14 +10063,16 @@ async def guessing(store: Store) -> AsyncIterator[None]:
         raise
 
 
-def on_desk(config: Config, work: Callable[[Desk], Awaitable[T]], *, looks: bool = False) -> T:
-    """What comes of asking the desk; no loop is left when a person is asked next. Who only `looks`
+def with_operations(
+    config: Config, work: Callable[[Operations], Awaitable[T]], *, looks: bool = False
+) -> T:
+    """What comes of an operation; no loop is left when a person is asked next. Who only `looks`
     creates nothing, and needs no key."""
     vault = Vault(config.settings)
 
     async def asking() -> T:
         async with Store(config.settings.store, read_only=looks) as store, guessing(store):
-            return await work(Desk(store, vault, lambda: config))
+            return await work(Operations(store, vault, lambda: config))
 
     if not looks:
         vault.load(required=False)
@@ -10147,12 +10149,16 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
         print(redact(f"warning: {warning}"), file=sys.stderr)
     vault, jobs = Vault(config.settings), config.jobs or []
 
-    async def look(desk: Desk) -> tuple[list[Problem], list[str], list[str]]:
-        problems = await every_problem(config, desk.store, vault, unused=True)
-        return (problems, await desk.store.names("secrets"), await planned(jobs, desk.store))
+    async def look(operations: Operations) -> tuple[list[Problem], list[str], list[str]]:
+        problems = await every_problem(config, operations.store, vault, unused=True)
+        return (
+            problems,
+            await operations.store.names("secrets"),
+            await planned(jobs, operations.store),
+        )
 
     if config.settings.has_store:
-        problems, stored, changes = on_desk(config, look, looks=True)
+        problems, stored, changes = with_operations(config, look, looks=True)
     else:
         vault.load(required=False)
         problems, stored = all_problems(config, {}, unused=True), []
@@ -10362,11 +10368,15 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
     now, settings, found = time.time(), config.settings, holder(config.settings.database)
     serves = found is not None and found.address != ""
 
-    async def look(desk: Desk) -> tuple[dict[str, int], list[tuple[str, float]], list[Any]]:
-        counts, due = (await desk.store.counts())["jobs"], await desk.store.due_next(5)
-        return counts, due, await desk.store.attention(10)
+    async def look(
+        operations: Operations,
+    ) -> tuple[dict[str, int], list[tuple[str, float]], list[Any]]:
+        counts, due = (await operations.store.counts())["jobs"], await operations.store.due_next(5)
+        return counts, due, await operations.store.attention(10)
 
-    counts, due, needs = on_desk(config, look, looks=True) if settings.has_store else ({}, [], [])
+    counts, due, needs = (
+        with_operations(config, look, looks=True) if settings.has_store else ({}, [], [])
+    )
     needs += refused_reload(found.address, settings) if found and serves else []
     up = round(now - found.started_at, 1) if found and found.started_at else None
     document = {
@@ -10609,7 +10619,9 @@ def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
     else:
         args.value = sys.stdin.read()
     body = parse(SecretBody, {name: getattr(args, name) for name in ("name", "type", "value")})
-    answer = on_desk(config, lambda desk: desk.add_secret(body, replace=args.replace))
+    answer = with_operations(
+        config, lambda operations: operations.add_secret(body, replace=args.replace)
+    )
     done = "replaced" if args.replace else "stored"
     return report(args, answer, f"{done} secret {answer.name!r}")
 
@@ -10617,7 +10629,11 @@ def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
 def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
     there = config.settings.has_store
     nothing = SecretList(secrets=[], total=0)
-    answer = on_desk(config, lambda desk: desk.secrets(), looks=True) if there else nothing
+    answer = (
+        with_operations(config, lambda operations: operations.secrets(), looks=True)
+        if there
+        else nothing
+    )
     rows: list[tuple[object, ...]]
     rows = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
     for name, ref in config.secrets.items():
@@ -10627,15 +10643,18 @@ def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
-    found = on_desk(config, lambda desk: desk.secret(args.name), looks=True)
+    found = with_operations(config, lambda operations: operations.secret(args.name), looks=True)
     if not confirmed(args, f"Delete secret {found.name!r} of type {found.type}, for good?"):
         return 1
-    answer = on_desk(config, lambda desk: desk.delete_secret(args.name))
+    answer = with_operations(config, lambda operations: operations.delete_secret(args.name))
     return report(args, answer, answer.message)
 
 
 def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
-    count, vault = on_desk(config, lambda desk: desk.rotate()), Vault(config.settings)
+    count, vault = (
+        with_operations(config, lambda operations: operations.rotate()),
+        Vault(config.settings),
+    )
     place = config.settings.shown_store
     text = f"sealed {counted(count, 'secret')} of {place} with a new master key"
     if vault.file is not None:
@@ -10684,13 +10703,15 @@ def flat_job(args: argparse.Namespace) -> dict[str, Any]:
 def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
     with by_option():
         spec = job_spec(flat_job(args), config.settings.job_context)
-        answer = on_desk(config, lambda desk: desk.create_job(spec))
+        answer = with_operations(config, lambda operations: operations.create_job(spec))
     return report(args, answer, f"created job {answer.name!r} (ID {answer.id})")
 
 
 def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
     with by_option():
-        answer = on_desk(config, lambda desk: desk.update_job(args.job, flat_job(args)))
+        answer = with_operations(
+            config, lambda operations: operations.update_job(args.job, flat_job(args))
+        )
     return report(args, answer, f"updated job {answer.name!r}")
 
 
@@ -10728,14 +10749,14 @@ def why_of(job: JobAnswer, brought: tuple[int, int]) -> str | None:
 
 
 def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
-    async def all_pages(desk: Desk) -> tuple[JobList, dict[str, tuple[int, int]]]:
-        found = await desk.jobs(args.status, 1000, 0)
+    async def all_pages(operations: Operations) -> tuple[JobList, dict[str, tuple[int, int]]]:
+        found = await operations.jobs(args.status, 1000, 0)
         while found.next_after is not None:
-            page = await desk.jobs(args.status, 1000, found.next_after)
+            page = await operations.jobs(args.status, 1000, found.next_after)
             found = page.model_copy(update={"jobs": found.jobs + page.jobs})
-        return found, await desk.store.ingested()
+        return found, await operations.store.ingested()
 
-    (found, brought), now = on_desk(config, all_pages, looks=True), time.time()
+    (found, brought), now = with_operations(config, all_pages, looks=True), time.time()
     rows = []
     for job in found.jobs:
         mine, pace = brought.get(job.name, (0, 0)), job.poll_interval_seconds
@@ -10758,7 +10779,9 @@ def plain(value: object) -> str:
 
 
 def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
-    answer = on_desk(config, lambda desk: desk.job(args.job, args.logs), looks=True)
+    answer = with_operations(
+        config, lambda operations: operations.job(args.job, args.logs), looks=True
+    )
     document = answer.model_dump(mode="json")
     apart = {"batches", "logs", "triggers", "batch_id", "batch_ids", "totals", "runs", "rejects"}
     apart |= {"batch_count", "completed_count", "failed_count"} if answer.ingest else set()
@@ -10788,8 +10811,8 @@ def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
 
 def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
     """pause, resume, retry: one change of state each."""
-    before = on_desk(config, lambda desk: desk.job(args.job, None), looks=True)
-    answer = on_desk(config, lambda desk: desk.step_job(args.job, args.action))
+    before = with_operations(config, lambda operations: operations.job(args.job, None), looks=True)
+    answer = with_operations(config, lambda operations: operations.step_job(args.job, args.action))
     report(args, answer, f"job {answer.name!r} is {answer.status} now")
     lost = [b.batch_id for b in before.batches if outcome(b) == "failed"]
     if args.action == "retry" and lost and before.trigger_when == "all_completed":
@@ -10800,17 +10823,17 @@ def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_job_delete(args: argparse.Namespace, config: Config) -> int:
-    job = on_desk(config, lambda desk: desk.job(args.job, None), looks=True)
+    job = with_operations(config, lambda operations: operations.job(args.job, None), looks=True)
     records = counted(job.totals["records"], "record") if job.totals else ""
     what = f"its history and its {records} in /data" if records else "its history"
     if not confirmed(args, f"Delete job {job.name!r} (ID {job.id}) with {what}?"):
         return 1
-    answer = on_desk(config, lambda desk: desk.delete_job(str(job.id)))
+    answer = with_operations(config, lambda operations: operations.delete_job(str(job.id)))
     return report(args, answer, answer.message + (f", with {records}" if records else ""))
 
 
 def cmd_explain(args: argparse.Namespace, config: Config) -> int:
-    said = on_desk(config, lambda desk: desk.explain(args.job), looks=True)
+    said = with_operations(config, lambda operations: operations.explain(args.job), looks=True)
     if holder(config.settings.database) is None:
         said.append("The service does not run at the moment.")
     return report(args, {"job": args.job, "said": said}, "\n".join(said))
@@ -10820,10 +10843,12 @@ def cmd_logs(args: argparse.Namespace, config: Config) -> int:
     """What was done and by whom, oldest first; with --follow also what comes, until Ctrl-C."""
     after, limit = 0, args.lines
 
-    async def look(desk: Desk) -> list[dict[str, Any]]:
-        job_id = (await desk.store.find_job(args.job)).id if args.job else None
-        rows = await desk.store.logs(job_id, limit, after)
-        jobs = await desk.store.jobs_among({row.job_id for row in rows if row.job_id is not None})
+    async def look(operations: Operations) -> list[dict[str, Any]]:
+        job_id = (await operations.store.find_job(args.job)).id if args.job else None
+        rows = await operations.store.logs(job_id, limit, after)
+        jobs = await operations.store.jobs_among(
+            {row.job_id for row in rows if row.job_id is not None}
+        )
         names = {None: None} | {job_id: job.name for job_id, job in jobs.items()}
         return [
             asdict(row) | {"job": names.get(row.job_id), "created_at": iso(row.created_at)}
@@ -10832,7 +10857,7 @@ def cmd_logs(args: argparse.Namespace, config: Config) -> int:
 
     try:
         while True:
-            rows = on_desk(config, look, looks=True)
+            rows = with_operations(config, look, looks=True)
             if args.json and not args.follow:
                 return report(args, rows)
             for row in rows:
@@ -10856,31 +10881,31 @@ def cmd_data(args: argparse.Namespace, config: Config) -> int:
     rejects, whole = args.action == "rejects", args.csv or (args.json and args.action == "list")
     limit = args.limit if args.limit is not None else 10**9 if whole else 100 if rejects else 20
 
-    async def each(desk: Desk) -> AsyncIterator[Any]:
+    async def each(operations: Operations) -> AsyncIterator[Any]:
         after, left = (0 if limit else None), limit
-        for reject in (await desk.rejects(args.source, limit))[::-1] if rejects else ():
+        for reject in (await operations.rejects(args.source, limit))[::-1] if rejects else ():
             yield reject
         while after is not None and left > 0 and not rejects:
-            found, after = await desk.data(args.source, min(CHUNK_ROWS, left), after)
+            found, after = await operations.data(args.source, min(CHUNK_ROWS, left), after)
             left -= len(found)
             for record in found:
                 yield record
 
-    async def show(desk: Desk) -> None:
-        await check_source(desk.store, args.source)
+    async def show(operations: Operations) -> None:
+        await check_source(operations.store, args.source)
         if args.csv or args.json:
-            return await export(args, RejectAnswer if rejects else StoredRecord, each(desk))
-        found = [row async for row in each(desk)]
+            return await export(args, RejectAnswer if rejects else StoredRecord, each(operations))
+        found = [row async for row in each(operations)]
         if rejects:
             return draw(reject_table(found))
         rows = [(r.source, r.source_id, r.title, r.published_at, r.url) for r in found]
         draw(Table(("Source", "ID", "Title", "Published", "URL"), rows, (4, 3, 0)))
-        total = (await desk.store.totals(args.source or ""))["records"]
+        total = (await operations.store.totals(args.source or ""))["records"]
         if total > len(found):
             print(f"{len(found)} of {total:,}; --limit shows more, --csv and --json all")
         return None
 
-    on_desk(config, show, looks=True)
+    with_operations(config, show, looks=True)
     return 0
 
 

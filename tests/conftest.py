@@ -62,7 +62,7 @@ def source() -> Iterator[standins.Source]:
 
 # ── Two engines ───────────────────────────────────────────────────────────────────────────────
 
-ON_BOTH_ENGINES = ("test_store", "test_database", "test_steps", "test_desk")
+ON_BOTH_ENGINES = ("test_store", "test_database", "test_steps", "test_operations")
 Place = Path | str  # of a database: a file, or the URL of a schema of its own
 
 

@@ -184,7 +184,7 @@ async def run(folder: Path, keep: bool, told: dict[str, Any]) -> int:
                 jobs = {job.name: str(job.status) for job in await service.store.jobs()}
                 wrong = verdict(jobs, keboola) + await wrong_data(service.store)
                 received = [keboola.variables(job) for job in keboola.created]
-                [reject] = await service.desk.rejects(None, 1)
+                [reject] = await service.operations.rejects(None, 1)
                 told.update(ok=not wrong, wrong=wrong, jobs=jobs, received=received)
                 told.update(rejected=[{"place": reject.place, "reason": reject.reason}])
                 print("\nWhat Keboola received:")

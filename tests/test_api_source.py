@@ -648,8 +648,8 @@ async def test_what_is_taken_can_be_served(world: World, source: Source, body: b
     run = await world.run(await api(world, source.file("/x", body, "application/json")))
     assert (run.status, run.records_inserted) in [("success", 1), ("failed", 0)]
     assert run.records_inserted + run.records_failed == 1
-    desk = tecko.Desk(world.store, world.vault, lambda: world.config)
-    for record in (await desk.data(None, 10))[0]:
+    operations = tecko.Operations(world.store, world.vault, lambda: world.config)
+    for record in (await operations.data(None, 10))[0]:
         assert tecko.DataPage.model_construct(data=[record]).model_dump_json()
 
 

@@ -664,14 +664,14 @@ class Terminal:
 
 
 @pytest.fixture(scope="module")
-def desk(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def operations(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the stocked folder for what is typed at a terminal."""
-    return Path(shutil.copytree(home, tmp_path_factory.mktemp("desk") / "home"))
+    return Path(shutil.copytree(home, tmp_path_factory.mktemp("operations") / "home"))
 
 
-def test_a_typed_secret_is_not_echoed(desk: Path) -> None:
+def test_a_typed_secret_is_not_echoed(operations: Path) -> None:
     """On a terminal the value is asked for, and does not appear on the screen."""
-    code, screen, out = Terminal(desk, "secret add --name typed --type openai").run(
+    code, screen, out = Terminal(operations, "secret add --name typed --type openai").run(
         b"sk-typed-value\n", after=b": "
     )
     assert code == 0 and "typed" in out
@@ -688,13 +688,13 @@ def test_a_typed_secret_is_not_echoed(desk: Path) -> None:
     ],
     ids=["no", "end of file", "end of file for a value", "yes"],
 )
-def test_deleting_asks_on_a_terminal(desk: Path, line: str, typed: bytes, code: int) -> None:
+def test_deleting_asks_on_a_terminal(operations: Path, line: str, typed: bytes, code: int) -> None:
     """Only a yes deletes; the question is no part of stdout, whose JSON stays one document, and
     an end of file is a no rather than a traceback."""
     prompt = b"value: " if "secret" in line else b""
-    ended, screen, out = Terminal(desk, line).run(typed, after=prompt)
+    ended, screen, out = Terminal(operations, line).run(typed, after=prompt)
     assert ended == code and "Traceback" not in screen
-    assert ("active" in "\n".join(dump(desk))) and "eof" not in "\n".join(dump(desk))
+    assert ("active" in "\n".join(dump(operations))) and "eof" not in "\n".join(dump(operations))
     assert json.loads(out)["success"] if code == 0 else out == ""
 
 
@@ -1055,9 +1055,9 @@ def test_looking_leaves_a_database_as_it_is(home: Path, tmp_path: Path) -> None:
         ("job delete active", b"[y/N]: ", "nothing deleted"),
     ],
 )
-def test_ctrl_c_at_a_prompt(desk: Path, line: str, prompt: bytes, nothing: str) -> None:
+def test_ctrl_c_at_a_prompt(operations: Path, line: str, prompt: bytes, nothing: str) -> None:
     """The first Ctrl-C ends it with 130, and says that nothing was done."""
-    code, screen, out = Terminal(desk, line).run(b"", prompt, signal.SIGINT)
+    code, screen, out = Terminal(operations, line).run(b"", prompt, signal.SIGINT)
     assert (code, out) == (130, "")
     assert nothing in screen and "Traceback" not in screen
 

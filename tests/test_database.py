@@ -111,23 +111,25 @@ async def test_rotations_and_new_secrets_at_once(tmp_path: Path, path: Place) ->
     (tmp_path / "teckochecker.key").write_text(tecko.new_master_key())
     config = tecko.load_config(tmp_path / "jobs.yaml", {})
     async with contextlib.AsyncExitStack() as stack:
-        desks = []
+        operations_of_each = []
         for _ in range(3):
             store = await stack.enter_async_context(tecko.Store(path))
-            desks.append(tecko.Desk(store, tecko.Vault(config.settings), lambda: config))
+            operations_of_each.append(
+                tecko.Operations(store, tecko.Vault(config.settings), lambda: config)
+            )
 
-        async def add(desk: tecko.Desk, number: int) -> None:
+        async def add(operations: tecko.Operations, number: int) -> None:
             for n in range(4):
                 name = f"secret-{number}-{n}"
                 value = f"value-of-{name}"
-                await desk.add_secret(tecko.SecretBody(name=name, type="api", value=value))
+                await operations.add_secret(tecko.SecretBody(name=name, type="api", value=value))
 
-        await add(desks[0], 3)  # a rotation that would seal nothing is refused
-        both = [add(desk, n) for n, desk in enumerate(desks)]
-        await asyncio.gather(*both, *(desk.rotate() for desk in desks * 2))
-        await desks[0].rotate()
+        await add(operations_of_each[0], 3)  # a rotation that would seal nothing is refused
+        both = [add(operations, n) for n, operations in enumerate(operations_of_each)]
+        await asyncio.gather(*both, *(operations.rotate() for operations in operations_of_each * 2))
+        await operations_of_each[0].rotate()
         assert len((tmp_path / "teckochecker.key").read_text().split()) == 1
-        fresh, rows = tecko.Vault(config.settings), await desks[0].store.secrets()
+        fresh, rows = tecko.Vault(config.settings), await operations_of_each[0].store.secrets()
         opened = {fresh.open(row).reveal() for row in rows}
     assert opened == {f"value-of-secret-{n}-{m}" for n in range(4) for m in range(4)}
 
@@ -302,11 +304,11 @@ async def test_a_job_that_cannot_be_read_is_shown(world: World) -> None:
     """In the list with its reason, which a step of it says as well."""
     bad, good = await world.job("bad"), await world.job("good", batch_ids=["batch_2"])
     execute(world.store.place, "UPDATE polling_jobs SET spec = '{}' WHERE id = ?", bad)
-    desk = tecko.Desk(world.store, world.vault, lambda: world.config, world.clock)
-    listed = await desk.jobs(None, 10, 0)
+    operations = tecko.Operations(world.store, world.vault, lambda: world.config, world.clock)
+    listed = await operations.jobs(None, 10, 0)
     assert [job.id for job in listed.jobs] == [bad, good]
     assert "is damaged" in str(listed.jobs[0].last_error) and not listed.jobs[1].last_error
-    assert (await desk.job("bad")).batches[0].batch_id == "batch_1"
+    assert (await operations.job("bad")).batches[0].batch_id == "batch_1"
     assert "is damaged" in (await world.steps.step(bad)).said
     assert "done" in (await world.steps.step(good)).said or world.openai.requests
 

@@ -716,10 +716,10 @@ async def test_what_is_exported_is_one_row(
     """A line end in a value is quoted on the way out."""
     put(world, f'id,title\n1,"{value.replace(chr(34), chr(34) * 2)}"\n')
     await world.run(await csv_job(world))
-    desk = tecko.Desk(world.store, world.vault, lambda: world.config)
+    operations = tecko.Operations(world.store, world.vault, lambda: world.config)
 
     async def rows() -> AsyncIterator[tecko.StoredRecord]:
-        for record in (await desk.data(None, 10))[0]:
+        for record in (await operations.data(None, 10))[0]:
             yield record
 
     await tecko.export(argparse.Namespace(csv=True), tecko.StoredRecord, rows())

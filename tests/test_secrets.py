@@ -260,7 +260,7 @@ async def reseal(store: tecko.Store, vault: tecko.Vault) -> int:
 async def rotate(store: tecko.Store, vault: tecko.Vault) -> None:
     """As `secret rotate` does it."""
     config = tecko.load_config(store.path.with_name("jobs.yaml"), {"DATABASE_URL": str(store.path)})
-    await tecko.Desk(store, vault, lambda: config).rotate()
+    await tecko.Operations(store, vault, lambda: config).rotate()
 
 
 VALUES = ["value-0", "value-1", "value-2"]
@@ -310,11 +310,13 @@ async def test_additions_and_rotations_at_once_lose_nothing(tmp_path: Path) -> N
     key_file(tmp_path, MASTER_KEY)
     config = tecko.load_config(tmp_path / "jobs.yaml", {"DATABASE_URL": "s.db"})
     async with tecko.Store(tmp_path / "s.db") as one, tecko.Store(tmp_path / "s.db") as two:
-        desks = [tecko.Desk(s, loaded(tmp_path), lambda: config) for s in (one, two)]
+        operations_of_each = [
+            tecko.Operations(s, loaded(tmp_path), lambda: config) for s in (one, two)
+        ]
         for n in range(3):
-            await desks[0].add_secret(body(f"first-{n}"))
-        work = [desk.rotate() for desk in desks for _ in range(4)]
-        work += [desks[n % 2].add_secret(body(f"more-{n}")) for n in range(8)]  # type: ignore[misc]
+            await operations_of_each[0].add_secret(body(f"first-{n}"))
+        work = [operations.rotate() for operations in operations_of_each for _ in range(4)]
+        work += [operations_of_each[n % 2].add_secret(body(f"more-{n}")) for n in range(8)]  # type: ignore[misc]
         await asyncio.gather(*work)
         assert await opened(one, loaded(tmp_path)) == ["a-value-of-tests"] * 11
     assert len((tmp_path / "teckochecker.key").read_text().split()) == 1

@@ -248,7 +248,7 @@ async def test_a_damaged_row_is_its_job_s_error(world: World) -> None:
         other.execute("UPDATE polling_jobs SET spec = '{}' WHERE id = ?", [broken])
     async with running(world) as service:
         await until(lambda: checks(world, "batch_fine") > 1)
-        said = (await service.desk.job(str(broken))).last_error
+        said = (await service.operations.job(str(broken))).last_error
         assert said is not None and "is damaged" in said
 
 

@@ -589,8 +589,8 @@ async def test_a_key_that_rests_is_shown_and_explained(world: World) -> None:
     assert paused.secret == "openai" and "503 about batch_4" in paused.reason
     assert paused.until > time.time()
     assert 'teckochecker_paused_keys{secret="openai"} 1.0' in metrics
-    desk = tecko.Desk(world.store, world.vault, lambda: world.config, world.clock)
-    assert "is not asked with openai for now" in " ".join(await desk.explain(str(ids[5])))
+    operations = tecko.Operations(world.store, world.vault, lambda: world.config, world.clock)
+    assert "is not asked with openai for now" in " ".join(await operations.explain(str(ids[5])))
 
 
 async def test_the_values_that_a_secret_had_are_forgotten(
@@ -687,9 +687,9 @@ async def test_a_job_with_auto(world: World) -> None:
         assert await world.store.overdue(now + later * stepped.wait, 0.0) == overdue
     oldest, count = await world.store.lateness(now + 1000, 0.0)
     assert (round(oldest), count) == (1000, 1)
-    desk = tecko.Desk(world.store, world.vault, lambda: world.config, world.clock)
-    assert (await desk.job(str(job_id))).poll_interval_seconds == "auto"
-    assert "as often as its progress asks for" in (await desk.explain(str(job_id)))[-1]
+    operations = tecko.Operations(world.store, world.vault, lambda: world.config, world.clock)
+    assert (await operations.job(str(job_id))).poll_interval_seconds == "auto"
+    assert "as often as its progress asks for" in (await operations.explain(str(job_id)))[-1]
 
 
 # ── Writes and counts ─────────────────────────────────────────────────────────────────────────

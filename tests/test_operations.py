@@ -1,4 +1,4 @@
-"""The desk and what stands around it: explain, schema, completion, the live list, audit, upkeep."""
+"""Operations and what stands around them: explain, schema, completion, audit, upkeep."""
 
 from __future__ import annotations
 
@@ -553,25 +553,25 @@ def test_bash_completes(scripts: dict[str, Path], line: str, replies: set[str]) 
     assert (set(done.stdout.split()), done.stderr) == (replies, "")
 
 
-# the desk
+# the operations
 
 
 @pytest.fixture
-def desk(world: World) -> tecko.Desk:
-    return tecko.Desk(world.store, world.vault, lambda: world.config, world.clock)
+def operations(world: World) -> tecko.Operations:
+    return tecko.Operations(world.store, world.vault, lambda: world.config, world.clock)
 
 
 async def logged(world: World, status: str) -> list[tecko.LogRow]:
     return [row for row in await world.store.logs(None, 1000) if row.status == status]
 
 
-async def test_jobs_come_in_pages(world: World, desk: tecko.Desk) -> None:
+async def test_jobs_come_in_pages(world: World, operations: tecko.Operations) -> None:
     """Every job is on one page, once; the total is of all, or of all of that status."""
     ids = [await world.job(f"job {n}", batch_ids=[f"batch_{n}"]) for n in range(7)]
-    await desk.step_job(str(ids[3]), "pause")
+    await operations.step_job(str(ids[3]), "pause")
     found, after = [], 0
     while True:
-        page = await desk.jobs(None, 3, after)
+        page = await operations.jobs(None, 3, after)
         found.append([(job.id, job.batches[0].batch_id) for job in page.jobs])
         assert page.total == 7
         if page.next_after is None:
@@ -593,7 +593,7 @@ async def test_jobs_come_in_pages(world: World, desk: tecko.Desk) -> None:
 )
 async def test_a_page_of_a_status(
     world: World,
-    desk: tecko.Desk,
+    operations: tecko.Operations,
     status: str | None,
     limit: int,
     ids: list[int],
@@ -603,8 +603,8 @@ async def test_a_page_of_a_status(
     """A full last page has no next one."""
     for n in range(4):
         await world.job(f"job {n}")
-    await desk.step_job("2", "pause")
-    page = await desk.jobs(status, limit, 0)
+    await operations.step_job("2", "pause")
+    page = await operations.jobs(status, limit, 0)
     assert ([job.id for job in page.jobs], page.total, page.next_after) == (ids, total, more)
 
 
@@ -626,14 +626,14 @@ CHANGES: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-async def test_update_job(world: World, desk: tecko.Desk, name: str) -> None:
+async def test_update_job(world: World, operations: tecko.Operations, name: str) -> None:
     """Each field of the flat form changes alone, is shown, and is in the log once."""
     for kind in ("openai", "keboola"):
         await world.secret(f"{kind}2", kind, "sk-second-value-0123")
     job_id = await world.job(poll_interval_seconds=60)
-    before = (await desk.job("job")).model_dump()
+    before = (await operations.job("job")).model_dump()
     given, shown = CHANGES[name]
-    after = (await desk.update_job("job", {name: given})).model_dump()
+    after = (await operations.update_job("job", {name: given})).model_dump()
     assert after[name] == shown != before[name]
     twin = name.removesuffix("_id") if "secret" in name else name
     follows = {"batch_ids": {"batch_id", "batches", "batch_count"}}
@@ -643,37 +643,58 @@ async def test_update_job(world: World, desk: tecko.Desk, name: str) -> None:
     assert [row.job_id for row in await logged(world, "updated")] == [job_id]
 
 
-REFUSALS: dict[str, tuple[int, Callable[[tecko.Desk], Any]]] = {
-    "show a secret": (1001, lambda desk: desk.secret("none")),
-    "show a secret by id": (1001, lambda desk: desk.secret("99")),
-    "delete a secret": (1001, lambda desk: desk.delete_secret("none")),
-    "replace a secret": (1001, lambda desk: desk.add_secret(body("none"), replace=True)),
-    "replace by another type": (1001, lambda desk: desk.add_secret(body("keboola"), replace=True)),
-    "create with no secret": (1001, lambda desk: desk.create_job(spec(openai_secret="none"))),
-    "create with a wrong one": (1004, lambda desk: desk.create_job(spec(openai_secret="keboola"))),
-    "update to no secret": (1001, lambda desk: desk.update_job("job", {"openai_secret_id": 99})),
-    "pause no job": (1002, lambda desk: desk.step_job("none", "pause")),
-    "resume no job": (1002, lambda desk: desk.step_job("99", "resume")),
-    "retry no job": (1002, lambda desk: desk.step_job("none", "retry")),
-    "show no job": (1002, lambda desk: desk.job("99")),
-    "explain no job": (1002, lambda desk: desk.explain("none")),
-    "update no job": (1002, lambda desk: desk.update_job("none", {"name": "x"})),
-    "delete no job": (1002, lambda desk: desk.delete_job("99")),
-    "a job twice": (1003, lambda desk: desk.create_job(spec())),
-    "a job's name twice": (1003, lambda desk: desk.update_job("job", {"name": "second"})),
-    "a secret twice": (1003, lambda desk: desk.add_secret(body("openai"))),
-    "delete a used secret": (1003, lambda desk: desk.delete_secret("openai")),
-    "resume an active job": (1003, lambda desk: desk.step_job("job", "resume")),
-    "retry an active job": (1003, lambda desk: desk.step_job("job", "retry")),
-    "update a file's job": (1003, lambda desk: desk.update_job("of the file", {"name": "x"})),
-    "delete a file's job": (1003, lambda desk: desk.delete_job("of the file")),
-    "no batches": (1004, lambda desk: desk.update_job("job", {"batch_ids": []})),
-    "no stack": (1004, lambda desk: desk.update_job("job", {"keboola_stack_url": "x"})),
+REFUSALS: dict[str, tuple[int, Callable[[tecko.Operations], Any]]] = {
+    "show a secret": (1001, lambda operations: operations.secret("none")),
+    "show a secret by id": (1001, lambda operations: operations.secret("99")),
+    "delete a secret": (1001, lambda operations: operations.delete_secret("none")),
+    "replace a secret": (
+        1001,
+        lambda operations: operations.add_secret(body("none"), replace=True),
+    ),
+    "replace by another type": (
+        1001,
+        lambda operations: operations.add_secret(body("keboola"), replace=True),
+    ),
+    "create with no secret": (
+        1001,
+        lambda operations: operations.create_job(spec(openai_secret="none")),
+    ),
+    "create with a wrong one": (
+        1004,
+        lambda operations: operations.create_job(spec(openai_secret="keboola")),
+    ),
+    "update to no secret": (
+        1001,
+        lambda operations: operations.update_job("job", {"openai_secret_id": 99}),
+    ),
+    "pause no job": (1002, lambda operations: operations.step_job("none", "pause")),
+    "resume no job": (1002, lambda operations: operations.step_job("99", "resume")),
+    "retry no job": (1002, lambda operations: operations.step_job("none", "retry")),
+    "show no job": (1002, lambda operations: operations.job("99")),
+    "explain no job": (1002, lambda operations: operations.explain("none")),
+    "update no job": (1002, lambda operations: operations.update_job("none", {"name": "x"})),
+    "delete no job": (1002, lambda operations: operations.delete_job("99")),
+    "a job twice": (1003, lambda operations: operations.create_job(spec())),
+    "a job's name twice": (
+        1003,
+        lambda operations: operations.update_job("job", {"name": "second"}),
+    ),
+    "a secret twice": (1003, lambda operations: operations.add_secret(body("openai"))),
+    "delete a used secret": (1003, lambda operations: operations.delete_secret("openai")),
+    "resume an active job": (1003, lambda operations: operations.step_job("job", "resume")),
+    "retry an active job": (1003, lambda operations: operations.step_job("job", "retry")),
+    "update a file's job": (
+        1003,
+        lambda operations: operations.update_job("of the file", {"name": "x"}),
+    ),
+    "delete a file's job": (1003, lambda operations: operations.delete_job("of the file")),
+    "no batches": (1004, lambda operations: operations.update_job("job", {"batch_ids": []})),
+    "no stack": (1004, lambda operations: operations.update_job("job", {"keboola_stack_url": "x"})),
     "an interval too short": (
         1004,
-        lambda desk: desk.update_job("job", {"poll_interval_seconds": 0}),
+        lambda operations: operations.update_job("job", {"poll_interval_seconds": 0}),
     ),
-    "an unknown field": (1004, lambda desk: desk.update_job("job", {"interval": 60})),
+    "an unknown field": (1004, lambda operations: operations.update_job("job", {"interval": 60})),
 }
 
 
@@ -683,7 +704,7 @@ def body(name: str) -> tecko.SecretBody:
 
 @pytest.mark.parametrize(("code", "ask"), REFUSALS.values(), ids=REFUSALS)
 async def test_what_the_desk_refuses(
-    world: World, desk: tecko.Desk, code: int, ask: Callable[[tecko.Desk], Any]
+    world: World, operations: tecko.Operations, code: int, ask: Callable[[tecko.Operations], Any]
 ) -> None:
     """A refusal has its code, one that says what, and changes nothing."""
     for name in ("job", "second"):
@@ -691,7 +712,7 @@ async def test_what_the_desk_refuses(
     await world.store.sync_file_jobs([spec(name="of the file")], world.clock())
     before = dump(world.store.place)
     with pytest.raises(tecko.TeckoError) as refused:
-        await ask(desk)
+        await ask(operations)
     assert refused.value.code == code and str(refused.value)
     assert dump(world.store.place) == before
 
@@ -699,11 +720,13 @@ async def test_what_the_desk_refuses(
 # audit
 
 
-async def test_the_first_use_of_a_secret_is_in_the_log_once(world: World, desk: tecko.Desk) -> None:
+async def test_the_first_use_of_a_secret_is_in_the_log_once(
+    world: World, operations: tecko.Operations
+) -> None:
     """Two jobs and several checks: one row, and the time of the first."""
     world.openai.batch("batch_1", "in_progress")
     jobs = [await world.job("one"), await world.job("two")]
-    assert (await desk.secret("openai")).first_used_at is None
+    assert (await operations.secret("openai")).first_used_at is None
     first, stale = world.clock(), await world.store.secret("openai")
     assert stale is not None
     for job_id in jobs * 2:
@@ -712,8 +735,8 @@ async def test_the_first_use_of_a_secret_is_in_the_log_once(world: World, desk: 
     await world.store.note_use(stale, world.clock())  # as another process with an older row does
     [row] = await logged(world, "used")
     assert "'openai'" in row.message and row.created_at == first and row.actor is None
-    assert (await desk.secret("openai")).first_used_at == first
-    assert (await desk.secret("keboola")).first_used_at is None
+    assert (await operations.secret("openai")).first_used_at == first
+    assert (await operations.secret("keboola")).first_used_at is None
 
 
 @pytest.fixture
@@ -728,12 +751,12 @@ async def keyed(
 
 
 async def test_rotate(keyed: World) -> None:
-    """Another key seals what the desk stored, which still opens; the log has one row of it."""
-    desk = tecko.Desk(keyed.store, keyed.vault, lambda: keyed.config, keyed.clock)
-    await desk.add_secret(body("a"))
-    await desk.add_secret(body("b"))
+    """Another key seals what was stored, which still opens; the log has one row of it."""
+    operations = tecko.Operations(keyed.store, keyed.vault, lambda: keyed.config, keyed.clock)
+    await operations.add_secret(body("a"))
+    await operations.add_secret(body("b"))
     before = await keyed.store.secrets()
-    assert await desk.rotate() == 2
+    assert await operations.rotate() == 2
     after = await keyed.store.secrets()
     assert {row.key_id for row in before}.isdisjoint({row.key_id for row in after})
     assert {keyed.vault.open(row).reveal() for row in after} == {body("a").value}
@@ -741,11 +764,11 @@ async def test_rotate(keyed: World) -> None:
     assert "2" in row.message
 
 
-async def test_rotate_needs_a_key_file(world: World, desk: tecko.Desk) -> None:
+async def test_rotate_needs_a_key_file(world: World, operations: tecko.Operations) -> None:
     """A key in the environment is not this program's to change; nothing is sealed anew."""
     before = await world.store.secrets()
     with pytest.raises(tecko.SecretError) as refused:
-        await desk.rotate()
+        await operations.rotate()
     assert refused.value.code == 3002 and "SECRET_KEY=NEW,OLD" in refused.value.hint
     assert await world.store.secrets() == before
 
