@@ -8441,7 +8441,7 @@ class Service:
         self._seen_version = -1  # of the store
         self._stale = True  # the timers may differ from the store
         self._ticked, self._lag = time.monotonic(), 0.0
-        self._draining = False
+        self._draining = self._woken = False
         steps.on_finished = self._hasten
 
     @property
@@ -8654,6 +8654,15 @@ class Service:
         """Give a job another due time; its timer goes on from there."""
         if timer.plan is not None and self._scheduler.running:
             self._scheduler.move(timer.timer, on_grid(at))
+            if not self._woken:
+                self._woken = True
+                asyncio.get_running_loop().call_soon(self._wake)
+
+    def _wake(self) -> None:
+        """Let the scheduler look at its due times, once for all that were moved in this turn of
+        the event loop: each look at them costs more than a move."""
+        self._woken = False
+        if self._scheduler.running:
             self._scheduler.wakeup()
 
     def _hasten(self, job_ids: Collection[int]) -> None:

@@ -161,12 +161,11 @@ class Brittle:
             setattr(self._part, name, value)
 
 
-AWAITED = {  # all that the service and its steps await, by part
-    "store": "flush data_version schedule due job_with_batches record_check secret prune log_event"
-    " note_failure open_triggers move_trigger",
-    "openai": "look retrieve shown",
-    "keboola": "queue create_job",
-    "steps": "sort_out glance step",
+AWAITED = {  # what the service and its steps ask on the way from a batch to its trigger, by part
+    "store": "flush data_version schedule due record_check secret prune open_triggers move_trigger",
+    "openai": "known_as listing may_list retrieve",
+    "keboola": "prepare send",
+    "steps": "by_key check step",
 }
 UNEXPECTED = [
     *((part, m, KeyError("odd")) for part, all_ in AWAITED.items() for m in all_.split()),
@@ -201,6 +200,7 @@ async def test_the_unexpected_costs_a_step(
             world.openai.batch(f"batch_{n}", "completed")
         await until(lambda: len(world.keboola.created) == 2, 20)
         await until(lambda: not any(timer.busy for timer in service._timers.values()))
+        assert brittle.left < 2, "it was never asked"
     finally:
         await service.drain()
 
