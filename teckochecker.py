@@ -2637,8 +2637,8 @@ def all_problems(
 # ── Schema ────────────────────────────────────────────────────────────────────────────────────
 
 # For both engines: SQLite takes any name of a type. {id} becomes each engine's own words for a
-# number that is never given twice. Times are unix seconds, UTC.
-SCHEMA_VERSION = 1
+# number that is never given twice. Times are unix seconds, UTC. A new database is made as the first
+# version was, and brought up to date by the same steps as an old one: there is no second way.
 RAW_TABLE = """
 CREATE TABLE raw_data_{kind} (
     id {id},
@@ -2801,8 +2801,9 @@ CREATE TABLE etl_reject (
 );
 CREATE INDEX rejects_by_age ON etl_reject (created_at, id);
 CREATE INDEX rejects_of_a_source ON etl_reject (source, id);
-INSERT INTO schema_version VALUES ({SCHEMA_VERSION}, 0);
+INSERT INTO schema_version VALUES (1, 0);
 """
+MIGRATIONS: Sequence[str] = ()  # what makes version 2 out of version 1, 3 out of 2, and so on
 ACTIVE = "j.status = 'active' AND j.removed_at IS NULL"
 OPEN_TRIGGER = "finished_at IS NULL AND state <> 'held'"
 
@@ -3337,17 +3338,16 @@ class Database:
         await self._told(self._engine().upsert(table, columns, rows, conflict))
 
     async def _check_schema(self) -> None:
-        version = await self._schema_version()
-        if version > SCHEMA_VERSION:
+        version, newest = await self._schema_version(), 1 + len(MIGRATIONS)
+        if version > newest:
             raise StoreError(
                 f"{self.place} was written by a newer TeckoChecker (schema {version})",
                 hint="run that version, or restore a backup made before it",
             )
-        if version == 0 and self.read_only:
-            raise StoreError(
-                f"{self.place} is no database of TeckoChecker", hint="`init` makes one"
-            )
-        if version == 0:
+        if version < newest and self.read_only:
+            what = "was written by an older TeckoChecker" if version else "is no database of ours"
+            raise StoreError(f"{self.place} {what}", hint="`init` brings it up to date")
+        if version < newest:
             await self._make_schema()
 
     async def _schema_version(self) -> int:
@@ -3358,11 +3358,12 @@ class Database:
 
     @transactional
     async def _make_schema(self) -> None:
-        if await self._schema_version():  # another process was first
-            return
-        for statement in SCHEMA.split(";\n"):
-            if statement.strip():
-                await self._sql(statement.replace("{id}", self._engine().id))
+        version = await self._schema_version()  # another process may have been first
+        for script in (SCHEMA, *MIGRATIONS)[version:]:
+            for statement in script.split(";\n"):
+                if statement.strip():
+                    await self._sql(statement.replace("{id}", self._engine().id))
+        await self._sql(f"UPDATE schema_version SET version = {1 + len(MIGRATIONS)}")
 
     async def data_version(self) -> int:
         """Changes whenever another process has committed something. While a transaction of our own

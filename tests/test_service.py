@@ -163,7 +163,7 @@ class Brittle:
 
 AWAITED = {  # what the service and its steps ask on the way from a batch to its trigger, by part
     "store": "flush data_version schedule due record_check secret prune open_triggers move_trigger",
-    "openai": "known_as listing may_list retrieve",
+    "openai": "known_as listing retrieve",
     "keboola": "prepare send",
     "steps": "by_key check step",
 }
@@ -189,9 +189,10 @@ async def test_the_unexpected_costs_a_step(
     else:
         brittle = Brittle(getattr(steps, part), method, error)
         setattr(steps, part, brittle)
+        steps._actions = {"keboola": steps.keboola}
     service = tecko.Service(cast(Any, brittle if part == "steps" else steps), lambda: world.config)
     service.store = cast(Any, brittle if part == "store" else world.store)
-    world.steps.clock = time.time
+    steps.clock, steps._steady = time.time, time.monotonic
     quick = world.config.settings.model_copy(update={"trigger_settle_seconds": 1})
     world.config = steps.config = replace(world.config, settings=quick)
     await started(service)
@@ -200,7 +201,7 @@ async def test_the_unexpected_costs_a_step(
             world.openai.batch(f"batch_{n}", "completed")
         await until(lambda: len(world.keboola.created) == 2, 20)
         await until(lambda: not any(timer.busy for timer in service._timers.values()))
-        assert brittle.left < 2, "it was never asked"
+        await until(lambda: brittle.left < 2)  # it was asked
     finally:
         await service.drain()
 
