@@ -85,7 +85,7 @@ import html
 import http.client
 import http.cookiejar
 import http.server
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -128,7 +128,7 @@ from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache, partial, wraps
 from http import HTTPStatus
 from operator import attrgetter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import (
     IO,
@@ -193,6 +193,7 @@ if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK 
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
     from apscheduler.triggers.interval import IntervalTrigger
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from obstore.store import S3Store
     from psycopg import AsyncConnection
 
 P = ParamSpec("P")
@@ -596,6 +597,16 @@ def clean_path(value: str) -> str:
     return clean_url(value) if "://" in value else value
 
 
+def clean_source(value: str) -> str:
+    if not value.startswith("s3://"):
+        return clean_path(value)
+    if "**" in value or not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/[^\x00-\x1f]+", value):
+        raise ValueError("allowed: s3://bucket/key, with * and ? that stop at a slash")
+    if importlib.util.find_spec("obstore") is None:
+        raise ValueError("allowed: s3:// once there is obstore: python -m pip install obstore")
+    return value
+
+
 def safe_for_secret(url: str) -> str:
     """A secret is not sent where others listen in."""
     if url.lower().startswith("http://") and urlsplit(url).hostname not in LOOPBACK:
@@ -916,9 +927,13 @@ class CsvSource(Source):
         return self.path
 
     type: Literal["csv"] = Field(description="csv or api")
-    path: Annotated[Location, AfterValidator(clean_path)] = Field(
-        description="a path or glob, relative to jobs.yaml, or an https:// URL"
+    path: Annotated[Location, AfterValidator(clean_source)] = Field(
+        description="a path or glob, relative to jobs.yaml, or an https:// or s3:// URL"
     )
+    endpoint: Annotated[Location, AfterValidator(clean_url)] | None = Field(
+        None, description="of s3://, the URL of MinIO or another server; default: Amazon's"
+    )
+    region: Label | None = Field(None, description="of s3://; default us-east-1")
     delimiter: Annotated[str, AfterValidator(one_character)] | None = Field(
         None, description="one character, or tab; default: the one that parts the header best"
     )
@@ -942,6 +957,10 @@ class CsvSource(Source):
     @property
     def remote(self) -> bool:
         return self.path.startswith(("https://", "http://"))
+
+    @property
+    def in_s3(self) -> bool:
+        return self.path.startswith("s3://")
 
 
 class ApiSource(Source):
@@ -4912,9 +4931,14 @@ def reason_in(data: Any) -> str:
     return f"{said} (exceptionId {short(number, REASON)})" if number else said
 
 
+MESSAGE_IN_XML = re.compile("<Message>(.*?)</Message>", re.DOTALL)  # of S3
+
+
 def page_in(answer: httpx2.Response, error: type[UpstreamError]) -> str:
     """The beginning of a body that is no JSON; a web page is called one."""
-    said = short(answer.content[: 4 * CUT].decode(errors="replace"), REASON)
+    text = answer.content[: 4 * CUT].decode(errors="replace")
+    xml = MESSAGE_IN_XML.search(text)
+    said = short(xml[1] if xml else text, REASON)
     html = "html" in answer.headers.get("content-type", "") or said.startswith("<")
     return f"a web page; is {SET_BY.get(error, 'the address')} right?" if html else said
 
@@ -5472,6 +5496,60 @@ def shown_url(url: str) -> str:
     return url.partition("?")[0]
 
 
+class S3Object(NamedTuple):
+    """An object, with the URL under which it can be fetched, and what tells that it has changed."""
+
+    name: str  # s3://bucket/key
+    url: str
+    tag: str
+
+
+SIGNED_FOR = timedelta(hours=12)  # a run that takes longer fails, and the next one goes on
+
+
+def s3_store(source: CsvSource, secret: SecretValue | None) -> S3Store:
+    """The bucket of a source. A secret signs and is never sent, so that an endpoint may be one of
+    http; with it, the environment's keys do not count."""
+    from obstore.store import S3Store
+
+    key_id, colon, key = secret.reveal().partition(":") if secret else ("", ":", "")
+    if not colon:
+        raise SecretError(f"secret {source.secret!r} is not ACCESS_KEY_ID:SECRET_ACCESS_KEY")
+    keys = {"access_key_id": key_id, "secret_access_key": key, "expires_at": None}
+    said = {"aws_region": source.region, "aws_endpoint_url_s3": source.endpoint}
+    return S3Store(
+        urlsplit(source.path).netloc,
+        config=cast(Any, {name: text for name, text in said.items() if text}),
+        client_options={"allow_http": True},
+        retry_config={"max_retries": 3},
+        credential_provider=cast(Any, lambda: keys) if secret else None,
+    )
+
+
+async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[S3Object]:
+    """What an s3:// path means; asked for once for a thousand objects. Raises SourceError."""
+    import obstore.exceptions
+
+    _, root, wanted = re.split("(s3://[^/]+/)", source.path, maxsplit=1)
+    folder = re.split(r"[*?[]", wanted)[0].rpartition("/")[0]
+    try:
+        store = s3_store(source, secret)
+        every = [each async for page in store.list(prefix=folder) for each in page]
+        found = [e for e in every if PurePosixPath("/", e["path"]).match(f"/{wanted}")]
+        urls = await obstore.sign_async(store, "GET", [e["path"] for e in found], SIGNED_FOR)
+    except (obstore.exceptions.BaseError, OSError) as e:  # which says pages
+        said = str(e)
+        why = MESSAGE_IN_XML.search(said) or re.search('message: "(.*?)"', said)
+        text = f"{source.path}: {short(why[1] if why else said.partition(chr(10))[0])}"
+        status = re.search(r"status code: (\d+)", said)
+        raise SourceError(text, status=int(status[1]) if status else None) from None
+    if not found:
+        raise SourceError(f"there is no object {source.path}", status=404)
+    tags = [f"{e['e_tag'] or e['last_modified']} {e['size']}" for e in found]
+    names = [root + e["path"] for e in found]
+    return [*map(S3Object, names, urls, tags)]
+
+
 class Web:
     """Sources of ingests over HTTP. A secret goes to the origin that it was given for and to no
     other; requests to one host keep the rate that their job allows, whichever job they are for."""
@@ -5495,6 +5573,8 @@ class Web:
         known = {"If-None-Match": state.get("etag"), "If-Modified-Since": state.get("modified")}
         asked = {name: value for name, value in known.items() if value}
         self._client = self._client or make_client(SourceError, IN_FLIGHT)
+        if isinstance(source, CsvSource) and source.in_s3:
+            secret = None  # which has signed the URL
         await self._turn(origin_of(url), source.max_requests_per_minute)
         patience = float(source.timeout or SOURCE_DEADLINE)
         return await ask(
@@ -5947,10 +6027,11 @@ def identity_of(stat: os.stat_result, now: float) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def is_unchanged(path: Path, state: Mapping[str, Any], now: float) -> bool:
+def is_unchanged(file: Path | S3Object, state: Mapping[str, Any], now: float) -> bool:
     """Whether a file is surely the one that was read to its end."""
     known = state.get("identity") if state.get("done") else None
-    return known is not None and known == identity_of(path.stat(), now)
+    is_now = file.tag if isinstance(file, S3Object) else identity_of(file.stat(), now)
+    return known is not None and known == is_now
 
 
 def quote_error(error: csv.Error) -> str:
@@ -6240,6 +6321,7 @@ class Means(NamedTuple):
     Fetched, one after the other, from where `states` say that its parts were left."""
 
     fetch: Callable[..., Awaitable[httpx2.Response]]  # asks a URL
+    objects: Callable[[], Awaitable[list[S3Object]]]  # those of an s3:// path
     work: Callable[..., Awaitable[Any]]  # calls something in a thread, when that is our turn
     note: Callable[[str], None]
     clock: Callable[[], float]
@@ -6263,11 +6345,12 @@ class Files:
         """From where `states` say that parts were left. Raises SourceError, for a file that cannot
         be read once the others are."""
         if self.source.remote:
-            part = shown_url(self.source.path)
-            async for fetched in self._download(part, states.get(part, {})):
+            url, part = self.source.path, shown_url(self.source.path)
+            async for fetched in self._download(url, part, states.get(part, {})):
                 yield fetched
             return
-        files, failures = await self.means.work(self._find), list[str]()
+        find = self._find_objects() if self.source.in_s3 else self.means.work(self._find)
+        files, failures = sorted(await find, key=lambda file: natural(file[1])), list[str]()
         self.parts = {part for _, part in files}
         gone = states.keys() - {part for _, part in files}
         if gone or (len(files) > 1 and await self.means.work(self._rewritten, files, states)):
@@ -6286,6 +6369,9 @@ class Files:
         if failures:
             raise SourceError(short("; ".join(failures)), status=400)
 
+    async def _find_objects(self) -> list[tuple[S3Object, str]]:
+        return [(each, each.name) for each in await self.means.objects()]
+
     def _find(self) -> list[tuple[Path, str]]:
         """The files to read, each with its name in the checkpoint."""
         exact, path = self.base / self.source.path, self.source.path
@@ -6299,16 +6385,20 @@ class Files:
             raise SourceError(f"there is no file {path}", status=404)
         names = (os.fsencode(os.path.relpath(file, self.base)) for file in files)
         parts = [name.decode(errors="backslashreplace") for name in names]
-        return sorted(zip(files, parts, strict=True), key=lambda file: natural(file[1]))
+        return list(zip(files, parts, strict=True))
 
     def _rewritten(
-        self, files: Sequence[tuple[Path, str]], states: Mapping[str, Mapping[str, Any]]
+        self, files: Sequence[tuple[Path | S3Object, str]], states: Mapping[str, Mapping[str, Any]]
     ) -> bool:
-        """Whether one of the files did not only grow."""
+        """Whether one of the files did not only grow; of an object, whether it is another one."""
         now = self.means.clock()
         for path, part in files:
             with contextlib.suppress(SourceError), readable(part):
                 if part in states and not is_unchanged(path, states[part], now):
+                    if isinstance(path, S3Object):
+                        if states[part].get("done"):
+                            return True
+                        continue
                     with path.open("rb") as file:
                         csv_file = CsvFile(file, part, self.source, growing=False)
                         if not csv_file.resume(states[part]):
@@ -6316,11 +6406,16 @@ class Files:
         return False
 
     async def _read_file(
-        self, path: Path, part: str, state: Mapping[str, Any]
+        self, path: Path | S3Object, part: str, state: Mapping[str, Any]
     ) -> AsyncGenerator[Fetched]:
         now = self.means.clock()
         with readable(part):
             if await self.means.work(is_unchanged, path, state, now):
+                return
+            if isinstance(path, S3Object):
+                tagged = {"identity": path.tag}
+                async for fetched in self._download(path.url, part, state, tagged):
+                    yield fetched
                 return
             with path.open("rb") as file:
                 identity = identity_of(os.fstat(file.fileno()), now)
@@ -6328,19 +6423,21 @@ class Files:
                 async for fetched in self._read(file, part, state, told):
                     yield fetched
 
-    async def _download(self, part: str, state: Mapping[str, Any]) -> AsyncGenerator[Fetched]:
+    async def _download(
+        self, url: str, part: str, state: Mapping[str, Any], told: Mapping[str, Any] | None = None
+    ) -> AsyncGenerator[Fetched]:
         """A file behind a URL is fetched whole before it is read: a server that breaks off then
         costs nothing but a retry. It has no name, so that no crash leaves it behind."""
         for left in self.means.folder.glob(".download-*"):  # by an older version, which named them
             left.unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=self.means.folder) as sink:
             limit = min(4 << 30, shutil.disk_usage(self.means.folder).free // 2)
-            got = await self.means.fetch(self.source.path, state=state, sink=sink, limit=limit)
+            got = await self.means.fetch(url, state=state, sink=sink, limit=limit)
             if got.status_code == 304:
                 return
             sink.seek(0)
             with readable(part):
-                async for fetched in self._read(sink, part, state, validators_of(got)):
+                async for fetched in self._read(sink, part, state, told or validators_of(got)):
                     yield fetched
 
     async def _read(
@@ -7258,8 +7355,7 @@ class Steps:
         self, source: Source, url: str, *, sink: IO[bytes] | None = None, **request: Any
     ) -> httpx2.Response:
         """Ask a source, and again after what passes by itself. Raises SourceError."""
-        settings = self.config.settings
-        secret = None if source.secret is None else await self._secret(str(source.secret))
+        settings, secret = self.config.settings, await self.secret_of(source)
         for attempt in itertools.count(1):
             try:
                 return await self.web.get(source, url, secret, sink=sink, **request)
@@ -7275,6 +7371,12 @@ class Steps:
                     sink.seek(0)
                     sink.truncate()
         raise AssertionError("counting ended")
+
+    async def secret_of(self, source: Source) -> SecretValue | None:
+        return None if source.secret is None else await self._secret(str(source.secret))
+
+    async def objects(self, source: Source) -> list[S3Object]:
+        return await s3_objects(cast(CsvSource, source), await self.secret_of(source))
 
 
 # ── Ingesting ─────────────────────────────────────────────────────────────────────────────────
@@ -7329,8 +7431,8 @@ class Ingesting:
         self._moved = False  # an id came twice with other values
         self._latest: tuple[str, float] | None = None
         folder = steps.config.settings.database.parent
-        fetch, work = partial(steps.fetch, self.source), steps.busy
-        means = Means(fetch, work, self.note, steps.clock, self.counts, checkpoint, folder)
+        asks = partial(steps.fetch, self.source), partial(steps.objects, self.source)
+        means = Means(*asks, steps.busy, self.note, steps.clock, self.counts, checkpoint, folder)
         self.reader = self._reader(means)
 
     def _reader(self, means: Means) -> Files | Pages:
@@ -7479,7 +7581,7 @@ class Doctor:
     def _checks(self, spec: Spec) -> Iterator[Check]:
         if isinstance(spec, IngestSpec):
             source = spec.ingest
-            remote = isinstance(source, ApiSource) or source.remote
+            remote = isinstance(source, ApiSource) or source.remote or source.in_s3
             path = str(self._steps.config.base / source.place)
             files = partial(asyncio.to_thread, readable_files, path)
             ask = partial(self._url, source) if remote else files
@@ -7510,7 +7612,9 @@ class Doctor:
         return ", ".join(f"{name}: {short(picker(at)(record))}" for name, at in shown.items())
 
     async def _url(self, source: CsvSource | ApiSource) -> str:
-        secret = await self._steps._secret(str(source.secret)) if source.secret else None
+        secret = await self._steps.secret_of(source)
+        if isinstance(source, CsvSource) and source.in_s3:
+            return f"{len(await s3_objects(source, secret))} objects"
         with tempfile.TemporaryFile() as sink:
             try:
                 async with asyncio.timeout(CALL_DEADLINE):
@@ -7971,8 +8075,11 @@ class Operations:
         others: whoever may call must not read this machine's files through /data."""
         if not isinstance(source, CsvSource) or source.remote:
             return
+        if source.in_s3 and source.secret is None:
+            needed = "a secret of type api (in jobs.yaml also the environment's keys)"
+            raise Invalid([Problem("ingest.secret", MISSING, needed)])
         base = self.config().base
-        if not may_be_read(base / source.path, self.config()):
+        if not source.in_s3 and not may_be_read(base / source.path, self.config()):
             allowed = f"beneath {base.name}, ending in {', '.join(DATA_FILES)}"
             text = f"found {cut(source.path)}; allowed: {allowed} (in jobs.yaml: any)"
             raise Invalid([Problem("ingest.path", text)])

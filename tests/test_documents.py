@@ -190,7 +190,7 @@ def test_the_parser_takes_every_command_line_of_the_readme() -> None:
 # ── Requirements ──────────────────────────────────────────────────────────────────────────────
 
 
-OPTIONAL = {"psycopg"}  # imported where DATABASE_URL asks for PostgreSQL
+OPTIONAL = {"psycopg", "obstore"}  # for PostgreSQL, for s3:// paths; imported where used
 
 
 def required() -> set[str]:
