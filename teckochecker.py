@@ -1288,7 +1288,7 @@ class BatchSeen:
     reference: https://platform.openai.com/docs/api-reference/batch/object)."""
 
     batch_id: str
-    status: str
+    status: Annotated[str, PlainSerializer(lambda said: said or "in_progress", return_type=str)]
     created_at: At | None = None
     expires_at: At | None = None
     output_file_id: str | None = None
@@ -1731,6 +1731,24 @@ def request_body(spec: JobSpec, outcome_of_batches: Mapping[str, str]) -> str:
         "variableValuesData": {"values": [{"name": k, "value": v} for k, v in values.items()]},
     }
     return json.dumps(body)
+
+
+def new_trigger(job: Job, batches: Sequence[Batch], partial: bool, now: float) -> Trigger:
+    """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
+    trigger_id = uuid.uuid4().hex
+    target = job.watches.trigger
+    return Trigger(
+        id=trigger_id,
+        job_id=job.id,
+        round=job.round,
+        state="pending",
+        stack_url=target.stack_url,
+        secret=str(target.secret),
+        body=trigger_body(job.watches, batches, trigger_id),
+        partial=partial,
+        on_ambiguous=target.on_ambiguous,
+        created_at=now,
+    )
 
 
 def is_open(trigger: Trigger) -> bool:
@@ -2586,6 +2604,9 @@ def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
     raise SecretError(f"secret {name!r}: {why}")
 
 
+SECRET_KINDS = {"openai": "OpenAI", "keboola": "Keboola", "api": "API"}
+
+
 def secret_faults(
     job: Mapping[str, Any], stored: Mapping[str | int, str], config: Config
 ) -> list[Fault]:
@@ -2596,7 +2617,9 @@ def secret_faults(
     for place, kind, name in secrets_of(job):
         ref = config.secrets.get(str(name)) if name not in stored else None
         found = ref.type if ref else stored.get(name)
-        if found is None:
+        if found is None and isinstance(name, int):
+            said.append(Fault(place, f"{SECRET_KINDS[kind]} secret with ID {name} not found"))
+        elif found is None:
             names = sorted(
                 {*config.secrets, *(known for known in stored if isinstance(known, str))}
             )
@@ -3748,7 +3771,7 @@ class Secrets(Records):
     ) -> int:
         if await self._sql("SELECT 1 FROM secrets WHERE name = :name", {"name": name}):
             raise Conflict(
-                f"there is a secret {name!r} already",
+                f"Secret with name {name!r} already exists",
                 hint="delete it first, or choose another name",
             )
         value, key_id = seal()
@@ -3805,7 +3828,8 @@ class Secrets(Records):
         )
         if users:
             names = ", ".join(repr(row[0]) for row in users[:5])
-            raise Conflict(f"secret {name!r} is in use by {names}", hint="delete those jobs first")
+            said = f"Cannot delete secret {name!r}: it is referenced by active jobs: {names}"
+            raise Conflict(said, hint="delete those jobs first")
         if not await self._sql(
             "DELETE FROM secrets WHERE name = :name RETURNING id", {"name": name}
         ):
@@ -4447,8 +4471,7 @@ class Checks(Jobs):
             if old.status != new.status:
                 await self._log(job.id, "checking", describe_progress(new), now)
         if (trigger := check.trigger) is not None:
-            aim = aim_of(trigger.stack_url, trigger.body)
-            await self._insert("triggers", asdict(trigger) | {"aim": aim})
+            await self.add_trigger(trigger)
             done = f"{len(check.batches)} of {len(check.batches)} batches done"
             said = f"{done}: starting the Keboola job (trigger {trigger.id})"
             await self._log(job.id, "triggered", said, now)
@@ -4491,6 +4514,22 @@ class Checks(Jobs):
             },
         )
         return bool(rows)
+
+    @transactional
+    async def add_trigger(self, trigger: Trigger) -> None:
+        aim = aim_of(trigger.stack_url, trigger.body)
+        await self._insert("triggers", asdict(trigger) | {"aim": aim})
+
+    @transactional
+    async def take_over(
+        self, job: Job, batches: Sequence[Batch], logs: Sequence[Values], **columns: Any
+    ) -> None:
+        """Give a new job what it, its batches and its log were in another program."""
+        await self._set_job(job, **columns)
+        for batch in batches:
+            await self._save_batch(job.id, batch)
+        for row in logs:
+            await self._insert("polling_logs", {"job_id": job.id, **row})
 
     async def _save_batch(self, job_id: int, batch: Batch) -> None:
         where = "job_id = :job_id AND batch_id = :batch_id"
@@ -7105,7 +7144,8 @@ class Steps:
         """What follows from how the batches are now."""
         now, settings, spec = self.clock(), self.config.settings, row.watches
         verdict = decide(spec.watch, batches, now)
-        trigger = self._intent(row, batches, verdict, now) if verdict.event == "fire" else None
+        fires = verdict.event == "fire"
+        trigger = new_trigger(row, batches, verdict.partial, now) if fires else None
         pace = self._pace(not row.interval, batches, now)
         interval, in_row = pace or self.usual(row), row.errors_in_row + 1
         waits = [wait_after_error(e, in_row, interval, settings, self.luck()) for e in errors]
@@ -7129,23 +7169,6 @@ class Steps:
         done = sum(outcome(b) is not None for b in check.batches)
         text = check.error or f"{done} of {len(check.batches)} batches done"
         return StepResult(None if event else check.wait, text, errors[0] if errors else None)
-
-    def _intent(self, job: Job, batches: Sequence[Batch], verdict: Verdict, now: float) -> Trigger:
-        """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
-        trigger_id = uuid.uuid4().hex
-        target = job.watches.trigger
-        return Trigger(
-            id=trigger_id,
-            job_id=job.id,
-            round=job.round,
-            state="pending",
-            stack_url=target.stack_url,
-            secret=str(target.secret),
-            body=trigger_body(job.watches, batches, trigger_id),
-            partial=verdict.partial,
-            on_ambiguous=target.on_ambiguous,
-            created_at=now,
-        )
 
     # triggering
 
@@ -8105,7 +8128,7 @@ class Operations:
     def _check_secrets(self, job: Mapping[str, Any], stored: Mapping[str | int, str]) -> None:
         if faults := secret_faults(job, stored, self.config()):
             refused = invalid(faults)
-            if "there is no secret" not in str(refused):
+            if not re.search("there is no secret|secret with ID", str(refused)):
                 raise refused
             raise NotFound("; ".join(f.found for f in faults), code=1001)
 
@@ -8164,6 +8187,124 @@ class Operations:
         trigger = next((t for t in triggers if t.round == job.round), None)
         runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
         return explain(job, batches, trigger, runs, totals["records"], now)
+
+
+# ── Import ────────────────────────────────────────────────────────────────────────────────────
+
+# What the original program has in its SQLite file comes over in one transaction: each secret and
+# each job whole or not at all, by its name; what is here already stays as it is. A job that has
+# fired there gets a trigger that has ended, so that its batches start no second Keboola job; one
+# that goes on is checked afresh. Not promised: that both programs may run side by side, for the
+# original writes nothing down before it fires.
+
+Ask = Callable[..., list[dict[str, Any]]]
+JOBS_THERE = (
+    "SELECT *, coalesce(strftime('%s', created_at), 0) + 0.0 AS made,"
+    " coalesce(strftime('%s', coalesce(completed_at, last_check_at, created_at)), 0) + 0.0 AS ended"
+    " FROM polling_jobs ORDER BY id"
+)
+LOGS_THERE = (
+    "SELECT status, coalesce(message, '') AS message, 'the original' AS actor,"
+    " coalesce(strftime('%s', created_at), 0) + 0.0 AS created_at"
+    " FROM polling_logs WHERE job_id = ? ORDER BY id"
+)
+
+
+@contextlib.contextmanager
+def original(file: Path) -> Iterator[Ask]:
+    """What answers questions to the original's database, as it is at this moment."""
+    try:
+        place = f"{file.resolve(strict=True).as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(place, uri=True, isolation_level=None)) as db:
+            db.row_factory = sqlite3.Row
+            db.execute("BEGIN")
+            yield lambda sql, *values: [dict(row) for row in db.execute(sql, values)]
+    except (OSError, sqlite3.Error) as e:
+        raise Invalid([f"{file} cannot be read as the original's database: {e}"]) from e
+
+
+class Import:
+    """Takes over what `ask` finds in the original, whose SECRET_KEY opens its secrets."""
+
+    def __init__(self, ask: Ask, secret_key: str, operations: Operations) -> None:
+        from cryptography.fernet import Fernet
+
+        digest = hashlib.sha256(secret_key.encode()).digest()  # as the original derives its key
+        self._fernet = Fernet(base64.urlsafe_b64encode(digest))
+        self._ask, self._operations, self._store = ask, operations, operations.store
+        self._secrets = {row["id"]: row for row in ask("SELECT * FROM secrets ORDER BY id")}
+        tables = ask("SELECT name FROM sqlite_master WHERE name LIKE '%job_batches'")
+        self._batches = tables[0]["name"] if tables else None  # in its first version: one a job
+
+    async def run(self) -> list[tuple[str, bool, str]]:
+        """Of each secret and job: which, whether it is here now, and its id or why not."""
+        done, names = list[tuple[str, bool, str]](), Counter[str]()
+        for row in self._secrets.values():
+            done.append(await self._take(f"secret {row['name']!r}", self._secret(row)))
+        for row in self._ask(JOBS_THERE):
+            names[row["name"]] += 1
+            if names[row["name"]] > 1:  # names may repeat there
+                row["name"] += f" ({row['id']})"
+            done.append(await self._take(f"job {row['name']!r}", self._job(row)))
+        return done
+
+    async def _take(self, what: str, work: Awaitable[str]) -> tuple[str, bool, str]:
+        from cryptography.fernet import InvalidToken
+
+        try:
+            return what, True, await work
+        except Conflict:
+            return what, True, "is here already, and stays as it is"
+        except InvalidToken:
+            return what, False, "the original's SECRET_KEY does not open it"
+        except (Invalid, NotFound, SecretError) as e:
+            return what, False, "; ".join(str(e).splitlines())
+
+    async def _secret(self, row: Mapping[str, Any]) -> str:
+        value = self._fernet.decrypt(str(row["value"]).encode()).decode()
+        body = parse(SecretBody, {"name": row["name"], "type": row["type"], "value": value})
+        return f"ID {(await self._operations.add_secret(body)).id}"
+
+    async def _job(self, row: Mapping[str, Any]) -> str:
+        sql = f"SELECT * FROM {self._batches} WHERE job_id = ? ORDER BY id"
+        there = self._ask(sql, row["id"]) if self._batches else [row]
+        spec = self._spec(row, [batch["batch_id"] for batch in there])
+        self._operations._check_secrets(spec.model_dump(), await self._store.secret_types())
+        logs = [
+            log | {"message": redact(log["message"])} for log in self._ask(LOGS_THERE, row["id"])
+        ]
+        sent = [log["message"] for log in logs if log["status"] == "keboola_triggered"]
+        status = "completed" if sent and row["status"] in ("active", "paused") else row["status"]
+        if status not in ("active", "paused", *ENDED):
+            raise Invalid([f"status: found {cut(status)}"])
+        job_id = await self._store.create_job(spec, "store", self._operations.clock())
+        job, ended = await self._store.find_job(job_id), row["ended"] if status in ENDED else None
+        known = [  # without an output file, which is not known, `completed` would count as failed
+            Batch(b["batch_id"], b["status"], output_file_id="unknown", changed_at=row["ended"])
+            for b in there
+        ]
+        errors = [log["message"] for log in logs if log["status"] in ("error", "failed")]
+        said = errors[-1] if errors and status == "failed" else None
+        columns = {"status": status, "created_at": row["made"], "completed_at": ended}
+        await self._store.take_over(job, known if ended else [], logs, last_error=said, **columns)
+        if status.startswith("completed"):
+            fired = new_trigger(job, known, status != "completed", row["ended"])
+            its_id = sent[-1].split()[-1] if sent else "unknown"
+            after = replace(fired, keboola_job_id=its_id, message="started by the original")
+            after = replace(after, state="succeeded", finished_at=row["ended"])
+            await self._store.add_trigger(after)
+        return f"ID {job_id}, {status}"
+
+    def _spec(self, row: Mapping[str, Any], batch_ids: Sequence[str]) -> JobSpec:
+        secrets = self._secrets | {None: {"name": None}}
+        kept = {"name", "poll_interval_seconds", *FLAT_NAMES["trigger"].values()} & row.keys()
+        data = {name: row[name] for name in kept} | {
+            "openai_secret": secrets.get(row["openai_secret_id"], {}).get("name"),
+            "keboola_secret": secrets.get(row["keboola_secret_id"], {}).get("name"),
+            "batch_ids": batch_ids,
+            "trigger_when": "all_finished" if self._batches else "all_completed",
+        }
+        return cast(JobSpec, job_spec(data, self._operations.config().settings.job_context))
 
 
 # ── Run lock ──────────────────────────────────────────────────────────────────────────────────
@@ -9050,7 +9191,7 @@ class About(Answer):
     version: str = VERSION
     description: str = "watches OpenAI batches and starts a Keboola job when they are done"
     docs: str = "/docs"
-    health: str = "/health"
+    health: str = "/api/health"
 
 
 class FieldError(Answer):
@@ -9065,6 +9206,7 @@ class ErrorAnswer(Answer):
     detail: str
     code: int
     request_id: str
+    message: str | None = Field(None, description="with 422: that validation failed")
     details: list[FieldError] | None = Field(None, description="with 422: each wrong field")
 
 
@@ -9262,7 +9404,7 @@ def json_body(body: bytes) -> Any:
         return json.loads(body, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
         said = f": {e}" if isinstance(e, UnclearJson) else ""
-        raise Refused(400, f"the body is not JSON{said}") from None
+        raise Invalid([f"the body is not JSON{said}"]) from None
 
 
 # ── OpenAPI ───────────────────────────────────────────────────────────────────────────────────
@@ -9578,6 +9720,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
             detail=detail,
             code=error.code,
             request_id=self.request_id,
+            message="Request validation failed" if isinstance(error, Invalid) else None,
             details=[FieldError(field=p.where, message=p.text) for p in wrong if p.where] or None,
         )
         text = shown.model_dump_json(exclude_none=True)
@@ -10783,6 +10926,23 @@ def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
     return report(args, {"resealed": count}, text)
 
 
+def cmd_import(args: argparse.Namespace, config: Config) -> int:
+    place = args.env or args.file.absolute().parent / ".env"
+    if not (secret_key := read_dot_env(place)[0].get("SECRET_KEY", "")):
+        raise SecretError(f"no SECRET_KEY in {place}", hint="--env names the original's .env")
+    SecretValue(secret_key, "the original's SECRET_KEY")
+
+    async def work(operations: Operations) -> list[tuple[str, bool, str]]:
+        with original(args.file) as ask:
+            return await operations.store.transact(Import(ask, secret_key, operations).run)
+
+    done = with_operations(config, work)
+    shown = [{"what": what, "here": here, "said": said} for what, here, said in done]
+    lines = [f"{'here' if here else 'NOT '}  {what}: {said}" for what, here, said in done]
+    report(args, {"imported": shown}, "\n".join(lines) or "there is nothing to import")
+    return int(not all(here for _, here, _ in done))
+
+
 JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by flat field
     "name": ("--name", "NAME"),
     "batch_ids": ("--batch-id", "ID"),
@@ -11173,6 +11333,10 @@ COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[
         arg("-f", "--follow", action="store_true", help="also what comes, until Ctrl-C"),
         arg("-n", "--lines", type=whole_number, default=20, metavar="N",
             help="how many (default: %(default)s)"))),
+    ("import", cmd_import, config_of, "take over what the original program has", (
+        arg("file", type=Path, metavar="FILE", help="its SQLite database; stop it first"),
+        arg("--env", type=Path, metavar="FILE", help="its .env with its SECRET_KEY (default: the"
+            " one beside its database)"))),
     ("schema", cmd_schema, None, "print the JSON Schema of jobs.yaml", ()),
     ("completion", cmd_completion, None, "print a shell's completion script", (
         arg("shell", choices=("bash", "zsh", "fish")),)),

@@ -1021,7 +1021,9 @@ async def test_a_secret_in_use_is_not_deleted(store: tecko.Store, status: str, n
         await store.add_secret(secret, "openai", lambda: (b"x", "k"), 1.0)
     await job_in(store, status)
     if status in (*OPEN, "active", "paused"):
-        with pytest.raises(tecko.Conflict, match=f"secret '{name}' is in use by 'job'"):
+        with pytest.raises(
+            tecko.Conflict, match=f"'{name}': it is referenced by active jobs: 'job'"
+        ):
             await store.delete_secret(name, 9.0)
         assert (await store.counts())["secrets"] == 2
     else:
@@ -1032,7 +1034,7 @@ async def test_a_secret_in_use_is_not_deleted(store: tecko.Store, status: str, n
 async def test_secrets_are_added_replaced_and_deleted(store: tecko.Store) -> None:
     """By name, one each; replacing keeps id and type; what is not there is 1001."""
     first = await store.add_secret("s", "openai", lambda: (b"one", "k1"), 1.0)
-    with pytest.raises(tecko.Conflict, match="a secret 's' already"):
+    with pytest.raises(tecko.Conflict, match="Secret with name 's' already exists"):
         await store.add_secret("s", "keboola", lambda: (b"two", "k1"), 2.0)
     await store.replace_secret("s", "openai", lambda: (b"three", "k2"), 3.0)
     for work in (
