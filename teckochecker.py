@@ -8199,9 +8199,11 @@ class Operations:
 
 Ask = Callable[..., list[dict[str, Any]]]
 JOBS_THERE = (
-    "SELECT *, coalesce(strftime('%s', created_at), 0) + 0.0 AS made,"
-    " coalesce(strftime('%s', coalesce(completed_at, last_check_at, created_at)), 0) + 0.0 AS ended"
-    " FROM polling_jobs ORDER BY id"
+    "SELECT j.*, o.name AS openai_secret, k.name AS keboola_secret,"
+    " coalesce(strftime('%s', j.created_at), 0) + 0.0 AS made,"
+    " coalesce(strftime('%s', coalesce(completed_at, j.created_at)), 0) + 0.0 AS ended"
+    " FROM polling_jobs j LEFT JOIN secrets o ON o.id = openai_secret_id"
+    " LEFT JOIN secrets k ON k.id = keboola_secret_id ORDER BY j.id"
 )
 LOGS_THERE = (
     "SELECT status, coalesce(message, '') AS message, 'the original' AS actor,"
@@ -8232,14 +8234,13 @@ class Import:
         digest = hashlib.sha256(secret_key.encode()).digest()  # as the original derives its key
         self._fernet = Fernet(base64.urlsafe_b64encode(digest))
         self._ask, self._operations, self._store = ask, operations, operations.store
-        self._secrets = {row["id"]: row for row in ask("SELECT * FROM secrets ORDER BY id")}
         tables = ask("SELECT name FROM sqlite_master WHERE name LIKE '%job_batches'")
         self._batches = tables[0]["name"] if tables else None  # in its first version: one a job
 
     async def run(self) -> list[tuple[str, bool, str]]:
         """Of each secret and job: which, whether it is here now, and its id or why not."""
         done, names = list[tuple[str, bool, str]](), Counter[str]()
-        for row in self._secrets.values():
+        for row in self._ask("SELECT * FROM secrets ORDER BY id"):
             done.append(await self._take(f"secret {row['name']!r}", self._secret(row)))
         for row in self._ask(JOBS_THERE):
             names[row["name"]] += 1
@@ -8296,14 +8297,9 @@ class Import:
         return f"ID {job_id}, {status}"
 
     def _spec(self, row: Mapping[str, Any], batch_ids: Sequence[str]) -> JobSpec:
-        secrets = self._secrets | {None: {"name": None}}
-        kept = {"name", "poll_interval_seconds", *FLAT_NAMES["trigger"].values()} & row.keys()
-        data = {name: row[name] for name in kept} | {
-            "openai_secret": secrets.get(row["openai_secret_id"], {}).get("name"),
-            "keboola_secret": secrets.get(row["keboola_secret_id"], {}).get("name"),
-            "batch_ids": batch_ids,
-            "trigger_when": "all_finished" if self._batches else "all_completed",
-        }
+        flat = FlatJob.model_fields.keys() - {"openai_secret_id", "keboola_secret_id", "batch_id"}
+        data = {name: row[name] for name in flat & row.keys()} | {"batch_ids": batch_ids}
+        data["trigger_when"] = "all_finished" if self._batches else "all_completed"
         return cast(JobSpec, job_spec(data, self._operations.config().settings.job_context))
 
 
