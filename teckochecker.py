@@ -17,7 +17,7 @@ uses only what stands above it:
     Ingest                           records out of files and pages; writes nothing
     Metrics                          what Prometheus reads
     Steps, Ingesting, Doctor         load, ask, decide, record, act
-    Answers, Operations              what people and programs may ask for, each rule once
+    Answers, Operations, Import      what people and programs may ask for, each rule once
     Run lock, Scheduler, Plan        one process a database; timers; what a new jobs.yaml would do
     Service                          ticks, reload, health, start, drain
     Routes, OpenAPI, HTTP            one table of routes serves, documents and is tested
@@ -5572,7 +5572,7 @@ async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[S3Ob
     _, root, wanted = re.split("(s3://[^/]+/)", source.path, maxsplit=1)
     folder = re.split(r"[*?[]", wanted)[0].rpartition("/")[0]
     try:
-        store = s3_store(source, secret)
+        store = await asyncio.to_thread(s3_store, source, secret)  # which reads all certificates
         every = [each async for page in store.list(prefix=folder) for each in page]
         found = [e for e in every if PurePosixPath("/", e["path"]).match(f"/{wanted}")]
         urls = await obstore.sign_async(store, "GET", [e["path"] for e in found], SIGNED_FOR)
