@@ -1345,6 +1345,8 @@ class Job:
     next_check_at: float | None
     created_at: float
     completed_at: float | None
+    has_open: bool = False  # a trigger that is not settled
+    batches: list[Batch] = field(default_factory=list)
 
     @property
     def spec(self) -> Spec:
@@ -1387,14 +1389,6 @@ class Job:
     def differs(self, spec: Spec) -> bool:
         """Whether `spec` is another definition; texts alike spare the reading."""
         return self.text != spec.model_dump_json() and (bool(self.damage) or self.spec != spec)
-
-
-@dataclass(slots=True)
-class CheckRow(Job):
-    """A job with what a check has to know beside it."""
-
-    has_open: bool  # a trigger that is not settled
-    batches: list[Batch] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -3820,12 +3814,12 @@ ENDED = ("completed", "completed_with_failures", "failed")
 OF_JOB = (
     "j.id, j.name, j.origin, j.spec, j.openai_secret, j.poll_interval_seconds, j.pace, j.status,"
     " j.removed_at, j.revision, j.round, j.errors_in_row, j.last_error, j.last_check_at,"
-    " j.last_ok_at, j.next_check_at, j.created_at, j.completed_at"
+    " j.last_ok_at, j.next_check_at, j.created_at, j.completed_at,"
+    f" EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND {OPEN_TRIGGER})"
 )
 OF_BATCH = f"b.{columns_of(Batch).replace(', ', ', b.')}"
 TRIGGER_COLUMNS = tuple(f.name for f in fields(Trigger))
-HAS_OPEN = f"EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND {OPEN_TRIGGER})"
-COLUMNS_OF_JOB = len(fields(Job))
+COLUMNS_OF_JOB = len(fields(Job)) - 1  # but for its batches
 
 
 class Plan(NamedTuple):
@@ -3923,8 +3917,19 @@ class Jobs(Secrets):
         return job
 
     async def _jobs(self, where: str, values: Values = MappingProxyType({})) -> list[Job]:
-        sql = f"SELECT {OF_JOB} FROM polling_jobs j WHERE {where}"
-        return [self._current(Job(*row)) for row in await self._sql(sql, values)]
+        """Those that `where` finds, by id, with their batches; in one question."""
+        rows = await self._sql(
+            f"SELECT {OF_JOB}, {OF_BATCH} FROM (SELECT * FROM polling_jobs j WHERE {where}) j"
+            " LEFT JOIN polling_batches b ON b.job_id = j.id ORDER BY j.id, b.position",
+            values,
+        )
+        found = dict[int, Job]()
+        for row in rows:
+            if (job := found.get(row[0])) is None:
+                found[row[0]] = job = self._current(Job(*row[:COLUMNS_OF_JOB]))
+            if row[COLUMNS_OF_JOB] is not None:  # an ingest has no batches
+                job.batches.append(Batch(*row[COLUMNS_OF_JOB:]))
+        return list(found.values())
 
     async def jobs(
         self, status: str | None = None, limit: int = LARGEST, after: int = 0
@@ -3934,13 +3939,6 @@ class Jobs(Secrets):
         where = "j.id > :after" + ("" if status is None else f" AND {shown} = :status")
         given = {"status": status, "limit": limit, "after": after}
         return await self._jobs(f"{where} ORDER BY j.id LIMIT :limit", given)
-
-    async def jobs_among(self, ids: Iterable[int]) -> dict[int, Job]:
-        """Those of these jobs that are there, by id."""
-        return {job.id: job for job in await self._jobs(f"j.id IN {numbers(ids)}")}
-
-    async def job(self, job_id: int) -> Job | None:
-        return (await self.jobs_among([job_id])).get(job_id)
 
     async def find_job(self, ref: str | int) -> Job:
         """The job with this id or name."""
@@ -3952,41 +3950,12 @@ class Jobs(Secrets):
             raise NotFound(f"Job with {what} not found", hint="teckochecker.py job list shows them")
         return found[0]
 
-    async def due(self, ids: Iterable[int]) -> list[CheckRow]:
-        """Of these jobs, those that are there, with their batches; in one question."""
-        rows = await self._sql(
-            f"SELECT {OF_JOB}, {HAS_OPEN}, {OF_BATCH} FROM polling_jobs j LEFT JOIN polling_batches"
-            f" b ON b.job_id = j.id WHERE j.id IN {numbers(ids)} ORDER BY j.id, b.position"
-        )
-        found, batch = dict[int, CheckRow](), COLUMNS_OF_JOB + 1  # where its columns begin
-        for row in rows:
-            if (due := found.get(row[0])) is None:
-                found[row[0]] = due = CheckRow(*row[:batch])
-                self._current(due)
-            if row[batch] is not None:  # an ingest has no batches
-                due.batches.append(Batch(*row[batch:]))
-        return list(found.values())
+    async def jobs_among(self, ids: Iterable[int]) -> list[Job]:
+        """Of these jobs, those that are there, by id."""
+        return await self._jobs(f"j.id IN {numbers(ids)}")
 
-    async def job_with_batches(self, job_id: int) -> tuple[Job | None, list[Batch], bool]:
-        """A job, its batches, and whether it has an open trigger."""
-        for due in await self.due([job_id]):
-            return due, due.batches, bool(due.has_open)
-        return None, [], False
-
-    async def batches_of(self, first: int, last: int) -> dict[int, list[Batch]]:
-        """The batches of all jobs from one id to another, by job."""
-        rows = await self._sql(
-            f"SELECT b.job_id, {OF_BATCH} FROM polling_batches b"
-            " WHERE b.job_id BETWEEN :first AND :last ORDER BY b.job_id, b.position",
-            {"first": first, "last": last},
-        )
-        found: dict[int, list[Batch]] = {}
-        for job_id, *values in rows:
-            found.setdefault(job_id, []).append(Batch(*values))
-        return found
-
-    async def batches(self, job_id: int) -> list[Batch]:
-        return (await self.batches_of(job_id, job_id)).get(job_id, [])
+    async def job(self, job_id: int) -> Job | None:
+        return next(iter(await self.jobs_among([job_id])), None)
 
     async def watched(
         self, secrets: Collection[str], until: float
@@ -4114,7 +4083,7 @@ class Jobs(Secrets):
             return
         for trigger in await self._triggers(job.id, "state = 'pending' AND unknown_at IS NULL"):
             await self._save_trigger(trigger, retargeted(trigger, spec))
-        if {*spec.watch.batch_ids} != {batch.batch_id for batch in await self.batches(job.id)}:
+        if {*spec.watch.batch_ids} != {batch.batch_id for batch in job.batches}:
             await self._start_round(job, "new_round", spec, now)
 
     async def _start_round(self, job: Job, event: Event, spec: JobSpec, now: float) -> None:
@@ -4134,7 +4103,7 @@ class Jobs(Secrets):
 
     async def file_changes(self, specs: Sequence[Spec]) -> list[FileChange]:
         """What would become of the store's jobs from jobs.yaml, if it said this."""
-        known = {job.name: job for job in await self._jobs("j.origin = 'file' ORDER BY j.id")}
+        known = {job.name: job for job in await self._jobs("j.origin = 'file'")}
         names = {spec.name for spec in specs}
         for (name,) in await self._sql("SELECT name FROM polling_jobs WHERE origin <> 'file'"):
             if name in names:
@@ -4615,19 +4584,15 @@ class Store(Checks):
         jobs = {what: n for what, n, of_jobs in rows if of_jobs}
         return {"jobs": jobs} | {what: n for what, n, of_jobs in rows if not of_jobs}
 
-    async def lateness(self, now: float, since: float) -> tuple[float, int]:
+    async def check_age(self, now: float, since: float) -> float:
         """Of active jobs: the longest time since a successful check (or `since`, when the service
-        started), in seconds, and how many had none for three intervals."""
+        started), in seconds."""
         [[oldest]] = await self._sql(f"SELECT min(last_ok_at) FROM polling_jobs j WHERE {ACTIVE}")
-        late = await self._late(now, since)
-        return (now - max(oldest, since) if oldest is not None else 0.0), len(late)
+        return now - max(oldest, since) if oldest is not None else 0.0
 
     async def overdue(self, now: float, since: float) -> list[str]:
         """Active jobs without a successful check for three intervals, none counted from before
-        `since` (when the service started); at most 100 names."""
-        return (await self._late(now, since))[:100]
-
-    async def _late(self, now: float, since: float) -> list[str]:
+        `since` (when the service started)."""
         rows = await self._sql(
             f"SELECT name FROM polling_jobs j WHERE {ACTIVE} AND last_ok_at < :now - 3 * pace"
             " AND :since < :now - 3 * pace ORDER BY id",
@@ -4672,7 +4637,7 @@ class Store(Checks):
     @transactional
     async def note_failure(self, job_id: int, said: str, now: float, wait: float) -> None:
         """Write down that a step of a job met an internal error."""
-        job = (await self.jobs_among([job_id])).get(job_id)
+        job = await self.job(job_id)
         if job is None:  # it was deleted meanwhile
             return
         row = job.errors_in_row + 1
@@ -6834,13 +6799,13 @@ class Steps:
         """Advance a job's open triggers, then check its batches if it is active; each singly if
         someone `asked` for that. Raises StoreError when the store cannot be used; then nothing was
         sent."""
-        steps, row = list[StepResult](), next(iter(await self.store.due([job_id])), None)
+        steps, row = list[StepResult](), await self.store.job(job_id)
         if row is not None and row.damage:  # others go on
             return StepResult(LONGEST_WAIT, row.damage, TeckoError(row.damage))
         if row is not None and row.has_open:
             for trigger in await self.store.open_triggers(job_id):
                 steps.append(await self._advance(row, trigger))
-            row = next(iter(await self.store.due([job_id])), None)
+            row = await self.store.job(job_id)
         if row is not None and row.is_active:
             steps.append(await (self._ingest(row) if row.is_ingest else self._check(row, asked)))
         waits = [s.wait for s in steps if s.wait is not None]
@@ -6893,17 +6858,17 @@ class Steps:
 
     # checking
 
-    async def by_key(self, ids: Collection[int]) -> tuple[dict[str, list[CheckRow]], list[int]]:
+    async def by_key(self, ids: Collection[int]) -> tuple[dict[str, list[Job]], list[int]]:
         """Of jobs that are due: those that only have to be checked, by the secret of their key;
         and those that need a step alone."""
-        rows: dict[str, list[CheckRow]] = {}
-        for row in await self.store.due(ids):
+        rows: dict[str, list[Job]] = {}
+        for row in await self.store.jobs_among(ids):
             if row.is_active and not row.has_open and row.batches:
                 rows.setdefault(row.secret, []).append(row)
         taken = {row.id for group in rows.values() for row in group}
         return rows, [job_id for job_id in ids if job_id not in taken]
 
-    async def check(self, secret: str, rows: Sequence[CheckRow]) -> dict[int, StepResult]:
+    async def check(self, secret: str, rows: Sequence[Job]) -> dict[int, StepResult]:
         """Check jobs of one key by a list of its batches. One that is missing in the answer needs
         a step alone: the list does not show that all its batches go on, or it is its turn to be
         asked for singly."""
@@ -6937,7 +6902,7 @@ class Steps:
         return done
 
     async def _refresh_list(
-        self, key: SecretValue, names: Collection[str], rows: Sequence[CheckRow]
+        self, key: SecretValue, names: Collection[str], rows: Sequence[Job]
     ) -> OpenAIError | None:
         """Read the list of the key's batches, unless the last one will do, or single requests are
         fewer; the error, if these would meet it too."""
@@ -6956,7 +6921,7 @@ class Steps:
             self.on_finished(await self.store.watchers(names, finished))
         return None
 
-    def _listed(self, key: SecretValue, row: CheckRow, now: float) -> list[Batch] | None:
+    def _listed(self, key: SecretValue, row: Job, now: float) -> list[Batch] | None:
         """The batches as the last list has them; None where it is too old, or does not show that
         all of them go on."""
         age, listing = self.openai.listing(key)
@@ -6967,7 +6932,7 @@ class Steps:
             return None
         return [merged(b, s, now) if (s := seen.get(b.batch_id)) else b for b in row.batches]
 
-    async def _check(self, row: CheckRow, asked: bool) -> StepResult:
+    async def _check(self, row: Job, asked: bool) -> StepResult:
         batches, errors = await self._ask(row, asked or row.id in self._singly)
         self._singly.discard(row.id)
         check = self._concluded(row, batches, errors)
@@ -6978,7 +6943,7 @@ class Steps:
             return await self._advance(row, check.trigger)
         return result
 
-    async def _ask(self, row: CheckRow, singly: bool) -> tuple[list[Batch], list[TeckoError]]:
+    async def _ask(self, row: Job, singly: bool) -> tuple[list[Batch], list[TeckoError]]:
         """The batches as they are now, and the errors met; a finished one is not asked again."""
         found, errors = dict[str, Batch](), list[TeckoError]()
         try:
@@ -7003,7 +6968,7 @@ class Steps:
         return [found.get(batch.batch_id, batch) for batch in row.batches], errors
 
     def _concluded(
-        self, row: CheckRow, batches: Sequence[Batch], errors: Sequence[TeckoError]
+        self, row: Job, batches: Sequence[Batch], errors: Sequence[TeckoError]
     ) -> CheckResult:
         """What follows from how the batches are now."""
         now, settings, spec = self.clock(), self.config.settings, row.watches
@@ -7052,7 +7017,7 @@ class Steps:
 
     # triggering
 
-    async def _advance(self, row: CheckRow, trigger: Trigger) -> StepResult:
+    async def _advance(self, row: Job, trigger: Trigger) -> StepResult:
         """One step for a trigger; a wait of 0 where the next follows at once."""
         try:
             if trigger.state == "sending":  # steps of a job never overlap
@@ -7068,7 +7033,7 @@ class Steps:
             await self.store.note_trigger(trigger, self.clock(), error=str(e))
             return StepResult(self._retry(row, e), str(e), e)
 
-    def _retry(self, row: CheckRow, error: TeckoError) -> float:
+    def _retry(self, row: Job, error: TeckoError) -> float:
         """Seconds until what failed is tried again."""
         in_row, interval = row.errors_in_row + 1, self.usual(row)
         return wait_after_error(error, in_row, interval, self.config.settings, self.luck())
@@ -7087,7 +7052,7 @@ class Steps:
                 log.error("trigger %s: cannot write down %r, trying on: %s", trigger.id, event, e)
                 await asyncio.sleep(STORE_RETRY)
 
-    async def _send(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
+    async def _send(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         try:
             theirs = await self._actions[trigger.kind].prepare(trigger.stack_url)
         except KeboolaError as e:
@@ -7107,9 +7072,7 @@ class Steps:
             return await self._not_accepted(row, claimed, e)
         return await self._accepted(row, claimed, job, f"Keboola job {job.id} started")
 
-    async def _not_accepted(
-        self, row: CheckRow, trigger: Trigger, error: KeboolaError
-    ) -> StepResult:
+    async def _not_accepted(self, row: Job, trigger: Trigger, error: KeboolaError) -> StepResult:
         self._count_error(error)
         event = after_post(error)
         said = str(error)
@@ -7122,16 +7085,14 @@ class Steps:
             return StepResult(self._retry(row, error), said, error)
         return StepResult(None if event == "reject" else 0.0, said, error)
 
-    async def _accepted(
-        self, row: CheckRow, trigger: Trigger, job: KeboolaJob, said: str
-    ) -> StepResult:
+    async def _accepted(self, row: Job, trigger: Trigger, job: KeboolaJob, said: str) -> StepResult:
         facts = {"keboola_job_id": job.id, "keboola_status": job.status, "message": None}
         running = await self._record(trigger, "accept", said, **facts)
         if running is not None and job.is_finished:
             return await self._finish(running, job)
         return StepResult(FOLLOW_FACTOR * self.usual(row), said)
 
-    async def _settle(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
+    async def _settle(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         """Ask Keboola's search whether a trigger arrived; one that fails counts for nothing. The
         window is counted on the steady clock, from when this process first saw the trigger so: a
         wall clock that is set would end it early, or never."""
@@ -7162,7 +7123,7 @@ class Steps:
         await self._record(trigger, event, said, searches=searches)
         return StepResult(None if event == "hold" else 0.0, said)
 
-    async def _follow(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
+    async def _follow(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         job = await self._actions[trigger.kind].follow(trigger, token)
         if after_follow(job) is not None:
             return await self._finish(trigger, job)
@@ -7772,9 +7733,9 @@ class Stats(Answer):
     runs: list[Run] = Field(description="the last ones, newest first")
 
 
-def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -> dict[str, Any]:
+def job_fields(job: Job, secrets: Mapping[str, int]) -> dict[str, Any]:
     """The fields of JobAnswer; `secrets`: the ids of the stored ones, by name."""
-    ends = Counter(outcome(batch) for batch in batches)
+    ends = Counter(outcome(batch) for batch in job.batches)
     shown: dict[str, Any] = {n: getattr(job, n, None) for n in JobAnswer.model_fields}
     shown |= {"batch_ids": [], "variables": {}}
     if not job.damage:
@@ -7789,8 +7750,7 @@ def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -
         "openai_secret_id": secrets.get(str(shown["openai_secret"])),
         "keboola_secret_id": secrets.get(str(shown["keboola_secret"])),
         "poll_interval_seconds": job.interval or "auto",
-        "batches": batches,
-        "batch_count": len(batches),
+        "batch_count": len(job.batches),
         "completed_count": ends["completed"],
         "failed_count": ends["failed"],
     }
@@ -7826,19 +7786,14 @@ TRIGGER_MEANS: dict[TriggerState, str] = {
 
 
 def explain(
-    job: Job,
-    batches: Sequence[Batch],
-    trigger: Trigger | None,
-    runs: Sequence[Run],
-    records: int,
-    now: float,
+    job: Job, trigger: Trigger | None, runs: Sequence[Run], records: int, now: float
 ) -> list[str]:
     """In plain sentences: what a job waits for, what was seen, why it did or did not fire, and
     what happens next."""
     if isinstance(job.spec, IngestSpec):
         said = explain_ingest(job.name, job.spec.ingest.place, runs, records, now)
     else:
-        said = explain_watch(job, batches, now)
+        said = explain_watch(job, now)
     said += explain_trigger(trigger, now) if trigger is not None else []
     said += [f"Last error: {job.last_error.rstrip('.')}."] if job.last_error else []
     return [*said, f"Next: {next_step(job, trigger, now)}."]
@@ -7868,7 +7823,8 @@ def explain_ingest(
     return [*said, f"Its last run began {when} ago: {status}; {counts}.", *run.notes]
 
 
-def explain_watch(job: Job, batches: Sequence[Batch], now: float) -> list[str]:
+def explain_watch(job: Job, now: float) -> list[str]:
+    batches = job.batches
     goal = {
         "all_completed": "completed",
         "all_finished": "finished, whether completed, failed, expired or cancelled",
@@ -8006,8 +7962,7 @@ class Operations:
         """A page of jobs, by id."""
         rows = await self.store.jobs(status, limit + 1, after)
         page, ids = rows[:limit], await self._secret_ids()
-        batches = await self.store.batches_of(page[0].id, page[-1].id) if page else {}
-        shown = [JobAnswer(**job_fields(job, batches.get(job.id, []), ids)) for job in page]
+        shown = [JobAnswer(**job_fields(job, ids)) for job in page]
         counts: dict[str, int] = (await self.store.counts())["jobs"]
         total = sum(counts.values()) if status is None else counts.get(status, 0)
         more = page[-1].id if len(rows) > limit else None
@@ -8015,7 +7970,7 @@ class Operations:
 
     async def job(self, ref: str, logs: int | None = 20) -> JobDetail:
         job = await self.store.find_job(ref)
-        fields_ = job_fields(job, await self.store.batches(job.id), await self._secret_ids())
+        fields_ = job_fields(job, await self._secret_ids())
         triggers = await self.store.triggers(job.id)
         rows = None if logs is None else await self.store.logs(job.id, logs)
         shown = JobDetail(**fields_, triggers=triggers, logs=rows, totals=None, runs=[], rejects=[])
@@ -8053,10 +8008,10 @@ class Operations:
 
     async def explain(self, ref: str) -> list[str]:
         job, now = await self.store.find_job(ref), self.clock()
-        batches, triggers = await self.store.batches(job.id), await self.store.triggers(job.id)
+        triggers = await self.store.triggers(job.id)
         trigger = next((t for t in triggers if t.round == job.round), None)
         runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
-        return explain(job, batches, trigger, runs, totals["records"], now)
+        return explain(job, trigger, runs, totals["records"], now)
 
 
 # ── Run lock ──────────────────────────────────────────────────────────────────────────────────
@@ -8724,7 +8679,7 @@ class Service:
             for job_id in ids:
                 self._stepped(job_id, StepResult(STORE_PAUSE, str(error), error))
             return
-        by_key: dict[str, list[CheckRow]] = {}
+        by_key: dict[str, list[Job]] = {}
         with self._one_by_one_instead(len(ids)):
             by_key, _ = await self.steps.by_key([i for i in ids if not self._timers[i].asked])
         for secret, rows in by_key.items():
@@ -8744,7 +8699,7 @@ class Service:
         except Exception:
             log.exception("internal error; %d jobs are checked one by one", jobs)
 
-    async def _check_together(self, secret: str, rows: Sequence[CheckRow]) -> None:
+    async def _check_together(self, secret: str, rows: Sequence[Job]) -> None:
         """Check jobs of one key by a list of its batches."""
         done, began = dict[int, StepResult](), time.perf_counter()
         with self._one_by_one_instead(len(rows)):
@@ -8835,7 +8790,7 @@ class Service:
                 last = next(iter(await self.store.runs(None, 1)), None)
                 seen = {
                     "db_connected": True,
-                    "overdue_jobs": await self.store.overdue(now, self.started_at),
+                    "overdue_jobs": (await self.store.overdue(now, self.started_at))[:NAMED],
                     "undelivered_jobs": await self.store.undelivered(now, settle),
                     "attention": [Attention(**row) for row in await self.store.attention(NAMED)],
                     "etl_last_run": last.start_time if last else None,
@@ -8893,12 +8848,11 @@ class Service:
     async def metrics_text(self) -> str:
         """What /metrics answers, in Prometheus' text format."""
         now, jobs = time.time(), await self.store.jobs(None, METERED_JOBS)
-        oldest_check, overdue = await self.store.lateness(now, self.started_at)
         counted = dict.fromkeys((*JOB_STEPS, "removed"), 0) | (await self.store.counts())["jobs"]
         self.metrics.jobs_are(jobs, counted)
         self.metrics.set(
-            overdue_jobs=overdue,
-            check_age_seconds=oldest_check,
+            overdue_jobs=len(await self.store.overdue(now, self.started_at)),
+            check_age_seconds=await self.store.check_age(now, self.started_at),
             oldest_open_trigger_seconds=await self.store.oldest_open_trigger(now),
             store_writable=self.store_error is None,
             loop_lag_seconds=self._lag,
@@ -10456,7 +10410,7 @@ class Turn:
             said = (run.error_message, run_text(run)) if run and self.over else ("it did not run",)
             self.said = "; ".join(filter(None, said))
             return self.over
-        seen = [describe_progress(b) for b in await store.batches(job.id) if b.status]
+        seen = [describe_progress(b) for b in job.batches if b.status]
         self.said = job.last_error or "; ".join(seen) or "not checked yet"
         self.bad = job.errors_in_row > 0 or (job.status == "failed" != self.before.status)
         checked = job.last_check_at != self.before.last_check_at and job.status != "triggering"
@@ -10478,7 +10432,7 @@ async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
         if job.id not in ready:
             raise Conflict(f"Cannot {verb} job {job.name!r}: it is {job.shown_status}")
     if not args.jobs:
-        jobs = list((await store.jobs_among(ready)).values())
+        jobs.extend(await store.jobs_among(ready))
     last = {run.source: run.id for job in jobs for run in await store.runs(job.name, 1)}
     return [Turn(job, last.get(job.name, 0), job) for job in jobs]
 
@@ -10860,10 +10814,8 @@ def cmd_logs(args: argparse.Namespace, config: Config) -> int:
     async def look(operations: Operations) -> list[dict[str, Any]]:
         job_id = (await operations.store.find_job(args.job)).id if args.job else None
         rows = await operations.store.logs(job_id, limit, after)
-        jobs = await operations.store.jobs_among(
-            {row.job_id for row in rows if row.job_id is not None}
-        )
-        names = {None: None} | {job_id: job.name for job_id, job in jobs.items()}
+        jobs = await operations.store.jobs_among({row.job_id for row in rows if row.job_id})
+        names: dict[int | None, str] = {job.id: job.name for job in jobs}
         return [
             asdict(row) | {"job": names.get(row.job_id), "created_at": iso(row.created_at)}
             for row in rows

@@ -253,7 +253,7 @@ async def test_a_clock_that_is_set_takes_the_times_along(store: tecko.Store, ste
     job, [trigger] = await store.find_job("checked"), await store.open_triggers(sent.job_id)
     assert job.last_check_at == job.last_ok_at == now + step == trigger.unknown_at
     assert job.next_check_at == now + step + 60 and trigger.sent_at == now + step
-    assert (await store.batches(job.id))[0].changed_at == 7.0 + step
+    assert (await store.find_job(job.id)).batches[0].changed_at == 7.0 + step
     assert (await store.find_job("quiet")).next_check_at == now + step + 60
     assert trigger.created_at == sent.created_at and job.created_at == before.created_at
 
@@ -268,7 +268,7 @@ async def test_times_of_a_clock_that_was_ahead(store: tecko.Store) -> None:
     [after], seen = await store.open_triggers(trigger.job_id), await get(store, job.id)
     assert after.unknown_at == after.sent_at == seen.last_check_at == seen.last_ok_at == 1e8
     assert seen.next_check_at == 1e8
-    assert (await store.batches(job.id))[0].changed_at == 7.0
+    assert (await store.find_job(job.id)).batches[0].changed_at == 7.0
 
 
 # ── Rows ──────────────────────────────────────────────────────────────────────────────────────
@@ -342,7 +342,7 @@ async def test_auto_is_not_overdue_before_its_first_check(store: tecko.Store) ->
     assert await checked(store, job, now=10.0, pace=30.0)
     await store.update_job(job.id, lambda _: spec(poll_interval="auto", variables={"a": "b"}), 11.0)
     assert (await get(store, job.id)).pace == 30.0
-    assert await store.lateness(101.0, 0.0) == (91.0, 1)
+    assert await store.check_age(101.0, 0.0) == 91.0
 
 
 async def test_what_is_kept_is_counted_in_rows(store: tecko.Store, path: Place) -> None:
@@ -385,7 +385,7 @@ async def test_what_ended_is_pruned(store: tecko.Store) -> None:
     [
         lambda store: store.logs(1, 20),
         lambda store: store.schedule(),
-        lambda store: store.due([1, 2]),
+        lambda store: store.jobs_among([1, 2]),
         lambda store: store.fired("aim"),
     ],
 )
@@ -519,7 +519,7 @@ async def test_a_writer_that_gives_up(url: str) -> None:
             await asyncio.gather(writing, return_exceptions=True)
             await made(store, f"{name}-after")
             known = {job.name: job.id for job in await store.jobs()}
-            assert name not in known or len(await store.batches(known[name])) == 2
+            assert name not in known or len((await store.find_job(known[name])).batches) == 2
 
 
 async def test_a_transaction_that_lost_its_connection(server: postgres.Server, url: str) -> None:

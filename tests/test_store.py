@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ async def checked(
     **told: Any,
 ) -> bool:
     """Record a check of `job` as it was read, which saw batch_1 done and decided `event`."""
-    known = await store.batches(job.id)
+    known = (await store.find_job(job.id)).batches
     seen = tecko.BatchSeen("batch_1", "completed", requests_total=1, requests_completed=1)
     batches = [tecko.merged(b, seen, 7.0) if b.batch_id == "batch_1" else b for b in known]
     trigger_id = uuid.uuid4().hex
@@ -278,7 +279,7 @@ async def test_a_cancelled_caller_leaves_no_half(store: tecko.Store, path: Path)
         cancelled = await run_traced(store, work, at, asyncio.Task.cancel)
         job = await store.find_job(name)
         dump(path)
-        assert len(await store.batches(job.id)) == 2
+        assert len((await store.find_job(job.id)).batches) == 2
         assert [row.status for row in await store.logs(job.id, 9)] == ["created"]
         if not cancelled:
             break
@@ -293,7 +294,7 @@ async def test_a_cancelled_decision_is_whole(store: tecko.Store, path: Path) -> 
         cancelled = await run_traced(store, checked(store, job, "fire"), at, asyncio.Task.cancel)
         dump(path)
         status, triggers = (await get(store, job.id)).status, await store.triggers(job.id)
-        seen = [batch.status for batch in await store.batches(job.id)]
+        seen = [batch.status for batch in (await store.find_job(job.id)).batches]
         assert (status, len(triggers), seen) in (
             ("triggering", 1, ["completed", ""]),
             ("active", 0, ["", ""]),  # cancelled in the read before
@@ -322,7 +323,7 @@ def test_many_callers_cancelled_anywhere(turns: list[tuple[int, bool]]) -> None:
             await made(store, "another")
             jobs = await store.jobs()
             dump(path)
-            assert {len(await store.batches(job.id)) for job in jobs} == {2}
+            assert {len((await store.find_job(job.id)).batches) for job in jobs} == {2}
             kept = {job.name for job in jobs}
             assert {f"j{n}" for n, task in enumerate(tasks) if not task.cancelled()} <= kept
 
@@ -605,7 +606,7 @@ async def test_an_older_round_does_not_move_the_job(store: tecko.Store, event: t
     assert (before.status, before.round) == ("active", 2)
     await store.note_trigger(running, 10.0, error="cannot be reached")
     assert await moved(store, job, event)
-    assert await get(store, job.id) == before
+    assert await get(store, job.id) == replace(before, has_open=False)
     assert (await store.triggers(job.id))[0].finished_at == 8.0
 
 
@@ -716,7 +717,7 @@ async def test_other_batches_start_a_round(store: tecko.Store) -> None:
         after = await get(store, job.id)
         assert after.round == 2 and after.last_error is None and after.completed_at is None
         assert after.status == ("paused" if status == "paused" else "active")
-        batches = await store.batches(job.id)
+        batches = (await store.find_job(job.id)).batches
         assert [(b.batch_id, b.status) for b in batches] == [("batch_2", ""), ("batch_3", "")]
         assert [t.round for t in await store.triggers(job.id)] in ([], [1])
 
@@ -737,7 +738,7 @@ async def test_what_starts_no_round(store: tecko.Store, change: dict[str, Any]) 
     job = await made(store)
     assert await checked(store, job)
     await store.update_job(job.id, lambda _: spec(**change), 9.0)
-    after, batches = await get(store, job.id), await store.batches(job.id)
+    after, batches = await get(store, job.id), (await store.find_job(job.id)).batches
     assert (after.round, after.status, after.last_check_at) == (1, "active", 7.0)
     assert {b.batch_id: b.status for b in batches} == {"batch_1": "completed", "batch_2": ""}
     logs = [row.status for row in await store.logs(job.id, 9)]
@@ -1193,7 +1194,7 @@ def test_whatever_is_done_the_job_is_consistent(operations: list[str]) -> None:
                     assert states.get(job.round) in OF_STATUS[job.status], operation
                     assert (job.id, job.round) >= last
                     last = (job.id, job.round)
-                    batches = await store.batches(job.id)
+                    batches = (await store.find_job(job.id)).batches
                     assert [b.batch_id for b in batches] == job.watches.watch.batch_ids
 
     with tempfile.TemporaryDirectory() as folder:
