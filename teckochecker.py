@@ -125,7 +125,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
-from functools import cache, lru_cache, partial, wraps
+from functools import cache, lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
 from operator import attrgetter
 from pathlib import Path
@@ -287,12 +287,13 @@ def redact(text: str) -> str:
 
 
 def excerpt(text: str, most: int) -> str:
-    """The redacted beginning of a text. It is cut before it is redacted, for it may be endless,
-    but not where a secret could be cut in half, which would then not be recognized."""
+    """The redacted beginning of a text, which can be encoded. It is cut before it is redacted, for
+    it may be endless, but not where a secret could be cut in half, which would then not be
+    recognized."""
     spare = max(1000, len(SecretValue.forms[0]) if SecretValue.forms else 0)
-    if len(text) <= most + spare:
-        return redact(text)[:most]
-    return redact(text[: most + spare])[:-spare][:most]
+    if len(text) > most + spare:
+        text = redact(text[: most + spare])[:-spare]
+    return redact(text)[:most].encode(errors="replace").decode()
 
 
 class RedactingFilter(logging.Filter):
@@ -324,7 +325,7 @@ class TeckoError(Exception):
     longest = 8_000  # characters of the message
 
     def __init__(self, message: str, *, hint: str = "", code: int = 0) -> None:
-        super().__init__(excerpt(message, self.longest).encode(errors="replace").decode())
+        super().__init__(excerpt(message, self.longest))
         self.hint = hint
         self.code = code or type(self).code
 
@@ -623,13 +624,6 @@ def known_encoding(value: str) -> str:
     return value
 
 
-def header_line(value: str) -> str:
-    """`Name: value` with {secret} in it (RFC 9110, section 5)."""
-    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+: ?[ -~]*\{secret\}[ -~]*", value):
-        raise ValueError("not a header with {secret} in it")
-    return value
-
-
 def texts(value: object) -> object:
     """Booleans as YAML writes them, since Keboola takes only strings."""
     if not isinstance(value, dict):
@@ -846,6 +840,7 @@ UnifiedField = Literal[
     "title", "description", "content", "author", "published_at", "url", "category"
 ]
 UNIFIED = get_args(UnifiedField)
+HEADER_LINE = r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+: ?[ -~]*\{secret\}[ -~]*$"  # RFC 9110, section 5
 
 
 IdNames = Label | Annotated[list[Label], Field(min_length=1)]
@@ -884,7 +879,7 @@ class Source(StrictModel):
         " freeze fails the run, and nothing of it is kept.",
     )
     secret: SecretName | None = Field(None, description="the name of a secret of type api")
-    header: Annotated[str, AfterValidator(header_line)] = Field(
+    header: Annotated[str, StringConstraints(pattern=HEADER_LINE)] = Field(
         "Authorization: Bearer {secret}", description="a header like X-Token: {secret}"
     )
     max_requests_per_minute: Whole | None = Field(
@@ -2122,7 +2117,7 @@ class JobsYaml:
         try:
             text = read_text(self.path, YAML_BYTES)
             self._lines = text.splitlines()
-            loader: Any = self._loader()
+            loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # all is text to it
             node = loader(text).get_single_node()
             return None if node is None else self._plain(node, ())
         except yaml.MarkedYAMLError as e:
@@ -2135,17 +2130,6 @@ class JobsYaml:
         except OSError as e:
             broken = Problem(found=f"cannot be read: {e.strerror}", file=str(self.path))
         raise Invalid([broken])
-
-    @staticmethod
-    def _loader() -> type[Any]:
-        import yaml
-
-        class Loader(getattr(yaml, "CBaseLoader", yaml.BaseLoader)):  # type: ignore[misc]
-            def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-                found = PLAIN.fullmatch(value) if kind is yaml.ScalarNode and implicit[0] else None
-                return found.lastgroup if found else super().resolve(kind, value, implicit)
-
-        return Loader
 
     def _plain(self, node: Any, at: Place) -> Any:
         """The value of a node. A node is made once: an alias is its anchor's value once more, and
@@ -2201,9 +2185,9 @@ class JobsYaml:
 
     def _scalar(self, node: Any, at: Place) -> str | int | None:
         kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
-        found = PLAIN.fullmatch(text)
-        if found and found.lastgroup == kind:
-            return int(text) if kind == "int" else {"true": True, "false": False}.get(text)
+        found = None if kind == "str" and node.style else PLAIN.fullmatch(text)  # quoted: no style
+        if found and kind in ("str", found.lastgroup):
+            return int(text) if found["int"] else {"true": True, "false": False}.get(text)
         if kind != "str":
             self.faults.append(Fault(at, f"the tag {kind}", "plain text and numbers"))
         return VARIABLE.sub(lambda m: self._variable(m, at), text)
@@ -3328,7 +3312,8 @@ class Database:
     async def _upsert(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
     ) -> None:
-        """Insert rows; `conflict` says what becomes of those that are there."""
+        """Insert rows, once a transaction for each table; `conflict` says what becomes of those
+        that are there."""
         await self._told(self._engine().upsert(table, columns, rows, conflict))
 
     async def _check_schema(self) -> None:
@@ -3424,10 +3409,8 @@ class Records(Database):
     async def begin_run(self, job: Job, now: float) -> Run:
         """A new run of a job's ingest; one that a crash left open is `interrupted` from here on,
         and can write nothing more."""
-        await self._many(
-            "INSERT INTO etl_checkpoint (source) VALUES (:source) ON CONFLICT DO NOTHING",
-            [{"source": job.name}, {"source": ""}],
-        )
+        sources = [(job.name,), ("",)]
+        await self._upsert("etl_checkpoint", ("source",), sources, "ON CONFLICT DO NOTHING")
         left = await self._sql(
             "UPDATE etl_run SET status = 'interrupted', end_time = :now,"
             " error_message = 'the program ended before the run did'"
@@ -3489,14 +3472,12 @@ class Records(Database):
         await self._save_records(run.source, kind, chunk, now)
         await self._save_rejects(run, chunk, now)
         if chunk.part:
-            await self._sql(
-                "INSERT INTO etl_part (source, part, state, run_id) VALUES (:source, :part, :state,"
-                " :run) ON CONFLICT (source, part) DO UPDATE SET state = excluded.state,"
+            await self._upsert(
+                "etl_part",
+                ("source", "part", "state", "run_id"),
+                [(run.source, chunk.part, json.dumps(chunk.state), run.id)],
+                "ON CONFLICT (source, part) DO UPDATE SET state = excluded.state,"
                 " run_id = excluded.run_id",
-                {
-                    **{"source": run.source, "part": chunk.part, "run": run.id},
-                    "state": json.dumps(chunk.state),
-                },
             )
         await self._sql(
             f"UPDATE etl_checkpoint SET {sums}, records = records + :records_inserted,"
@@ -3818,7 +3799,6 @@ OF_JOB = (
     f" EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND {OPEN_TRIGGER})"
 )
 OF_BATCH = f"b.{columns_of(Batch).replace(', ', ', b.')}"
-TRIGGER_COLUMNS = tuple(f.name for f in fields(Trigger))
 COLUMNS_OF_JOB = len(fields(Job)) - 1  # but for its batches
 
 
@@ -4018,11 +3998,7 @@ class Jobs(Secrets):
 
     async def _with_secret_names(self, spec: Spec) -> Spec:
         """The job with names in place of the ids of secrets that it may carry."""
-        blocks: dict[str, Any]
-        if isinstance(spec, JobSpec):
-            blocks = {"watch": spec.watch, "trigger": spec.trigger}
-        else:
-            blocks = {"ingest": spec.ingest}
+        blocks: dict[str, Any] = {k: v for k, v in dict(spec).items() if isinstance(v, StrictModel)}
         for key, block in blocks.items():
             if isinstance(block.secret, int):
                 rows = await self._sql(
@@ -4154,20 +4130,17 @@ class Jobs(Secrets):
                 await self._update(job, spec, now)
         return done
 
-    async def pause_job(self, job_id: int, now: float) -> None:
-        await self._step(job_id, "pause", now)
-
-    async def resume_job(self, job_id: int, now: float) -> None:
-        await self._step(job_id, "resume", now)
-
     @transactional
-    async def _step(self, job_id: int, event: Literal["pause", "resume"], now: float) -> None:
+    async def _step(self, event: Literal["pause", "resume"], job_id: int, now: float) -> None:
         job = await self.find_job(job_id)
         if job.removed_at is not None or event not in JOB_STEPS[job.status]:
             raise Conflict(f"Cannot {event} job {job.name!r}: it is {job.shown_status}")
         status = JOB_STEPS[job.status][event]
         await self._set_job(job, status=status, last_ok_at=now, next_check_at=None)
         await self._log(job.id, f"{event}d", "", now)
+
+    pause_job = partialmethod(_step, "pause")
+    resume_job = partialmethod(_step, "resume")
 
     @transactional
     async def retry_job(self, job_id: int, now: float) -> str:
@@ -4234,12 +4207,11 @@ class Jobs(Secrets):
         return await self._triggers(job_id, OPEN_TRIGGER)
 
     async def _triggers(self, job_id: int, condition: str) -> list[Trigger]:
-        rows = await self._sql(
-            f"SELECT {', '.join(TRIGGER_COLUMNS)} FROM triggers"
+        found = await self._named(
+            f"SELECT {columns_of(Trigger)} FROM triggers"
             f" WHERE job_id = :job_id AND {condition} ORDER BY round",
             {"job_id": job_id},
         )
-        found = [dict(zip(TRIGGER_COLUMNS, row, strict=True)) for row in rows]
         return [Trigger(**row | {"partial": bool(row["partial"])}) for row in found]
 
     async def _save_trigger(self, before: Trigger, after: Trigger) -> bool:
@@ -4393,7 +4365,8 @@ class Checks(Jobs):
         job, now = check.job, check.now
         for old, new in zip(check.known, check.batches, strict=True):
             if old != new:
-                await self._save_batch(job.id, new)
+                where = "job_id = :job_id AND batch_id = :batch_id"
+                await self._change("polling_batches", asdict(new), where, job_id=job.id)
             if old.status != new.status:
                 await self._log(job.id, "checking", describe_progress(new), now)
         if (trigger := check.trigger) is not None:
@@ -4441,10 +4414,6 @@ class Checks(Jobs):
             },
         )
         return bool(rows)
-
-    async def _save_batch(self, job_id: int, batch: Batch) -> None:
-        where = "job_id = :job_id AND batch_id = :batch_id"
-        await self._change("polling_batches", asdict(batch), where, job_id=job_id)
 
     @transactional
     async def move_trigger(
@@ -4679,7 +4648,6 @@ class Store(Checks):
 ERROR_BYTES = 1 << 18  # bytes of an answer that is an error
 REASON = 200  # characters of an answer's body that an error repeats
 CUT = 16_384  # characters looked at for that: to redact more would hold up the event loop
-LONGEST_SECRET = 4096  # characters
 REDIRECTS = (301, 302, 303, 307, 308)
 PACKING = ("content-encoding", "content-length", "transfer-encoding")
 SET_BY = {OpenAIError: "OPENAI_BASE_URL", KeboolaError: "stack_url", SourceError: "the URL"}
@@ -4690,13 +4658,8 @@ OWN_ERROR = {  # keys of an error that the API itself answers; other bodies are 
 
 
 def short(text: object, most: int = 300) -> str:
-    """What another server said, in one line that fits a log and can be encoded. A long text is cut
-    before it is redacted, and its end dropped, since half a secret would not be recognized."""
-    whole = str(text)
-    said = redact(whole[:CUT])
-    said = said if len(whole) <= CUT else said[:-LONGEST_SECRET]
-    said = said.encode(errors="replace").decode()
-    return re.sub(r"\s+", " ", said).strip()[:most]
+    """What another server said, in one line that fits a log."""
+    return re.sub(r"\s+", " ", excerpt(str(text), CUT)).strip()[:most]
 
 
 def origin_of(url: str) -> tuple[str, str, int]:

@@ -74,7 +74,7 @@ async def checked(
     **told: Any,
 ) -> bool:
     """Record a check of `job` as it was read, which saw batch_1 done and decided `event`."""
-    known = (await store.find_job(job.id)).batches
+    known = [batch for row in await store.jobs_among([job.id]) for batch in row.batches]
     seen = tecko.BatchSeen("batch_1", "completed", requests_total=1, requests_completed=1)
     batches = [tecko.merged(b, seen, 7.0) if b.batch_id == "batch_1" else b for b in known]
     trigger_id = uuid.uuid4().hex
@@ -738,9 +738,9 @@ async def test_what_starts_no_round(store: tecko.Store, change: dict[str, Any]) 
     job = await made(store)
     assert await checked(store, job)
     await store.update_job(job.id, lambda _: spec(**change), 9.0)
-    after, batches = await get(store, job.id), (await store.find_job(job.id)).batches
+    after = await get(store, job.id)
     assert (after.round, after.status, after.last_check_at) == (1, "active", 7.0)
-    assert {b.batch_id: b.status for b in batches} == {"batch_1": "completed", "batch_2": ""}
+    assert {b.batch_id: b.status for b in after.batches} == {"batch_1": "completed", "batch_2": ""}
     logs = [row.status for row in await store.logs(job.id, 9)]
     assert logs.count("updated") == bool(change)
 
