@@ -1703,6 +1703,25 @@ def request_body(spec: JobSpec, outcome_of_batches: Mapping[str, str]) -> str:
     return json.dumps(body)
 
 
+def intent(
+    job: Job, batches: Sequence[Batch], verdict: Verdict, trigger_id: str, now: float
+) -> Trigger:
+    """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
+    target = job.watches.trigger
+    return Trigger(
+        id=trigger_id,
+        job_id=job.id,
+        round=job.round,
+        state="pending",
+        stack_url=target.stack_url,
+        secret=str(target.secret),
+        body=trigger_body(job.watches, batches, trigger_id),
+        partial=verdict.partial,
+        on_ambiguous=target.on_ambiguous,
+        created_at=now,
+    )
+
+
 def is_open(trigger: Trigger) -> bool:
     """Something is left to do for it that needs no person."""
     return bool(TRIGGER_STEPS[trigger.state]) and trigger.state != "held"
@@ -4280,8 +4299,7 @@ class UnchangedCheck(NamedTuple):
 class CheckResult:
     """A check of a job's batches, and what follows from it."""
 
-    job: Job
-    known: Sequence[Batch]  # as they were before
+    job: Job  # as it was before
     batches: Sequence[Batch]
     verdict: Verdict
     trigger: Trigger | None  # to be fired
@@ -4296,7 +4314,7 @@ class CheckResult:
         return not self.errors
 
     def has_news(self) -> bool:
-        changed = self.known != self.batches or self.error != self.job.last_error
+        changed = self.job.batches != self.batches or self.error != self.job.last_error
         return changed or self.verdict.event is not None
 
     def is_quiet(self) -> bool:
@@ -4363,7 +4381,7 @@ class Checks(Jobs):
         if not await self._stamp(check):
             return False
         job, now = check.job, check.now
-        for old, new in zip(check.known, check.batches, strict=True):
+        for old, new in zip(job.batches, check.batches, strict=True):
             if old != new:
                 where = "job_id = :job_id AND batch_id = :batch_id"
                 await self._change("polling_batches", asdict(new), where, job_id=job.id)
@@ -6778,8 +6796,7 @@ class Steps:
 
     async def step_all(self, ids: Sequence[int]) -> dict[int, StepResult]:
         """A step of each of these jobs, and the lists of batches for those that they answer."""
-        rows, _ = await self.by_key(ids)
-        done: dict[int, StepResult] = {}
+        done, rows = dict[int, StepResult](), await self.by_key(ids)
         for found in await asyncio.gather(*(self.check(*group) for group in rows.items())):
             done |= found
         rest = [job_id for job_id in ids if job_id not in done]
@@ -6821,15 +6838,14 @@ class Steps:
 
     # checking
 
-    async def by_key(self, ids: Collection[int]) -> tuple[dict[str, list[Job]], list[int]]:
-        """Of jobs that are due: those that only have to be checked, by the secret of their key;
-        and those that need a step alone."""
+    async def by_key(self, ids: Collection[int]) -> dict[str, list[Job]]:
+        """Of jobs that are due: those that only have to be checked, by the secret of their key.
+        The others need a step alone."""
         rows: dict[str, list[Job]] = {}
         for row in await self.store.jobs_among(ids):
             if row.is_active and not row.has_open and row.batches:
                 rows.setdefault(row.secret, []).append(row)
-        taken = {row.id for group in rows.values() for row in group}
-        return rows, [job_id for job_id in ids if job_id not in taken]
+        return rows
 
     async def check(self, secret: str, rows: Sequence[Job]) -> dict[int, StepResult]:
         """Check jobs of one key by a list of its batches. One that is missing in the answer needs
@@ -6934,19 +6950,18 @@ class Steps:
         self, row: Job, batches: Sequence[Batch], errors: Sequence[TeckoError]
     ) -> CheckResult:
         """What follows from how the batches are now."""
-        now, settings, spec = self.clock(), self.config.settings, row.watches
-        verdict = decide(spec.watch, batches, now)
-        trigger = self._intent(row, batches, verdict, now) if verdict.event == "fire" else None
+        now, trigger = self.clock(), None
+        verdict = decide(row.watches.watch, batches, now)
+        if verdict.event == "fire":
+            trigger = intent(row, batches, verdict, uuid.uuid4().hex, now)
         pace = self._pace(not row.interval, batches, now)
-        interval, in_row = pace or self.usual(row), row.errors_in_row + 1
-        waits = [wait_after_error(e, in_row, interval, settings, self.luck()) for e in errors]
-        wait = max(waits, default=interval)
+        interval = pace or self.usual(row)
+        wait = max((self._retry(row, e, interval) for e in errors), default=interval)
         if not errors and any(lacks_output(batch, now) for batch in batches):
             wait = min(wait, OUTPUT_AGAIN)
         said = [verdict.reason] if verdict.event else [*map(str, errors), *remarks(batches, now)]
         error = "; ".join(dict.fromkeys(filter(None, said))) or None
-        known = row.batches
-        return CheckResult(row, known, batches, verdict, trigger, error, errors, wait, now, pace)
+        return CheckResult(row, batches, verdict, trigger, error, errors, wait, now, pace)
 
     def _told(self, check: CheckResult, recorded: bool) -> StepResult:
         """Count a check, and say what came of it."""
@@ -6960,23 +6975,6 @@ class Steps:
         done = sum(outcome(b) is not None for b in check.batches)
         text = check.error or f"{done} of {len(check.batches)} batches done"
         return StepResult(None if event else check.wait, text, errors[0] if errors else None)
-
-    def _intent(self, job: Job, batches: Sequence[Batch], verdict: Verdict, now: float) -> Trigger:
-        """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
-        trigger_id = uuid.uuid4().hex
-        target = job.watches.trigger
-        return Trigger(
-            id=trigger_id,
-            job_id=job.id,
-            round=job.round,
-            state="pending",
-            stack_url=target.stack_url,
-            secret=str(target.secret),
-            body=trigger_body(job.watches, batches, trigger_id),
-            partial=verdict.partial,
-            on_ambiguous=target.on_ambiguous,
-            created_at=now,
-        )
 
     # triggering
 
@@ -6996,10 +6994,10 @@ class Steps:
             await self.store.note_trigger(trigger, self.clock(), error=str(e))
             return StepResult(self._retry(row, e), str(e), e)
 
-    def _retry(self, row: Job, error: TeckoError) -> float:
-        """Seconds until what failed is tried again."""
-        in_row, interval = row.errors_in_row + 1, self.usual(row)
-        return wait_after_error(error, in_row, interval, self.config.settings, self.luck())
+    def _retry(self, job: Job, error: TeckoError, interval: float | None = None) -> float:
+        """Seconds until what failed is tried again, after `interval` usually, or the job's own."""
+        usual, settings = interval or self.usual(job), self.config.settings
+        return wait_after_error(error, job.errors_in_row + 1, usual, settings, self.luck())
 
     async def _record(
         self, trigger: Trigger, event: Event, said: str, **facts: Any
@@ -7107,7 +7105,7 @@ class Steps:
     async def _ingest(self, job: Job) -> StepResult:
         """One run of an ingest, from its checkpoint to the end of its source."""
         if job.id in self.ingesting:
-            return StepResult(float(job.spec.poll_interval), "a run goes on already")
+            return StepResult(self.usual(job), "a run goes on already")
         self.ingesting.add(job.id)
         try:
             checkpoint = await self.store.checkpoint(job.name)
@@ -7132,7 +7130,8 @@ class Steps:
         except Exception as e:
             error = IngestFailed(f"internal error, see the log: {type(e).__name__}: {e}")
             log.exception("job %s: internal error", job.id)
-        wait = self._ingest_wait(job, error)
+        wait = BACKOFF_FIRST if isinstance(error, Interrupted) else self.usual(job)
+        wait = self._retry(job, error) if isinstance(error, TeckoError) else wait
         said = str(error) or "the program was told to end" if error else None
         end = RunEnd(
             status=status,
@@ -7153,13 +7152,6 @@ class Steps:
         counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
         failure = error if isinstance(error, TeckoError) else None
         return StepResult(wait, f"{said}; {counts}" if said else counts, failure)
-
-    def _ingest_wait(self, job: Job, error: BaseException | None) -> float:
-        interval = float(job.spec.poll_interval)
-        if isinstance(error, TeckoError):
-            row, settings = job.errors_in_row + 1, self.config.settings
-            return wait_after_error(error, row, interval, settings, self.luck())
-        return BACKOFF_FIRST if isinstance(error, Interrupted) else interval
 
     async def busy(self, work: Callable[..., T], *args: Any) -> T:
         """Call something that keeps a processor busy, in a thread: one of a few at once."""
@@ -8644,7 +8636,7 @@ class Service:
             return
         by_key: dict[str, list[Job]] = {}
         with self._one_by_one_instead(len(ids)):
-            by_key, _ = await self.steps.by_key([i for i in ids if not self._timers[i].asked])
+            by_key = await self.steps.by_key([i for i in ids if not self._timers[i].asked])
         for secret, rows in by_key.items():
             self._spawn(self._check_together(secret, rows), [row.id for row in rows])
         grouped = {row.id for rows in by_key.values() for row in rows}

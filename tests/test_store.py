@@ -75,30 +75,19 @@ async def checked(
 ) -> bool:
     """Record a check of `job` as it was read, which saw batch_1 done and decided `event`."""
     known = [batch for row in await store.jobs_among([job.id]) for batch in row.batches]
+    job = replace(job, batches=known)
     seen = tecko.BatchSeen("batch_1", "completed", requests_total=1, requests_completed=1)
     batches = [tecko.merged(b, seen, 7.0) if b.batch_id == "batch_1" else b for b in known]
-    trigger_id = uuid.uuid4().hex
-    trigger = tecko.Trigger(
-        id=trigger_id,
-        job_id=job.id,
-        round=job.round,
-        state="pending",
-        stack_url=job.watches.trigger.stack_url,
-        secret=str(job.watches.trigger.secret),
-        body=tecko.trigger_body(job.watches, batches, trigger_id),
-        partial=partial,
-        on_ambiguous="hold",
-        created_at=7.0,
-    )
     verdict = tecko.Verdict(event, "why" if event == "give_up" else "", partial)
+    trigger = tecko.intent(job, batches, verdict, uuid.uuid4().hex, 7.0)
     facts: dict[str, Any] = {
         "error": verdict.reason or None,
         "errors": [],
         "wait": 60.0,
         "now": 7.0,
     } | told
-    fired = trigger if event == "fire" else None
-    return await store.record_check(tecko.CheckResult(job, known, batches, verdict, fired, **facts))
+    fired = replace(trigger, on_ambiguous="hold") if event == "fire" else None
+    return await store.record_check(tecko.CheckResult(job, batches, verdict, fired, **facts))
 
 
 async def moved(store: tecko.Store, job: tecko.Job, *events: tecko.Event) -> tecko.Trigger:
