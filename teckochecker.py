@@ -1434,19 +1434,28 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Records that commit together, and how far the part of the source that they are from has
-    been read with them."""
+class Fetched:
+    """What came out of a source in one go: records with their numbers, those that could not even
+    be read, and where the part stands after them."""
 
+    label: str  # of the part, for people: "products.csv line", "page 3 record"
+    records: Sequence[tuple[int, Any]]
+    rejects: Sequence[Rejected]
+    span: tuple[int, int] | None  # numbers read anew: what was rejected there before is forgotten
+    part: str = ""  # its name in the checkpoint; empty: none is kept
+    state: dict[str, Any] = field(default_factory=dict)
+    progress: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What is to be written of records that were fetched in one go, and commit together."""
+
+    fetched: Fetched
     raws: list[tuple[str, str, bool]]  # id, the record as JSON, whether it could be normalized
     unified: list[tuple[str, str, bytes]]  # id, unified record as JSON, hash
     rejects: list[Rejected]
     counts: Counter[str]  # by COUNTED
-    part: str  # empty: none whose state is kept
-    state: Mapping[str, Any]
-    progress: float | None
-    label: str  # of the part, with which the places of rejects begin
-    span: tuple[int, int] | None  # numbers read anew, whose old rejects go
 
 
 @dataclass(frozen=True, slots=True)
@@ -3483,18 +3492,18 @@ class Records(Database):
             {
                 **added,
                 **{"id": run.id, "job_id": run.job_id, "revision": revision},
-                "progress": chunk.progress,
+                "progress": chunk.fetched.progress,
             },
         )
         if not still:
             return False
         await self._save_records(run.source, kind, chunk, now)
         await self._save_rejects(run, chunk, now)
-        if chunk.part:
+        if part := chunk.fetched.part:
             await self._upsert(
                 "etl_part",
                 ("source", "part", "state", "run_id"),
-                [(run.source, chunk.part, json.dumps(chunk.state), run.id)],
+                [(run.source, part, json.dumps(chunk.fetched.state), run.id)],
                 "ON CONFLICT (source, part) DO UPDATE SET state = excluded.state,"
                 " run_id = excluded.run_id",
             )
@@ -3546,16 +3555,16 @@ class Records(Database):
                 for r in chunk.rejects
             ],
         )
-        if chunk.span is not None:
+        label, span = chunk.fetched.label, chunk.fetched.span
+        if span is not None:
             await self._sql(
                 "DELETE FROM etl_reject WHERE source = :source AND run_id <> :run AND"
                 " CASE WHEN substr(place, 1, :length) = :label"
                 " THEN CAST(substr(place, :length + 1) AS BIGINT) ELSE -1 END"
                 " BETWEEN :first AND :last",
                 {
-                    **{"source": run.source, "run": run.id, "label": f"{chunk.label} "},
-                    **{"length": len(chunk.label) + 1},
-                    **{"first": chunk.span[0], "last": chunk.span[1]},
+                    **{"source": run.source, "run": run.id, "label": f"{label} "},
+                    **{"length": len(label) + 1, "first": span[0], "last": span[1]},
                 },
             )
 
@@ -5757,20 +5766,6 @@ def learned(known: Mapping[str, Any], seen: Fields) -> dict[str, Any]:
     return {n: known.get(n, not known) is True and (not seen or seen.get(n, False)) for n in both}
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """What came out of a source in one go: records with their numbers, those that could not even
-    be read, and where the part stands after them."""
-
-    label: str  # of the part, for people: "products.csv line", "page 3 record"
-    records: Sequence[tuple[int, Any]]
-    rejects: Sequence[Rejected]
-    span: tuple[int, int] | None  # numbers read anew: what was rejected there before is forgotten
-    part: str = ""  # its name in the checkpoint; empty: none is kept
-    state: dict[str, Any] = field(default_factory=dict)
-    progress: float | None = None
-
-
 LAST = 1 << 53  # the number of no record
 Row = tuple[int, str, Any, bytes, bytes]  # its number, id, itself, itself as JSON, hash of that
 Known = Mapping[str, tuple[bytes, bool]]  # by id: hash, and whether this run has written it
@@ -5823,8 +5818,7 @@ def finish(
     counts = Counter(processed=len(fetched.records) + len(fetched.rejects), unchanged=unchanged)
     counts |= {"inserted": len(unified.keys() - known.keys()), "failed": len(rejects)}
     counts["updated"] = counts["processed"] - unchanged - counts["inserted"] - counts["failed"]
-    where = fetched.part, fetched.state, fetched.progress, fetched.label, fetched.span
-    return Chunk([*raws.values()], [*unified.values()], rejects, counts, *where), twice
+    return Chunk(fetched, [*raws.values()], [*unified.values()], rejects, counts), twice
 
 
 def failed_too_many(limit: str | None, failed: int, processed: int, *, ended: bool) -> bool:

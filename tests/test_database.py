@@ -408,15 +408,11 @@ async def test_what_is_asked_often_is_found_by_index(
 def chunk(rows: dict[str, str], bad: tuple[str, ...] = (), inserted: int = 0) -> tecko.Chunk:
     good = {key: text for key, text in rows.items() if key not in bad}
     return tecko.Chunk(
+        tecko.Fetched("line", [], [], None, "file", {"at": len(rows)}, 0.5),
         raws=[(key, text, key not in bad) for key, text in rows.items()],
         unified=[(k, json.dumps({"v": v}), tecko.digest_of(v)) for k, v in good.items()],
         rejects=[tecko.Rejected(f"line {key}", "why", rows[key]) for key in bad],
         counts=Counter(processed=len(rows), inserted=inserted, failed=len(bad)),
-        part="file",
-        state={"at": len(rows)},
-        progress=0.5,
-        label="line",
-        span=None,
     )
 
 
