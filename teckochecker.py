@@ -2997,17 +2997,15 @@ class Postgres:
             await db.execute(theirs)
             if not self._writes:
                 await db.execute("SET default_transaction_read_only = on")
-            if self._sole and not await self._got_lock(db):
-                self.superseded = True
+            if self._sole:
+                [[got]] = await (await db.execute(self.claim_sql)).fetchall()
+                self.superseded = not got
+            if self.superseded:
                 raise StoreError("another TeckoChecker has taken over this database")
         except BaseException:
             await db.close()
             raise
-        self._db, self.superseded = db, False
-
-    async def _got_lock(self, db: AsyncConnection) -> bool:
-        [[got]] = await (await db.execute(self.claim_sql)).fetchall()
-        return bool(got)
+        self._db = db
 
     async def _open_again(self, lost: object) -> None:
         async with self._opening:  # of several that met the loss, one opens for all
@@ -3071,17 +3069,12 @@ class Postgres:
         self._commits += 1
 
     async def changes(self) -> int:
-        [[changes]] = await self._steady(
-            partial(self._execute, "SELECT changes FROM schema_version")
-        )
+        [[changes]] = await self.run("SELECT changes FROM schema_version")
         return int(changes) - self._commits
 
     async def claim(self) -> bool:
-        async def got() -> bool:
-            assert self._db is not None
-            return await self._got_lock(self._db)
-
-        self._sole = self._sole or await self._steady(got)
+        if not self._sole:
+            [[self._sole]] = await self.run(self.claim_sql)
         return self._sole
 
     @staticmethod
