@@ -8237,6 +8237,24 @@ def differing(old: Spec, new: Spec) -> list[str]:
     return [name for name in was | now if was.get(name) != now.get(name)]
 
 
+async def every_problem(
+    config: Config, store: Store, vault: Vault, *, unused: bool = False
+) -> list[Problem]:
+    """What keeps this configuration from being run, a stored secret that does not open included."""
+    rows = await store.secrets()
+    problems = all_problems(config, await store.secret_types(), unused=unused)
+    try:
+        vault.load(required=bool(rows))
+    except SecretError as e:
+        return [*problems, Problem(found=str(e))]
+    for row in rows:
+        try:
+            vault.open(row)
+        except SecretError as e:
+            problems.append(Problem(found=str(e)))
+    return problems
+
+
 # ── Service ───────────────────────────────────────────────────────────────────────────────────
 
 # What is unexpected costs the job that met it that step, and nothing else:
@@ -8279,24 +8297,6 @@ def notify(*states: str) -> None:
             channel.sendall("\n".join(states).encode())
     except OSError as e:
         log.debug("cannot notify the service manager: %s", e)
-
-
-async def every_problem(
-    config: Config, store: Store, vault: Vault, *, unused: bool = False
-) -> list[Problem]:
-    """What keeps this configuration from being run, a stored secret that does not open included."""
-    rows = await store.secrets()
-    problems = all_problems(config, await store.secret_types(), unused=unused)
-    try:
-        vault.load(required=bool(rows))
-    except SecretError as e:
-        return [*problems, Problem(found=str(e))]
-    for row in rows:
-        try:
-            vault.open(row)
-        except SecretError as e:
-            problems.append(Problem(found=str(e)))
-    return problems
 
 
 @dataclass(slots=True)
