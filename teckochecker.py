@@ -2855,6 +2855,8 @@ class Sqlite:
     id = "INTEGER PRIMARY KEY AUTOINCREMENT"
     has_schema = "SELECT 1 FROM sqlite_master WHERE name = 'schema_version'"
     superseded = False  # a run lock beside the file sees to that
+    busy = (sqlite3.SQLITE_BUSY,)  # codes of errors: another process holds the lock
+    lasting = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 
     def __init__(self, path: Path, *, mode: Literal["ro", "rw"], writes: bool) -> None:
         self._uri, self._writes = f"file:{quote(str(path))}?mode={mode}", writes
@@ -2917,14 +2919,8 @@ class Sqlite:
         return True
 
     @staticmethod
-    def is_busy(error: Exception) -> bool:
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-
-    @staticmethod
-    def cannot_write(error: Exception) -> bool:
-        """Whether it is full, read-only or broken, which lasts until someone sees to it."""
-        lasting = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF in lasting
+    def code(error: Exception) -> Any:
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
     async def close(self) -> None:
         if self._db is not None:  # an open one would keep the interpreter from exiting
@@ -2955,6 +2951,8 @@ class Postgres:
         " SET LOCAL lock_timeout = 0"
     )
     claim_sql = "SELECT pg_try_advisory_lock(7239, hashtext(current_schema()))"
+    busy = ("55P03",)  # lock_not_available
+    lasting = ("53100", "25006")  # disk_full, read_only_sql_transaction
 
     def __init__(self, url: str, *, writes: bool) -> None:
         try:
@@ -3078,13 +3076,8 @@ class Postgres:
         return self._sole
 
     @staticmethod
-    def is_busy(error: Exception) -> bool:
-        return getattr(error, "sqlstate", "") == "55P03"  # lock_not_available
-
-    @staticmethod
-    def cannot_write(error: Exception) -> bool:
-        """Whether it is full or read-only, which lasts until someone sees to it."""
-        return getattr(error, "sqlstate", "") in ("53100", "25006")
+    def code(error: Exception) -> Any:
+        return getattr(error, "sqlstate", "")
 
     async def close(self) -> None:
         if self._db is not None:
@@ -3275,7 +3268,7 @@ class Database:
             except engine.errors as e:
                 with contextlib.suppress(engine.errors):  # PostgreSQL's has begun
                     await engine.run("ROLLBACK")
-                if not engine.is_busy(e):
+                if engine.code(e) not in engine.busy:
                     raise self._store_error(e) from e
                 now = time.monotonic()
                 if self._blocked_since is None:
@@ -3306,8 +3299,8 @@ class Database:
 
     def _store_error(self, error: Exception) -> StoreError:
         said = f"database {self.place}: {error}"
-        if self._reader is not None and self._reader.cannot_write(error):
-            self._cannot_write = said
+        if self._reader is not None and self._reader.code(error) in self._reader.lasting:
+            self._cannot_write = said  # full, read-only or broken, until someone sees to it
         return StoreError(said)
 
     async def _sql(self, sql: str, values: Values = MappingProxyType({})) -> list[Any]:
