@@ -8307,9 +8307,6 @@ PLANNED: dict[FileStep, str] = {
 }
 
 
-WILL_FIRE = "will fire when its batches are done"
-
-
 async def planned(specs: Sequence[Spec], store: Store) -> list[str]:
     """What would become of the store's jobs if jobs.yaml had these, a sentence each; and of those
     that are new or watch other batches, whether they will fire."""
@@ -8321,7 +8318,7 @@ async def planned(specs: Sequence[Spec], store: Store) -> list[str]:
         known = job is not None and not job.damage and isinstance(job.spec, JobSpec)
         if isinstance(spec, JobSpec) and not (known and job and aim(job.watches) == aim(spec)):
             fired = next(iter(await store.fired(aim(spec))), None)
-            then = WILL_FIRE
+            then = "will fire when its batches are done"
             if fired is not None:
                 when = (
                     f"as trigger {fired.trigger_id} of job {fired.job!r}, {iso(fired.created_at)}"
@@ -10089,6 +10086,19 @@ def with_operations(
     return asyncio.run(asking())
 
 
+def looking(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
+    """What who only looks finds; an empty database where there is none yet."""
+    if config.settings.has_store:
+        return with_operations(config, work, looks=True)
+
+    async def nothing() -> T:
+        with tempfile.TemporaryDirectory() as folder:
+            async with Store(Path(folder) / "empty.db") as store:
+                return await work(Operations(store, Vault(config.settings), lambda: config))
+
+    return asyncio.run(nothing())
+
+
 FIRST_JOBS_FILE = """\
 # TeckoChecker's jobs. To begin, take the # away from the lines below and put in your own IDs.
 # After an edit: teckochecker.py validate, then restart the service or send it SIGHUP.
@@ -10113,17 +10123,11 @@ jobs:
 """
 
 
-async def sealed_names(settings: Settings) -> list[str]:
-    """The stored secrets; on a PostgreSQL server it makes the tables where they are missing."""
-    async with Store(settings.store) as store:
-        return await store.names("secrets")
-
-
 def cmd_init(args: argparse.Namespace, config: Config) -> int:
     settings, vault, done = config.settings, Vault(config.settings), []
     key_file, sealed = vault.file, list[str]()
-    if settings.has_store:
-        sealed = asyncio.run(sealed_names(settings))
+    if settings.has_store:  # of a server, it makes the tables where they are missing
+        sealed = with_operations(config, lambda operations: operations.store.names("secrets"))
     if key_file is not None and not key_file.exists():
         if sealed and not args.new_key:
             raise SecretError(
@@ -10157,31 +10161,19 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
         raise no_jobs_file(config)
     for warning in config.warnings:
         print(redact(f"warning: {warning}"), file=sys.stderr)
-    vault, jobs = Vault(config.settings), config.jobs or []
+    jobs = config.jobs or []
 
-    async def look(operations: Operations) -> tuple[list[Problem], list[str], list[str]]:
-        problems = await every_problem(config, operations.store, vault, unused=True)
-        return (
-            problems,
-            await operations.store.names("secrets"),
-            await planned(jobs, operations.store),
-        )
+    async def look(operations: Operations) -> tuple[list[str], list[str], list[Finding]]:
+        store, vault = operations.store, operations.vault
+        problems = await every_problem(config, store, vault, unused=True)
+        problems += [Problem(found=said) for said in await client_problems()]
+        if problems:
+            raise Invalid(problems, hint=missing_secret_hint(problems))
+        findings = await examine(config, store, vault) if args.online else []
+        return await store.names("secrets"), await planned(jobs, store), findings
 
-    if config.settings.has_store:
-        problems, stored, changes = with_operations(config, look, looks=True)
-    else:
-        vault.load(required=False)
-        problems, stored = all_problems(config, {}, unused=True), []
-        changes = [
-            f"job {job.name!r} {said}"
-            for job in jobs
-            for said in ("is new", *([WILL_FIRE] if isinstance(job, JobSpec) else ()))
-        ]
-    problems += [Problem(found=said) for said in asyncio.run(client_problems())]
-    if problems:
-        raise Invalid(problems, hint=missing_secret_hint(problems))
+    stored, changes, findings = looking(config, look)
     names = sorted({*config.secrets, *stored})
-    findings = asyncio.run(examined(config, vault)) if args.online else []
     text = f"{config.path} is good: {counted(len(jobs), 'job')},"
     lines = [f"{text} {counted(len(names), 'secret')}", *changes]
     lines += [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
@@ -10200,11 +10192,6 @@ def missing_secret_hint(problems: Sequence[Problem]) -> str:
     lost = re.search(r"no secret '(.+?)'|secret '(.+?)': the environ", text)
     name = lost[1] or lost[2] if lost else ""
     return f"teckochecker.py secret add --name {name} --type openai|keboola|api" if lost else ""
-
-
-async def examined(config: Config, vault: Vault) -> list[Finding]:
-    async with Store(config.settings.store) as store:
-        return await examine(config, store, vault)
 
 
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
@@ -10384,9 +10371,7 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
         counts, due = (await operations.store.counts())["jobs"], await operations.store.due_next(5)
         return counts, due, await operations.store.attention(10)
 
-    counts, due, needs = (
-        with_operations(config, look, looks=True) if settings.has_store else ({}, [], [])
-    )
+    counts, due, needs = looking(config, look)
     needs += refused_reload(found.address, settings) if found and serves else []
     up = round(now - found.started_at, 1) if found and found.started_at else None
     document = {
@@ -10637,13 +10622,7 @@ def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
-    there = config.settings.has_store
-    nothing = SecretList(secrets=[], total=0)
-    answer = (
-        with_operations(config, lambda operations: operations.secrets(), looks=True)
-        if there
-        else nothing
-    )
+    answer = looking(config, lambda operations: operations.secrets())
     rows: list[tuple[object, ...]]
     rows = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
     for name, ref in config.secrets.items():
