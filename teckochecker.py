@@ -1433,6 +1433,10 @@ class Run:
     error_message: str | None
     notes: list[str]  # what drifted, and what else is worth a word
 
+    @property
+    def summary(self) -> str:
+        return ", ".join(f"{getattr(self, f'records_{name}')} {name}" for name in COUNTED)
+
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
@@ -7223,9 +7227,8 @@ class Steps:
             self.metrics.records.labels(what).inc(getattr(run, f"records_{what}"))
         if isinstance(error, asyncio.CancelledError):
             raise error
-        counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
         failure = error if isinstance(error, TeckoError) else None
-        return StepResult(wait, f"{said}; {counts}" if said else counts, failure)
+        return StepResult(wait, f"{said}; {run.summary}" if said else run.summary, failure)
 
     def _ingest_wait(self, job: Job, error: BaseException | None) -> float:
         interval = float(job.spec.poll_interval)
@@ -7272,6 +7275,19 @@ class Steps:
                     sink.seek(0)
                     sink.truncate()
         raise AssertionError("counting ended")
+
+
+@contextlib.asynccontextmanager
+async def make_steps(config: Config, store: Store) -> AsyncIterator[Steps]:
+    """The steps with their upstreams, which are closed at the end."""
+    settings = config.settings
+    openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
+    upstreams = openai, Keboola(), Web()
+    try:
+        yield Steps(config, store, Vault(settings), *upstreams)
+    finally:
+        for upstream in upstreams:
+            await upstream.close()
 
 
 # ── Ingesting ─────────────────────────────────────────────────────────────────────────────────
@@ -7526,18 +7542,6 @@ def readable_files(path: str) -> str:
         missing = f"cannot be read: {unreadable[0]}" if unreadable else f"there is no file {path}"
         raise SourceError(missing, status=403 if unreadable else 404)
     return f"{len(files)} files"
-
-
-async def examine(config: Config, store: Store, vault: Vault) -> list[Finding]:
-    """What `validate --online` finds."""
-    settings = config.settings
-    openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
-    upstreams = openai, Keboola(), Web()
-    try:
-        return await Doctor(Steps(config, store, vault, *upstreams)).examine(config.jobs or [])
-    finally:
-        for upstream in upstreams:
-            await upstream.close()
 
 
 # ── Answers ───────────────────────────────────────────────────────────────────────────────────
@@ -7860,9 +7864,8 @@ def explain_ingest(
     if not runs:
         return [*said, "It has not run yet."]
     run = runs[0]
-    counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
     when, status = span(now - run.start_time), run.status.replace("_", " ")
-    return [*said, f"Its last run began {when} ago: {status}; {counts}.", *run.notes]
+    return [*said, f"Its last run began {when} ago: {status}; {run.summary}.", *run.notes]
 
 
 def explain_watch(job: Job, batches: Sequence[Batch], now: float) -> list[str]:
@@ -8915,18 +8918,17 @@ async def make_service(
     in_reserve: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Service]:
     """The service with its store and upstreams, started; drained and closed at the end."""
-    settings = config.settings
-    async with Store(settings.store) as store, store.sole(in_reserve):
-        openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
-        upstreams = openai, Keboola(), Web()
-        service = Service(Steps(config, store, Vault(settings), *upstreams), load)
+    async with (
+        Store(config.settings.store) as store,
+        store.sole(in_reserve),
+        make_steps(config, store) as steps,
+    ):
+        service = Service(steps, load)
         try:
             await service.start(timers=timers)
             yield service
         finally:
             await service.drain()
-            for upstream in upstreams:
-                await upstream.close()
 
 
 # ── Routes ────────────────────────────────────────────────────────────────────────────────────
@@ -10054,11 +10056,6 @@ def no_jobs_file(config: Config) -> Invalid:
     return Invalid([text], hint="teckochecker.py init writes one")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {close[0]!r}?" if close else ""
-
-
 @contextlib.asynccontextmanager
 async def guessing(store: Store) -> AsyncIterator[None]:
     """A job or secret that is not there is met with the one that was probably meant."""
@@ -10066,7 +10063,8 @@ async def guessing(store: Store) -> AsyncIterator[None]:
         yield
     except NotFound as e:
         names = await store.names("secrets" if e.code == 1001 else "polling_jobs")
-        e.hint = did_you_mean(str(e).partition("'")[2].partition("'")[0], names) or e.hint
+        question = meant(str(e).partition("'")[2].partition("'")[0], names)
+        e.hint = question.strip(" ()") or e.hint
         raise
 
 
@@ -10169,7 +10167,10 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
         problems += [Problem(found=said) for said in await client_problems()]
         if problems:
             raise Invalid(problems, hint=missing_secret_hint(problems))
-        findings = await examine(config, store, vault) if args.online else []
+        findings = list[Finding]()
+        if args.online:
+            async with make_steps(config, store) as steps:
+                findings = await Doctor(steps).examine(jobs)
         return await store.names("secrets"), await planned(jobs, store), findings
 
     stored, changes, findings = looking(config, look)
@@ -10434,7 +10435,7 @@ class Turn:
             self.run = run = next(iter(await store.runs(job.name, 1)), None)
             self.over = run is not None and run.id > self.last and run.status != "in_progress"
             self.bad = run is None or not self.over or run.status != "success"
-            said = (run.error_message, run_text(run)) if run and self.over else ("it did not run",)
+            said = (run.error_message, run.summary) if run and self.over else ("it did not run",)
             self.said = "; ".join(filter(None, said))
             return self.over
         seen = [describe_progress(b) for b in await store.batches(job.id) if b.status]
@@ -10443,10 +10444,6 @@ class Turn:
         checked = job.last_check_at != self.before.last_check_at and job.status != "triggering"
         self.over = checked or self.before.status != "active"
         return self.over
-
-
-def run_text(run: Run) -> str:
-    return ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
 
 
 async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
@@ -10479,7 +10476,7 @@ def cmd_check(args: argparse.Namespace, config: Config) -> int:
 
 def report_run(args: argparse.Namespace, run: Run) -> int:
     """How the run of an ingest ended; the exit code."""
-    text = [f"{run.source}: {run.status}: {run_text(run)}", *(f"  {note}" for note in run.notes)]
+    text = [f"{run.source}: {run.status}: {run.summary}", *(f"  {note}" for note in run.notes)]
     times = {"start_time": iso(run.start_time), "end_time": iso(run.end_time or run.start_time)}
     report(args, asdict(run) | times, "\n".join(text))
     if run.status != "success":
@@ -10900,8 +10897,8 @@ def cmd_data(args: argparse.Namespace, config: Config) -> int:
 
 async def check_source(store: Store, source: str | None) -> None:
     known = await store.ingested()
-    if source and source not in known and (guess := did_you_mean(source, known)):
-        say(f"hint: there is no source {source!r}; {guess}")
+    if source and source not in known and (question := meant(source, known)):
+        say(f"hint: there is no source {source!r}{question}")
 
 
 async def export(
@@ -10971,8 +10968,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            guess = did_you_mean(found[1], re.findall(r"'(.*?)'", found[2]))
-            message += f"; {guess}" if guess else ""
+            message += meant(found[1], re.findall(r"'(.*?)'", found[2]))
         super().error(message)
 
 
