@@ -10446,6 +10446,17 @@ class Turn:
         return self.over
 
 
+async def show_progress(store: Store, turns: Sequence[Turn]) -> None:
+    """How far the runs of ingests are: on a terminal, a line that the next one overwrites."""
+    for turn in turns if sys.stderr.isatty() else ():
+        if isinstance(turn.job.spec, IngestSpec):
+            for run in await store.runs(turn.job.name, 1):
+                share = "" if run.progress is None else f", {run.progress:.0%}"
+                text = f"\r{run.source}: {run.records_processed:,} records{share}\x1b[K"
+                print(text if run.status == "in_progress" else "\r\x1b[K", end="", file=sys.stderr)
+    sys.stderr.flush()
+
+
 async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
     """The jobs of a round: those that are named, else all that have something left to do."""
     ready, verb = await store.schedule(), "run" if args.command == "job" else "check"
@@ -10492,8 +10503,7 @@ async def check_here(args: argparse.Namespace, config: Config) -> list[Turn]:
         async with alone(config, lambda: config) as service:
             async with guessing(service.store):
                 turns = await turns_of(service.store, args)
-            async with progress(service.store, turns):
-                await until_signal(service, turns)
+            await until_signal(service, turns)
             for turn in turns:
                 await turn.look(service.store)
             return turns
@@ -10518,7 +10528,9 @@ async def until_signal(service: Service, turns: Sequence[Turn]) -> None:
     work = asyncio.ensure_future(steps())
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
-    await asyncio.wait([work])
+    while not work.done():
+        await asyncio.wait([work], timeout=FOLLOW_SECONDS)
+        await show_progress(service.store, turns)
     if caught:
         raise SystemExit(128 + caught[0])
     work.result()
@@ -10549,10 +10561,9 @@ async def check_there(args: argparse.Namespace, config: Config, found: Holder) -
                 if len(turns) == 1:
                     raise
                 turn.said, turn.bad, turn.over = str(e), True, True
-        async with progress(store, turns):
-            for turn in turns:
-                if not turn.over:
-                    await await_turn(store, turn, config)
+        for turn in turns:
+            if not turn.over:
+                await await_turn(store, turn, config)
     return turns
 
 
@@ -10568,35 +10579,9 @@ async def await_turn(store: Store, turn: Turn, config: Config) -> None:
             if turn.job.status == "active":
                 turn.said, turn.bad = f"not checked within {span(CHECK_WAIT)}", True
             return
+        await show_progress(store, [turn])
         await asyncio.sleep(FOLLOW_SECONDS)
         gone = holder(config.settings.database) is None
-
-
-@contextlib.asynccontextmanager
-async def progress(store: Store, turns: Sequence[Turn]) -> AsyncIterator[None]:
-    """How far the runs of ingests are, on a terminal."""
-    last = {turn.job.name: turn.last for turn in turns if isinstance(turn.job.spec, IngestSpec)}
-    if not last or not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("reading") as shown:
-
-        async def follow() -> None:
-            while True:
-                for name in last:
-                    for run in await store.runs(name, 1):
-                        share = "" if run.progress is None else f", {run.progress:.0%}"
-                        if run.id > last[name]:
-                            shown.update(f"{name}: {run.records_processed:,} records{share}")
-                await asyncio.sleep(FOLLOW_SECONDS)
-
-        following = asyncio.create_task(follow())
-        try:
-            yield
-        finally:
-            following.cancel()
 
 
 # ── Secrets, jobs and records on the command line ─────────────────────────────────────────────
