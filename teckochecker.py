@@ -9874,45 +9874,38 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[object]]
     spare: Sequence[int] = ()
 
-    def texts(self, *, short: bool = False) -> list[list[str]]:
+    def texts(self) -> list[list[str]]:
         """The cells of each column, with its name; one line each."""
         rows = [["-" if v in (None, "") else redact(str(v)) for v in row] for row in self.rows]
         clean = [[CONTROL.sub(" ", text) for text in row] for row in (self.columns, *rows)]
         columns = [list(column) for column in zip(*clean, strict=True)]
         signs = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
-        for i, column in enumerate(columns):
-            if short:
-                columns[i] = [ISO_TIME.sub(r"\1 \2", text) for text in column]
+        for column in columns:
             if signs and column[0] in ("State", "Status"):
-                columns[i] = [
-                    f"{SIGNS[text][0]} {text}" if text in SIGNS else text for text in column
-                ]
+                column[:] = [f"{SIGNS[t][0]} {t}" if t in SIGNS else t for t in column]
         return columns
 
 
-def fitted(table: Table, room: int) -> list[tuple[int, list[str]]]:
-    """How wide each column is that is shown, and its cells: times become short first, then columns
-    go, then lines break between words, and only then within one."""
+def fitted(table: Table, room: int) -> Iterator[tuple[list[str], int | None]]:
+    """The columns that fit, and the width of those that are not to be narrowed: times become short
+    first, then columns go, then lines break between words, and only then within one."""
     from rich.cells import cell_len
 
-    def total(widths: Collection[int]) -> int:
-        return sum(widths) + GAP * (len(widths) - 1)
+    def least(column: Sequence[str]) -> int:
+        """A longer word, like a URL, may break; a sign stays with its state."""
+        whole = max(map(cell_len, column))
+        word = max((cell_len(word) for text in column for word in text.split()), default=1)
+        return min(whole if whole <= word + GAP else word, max(min(room // 2, 40), 8))
 
     columns = table.texts()
-    if total([max(map(cell_len, column)) for column in columns]) > room:
-        columns = table.texts(short=True)
-    cap = max(min(room // 2, 40), 8)  # a longer word, like a URL, may break
-    words = [[cell_len(word) for text in column for word in text.split()] for column in columns]
-    widths = {i: min(max(lengths, default=1), cap) for i, lengths in enumerate(words)}
+    if sum(max(map(cell_len, column)) + GAP for column in columns) > room + GAP:
+        columns = [[ISO_TIME.sub(r"\1 \2", text) for text in column] for column in columns]
+    widths = dict(enumerate(map(least, columns)))
     for i in table.spare:
-        if total(widths.values()) > room:
+        if sum(widths.values()) + GAP * (len(widths) - 1) > room:
             del widths[i]
-    wanted = {i: max(map(cell_len, columns[i])) - width for i, width in widths.items()}
-    for i in sorted(wanted, key=wanted.__getitem__):
-        widths[i] += max(0, min(wanted[i], room - total(widths.values())))
-    while total(widths.values()) > room and max(widths.values()) > 1:
-        widths[max(widths, key=widths.__getitem__)] -= 1
-    return [(width, columns[i]) for i, width in widths.items()]
+    for i, width in widths.items():
+        yield columns[i], width if max(map(cell_len, columns[i])) == width else None
 
 
 def draw(table: Table) -> None:
@@ -9929,12 +9922,12 @@ def draw(table: Table) -> None:
     from rich.text import Text
 
     console = Console(highlight=False, emoji=False, markup=False)
-    shown, colours = fitted(table, console.width), dict(SIGNS.values())
+    shown, colours = [*fitted(table, console.width)], dict(SIGNS.values())
     drawn = RichTable(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
     drawn.show_header = any(table.columns)
-    for width, column in shown:
+    for column, width in shown:
         drawn.add_column(column[0], overflow="fold", width=width)
-    for row in zip(*(column[1:] for _, column in shown), strict=True):
+    for row in zip(*(column[1:] for column, _ in shown), strict=True):
         drawn.add_row(*(Text(text, colours.get(text[:1], "")) for text in row))
     console.print(drawn)
 
@@ -10724,14 +10717,10 @@ def why_of(job: JobAnswer, brought: tuple[int, int]) -> str | None:
 
 
 def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
-    async def all_pages(operations: Operations) -> tuple[JobList, dict[str, tuple[int, int]]]:
-        found = await operations.jobs(args.status, 1000, 0)
-        while found.next_after is not None:
-            page = await operations.jobs(args.status, 1000, found.next_after)
-            found = page.model_copy(update={"jobs": found.jobs + page.jobs})
-        return found, await operations.store.ingested()
+    async def look(operations: Operations) -> tuple[JobList, dict[str, tuple[int, int]]]:
+        return await operations.jobs(args.status, 10**9, 0), await operations.store.ingested()
 
-    (found, brought), now = with_operations(config, all_pages, looks=True), time.time()
+    (found, brought), now = with_operations(config, look, looks=True), time.time()
     rows = []
     for job in found.jobs:
         mine, pace = brought.get(job.name, (0, 0)), job.poll_interval_seconds
