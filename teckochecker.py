@@ -8134,18 +8134,12 @@ def lock_path(database: Path) -> Path:
 
 class RunLock:
     """Holds the lock while its context lasts. A `check` that holds it is waited for, at most
-    `wait` seconds and as long as `stopped` does not say that we shall end; a service is not."""
+    `wait` seconds; a service is not."""
 
-    def __init__(
-        self,
-        database: Path,
-        command: str = "start",
-        wait: float = 0.0,
-        stopped: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, database: Path, command: str = "start", wait: float = 0.0) -> None:
         self.path, self.command = lock_path(database), command
         self.pid_file = self.path.with_suffix(".pid")
-        self._database, self._wait, self._stopped = database.resolve(), wait, stopped
+        self._database, self._wait = database.resolve(), wait
         self._said = ("", 0.0)  # address and start time
         self._file: IO[str] | None = None
 
@@ -8160,7 +8154,7 @@ class RunLock:
             found = holder(self._database)
             by = f"TeckoChecker {found.command if found else ''} (pid {found.pid if found else 0})"
             may_wait = found is None or found.command != "start"
-            if self._stopped() or not may_wait or time.monotonic() > until:
+            if not may_wait or time.monotonic() > until:
                 hint = "`status` shows it, `stop` ends a service"
                 raise Conflict(f"another {by} works on this database", hint=hint)
             if not waited:
@@ -9923,7 +9917,7 @@ def draw(table: Table) -> None:
 
     console = Console(highlight=False, emoji=False, markup=False)
     shown, colours = [*fitted(table, console.width)], dict(SIGNS.values())
-    drawn = RichTable(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    drawn = RichTable(box=None, pad_edge=False, padding=(0, 0, 0, GAP))
     drawn.show_header = any(table.columns)
     for column, width in shown:
         drawn.add_column(column[0], overflow="fold", width=width)
