@@ -19,7 +19,7 @@ uses only what stands above it:
     Steps, Ingesting, Doctor         load, ask, decide, record, act
     Answers, Operations              what people and programs may ask for, each rule once
     Run lock, Scheduler, Plan        one process a database; timers; what a new jobs.yaml would do
-    Service                          ticks, reload, health, start, drain
+    Timers, Service                  steps, ticks, reload, health, start, drain
     Routes, OpenAPI, HTTP            one table of routes serves, documents and is tested
     Output to Parser and main        the command line: the one place that prints and exits
 
@@ -7280,19 +7280,6 @@ class Steps:
         raise AssertionError("counting ended")
 
 
-@contextlib.asynccontextmanager
-async def make_steps(config: Config, store: Store) -> AsyncIterator[Steps]:
-    """The steps with their upstreams, which are closed at the end."""
-    settings = config.settings
-    openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
-    upstreams = openai, Keboola(), Web()
-    try:
-        yield Steps(config, store, Vault(settings), *upstreams)
-    finally:
-        for upstream in upstreams:
-            await upstream.close()
-
-
 # ── Ingesting ─────────────────────────────────────────────────────────────────────────────────
 
 # A run is one loop: fetch, identify, look up, normalize, commit. What keeps a processor busy runs
@@ -8334,7 +8321,7 @@ def differing(old: Spec, new: Spec) -> list[str]:
     return [name for name in was | now if was.get(name) != now.get(name)]
 
 
-# ── Service ───────────────────────────────────────────────────────────────────────────────────
+# ── Timers ────────────────────────────────────────────────────────────────────────────────────
 
 # What is unexpected costs the job that met it that step, and nothing else:
 #
@@ -8348,52 +8335,8 @@ def differing(old: Spec, new: Spec) -> list[str]:
 # - While the store cannot be written, no step is begun: it could not keep what it learns, and would
 #   ask upstream in vain. Each tick tries a small write, and all goes on when that succeeds.
 
-TICK = 1.0  # s between looks at what other processes changed in the store
-STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
-DRAIN_SECONDS = 7.0  # s for work in flight after SIGTERM, of the 10 s promised in all
-LOCK_WAIT = 60.0  # s that a start waits for another process's lock on the store
 STORE_PAUSE = 5.0  # s until a step that met a failing store is tried again
 READ_TOGETHER = 500  # jobs read by one query of those due in one tick
-GC_THRESHOLD = 10_000  # objects more than at the last collection: several ticks' worth
-PRUNE_SECONDS = 3600.0  # s between looks for rows past their time
-HEALTH_SECONDS = 2.5  # s that the store has to answer a question of /health
-NAMED = 100  # jobs that /health names of each kind
-BOUND_AT_START = (  # settings that a reload does not change
-    *("database", "api_host", "api_port", "openai_base_url"),
-    *("log_level", "log_format", "log_file", "secret_key", "secret_key_file"),
-)
-
-
-def notify(*states: str) -> None:
-    """Tell systemd (sd_notify(3)): a datagram to $NOTIFY_SOCKET; nothing without one."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-            channel.setblocking(False)  # who does not listen must not stop the event loop
-            channel.connect("\0" + address[1:] if address.startswith("@") else address)
-            channel.sendall("\n".join(states).encode())
-    except OSError as e:
-        log.debug("cannot notify the service manager: %s", e)
-
-
-async def every_problem(
-    config: Config, store: Store, vault: Vault, *, unused: bool = False
-) -> list[Problem]:
-    """What keeps this configuration from being run, a stored secret that does not open included."""
-    rows = await store.secrets()
-    problems = all_problems(config, await store.secret_types(), unused=unused)
-    try:
-        vault.load(required=bool(rows))
-    except SecretError as e:
-        return [*problems, Problem(found=str(e))]
-    for row in rows:
-        try:
-            vault.open(row)
-        except SecretError as e:
-            problems.append(Problem(found=str(e)))
-    return problems
 
 
 @dataclass(slots=True)
@@ -8415,30 +8358,18 @@ class JobTimer:
         return self.task is not None and not self.task.done()
 
 
-class Service:
-    """The running program: timers, reload, figures, drain. Everything happens on the event loop;
-    signals only set `stop` and `reload`."""
+class Timers:
+    """When each job's step is due, and the steps that are under way."""
 
-    def __init__(self, steps: Steps, load: Callable[[], Config]) -> None:
-        self.steps, self.store = steps, steps.store
-        self._load = load
-        self.started_at = time.time()
-        self.stop, self.reload = asyncio.Event(), asyncio.Event()
-        self.operations = Operations(steps.store, steps.vault, lambda: steps.config)
-        self.metrics = steps.metrics
-        self.connections: Callable[[], int] = lambda: 0
-        self.lock: RunLock | None = None
-        self.reloaded_at, self.reload_error = self.started_at, cast(str | None, None)
+    def __init__(self, steps: Steps) -> None:
+        self.steps, self.store, self.metrics = steps, steps.store, steps.metrics
         self.store_error: str | None = None  # why the store cannot be written; None: it can
         self._scheduler = make_scheduler(self._clock_moved)
         self._timers: dict[int, JobTimer] = {}
         self._due: dict[int, float] = {}  # since when; begun together when the tick is over
         self._tasks: set[asyncio.Task[None]] = set()
-        self._repeated: dict[Callable[..., Any], asyncio.Task[None]] = {}
         self._epoch = time.time()  # from which slots count
-        self._seen_version = -1  # of the store
         self._stale = True  # the timers may differ from the store
-        self._ticked, self._lag = time.monotonic(), 0.0
         self._draining = self._woken = False
         steps.on_finished = self._hasten
 
@@ -8446,169 +8377,13 @@ class Service:
     def settings(self) -> Settings:
         return self.steps.config.settings
 
-    async def start(self, *, timers: bool = True) -> None:
-        """Bring the store up to jobs.yaml and start the timers. Another process that holds the
-        store's lock is waited for."""
-        self.store.patience = LOCK_WAIT
-        await self.store.clamp_times(time.time())
-        await self._adopt(self.steps.config)
-        self.store.patience = PATIENCE
-        if not timers:
-            return
-        self._epoch = time.time()
-        await self._sync()
-        for work, seconds in ((self._tick, TICK), (self._prune, PRUNE_SECONDS)):
-            every, soon = {"seconds": seconds, "executor": "notice"}, datetime.now(UTC)
-            self._scheduler.add_job(self._repeat, "interval", (work,), next_run_time=soon, **every)
-        self.store.on_write = self._written
-        self._scheduler.start()
-        gc.collect()
-        gc.freeze()  # what lives from here on need not be looked at by each full collection,
-        gc.set_threshold(GC_THRESHOLD)  # nor what lives no longer than a check by the others
-
-    async def run(self) -> None:
-        """Until `stop` is set; `reload` makes it read its configuration again."""
-        while not self.stop.is_set():
-            waits = [asyncio.create_task(event.wait()) for event in (self.stop, self.reload)]
-            _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in pending:
-                wait.cancel()
-            if self.reload.is_set():
-                self.reload.clear()
-                await self._reload()
-
-    def look_again(self) -> None:
-        """Something changed in the store that did not come from a step: the next tick takes it
-        up."""
-        self._stale = True
-
-    async def drain(self) -> None:
-        """Take no more work, let what is in flight finish or be recorded, end the timers."""
-        if not self._scheduler.running:
-            return
-        self._scheduler.pause()
-        self._draining = self.steps.stopping = True
-        until = time.monotonic() + DRAIN_SECONDS
-        self.store.close_soon(DRAIN_SECONDS + 0.5)  # however long its lock is held
-        while self._tasks and (left := until - time.monotonic()) > 0:  # one may begin another
-            await asyncio.wait(set(self._tasks), timeout=left)
-        late = list(self._tasks)
-        for task in late:  # a POST cut off here is found as `sending` at the next start
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
-        self._scheduler.shutdown(wait=False)
-        await asyncio.sleep(0)
-
-    # configuration
-
-    async def _adopt(self, config: Config) -> None:
-        if problems := await every_problem(config, self.store, self.steps.vault):
-            raise Invalid(problems)
-        for warning in config.warnings:
-            log.warning("%s", warning)
-        if config.jobs is None and any(j.origin == "file" for j in await self.store.jobs("active")):
-            said = "is gone or names no jobs, but the store has active jobs that come from it"
-            raise Invalid([f"{config.path} {said}"], hint="`jobs: []` removes them all")
-        done = Counter[str]()
-        if config.jobs is not None:
-            for said in await planned(config.jobs, self.store):
-                log.info("%s: %s", config.path, said)
-            done = await self.store.sync_file_jobs(config.jobs, time.time())
-        self.steps.config = config
-        self._stale = True
-        words = ", ".join(f"{count} {what}" for what, count in done.items())
-        log.info("%s: %s", config.path, words or "no job changed")
-
-    async def _reload(self) -> None:
-        """A bad file keeps the old configuration and says so; so do settings that are bound at the
-        start. A job whose last step failed is tried at once: the file may have mended it."""
-        notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        old, error = self.settings, None
-        try:
-            config = self._load()
-            kept = {name: getattr(old, name) for name in BOUND_AT_START}
-            changed = [n for n, value in kept.items() if getattr(config.settings, n) != value]
-            await self._adopt(replace(config, settings=config.settings.model_copy(update=kept)))
-            self.steps.openai.set_budget(config.settings.max_requests_per_minute)
-            if changed:
-                log.warning("changed, but taken up only by a restart: %s", ", ".join(changed))
-        except TeckoError as e:
-            error = str(e)
-            log.error("reload refused, the configuration before it stays: %s", e)
-        except Exception as e:
-            error = f"internal error; see the log: {type(e).__name__}"
-            log.exception("reload refused after an internal error")
-        self.reloaded_at, self.reload_error = time.time(), error
-        for timer in self._timers.values():
-            if timer.failed and not timer.busy:
-                self._move(timer, time.time())
-        notify("READY=1")
-
-    # ticks
-
-    def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], since: float = 0.0) -> None:
-        """What the service's own timers call: begin `work`, unless it still goes on."""
-        if not self._draining and ((task := self._repeated.get(work)) is None or task.done()):
-            self._repeated[work] = self._spawn(work())
-
-    async def _tick(self) -> None:
-        """Once a second: write down the quiet checks, take up what other processes changed, and
-        feed the watchdog."""
-        ACTOR.set(None)
-        try:
-            await self._look_at_store()
-            version = await self.store.data_version()
-            if self._stale or version != self._seen_version:
-                await self._sync()
-                self._seen_version = version
-            if ended := [job_id for job_id, timer in self._timers.items() if timer.ended]:
-                await self._sync(ended)
-            now = time.monotonic()
-            self._lag, self._ticked = max(0.0, now - self._ticked - TICK), now
-            notify("WATCHDOG=1")
-        except StoreError as e:
-            self._store_failed(e)
-        except Exception:
-            log.exception("internal error in a tick; the next one follows in %s s", TICK)
-
-    async def _look_at_store(self) -> None:
-        """See that the database is ours, and that it can be written."""
-        if self.lock is not None:
-            self.lock.hold()
-        if self.store.superseded:
-            log.critical("another node has taken over this database; this one ends")
-            self.stop.set()
-        if problem := self.store.file_problem():
-            self._store_failed(StoreError(problem))
-        try:
-            await self.store.flush()
-            if self.store_error is not None:  # without quiet checks, nothing was tried
-                await self.store.log_event("error", f"it failed: {self.store_error}", time.time())
-        except StoreError as e:
-            self._store_failed(e)
+    def _clock_moved(self, step: float) -> None:
+        self._spawn(self.store.shift_times(step, time.time()))
 
     def _store_failed(self, error: StoreError) -> None:
         if str(error) != self.store_error:
             log.error("the store cannot be used; no step is begun meanwhile: %s", error)
         self.store_error = str(error)
-
-    def _written(self, seconds: float) -> None:
-        """A transaction of the store was committed, in so many seconds."""
-        self.metrics.writes.observe(seconds)
-        if self.store_error is not None:
-            log.info("the store can be written again")
-        self.store_error = None
-
-    def _clock_moved(self, step: float) -> None:
-        self._spawn(self.store.shift_times(step, time.time()))
-
-    async def _prune(self) -> None:
-        """Delete rows past their time or number."""
-        keep, days = self.settings.log_retention_rows, self.settings.log_retention_days
-        with contextlib.suppress(StoreError):  # it has time until the next look
-            await self.store.prune(time.time() - 86400 * days, keep)
-
-    # timers
 
     async def _sync(self, ids: Collection[int] | None = None) -> None:
         """Make the timers what the store says: all, or those of `ids`."""
@@ -8818,6 +8593,226 @@ class Service:
         self._move(timer, time.time())
         return Done(success=True, message=f"Job {job.name!r} is checked now")
 
+
+# ── Service ───────────────────────────────────────────────────────────────────────────────────
+
+TICK = 1.0  # s between looks at what other processes changed in the store
+STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
+DRAIN_SECONDS = 7.0  # s for work in flight after SIGTERM, of the 10 s promised in all
+LOCK_WAIT = 60.0  # s that a start waits for another process's lock on the store
+GC_THRESHOLD = 10_000  # objects more than at the last collection: several ticks' worth
+PRUNE_SECONDS = 3600.0  # s between looks for rows past their time
+HEALTH_SECONDS = 2.5  # s that the store has to answer a question of /health
+NAMED = 100  # jobs that /health names of each kind
+BOUND_AT_START = (  # settings that a reload does not change
+    *("database", "api_host", "api_port", "openai_base_url"),
+    *("log_level", "log_format", "log_file", "secret_key", "secret_key_file"),
+)
+
+
+def notify(*states: str) -> None:
+    """Tell systemd (sd_notify(3)): a datagram to $NOTIFY_SOCKET; nothing without one."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.setblocking(False)  # who does not listen must not stop the event loop
+            channel.connect("\0" + address[1:] if address.startswith("@") else address)
+            channel.sendall("\n".join(states).encode())
+    except OSError as e:
+        log.debug("cannot notify the service manager: %s", e)
+
+
+async def every_problem(
+    config: Config, store: Store, vault: Vault, *, unused: bool = False
+) -> list[Problem]:
+    """What keeps this configuration from being run, a stored secret that does not open included."""
+    rows = await store.secrets()
+    problems = all_problems(config, await store.secret_types(), unused=unused)
+    try:
+        vault.load(required=bool(rows))
+    except SecretError as e:
+        return [*problems, Problem(found=str(e))]
+    for row in rows:
+        try:
+            vault.open(row)
+        except SecretError as e:
+            problems.append(Problem(found=str(e)))
+    return problems
+
+
+class Service(Timers):
+    """The running program: reload, figures, drain. Everything happens on the event loop;
+    signals only set `stop` and `reload`."""
+
+    def __init__(self, steps: Steps, load: Callable[[], Config]) -> None:
+        super().__init__(steps)
+        self._load = load
+        self.started_at = time.time()
+        self.stop, self.reload = asyncio.Event(), asyncio.Event()
+        self.operations = Operations(steps.store, steps.vault, lambda: steps.config)
+        self.connections: Callable[[], int] = lambda: 0
+        self.lock: RunLock | None = None
+        self.reloaded_at, self.reload_error = self.started_at, cast(str | None, None)
+        self._repeated: dict[Callable[..., Any], asyncio.Task[None]] = {}
+        self._seen_version = -1  # of the store
+        self._ticked, self._lag = time.monotonic(), 0.0
+
+    async def start(self, *, timers: bool = True) -> None:
+        """Bring the store up to jobs.yaml and start the timers. Another process that holds the
+        store's lock is waited for."""
+        self.store.patience = LOCK_WAIT
+        await self.store.clamp_times(time.time())
+        await self._adopt(self.steps.config)
+        self.store.patience = PATIENCE
+        if not timers:
+            return
+        self._epoch = time.time()
+        await self._sync()
+        for work, seconds in ((self._tick, TICK), (self._prune, PRUNE_SECONDS)):
+            every, soon = {"seconds": seconds, "executor": "notice"}, datetime.now(UTC)
+            self._scheduler.add_job(self._repeat, "interval", (work,), next_run_time=soon, **every)
+        self.store.on_write = self._written
+        self._scheduler.start()
+        gc.collect()
+        gc.freeze()  # what lives from here on need not be looked at by each full collection,
+        gc.set_threshold(GC_THRESHOLD)  # nor what lives no longer than a check by the others
+
+    async def run(self) -> None:
+        """Until `stop` is set; `reload` makes it read its configuration again."""
+        while not self.stop.is_set():
+            waits = [asyncio.create_task(event.wait()) for event in (self.stop, self.reload)]
+            _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in pending:
+                wait.cancel()
+            if self.reload.is_set():
+                self.reload.clear()
+                await self._reload()
+
+    def look_again(self) -> None:
+        """Something changed in the store that did not come from a step: the next tick takes it
+        up."""
+        self._stale = True
+
+    async def drain(self) -> None:
+        """Take no more work, let what is in flight finish or be recorded, end the timers."""
+        if not self._scheduler.running:
+            return
+        self._scheduler.pause()
+        self._draining = self.steps.stopping = True
+        until = time.monotonic() + DRAIN_SECONDS
+        self.store.close_soon(DRAIN_SECONDS + 0.5)  # however long its lock is held
+        while self._tasks and (left := until - time.monotonic()) > 0:  # one may begin another
+            await asyncio.wait(set(self._tasks), timeout=left)
+        late = list(self._tasks)
+        for task in late:  # a POST cut off here is found as `sending` at the next start
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        self._scheduler.shutdown(wait=False)
+        await asyncio.sleep(0)
+
+    # configuration
+
+    async def _adopt(self, config: Config) -> None:
+        if problems := await every_problem(config, self.store, self.steps.vault):
+            raise Invalid(problems)
+        for warning in config.warnings:
+            log.warning("%s", warning)
+        if config.jobs is None and any(j.origin == "file" for j in await self.store.jobs("active")):
+            said = "is gone or names no jobs, but the store has active jobs that come from it"
+            raise Invalid([f"{config.path} {said}"], hint="`jobs: []` removes them all")
+        done = Counter[str]()
+        if config.jobs is not None:
+            for said in await planned(config.jobs, self.store):
+                log.info("%s: %s", config.path, said)
+            done = await self.store.sync_file_jobs(config.jobs, time.time())
+        self.steps.config = config
+        self._stale = True
+        words = ", ".join(f"{count} {what}" for what, count in done.items())
+        log.info("%s: %s", config.path, words or "no job changed")
+
+    async def _reload(self) -> None:
+        """A bad file keeps the old configuration and says so; so do settings that are bound at the
+        start. A job whose last step failed is tried at once: the file may have mended it."""
+        notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        old, error = self.settings, None
+        try:
+            config = self._load()
+            kept = {name: getattr(old, name) for name in BOUND_AT_START}
+            changed = [n for n, value in kept.items() if getattr(config.settings, n) != value]
+            await self._adopt(replace(config, settings=config.settings.model_copy(update=kept)))
+            self.steps.openai.set_budget(config.settings.max_requests_per_minute)
+            if changed:
+                log.warning("changed, but taken up only by a restart: %s", ", ".join(changed))
+        except TeckoError as e:
+            error = str(e)
+            log.error("reload refused, the configuration before it stays: %s", e)
+        except Exception as e:
+            error = f"internal error; see the log: {type(e).__name__}"
+            log.exception("reload refused after an internal error")
+        self.reloaded_at, self.reload_error = time.time(), error
+        for timer in self._timers.values():
+            if timer.failed and not timer.busy:
+                self._move(timer, time.time())
+        notify("READY=1")
+
+    # ticks
+
+    def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], since: float = 0.0) -> None:
+        """What the service's own timers call: begin `work`, unless it still goes on."""
+        if not self._draining and ((task := self._repeated.get(work)) is None or task.done()):
+            self._repeated[work] = self._spawn(work())
+
+    async def _tick(self) -> None:
+        """Once a second: write down the quiet checks, take up what other processes changed, and
+        feed the watchdog."""
+        ACTOR.set(None)
+        try:
+            await self._look_at_store()
+            version = await self.store.data_version()
+            if self._stale or version != self._seen_version:
+                await self._sync()
+                self._seen_version = version
+            if ended := [job_id for job_id, timer in self._timers.items() if timer.ended]:
+                await self._sync(ended)
+            now = time.monotonic()
+            self._lag, self._ticked = max(0.0, now - self._ticked - TICK), now
+            notify("WATCHDOG=1")
+        except StoreError as e:
+            self._store_failed(e)
+        except Exception:
+            log.exception("internal error in a tick; the next one follows in %s s", TICK)
+
+    async def _look_at_store(self) -> None:
+        """See that the database is ours, and that it can be written."""
+        if self.lock is not None:
+            self.lock.hold()
+        if self.store.superseded:
+            log.critical("another node has taken over this database; this one ends")
+            self.stop.set()
+        if problem := self.store.file_problem():
+            self._store_failed(StoreError(problem))
+        try:
+            await self.store.flush()
+            if self.store_error is not None:  # without quiet checks, nothing was tried
+                await self.store.log_event("error", f"it failed: {self.store_error}", time.time())
+        except StoreError as e:
+            self._store_failed(e)
+
+    def _written(self, seconds: float) -> None:
+        """A transaction of the store was committed, in so many seconds."""
+        self.metrics.writes.observe(seconds)
+        if self.store_error is not None:
+            log.info("the store can be written again")
+        self.store_error = None
+
+    async def _prune(self) -> None:
+        """Delete rows past their time or number."""
+        keep, days = self.settings.log_retention_rows, self.settings.log_retention_days
+        with contextlib.suppress(StoreError):  # it has time until the next look
+            await self.store.prune(time.time() - 86400 * days, keep)
+
     # figures
 
     async def health(self) -> Health:
@@ -8904,6 +8899,19 @@ class Service:
         for pause in self.steps.openai.pauses():
             self.metrics.paused_keys.labels(pause.secret).set(1)
         return self.metrics.text()
+
+
+@contextlib.asynccontextmanager
+async def make_steps(config: Config, store: Store) -> AsyncIterator[Steps]:
+    """The steps with their upstreams, which are closed at the end."""
+    settings = config.settings
+    openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
+    upstreams = openai, Keboola(), Web()
+    try:
+        yield Steps(config, store, Vault(settings), *upstreams)
+    finally:
+        for upstream in upstreams:
+            await upstream.close()
 
 
 @contextlib.asynccontextmanager
