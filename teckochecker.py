@@ -5549,18 +5549,6 @@ class BadRecord(ValueError):
     """A record that cannot be taken, and why."""
 
 
-class UnclearJson(ValueError):
-    """What json.loads would take and JSON does not have, or has two meanings for."""
-
-
-def refuse(constant: str) -> NoReturn:
-    raise UnclearJson(f"{constant} is no number")
-
-
-def finite(text: str) -> float:
-    return float(text) if math.isfinite(float(text)) else refuse(text)
-
-
 def read_json(body: bytes) -> Any:
     """What an answer says, to the last digit: what orjson refuses or would round, json reads, and
     leaves a lone surrogate, or what is no number (a Decimal), to the record that has it. Raises
@@ -8845,10 +8833,6 @@ class Service(Timers):
         )
         return judged(health, self.store.file_problem(), self.store_error)
 
-    async def alive(self) -> Done:
-        """That this is answered at all is the answer: it runs on the event loop."""
-        return Done(success=True, message="the event loop responds")
-
     async def ready(self) -> Done:
         health = await self.health()
         said = f"database {health.database}, scheduler {health.scheduler}"
@@ -9101,8 +9085,8 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/", "Name and version", lambda r: About(), About),
     Route("GET", "/health", "Overall health, judged by recent checks; 503: unhealthy", show_health,
           Health, public=True, also="/api/health"),
-    Route("GET", "/livez", "Liveness: the event loop responds", lambda r: r.service.alive(),
-          Done, public=True),
+    Route("GET", "/livez", "Liveness: the event loop responds",  # for it runs this
+          lambda r: Done(success=True, message="the event loop responds"), Done, public=True),
     Route("GET", "/readyz", "Readiness: the store is open and the scheduler runs; 503: not ready",
           lambda r: r.service.ready(), Done, public=True),
     Route("GET", "/stats", "Totals, and what was done since the start",
@@ -9144,6 +9128,16 @@ ROUTES: tuple[Route, ...] = (
 )  # fmt: skip
 
 
+class UnclearJson(ValueError):
+    """What json.loads would take and JSON does not have, or has two meanings for."""
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise UnclearJson(f"{text} is no number")
+    return float(text)
+
+
 def json_body(body: bytes) -> Any:
     """What a body says. What is JSON only to Python, or can be read in two ways, is refused."""
 
@@ -9153,7 +9147,7 @@ def json_body(body: bytes) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(body, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        return json.loads(body, parse_constant=finite, parse_float=finite, object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
         said = f": {e}" if isinstance(e, UnclearJson) else ""
         raise Refused(400, f"the body is not JSON{said}") from None
@@ -10083,16 +10077,12 @@ def with_operations(
 
 
 def looking(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
-    """What who only looks finds; an empty database where there is none yet."""
+    """What who only looks finds; in an empty database where there is none yet."""
     if config.settings.has_store:
         return with_operations(config, work, looks=True)
-
-    async def nothing() -> T:
-        with tempfile.TemporaryDirectory() as folder:
-            async with Store(Path(folder) / "empty.db") as store:
-                return await work(Operations(store, Vault(config.settings), lambda: config))
-
-    return asyncio.run(nothing())
+    with tempfile.TemporaryDirectory() as folder:
+        settings = config.settings.model_copy(update={"database": Path(folder) / "empty.db"})
+        return with_operations(replace(config, settings=settings), work)
 
 
 FIRST_JOBS_FILE = """\
@@ -10160,8 +10150,8 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
     jobs = config.jobs or []
 
     async def look(operations: Operations) -> tuple[list[str], list[str], list[Finding]]:
-        store, vault = operations.store, operations.vault
-        problems = await every_problem(config, store, vault, unused=True)
+        store = operations.store
+        problems = await every_problem(config, store, Vault(config.settings), unused=True)
         problems += [Problem(found=said) for said in await client_problems()]
         if problems:
             raise Invalid(problems, hint=missing_secret_hint(problems))
