@@ -10213,19 +10213,16 @@ def not_beside_another() -> None:
 async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> None:
     """Run the service until SIGTERM or SIGINT; those cancel it while it still starts."""
     loop, starting = asyncio.get_running_loop(), cast(asyncio.Task[None], asyncio.current_task())
-    hangup = asyncio.Event()  # a SIGHUP before there is a service to reload
+    reload = asyncio.Event()  # may be set before there is a service to reload
     ends = (signal.SIGTERM, signal.SIGINT)
     for number in ends:
         loop.add_signal_handler(number, starting.cancel)
-    loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
     waits = partial(next, in_reserve(lock))
     async with make_service(config, load, in_reserve=waits) as service:
-        service.lock = lock
+        service.lock, service.reload = lock, reload
         for number in ends:
             loop.add_signal_handler(number, service.stop.set)
-        loop.add_signal_handler(signal.SIGHUP, service.reload.set)
-        if hangup.is_set():
-            service.reload.set()
         async with serving(service) as admin:
             lock.write(admin.url, service.started_at)
             where = f"admin surface at {admin.url}"
