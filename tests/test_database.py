@@ -9,7 +9,7 @@ import json
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import postgres
@@ -19,18 +19,6 @@ from conftest import Holder, Place, World, execute, make_world
 from test_store import checked, fired, get, job_in, made, spec
 
 import teckochecker as tecko
-
-
-@pytest.fixture
-def path(fresh: Callable[[], Place]) -> Place:
-    return fresh()
-
-
-@pytest.fixture
-async def store(path: Place) -> AsyncIterator[tecko.Store]:
-    async with tecko.Store(path) as opened:
-        yield opened
-
 
 # ── Locks ─────────────────────────────────────────────────────────────────────────────────────
 

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,6 @@ import teckochecker as tecko
 
 STATUSES: list[str] = list(tecko.JOB_STEPS)
 OPEN = ("triggering", "triggered")
-
-
-@pytest.fixture
-def path(fresh: Callable[[], Place]) -> Place:
-    return fresh()
-
-
-@pytest.fixture
-async def store(path: Place) -> AsyncIterator[tecko.Store]:
-    async with tecko.Store(path) as opened:
-        yield opened
 
 
 def spec(name: str = "job", **flat: Any) -> tecko.JobSpec:
