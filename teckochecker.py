@@ -10435,12 +10435,10 @@ class Turn:
 async def show_progress(store: Store, turns: Sequence[Turn]) -> None:
     """How far the runs of ingests are: on a terminal, a line that the next one overwrites."""
     for turn in turns if sys.stderr.isatty() else ():
-        if isinstance(turn.job.spec, IngestSpec):
-            for run in await store.runs(turn.job.name, 1):
-                share = "" if run.progress is None else f", {run.progress:.0%}"
-                text = f"\r{run.source}: {run.records_processed:,} records{share}\x1b[K"
-                print(text if run.status == "in_progress" else "\r\x1b[K", end="", file=sys.stderr)
-    sys.stderr.flush()
+        for run in await store.runs(turn.job.name, 1) if turn.job.is_ingest else ():
+            share = "" if run.progress is None else f", {run.progress:.0%}"
+            text = f"\r{run.source}: {run.records_processed:,} records{share}\x1b[K"
+            print(text * (run.status == "in_progress"), end="", file=sys.stderr, flush=True)
 
 
 async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
@@ -10461,7 +10459,11 @@ async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
 def cmd_check(args: argparse.Namespace, config: Config) -> int:
     """One round now: by the service where one runs, else here, with the retries that it allows."""
     found = service_of(config)
-    turns = asyncio.run(check_there(args, config, found) if found else check_here(args, config))
+    try:
+        turns = asyncio.run(check_there(args, config, found) if found else check_here(args, config))
+    finally:  # whatever is said next, it begins on a line of its own
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     bad = any(turn.bad for turn in turns)
     if args.command == "job" and turns[0].run is not None:
         return report_run(args, turns[0].run)
