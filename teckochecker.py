@@ -10082,7 +10082,8 @@ def looking(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
         return with_operations(config, work, looks=True)
     with tempfile.TemporaryDirectory() as folder:
         settings = config.settings.model_copy(update={"database": Path(folder) / "empty.db"})
-        return with_operations(replace(config, settings=settings), work)
+        asyncio.run(Store(settings.store).touch())
+        return with_operations(replace(config, settings=settings), work, looks=True)
 
 
 FIRST_JOBS_FILE = """\

@@ -804,7 +804,7 @@ class TestLive:
     def test_check_asks_the_service(self, live: Live) -> None:
         """A job that is due in an hour is checked at once, by the service; the table says how it
         stands."""
-        before = live.checks("batch_slow")
+        before = until(lambda: live.checks("batch_slow"), "the first check")
         [done] = live.cli("--json check slow")
         assert live.checks("batch_slow") == before + 1
         [row] = done.document
@@ -1012,8 +1012,8 @@ LOOKING = (
 
 
 def test_who_only_looks_creates_nothing(tmp_path: Path) -> None:
-    """In an empty folder, with a LOG_FILE set, the folder is as empty as before."""
-    env = {"LOG_FILE": "t.log"}
+    """In an empty folder, with a LOG_FILE and no usable key, the folder is as empty as before."""
+    env = {"LOG_FILE": "t.log"} | PLACEHOLDER
     told = [Told(line, env if line != "start" else {}) for line in LOOKING]
     done, _ = run_many(tmp_path, told)
     assert list(tmp_path.iterdir()) == []
