@@ -2568,8 +2568,8 @@ TOKEN = re.compile(r"(?<=:)[^/:@]+(?=@)|[\w%+-]{16,}|\b(?=\w*\d)(?=\w*[A-Z])\w{8
 def register_urls(blocks: Any) -> None:
     """Make known what is secret in the URLs that alerts go to, and each as a whole."""
     for _, text in texts_in(blocks):
-        for value in (text, *TOKEN.findall(text)) if "://" in text else ():
-            SecretValue(unquote(value))
+        for value in (text, *map(unquote, TOKEN.findall(text))) if "://" in text else ():
+            SecretValue(value)
 
 
 def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = False) -> Config:
@@ -8653,8 +8653,9 @@ class Alerts:
         return findings
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
 
 
 # ── Service ───────────────────────────────────────────────────────────────────────────────────
