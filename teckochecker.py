@@ -1258,7 +1258,7 @@ class AlertTarget(ShortForm):
         None, description="an https:// URL that takes a POST of JSON"
     )
     secret: SecretName | None = Field(
-        None, description="the name of a secret of type api, the webhook's bearer token"
+        None, description="the name of a secret of type api: the bearer token of a webhook"
     )
     command: Annotated[list[Letters], Field(min_length=1)] | None = Field(
         None, description="a list: a program, which reads JSON from stdin, and its arguments"
@@ -1269,21 +1269,13 @@ class AlertTarget(ShortForm):
     def _one_way(self) -> AlertTarget:
         if sum(way is not None for way in (self.apprise, self.webhook, self.command)) != 1:
             raise ValueError("needs exactly one of apprise, webhook and command")
-        if self.secret is not None and self.webhook is None:
-            raise ValueError("a secret goes with a webhook")
-        if self.secret is not None and self.webhook is not None:
-            safe_for_secret(self.webhook)
+        if self.secret is not None:
+            safe_for_secret(self.webhook or "http://")  # nothing else takes one
         return self
 
     @property
-    def name(self) -> str:
-        """Tells it from others, without what is secret in it."""
-        text = repr((self.apprise, self.webhook, self.command))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    @property
     def shown(self) -> str:
-        """The same for people."""
+        """What it is called, without what is secret in it."""
         if self.command is not None:
             return f"command {self.command[0]}"
         url = urlsplit(self.webhook or self.apprise or "")
@@ -8453,6 +8445,24 @@ def differing(old: Spec, new: Spec) -> list[str]:
     return [name for name in was | now if was.get(name) != now.get(name)]
 
 
+async def every_problem(
+    config: Config, store: Store, vault: Vault, *, unused: bool = False
+) -> list[Problem]:
+    """What keeps this configuration from being run, a stored secret that does not open included."""
+    rows = await store.secrets()
+    problems = all_problems(config, await store.secret_types(), unused=unused)
+    try:
+        vault.load(required=bool(rows))
+    except SecretError as e:
+        return [*problems, Problem(found=str(e))]
+    for row in rows:
+        try:
+            vault.open(row)
+        except SecretError as e:
+            problems.append(Problem(found=str(e)))
+    return problems
+
+
 # ── Alerts ────────────────────────────────────────────────────────────────────────────────────
 
 # Each target is told once what is wrong, again after its `remind`, and when it is over; also where
@@ -8475,6 +8485,11 @@ SERVICE_KINDS = ("backup", "reload", "database", "scheduler")  # words of the pr
 Told = Mapping[str, float]  # conditions, and when they were last told
 News = Mapping[str, str]  # conditions, and whether they are firing, a reminder or resolved
 FAILED_WORK = ("error", "dropped", "failed", "interrupted")  # outcomes of checks and runs
+
+
+def target_name(target: AlertTarget) -> str:
+    """What the store calls it: nothing that could be read."""
+    return digest_of(repr((target.apprise, target.webhook, target.command))).hex()
 
 
 def conditions(health: Health) -> dict[str, str]:
@@ -8526,10 +8541,11 @@ def message(news: News, wrong: Mapping[str, str]) -> dict[str, Any]:
 
 def tell_command(command: Sequence[str], text: bytes) -> None:
     """Run a program, without a shell, that reads `text` from its stdin."""
-    quiet: Any = {"stdout": subprocess.DEVNULL, "timeout": SEND_SECONDS, "start_new_session": True}
-    code = subprocess.run(command, input=text, check=False, **quiet).returncode
-    if code:
-        raise TeckoError(f"it ended with exit code {code}")
+    apart: Any = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+    killed_after = SEND_SECONDS + 1  # when nobody waits for it any more
+    done = subprocess.run(command, input=text, timeout=killed_after, check=False, **apart)
+    if done.returncode:
+        raise TeckoError(f"it ended with exit code {done.returncode}")
 
 
 def tell_apprise(url: str, title: str, text: str) -> None:
@@ -8554,8 +8570,9 @@ class Alerts:
         """Tell each target what is new to it. Raises StoreError where the store cannot say what it
         was told before."""
         self._told = told = await self._store.alerts() if self._told is None else self._told
-        targets = {target.name: target for target in self._steps.config.alerts}
-        wrong, now = conditions(health), self._steps._steady()
+        targets = {target_name(target): target for target in self._steps.config.alerts}
+        wrong = await asyncio.to_thread(conditions, health)  # 10,000 texts are redacted
+        now = self._steps._steady()
         known = {key for name in targets for key in told.get(name, {})}
         gone = known - wrong.keys() - await self._unsure(health, known)
         seen = [*((key, True) for key in wrong), *((key, False) for key in gone)]
@@ -8563,7 +8580,7 @@ class Alerts:
         lasts = {key: now - since for (key, _), since in self._since.items()}
         steady = {k for k, s in lasts.items() if s >= LASTING.get(k.partition(" ")[0], LASTING[""])}
         tell = partial(self._tell, told, wrong, steady)
-        await asyncio.gather(*map(tell, targets.values()))
+        await asyncio.gather(*(tell(*named) for named in targets.items()))
 
     async def _unsure(self, health: Health, known: Collection[str]) -> set[str]:
         """What may go on though /health does not say so: all that the store would tell if it
@@ -8580,9 +8597,10 @@ class Alerts:
         told: dict[str, Told],
         wrong: Mapping[str, str],
         steady: Collection[str],
+        name: str,
         target: AlertTarget,
     ) -> None:
-        name, now, passed = target.name, self._steps.clock(), self._steps._steady()
+        now, passed = self._steps.clock(), self._steps._steady()
         mine, (failures, until) = told.get(name, {}), self._failures.get(name, (0, 0.0))
         news = news_for(wrong, steady, mine, now - target.remind)
         if news and passed >= until:
@@ -8612,9 +8630,11 @@ class Alerts:
                     await self._ask("POST", target.webhook, target.secret, content=text)
                 else:
                     await asyncio.wrap_future(detached(work))
+        except TimeoutError:
+            raise TeckoError(f"no answer within {SEND_SECONDS:.0f} s") from None
         except TeckoError:
             raise
-        except Exception as e:  # a library's for each of its services
+        except Exception as e:  # of one of Apprise's services, for one
             raise TeckoError(f"{type(e).__name__}: {e}".rstrip(": ")) from e
         return "told"
 
@@ -8700,24 +8720,6 @@ def notify(*states: str) -> None:
             channel.sendall("\n".join(states).encode())
     except OSError as e:
         log.debug("cannot notify the service manager: %s", e)
-
-
-async def every_problem(
-    config: Config, store: Store, vault: Vault, *, unused: bool = False
-) -> list[Problem]:
-    """What keeps this configuration from being run, a stored secret that does not open included."""
-    rows = await store.secrets()
-    problems = all_problems(config, await store.secret_types(), unused=unused)
-    try:
-        vault.load(required=bool(rows))
-    except SecretError as e:
-        return [*problems, Problem(found=str(e))]
-    for row in rows:
-        try:
-            vault.open(row)
-        except SecretError as e:
-            problems.append(Problem(found=str(e)))
-    return problems
 
 
 @dataclass(slots=True)

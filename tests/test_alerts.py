@@ -392,7 +392,7 @@ TOKEN = "Q7w8e9r0t1y2u3i4o5p6"
         (f"alerts: [{{webhook: 'ftp://x/{TOKEN}'}}]", "alerts[0].webhook"),
         (f"alerts: [{{webhook: 'http://x.example/{TOKEN}', secret: s}}]", "over https only"),
         ("alerts: [{webhook: 'https://x.example', secret: s}]", "there is no secret 's'"),
-        ("alerts: [{command: [x], secret: s}]", "a secret goes with a webhook"),
+        ("alerts: [{command: [x], secret: s}]", "over https only"),
         ("alerts: [{command: []}]", "alerts[0].command"),
         ("alerts: [{command: [x], remind: 9}]", "at least 60 seconds, or 90m, 4h, 1d"),
         ("alerts: ['slack://${NO_SUCH}/x']", "${NO_SUCH} is not set"),
