@@ -2672,13 +2672,16 @@ def unreadable(name: str, ref: SecretRef, config: Config) -> str:
 
 
 def apprise_of(url: str) -> Any:
-    """Apprise's service behind a URL; None where it knows none. Raises TeckoError without it."""
+    """Apprise's service behind a URL. Raises TeckoError where it is missing, or knows none."""
     try:
         import apprise
     except ImportError as e:
         said = "this needs a package that is missing; run: python -m pip install apprise"
         raise TeckoError(said) from e
-    return apprise.Apprise.instantiate(url)
+    service = apprise.Apprise.instantiate(url)
+    if service is None:
+        raise TeckoError(f"Apprise does not know such a URL of {url.partition(':')[0]}")
+    return service
 
 
 def alert_faults(config: Config, stored: Mapping[str | int, str]) -> Iterator[Fault]:
@@ -2688,8 +2691,8 @@ def alert_faults(config: Config, stored: Mapping[str | int, str]) -> Iterator[Fa
             for fault in secret_faults({"ingest": {"secret": target.secret}}, stored, config):
                 yield fault._replace(at=("alerts", i, "secret"))
         try:
-            if target.apprise is not None and apprise_of(target.apprise) is None:
-                yield Fault(("alerts", i), f"Apprise does not know it: {target.shown}")
+            if target.apprise is not None:
+                apprise_of(target.apprise)
         except TeckoError as e:
             yield Fault(("alerts", i), str(e))
 
@@ -8549,8 +8552,7 @@ def tell_command(command: Sequence[str], text: bytes) -> None:
 
 
 def tell_apprise(url: str, title: str, text: str) -> None:
-    service = apprise_of(url)
-    if service is None or not service.notify(body=text, title=title, notify_type="warning"):
+    if not apprise_of(url).notify(body=text, title=title, notify_type="warning"):
         raise TeckoError("Apprise could not send it; the log says why")
 
 
