@@ -126,7 +126,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
-from functools import cache, lru_cache, partial, wraps
+from functools import cache, lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
 from operator import attrgetter
 from pathlib import Path
@@ -288,12 +288,13 @@ def redact(text: str) -> str:
 
 
 def excerpt(text: str, most: int) -> str:
-    """The redacted beginning of a text. It is cut before it is redacted, for it may be endless,
-    but not where a secret could be cut in half, which would then not be recognized."""
+    """The redacted beginning of a text, which can be encoded. It is cut before it is redacted, for
+    it may be endless, but not where a secret could be cut in half, which would then not be
+    recognized."""
     spare = max(1000, len(SecretValue.forms[0]) if SecretValue.forms else 0)
-    if len(text) <= most + spare:
-        return redact(text)[:most]
-    return redact(text[: most + spare])[:-spare][:most]
+    if len(text) > most + spare:
+        text = redact(text[: most + spare])[:-spare]
+    return redact(text)[:most].encode(errors="replace").decode()
 
 
 class RedactingFilter(logging.Filter):
@@ -325,7 +326,7 @@ class TeckoError(Exception):
     longest = 8_000  # characters of the message
 
     def __init__(self, message: str, *, hint: str = "", code: int = 0) -> None:
-        super().__init__(excerpt(message, self.longest).encode(errors="replace").decode())
+        super().__init__(excerpt(message, self.longest))
         self.hint = hint
         self.code = code or type(self).code
 
@@ -624,13 +625,6 @@ def known_encoding(value: str) -> str:
     return value
 
 
-def header_line(value: str) -> str:
-    """`Name: value` with {secret} in it (RFC 9110, section 5)."""
-    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+: ?[ -~]*\{secret\}[ -~]*", value):
-        raise ValueError("not a header with {secret} in it")
-    return value
-
-
 def texts(value: object) -> object:
     """Booleans as YAML writes them, since Keboola takes only strings."""
     if not isinstance(value, dict):
@@ -847,6 +841,7 @@ UnifiedField = Literal[
     "title", "description", "content", "author", "published_at", "url", "category"
 ]
 UNIFIED = get_args(UnifiedField)
+HEADER_LINE = r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+: ?[ -~]*\{secret\}[ -~]*$"  # RFC 9110, section 5
 
 
 IdNames = Label | Annotated[list[Label], Field(min_length=1)]
@@ -885,7 +880,7 @@ class Source(StrictModel):
         " freeze fails the run, and nothing of it is kept.",
     )
     secret: SecretName | None = Field(None, description="the name of a secret of type api")
-    header: Annotated[str, AfterValidator(header_line)] = Field(
+    header: Annotated[str, StringConstraints(pattern=HEADER_LINE)] = Field(
         "Authorization: Bearer {secret}", description="a header like X-Token: {secret}"
     )
     max_requests_per_minute: Whole | None = Field(
@@ -1386,6 +1381,8 @@ class Job:
     next_check_at: float | None
     created_at: float
     completed_at: float | None
+    has_open: bool = False  # a trigger that is not settled
+    batches: list[Batch] = field(default_factory=list)
 
     @property
     def spec(self) -> Spec:
@@ -1428,14 +1425,6 @@ class Job:
     def differs(self, spec: Spec) -> bool:
         """Whether `spec` is another definition; texts alike spare the reading."""
         return self.text != spec.model_dump_json() and (bool(self.damage) or self.spec != spec)
-
-
-@dataclass(slots=True)
-class CheckRow(Job):
-    """A job with what a check has to know beside it."""
-
-    has_open: bool  # a trigger that is not settled
-    batches: list[Batch] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1486,19 +1475,28 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Records that commit together, and how far the part of the source that they are from has
-    been read with them."""
+class Fetched:
+    """What came out of a source in one go: records with their numbers, those that could not even
+    be read, and where the part stands after them."""
 
+    label: str  # of the part, for people: "products.csv line", "page 3 record"
+    records: Sequence[tuple[int, Any]]
+    rejects: Sequence[Rejected]
+    span: tuple[int, int] | None  # numbers read anew: what was rejected there before is forgotten
+    part: str = ""  # its name in the checkpoint; empty: none is kept
+    state: dict[str, Any] = field(default_factory=dict)
+    progress: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What is to be written of records that were fetched in one go, and commit together."""
+
+    fetched: Fetched
     raws: list[tuple[str, str, bool]]  # id, the record as JSON, whether it could be normalized
     unified: list[tuple[str, str, bytes]]  # id, unified record as JSON, hash
     rejects: list[Rejected]
     counts: Counter[str]  # by COUNTED
-    part: str  # empty: none whose state is kept
-    state: Mapping[str, Any]
-    progress: float | None
-    label: str  # of the part, with which the places of rejects begin
-    span: tuple[int, int] | None  # numbers read anew, whose old rejects go
 
 
 @dataclass(frozen=True, slots=True)
@@ -1753,6 +1751,25 @@ def request_body(spec: JobSpec, outcome_of_batches: Mapping[str, str]) -> str:
         "variableValuesData": {"values": [{"name": k, "value": v} for k, v in values.items()]},
     }
     return json.dumps(body)
+
+
+def intent(
+    job: Job, batches: Sequence[Batch], verdict: Verdict, trigger_id: str, now: float
+) -> Trigger:
+    """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
+    target = job.watches.trigger
+    return Trigger(
+        id=trigger_id,
+        job_id=job.id,
+        round=job.round,
+        state="pending",
+        stack_url=target.stack_url,
+        secret=str(target.secret),
+        body=trigger_body(job.watches, batches, trigger_id),
+        partial=verdict.partial,
+        on_ambiguous=target.on_ambiguous,
+        created_at=now,
+    )
 
 
 def is_open(trigger: Trigger) -> bool:
@@ -2170,7 +2187,7 @@ class JobsYaml:
         try:
             text = read_text(self.path, YAML_BYTES)
             self._lines = text.splitlines()
-            loader: Any = self._loader()
+            loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # all is text to it
             node = loader(text).get_single_node()
             return None if node is None else self._plain(node, ())
         except yaml.MarkedYAMLError as e:
@@ -2183,17 +2200,6 @@ class JobsYaml:
         except OSError as e:
             broken = Problem(found=f"cannot be read: {e.strerror}", file=str(self.path))
         raise Invalid([broken])
-
-    @staticmethod
-    def _loader() -> type[Any]:
-        import yaml
-
-        class Loader(getattr(yaml, "CBaseLoader", yaml.BaseLoader)):  # type: ignore[misc]
-            def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-                found = PLAIN.fullmatch(value) if kind is yaml.ScalarNode and implicit[0] else None
-                return found.lastgroup if found else super().resolve(kind, value, implicit)
-
-        return Loader
 
     def _plain(self, node: Any, at: Place) -> Any:
         """The value of a node. A node is made once: an alias is its anchor's value once more, and
@@ -2249,9 +2255,9 @@ class JobsYaml:
 
     def _scalar(self, node: Any, at: Place) -> str | int | None:
         kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
-        found = PLAIN.fullmatch(text)
-        if found and found.lastgroup == kind:
-            return int(text) if kind == "int" else {"true": True, "false": False}.get(text)
+        found = None if kind == "str" and node.style else PLAIN.fullmatch(text)  # quoted: no style
+        if found and kind in ("str", found.lastgroup):
+            return int(text) if found["int"] else {"true": True, "false": False}.get(text)
         if kind != "str":
             self.faults.append(Fault(at, f"the tag {kind}", "plain text and numbers"))
         return VARIABLE.sub(lambda m: self._variable(m, at), text)
@@ -2939,6 +2945,8 @@ class Sqlite:
     id = "INTEGER PRIMARY KEY AUTOINCREMENT"
     has_schema = "SELECT 1 FROM sqlite_master WHERE name = 'schema_version'"
     superseded = False  # a run lock beside the file sees to that
+    busy = (sqlite3.SQLITE_BUSY,)  # codes of errors: another process holds the lock
+    lasting = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 
     def __init__(self, path: Path, *, mode: Literal["ro", "rw"], writes: bool) -> None:
         self._uri, self._writes = f"file:{quote(str(path))}?mode={mode}", writes
@@ -3001,14 +3009,8 @@ class Sqlite:
         return True
 
     @staticmethod
-    def is_busy(error: Exception) -> bool:
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-
-    @staticmethod
-    def cannot_write(error: Exception) -> bool:
-        """Whether it is full, read-only or broken, which lasts until someone sees to it."""
-        lasting = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF in lasting
+    def code(error: Exception) -> Any:
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
     async def close(self) -> None:
         if self._db is not None:  # an open one would keep the interpreter from exiting
@@ -3039,6 +3041,8 @@ class Postgres:
         " SET LOCAL lock_timeout = 0"
     )
     claim_sql = "SELECT pg_try_advisory_lock(7239, hashtext(current_schema()))"
+    busy = ("55P03",)  # lock_not_available
+    lasting = ("53100", "25006")  # disk_full, read_only_sql_transaction
 
     def __init__(self, url: str, *, writes: bool) -> None:
         try:
@@ -3081,17 +3085,15 @@ class Postgres:
             await db.execute(theirs)
             if not self._writes:
                 await db.execute("SET default_transaction_read_only = on")
-            if self._sole and not await self._got_lock(db):
-                self.superseded = True
+            if self._sole:
+                [[got]] = await (await db.execute(self.claim_sql)).fetchall()
+                self.superseded = not got
+            if self.superseded:
                 raise StoreError("another TeckoChecker has taken over this database")
         except BaseException:
             await db.close()
             raise
-        self._db, self.superseded = db, False
-
-    async def _got_lock(self, db: AsyncConnection) -> bool:
-        [[got]] = await (await db.execute(self.claim_sql)).fetchall()
-        return bool(got)
+        self._db = db
 
     async def _open_again(self, lost: object) -> None:
         async with self._opening:  # of several that met the loss, one opens for all
@@ -3155,27 +3157,17 @@ class Postgres:
         self._commits += 1
 
     async def changes(self) -> int:
-        [[changes]] = await self._steady(
-            partial(self._execute, "SELECT changes FROM schema_version")
-        )
+        [[changes]] = await self.run("SELECT changes FROM schema_version")
         return int(changes) - self._commits
 
     async def claim(self) -> bool:
-        async def got() -> bool:
-            assert self._db is not None
-            return await self._got_lock(self._db)
-
-        self._sole = self._sole or await self._steady(got)
+        if not self._sole:
+            [[self._sole]] = await self.run(self.claim_sql)
         return self._sole
 
     @staticmethod
-    def is_busy(error: Exception) -> bool:
-        return getattr(error, "sqlstate", "") == "55P03"  # lock_not_available
-
-    @staticmethod
-    def cannot_write(error: Exception) -> bool:
-        """Whether it is full or read-only, which lasts until someone sees to it."""
-        return getattr(error, "sqlstate", "") in ("53100", "25006")
+    def code(error: Exception) -> Any:
+        return getattr(error, "sqlstate", "")
 
     async def close(self) -> None:
         if self._db is not None:
@@ -3366,7 +3358,7 @@ class Database:
             except engine.errors as e:
                 with contextlib.suppress(engine.errors):  # PostgreSQL's has begun
                     await engine.run("ROLLBACK")
-                if not engine.is_busy(e):
+                if engine.code(e) not in engine.busy:
                     raise self._store_error(e) from e
                 now = time.monotonic()
                 if self._blocked_since is None:
@@ -3397,8 +3389,8 @@ class Database:
 
     def _store_error(self, error: Exception) -> StoreError:
         said = f"database {self.place}: {error}"
-        if self._reader is not None and self._reader.cannot_write(error):
-            self._cannot_write = said
+        if self._reader is not None and self._reader.code(error) in self._reader.lasting:
+            self._cannot_write = said  # full, read-only or broken, until someone sees to it
         return StoreError(said)
 
     async def _sql(self, sql: str, values: Values = MappingProxyType({})) -> list[Any]:
@@ -3424,7 +3416,8 @@ class Database:
     async def _upsert(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
     ) -> None:
-        """Insert rows; `conflict` says what becomes of those that are there."""
+        """Insert rows, once a transaction for each table; `conflict` says what becomes of those
+        that are there."""
         await self._told(self._engine().upsert(table, columns, rows, conflict))
 
     async def _check_schema(self) -> None:
@@ -3520,10 +3513,8 @@ class Records(Database):
     async def begin_run(self, job: Job, now: float) -> Run:
         """A new run of a job's ingest; one that a crash left open is `interrupted` from here on,
         and can write nothing more."""
-        await self._many(
-            "INSERT INTO etl_checkpoint (source) VALUES (:source) ON CONFLICT DO NOTHING",
-            [{"source": job.name}, {"source": ""}],
-        )
+        sources = [(job.name,), ("",)]
+        await self._upsert("etl_checkpoint", ("source",), sources, "ON CONFLICT DO NOTHING")
         left = await self._sql(
             "UPDATE etl_run SET status = 'interrupted', end_time = :now,"
             " error_message = 'the program ended before the run did'"
@@ -3577,22 +3568,20 @@ class Records(Database):
             {
                 **added,
                 **{"id": run.id, "job_id": run.job_id, "revision": revision},
-                "progress": chunk.progress,
+                "progress": chunk.fetched.progress,
             },
         )
         if not still:
             return False
         await self._save_records(run.source, kind, chunk, now)
         await self._save_rejects(run, chunk, now)
-        if chunk.part:
-            await self._sql(
-                "INSERT INTO etl_part (source, part, state, run_id) VALUES (:source, :part, :state,"
-                " :run) ON CONFLICT (source, part) DO UPDATE SET state = excluded.state,"
+        if part := chunk.fetched.part:
+            await self._upsert(
+                "etl_part",
+                ("source", "part", "state", "run_id"),
+                [(run.source, part, json.dumps(chunk.fetched.state), run.id)],
+                "ON CONFLICT (source, part) DO UPDATE SET state = excluded.state,"
                 " run_id = excluded.run_id",
-                {
-                    **{"source": run.source, "part": chunk.part, "run": run.id},
-                    "state": json.dumps(chunk.state),
-                },
             )
         await self._sql(
             f"UPDATE etl_checkpoint SET {sums}, records = records + :records_inserted,"
@@ -3642,16 +3631,16 @@ class Records(Database):
                 for r in chunk.rejects
             ],
         )
-        if chunk.span is not None:
+        label, span = chunk.fetched.label, chunk.fetched.span
+        if span is not None:
             await self._sql(
                 "DELETE FROM etl_reject WHERE source = :source AND run_id <> :run AND"
                 " CASE WHEN substr(place, 1, :length) = :label"
                 " THEN CAST(substr(place, :length + 1) AS BIGINT) ELSE -1 END"
                 " BETWEEN :first AND :last",
                 {
-                    **{"source": run.source, "run": run.id, "label": f"{chunk.label} "},
-                    **{"length": len(chunk.label) + 1},
-                    **{"first": chunk.span[0], "last": chunk.span[1]},
+                    **{"source": run.source, "run": run.id, "label": f"{label} "},
+                    **{"length": len(label) + 1, "first": span[0], "last": span[1]},
                 },
             )
 
@@ -3910,12 +3899,11 @@ ENDED = ("completed", "completed_with_failures", "failed")
 OF_JOB = (
     "j.id, j.name, j.origin, j.spec, j.openai_secret, j.poll_interval_seconds, j.pace, j.status,"
     " j.removed_at, j.revision, j.round, j.errors_in_row, j.last_error, j.last_check_at,"
-    " j.last_ok_at, j.next_check_at, j.created_at, j.completed_at"
+    " j.last_ok_at, j.next_check_at, j.created_at, j.completed_at,"
+    f" EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND {OPEN_TRIGGER})"
 )
 OF_BATCH = f"b.{columns_of(Batch).replace(', ', ', b.')}"
-TRIGGER_COLUMNS = tuple(f.name for f in fields(Trigger))
-HAS_OPEN = f"EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND {OPEN_TRIGGER})"
-COLUMNS_OF_JOB = len(fields(Job))
+COLUMNS_OF_JOB = len(fields(Job)) - 1  # but for its batches
 
 
 class Plan(NamedTuple):
@@ -4013,8 +4001,19 @@ class Jobs(Secrets):
         return job
 
     async def _jobs(self, where: str, values: Values = MappingProxyType({})) -> list[Job]:
-        sql = f"SELECT {OF_JOB} FROM polling_jobs j WHERE {where}"
-        return [self._current(Job(*row)) for row in await self._sql(sql, values)]
+        """Those that `where` finds, by id, with their batches; in one question."""
+        rows = await self._sql(
+            f"SELECT {OF_JOB}, {OF_BATCH} FROM (SELECT * FROM polling_jobs j WHERE {where}) j"
+            " LEFT JOIN polling_batches b ON b.job_id = j.id ORDER BY j.id, b.position",
+            values,
+        )
+        found = dict[int, Job]()
+        for row in rows:
+            if (job := found.get(row[0])) is None:
+                found[row[0]] = job = self._current(Job(*row[:COLUMNS_OF_JOB]))
+            if row[COLUMNS_OF_JOB] is not None:  # an ingest has no batches
+                job.batches.append(Batch(*row[COLUMNS_OF_JOB:]))
+        return list(found.values())
 
     async def jobs(
         self, status: str | None = None, limit: int = LARGEST, after: int = 0
@@ -4024,13 +4023,6 @@ class Jobs(Secrets):
         where = "j.id > :after" + ("" if status is None else f" AND {shown} = :status")
         given = {"status": status, "limit": limit, "after": after}
         return await self._jobs(f"{where} ORDER BY j.id LIMIT :limit", given)
-
-    async def jobs_among(self, ids: Iterable[int]) -> dict[int, Job]:
-        """Those of these jobs that are there, by id."""
-        return {job.id: job for job in await self._jobs(f"j.id IN {numbers(ids)}")}
-
-    async def job(self, job_id: int) -> Job | None:
-        return (await self.jobs_among([job_id])).get(job_id)
 
     async def find_job(self, ref: str | int) -> Job:
         """The job with this id or name."""
@@ -4042,41 +4034,12 @@ class Jobs(Secrets):
             raise NotFound(f"Job with {what} not found", hint="teckochecker.py job list shows them")
         return found[0]
 
-    async def due(self, ids: Iterable[int]) -> list[CheckRow]:
-        """Of these jobs, those that are there, with their batches; in one question."""
-        rows = await self._sql(
-            f"SELECT {OF_JOB}, {HAS_OPEN}, {OF_BATCH} FROM polling_jobs j LEFT JOIN polling_batches"
-            f" b ON b.job_id = j.id WHERE j.id IN {numbers(ids)} ORDER BY j.id, b.position"
-        )
-        found, batch = dict[int, CheckRow](), COLUMNS_OF_JOB + 1  # where its columns begin
-        for row in rows:
-            if (due := found.get(row[0])) is None:
-                found[row[0]] = due = CheckRow(*row[:batch])
-                self._current(due)
-            if row[batch] is not None:  # an ingest has no batches
-                due.batches.append(Batch(*row[batch:]))
-        return list(found.values())
+    async def jobs_among(self, ids: Iterable[int]) -> list[Job]:
+        """Of these jobs, those that are there, by id."""
+        return await self._jobs(f"j.id IN {numbers(ids)}")
 
-    async def job_with_batches(self, job_id: int) -> tuple[Job | None, list[Batch], bool]:
-        """A job, its batches, and whether it has an open trigger."""
-        for due in await self.due([job_id]):
-            return due, due.batches, bool(due.has_open)
-        return None, [], False
-
-    async def batches_of(self, first: int, last: int) -> dict[int, list[Batch]]:
-        """The batches of all jobs from one id to another, by job."""
-        rows = await self._sql(
-            f"SELECT b.job_id, {OF_BATCH} FROM polling_batches b"
-            " WHERE b.job_id BETWEEN :first AND :last ORDER BY b.job_id, b.position",
-            {"first": first, "last": last},
-        )
-        found: dict[int, list[Batch]] = {}
-        for job_id, *values in rows:
-            found.setdefault(job_id, []).append(Batch(*values))
-        return found
-
-    async def batches(self, job_id: int) -> list[Batch]:
-        return (await self.batches_of(job_id, job_id)).get(job_id, [])
+    async def job(self, job_id: int) -> Job | None:
+        return next(iter(await self.jobs_among([job_id])), None)
 
     async def watched(
         self, secrets: Collection[str], until: float
@@ -4139,11 +4102,7 @@ class Jobs(Secrets):
 
     async def _with_secret_names(self, spec: Spec) -> Spec:
         """The job with names in place of the ids of secrets that it may carry."""
-        blocks: dict[str, Any]
-        if isinstance(spec, JobSpec):
-            blocks = {"watch": spec.watch, "trigger": spec.trigger}
-        else:
-            blocks = {"ingest": spec.ingest}
+        blocks: dict[str, Any] = {k: v for k, v in dict(spec).items() if isinstance(v, StrictModel)}
         for key, block in blocks.items():
             if isinstance(block.secret, int):
                 rows = await self._sql(
@@ -4204,7 +4163,7 @@ class Jobs(Secrets):
             return
         for trigger in await self._triggers(job.id, "state = 'pending' AND unknown_at IS NULL"):
             await self._save_trigger(trigger, retargeted(trigger, spec))
-        if {*spec.watch.batch_ids} != {batch.batch_id for batch in await self.batches(job.id)}:
+        if {*spec.watch.batch_ids} != {batch.batch_id for batch in job.batches}:
             await self._start_round(job, "new_round", spec, now)
 
     async def _start_round(self, job: Job, event: Event, spec: JobSpec, now: float) -> None:
@@ -4224,7 +4183,7 @@ class Jobs(Secrets):
 
     async def file_changes(self, specs: Sequence[Spec]) -> list[FileChange]:
         """What would become of the store's jobs from jobs.yaml, if it said this."""
-        known = {job.name: job for job in await self._jobs("j.origin = 'file' ORDER BY j.id")}
+        known = {job.name: job for job in await self._jobs("j.origin = 'file'")}
         names = {spec.name for spec in specs}
         for (name,) in await self._sql("SELECT name FROM polling_jobs WHERE origin <> 'file'"):
             if name in names:
@@ -4275,20 +4234,17 @@ class Jobs(Secrets):
                 await self._update(job, spec, now)
         return done
 
-    async def pause_job(self, job_id: int, now: float) -> None:
-        await self._step(job_id, "pause", now)
-
-    async def resume_job(self, job_id: int, now: float) -> None:
-        await self._step(job_id, "resume", now)
-
     @transactional
-    async def _step(self, job_id: int, event: Literal["pause", "resume"], now: float) -> None:
+    async def _step(self, event: Literal["pause", "resume"], job_id: int, now: float) -> None:
         job = await self.find_job(job_id)
         if job.removed_at is not None or event not in JOB_STEPS[job.status]:
             raise Conflict(f"Cannot {event} job {job.name!r}: it is {job.shown_status}")
         status = JOB_STEPS[job.status][event]
         await self._set_job(job, status=status, last_ok_at=now, next_check_at=None)
         await self._log(job.id, f"{event}d", "", now)
+
+    pause_job = partialmethod(_step, "pause")
+    resume_job = partialmethod(_step, "resume")
 
     @transactional
     async def retry_job(self, job_id: int, now: float) -> str:
@@ -4355,12 +4311,11 @@ class Jobs(Secrets):
         return await self._triggers(job_id, OPEN_TRIGGER)
 
     async def _triggers(self, job_id: int, condition: str) -> list[Trigger]:
-        rows = await self._sql(
-            f"SELECT {', '.join(TRIGGER_COLUMNS)} FROM triggers"
+        found = await self._named(
+            f"SELECT {columns_of(Trigger)} FROM triggers"
             f" WHERE job_id = :job_id AND {condition} ORDER BY round",
             {"job_id": job_id},
         )
-        found = [dict(zip(TRIGGER_COLUMNS, row, strict=True)) for row in rows]
         return [Trigger(**row | {"partial": bool(row["partial"])}) for row in found]
 
     async def _save_trigger(self, before: Trigger, after: Trigger) -> bool:
@@ -4429,8 +4384,7 @@ class UnchangedCheck(NamedTuple):
 class CheckResult:
     """A check of a job's batches, and what follows from it."""
 
-    job: Job
-    known: Sequence[Batch]  # as they were before
+    job: Job  # as it was before
     batches: Sequence[Batch]
     verdict: Verdict
     trigger: Trigger | None  # to be fired
@@ -4445,7 +4399,7 @@ class CheckResult:
         return not self.errors
 
     def has_news(self) -> bool:
-        changed = self.known != self.batches or self.error != self.job.last_error
+        changed = self.job.batches != self.batches or self.error != self.job.last_error
         return changed or self.verdict.event is not None
 
     def is_quiet(self) -> bool:
@@ -4512,9 +4466,10 @@ class Checks(Jobs):
         if not await self._stamp(check):
             return False
         job, now = check.job, check.now
-        for old, new in zip(check.known, check.batches, strict=True):
+        for old, new in zip(job.batches, check.batches, strict=True):
             if old != new:
-                await self._save_batch(job.id, new)
+                where = "job_id = :job_id AND batch_id = :batch_id"
+                await self._change("polling_batches", asdict(new), where, job_id=job.id)
             if old.status != new.status:
                 await self._log(job.id, "checking", describe_progress(new), now)
         if (trigger := check.trigger) is not None:
@@ -4562,10 +4517,6 @@ class Checks(Jobs):
             },
         )
         return bool(rows)
-
-    async def _save_batch(self, job_id: int, batch: Batch) -> None:
-        where = "job_id = :job_id AND batch_id = :batch_id"
-        await self._change("polling_batches", asdict(batch), where, job_id=job_id)
 
     @transactional
     async def move_trigger(
@@ -4705,19 +4656,15 @@ class Store(Checks):
         jobs = {what: n for what, n, of_jobs in rows if of_jobs}
         return {"jobs": jobs} | {what: n for what, n, of_jobs in rows if not of_jobs}
 
-    async def lateness(self, now: float, since: float) -> tuple[float, int]:
+    async def check_age(self, now: float, since: float) -> float:
         """Of active jobs: the longest time since a successful check (or `since`, when the service
-        started), in seconds, and how many had none for three intervals."""
+        started), in seconds."""
         [[oldest]] = await self._sql(f"SELECT min(last_ok_at) FROM polling_jobs j WHERE {ACTIVE}")
-        late = await self._late(now, since)
-        return (now - max(oldest, since) if oldest is not None else 0.0), len(late)
+        return now - max(oldest, since) if oldest is not None else 0.0
 
-    async def overdue(self, now: float, since: float, limit: int = 100) -> list[str]:
+    async def overdue(self, now: float, since: float) -> list[str]:
         """Active jobs without a successful check for three intervals, none counted from before
         `since` (when the service started)."""
-        return (await self._late(now, since))[:limit]
-
-    async def _late(self, now: float, since: float) -> list[str]:
         rows = await self._sql(
             f"SELECT name FROM polling_jobs j WHERE {ACTIVE} AND last_ok_at < :now - 3 * pace"
             " AND :since < :now - 3 * pace ORDER BY id",
@@ -4773,7 +4720,7 @@ class Store(Checks):
     @transactional
     async def note_failure(self, job_id: int, said: str, now: float, wait: float) -> None:
         """Write down that a step of a job met an internal error."""
-        job = (await self.jobs_among([job_id])).get(job_id)
+        job = await self.job(job_id)
         if job is None:  # it was deleted meanwhile
             return
         row = job.errors_in_row + 1
@@ -4815,7 +4762,6 @@ class Store(Checks):
 ERROR_BYTES = 1 << 18  # bytes of an answer that is an error
 REASON = 200  # characters of an answer's body that an error repeats
 CUT = 16_384  # characters looked at for that: to redact more would hold up the event loop
-LONGEST_SECRET = 4096  # characters
 REDIRECTS = (301, 302, 303, 307, 308)
 PACKING = ("content-encoding", "content-length", "transfer-encoding")
 SET_BY = {OpenAIError: "OPENAI_BASE_URL", KeboolaError: "stack_url", SourceError: "the URL"}
@@ -4826,13 +4772,8 @@ OWN_ERROR = {  # keys of an error that the API itself answers; other bodies are 
 
 
 def short(text: object, most: int = 300) -> str:
-    """What another server said, in one line that fits a log and can be encoded. A long text is cut
-    before it is redacted, and its end dropped, since half a secret would not be recognized."""
-    whole = str(text)
-    said = redact(whole[:CUT])
-    said = said if len(whole) <= CUT else said[:-LONGEST_SECRET]
-    said = said.encode(errors="replace").decode()
-    return re.sub(r"\s+", " ", said).strip()[:most]
+    """What another server said, in one line that fits a log."""
+    return re.sub(r"\s+", " ", excerpt(str(text), CUT)).strip()[:most]
 
 
 def origin_of(url: str) -> tuple[str, str, int]:
@@ -5917,20 +5858,6 @@ def learned(known: Mapping[str, Any], seen: Fields) -> dict[str, Any]:
     return {n: known.get(n, not known) is True and (not seen or seen.get(n, False)) for n in both}
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """What came out of a source in one go: records with their numbers, those that could not even
-    be read, and where the part stands after them."""
-
-    label: str  # of the part, for people: "products.csv line", "page 3 record"
-    records: Sequence[tuple[int, Any]]
-    rejects: Sequence[Rejected]
-    span: tuple[int, int] | None  # numbers read anew: what was rejected there before is forgotten
-    part: str = ""  # its name in the checkpoint; empty: none is kept
-    state: dict[str, Any] = field(default_factory=dict)
-    progress: float | None = None
-
-
 LAST = 1 << 53  # the number of no record
 Row = tuple[int, str, Any, bytes, bytes]  # its number, id, itself, itself as JSON, hash of that
 Known = Mapping[str, tuple[bytes, bool]]  # by id: hash, and whether this run has written it
@@ -5983,8 +5910,7 @@ def finish(
     counts = Counter(processed=len(fetched.records) + len(fetched.rejects), unchanged=unchanged)
     counts |= {"inserted": len(unified.keys() - known.keys()), "failed": len(rejects)}
     counts["updated"] = counts["processed"] - unchanged - counts["inserted"] - counts["failed"]
-    where = fetched.part, fetched.state, fetched.progress, fetched.label, fetched.span
-    return Chunk([*raws.values()], [*unified.values()], rejects, counts, *where), twice
+    return Chunk(fetched, [*raws.values()], [*unified.values()], rejects, counts), twice
 
 
 def failed_too_many(limit: str | None, failed: int, processed: int, *, ended: bool) -> bool:
@@ -6940,13 +6866,13 @@ class Steps:
         """Advance a job's open triggers, then check its batches if it is active; each singly if
         someone `asked` for that. Raises StoreError when the store cannot be used; then nothing was
         sent."""
-        steps, row = list[StepResult](), next(iter(await self.store.due([job_id])), None)
+        steps, row = list[StepResult](), await self.store.job(job_id)
         if row is not None and row.damage:  # others go on
             return StepResult(LONGEST_WAIT, row.damage, TeckoError(row.damage))
         if row is not None and row.has_open:
             for trigger in await self.store.open_triggers(job_id):
                 steps.append(await self._advance(row, trigger))
-            row = next(iter(await self.store.due([job_id])), None)
+            row = await self.store.job(job_id)
         if row is not None and row.is_active:
             steps.append(await (self._ingest(row) if row.is_ingest else self._check(row, asked)))
         waits = [s.wait for s in steps if s.wait is not None]
@@ -6956,8 +6882,7 @@ class Steps:
 
     async def step_all(self, ids: Sequence[int]) -> dict[int, StepResult]:
         """A step of each of these jobs, and the lists of batches for those that they answer."""
-        rows, _ = await self.by_key(ids)
-        done: dict[int, StepResult] = {}
+        done, rows = dict[int, StepResult](), await self.by_key(ids)
         for found in await asyncio.gather(*(self.check(*group) for group in rows.items())):
             done |= found
         rest = [job_id for job_id in ids if job_id not in done]
@@ -6999,17 +6924,16 @@ class Steps:
 
     # checking
 
-    async def by_key(self, ids: Collection[int]) -> tuple[dict[str, list[CheckRow]], list[int]]:
-        """Of jobs that are due: those that only have to be checked, by the secret of their key;
-        and those that need a step alone."""
-        rows: dict[str, list[CheckRow]] = {}
-        for row in await self.store.due(ids):
+    async def by_key(self, ids: Collection[int]) -> dict[str, list[Job]]:
+        """Of jobs that are due: those that only have to be checked, by the secret of their key.
+        The others need a step alone."""
+        rows: dict[str, list[Job]] = {}
+        for row in await self.store.jobs_among(ids):
             if row.is_active and not row.has_open and row.batches:
                 rows.setdefault(row.secret, []).append(row)
-        taken = {row.id for group in rows.values() for row in group}
-        return rows, [job_id for job_id in ids if job_id not in taken]
+        return rows
 
-    async def check(self, secret: str, rows: Sequence[CheckRow]) -> dict[int, StepResult]:
+    async def check(self, secret: str, rows: Sequence[Job]) -> dict[int, StepResult]:
         """Check jobs of one key by a list of its batches. One that is missing in the answer needs
         a step alone: the list does not show that all its batches go on, or it is its turn to be
         asked for singly."""
@@ -7043,7 +6967,7 @@ class Steps:
         return done
 
     async def _refresh_list(
-        self, key: SecretValue, names: Collection[str], rows: Sequence[CheckRow]
+        self, key: SecretValue, names: Collection[str], rows: Sequence[Job]
     ) -> OpenAIError | None:
         """Read the list of the key's batches, unless the last one will do, or single requests are
         fewer; the error, if these would meet it too."""
@@ -7062,7 +6986,7 @@ class Steps:
             self.on_finished(await self.store.watchers(names, finished))
         return None
 
-    def _listed(self, key: SecretValue, row: CheckRow, now: float) -> list[Batch] | None:
+    def _listed(self, key: SecretValue, row: Job, now: float) -> list[Batch] | None:
         """The batches as the last list has them; None where it is too old, or does not show that
         all of them go on."""
         age, listing = self.openai.listing(key)
@@ -7073,7 +6997,7 @@ class Steps:
             return None
         return [merged(b, s, now) if (s := seen.get(b.batch_id)) else b for b in row.batches]
 
-    async def _check(self, row: CheckRow, asked: bool) -> StepResult:
+    async def _check(self, row: Job, asked: bool) -> StepResult:
         batches, errors = await self._ask(row, asked or row.id in self._singly)
         self._singly.discard(row.id)
         check = self._concluded(row, batches, errors)
@@ -7084,7 +7008,7 @@ class Steps:
             return await self._advance(row, check.trigger)
         return result
 
-    async def _ask(self, row: CheckRow, singly: bool) -> tuple[list[Batch], list[TeckoError]]:
+    async def _ask(self, row: Job, singly: bool) -> tuple[list[Batch], list[TeckoError]]:
         """The batches as they are now, and the errors met; a finished one is not asked again."""
         found, errors = dict[str, Batch](), list[TeckoError]()
         try:
@@ -7109,22 +7033,21 @@ class Steps:
         return [found.get(batch.batch_id, batch) for batch in row.batches], errors
 
     def _concluded(
-        self, row: CheckRow, batches: Sequence[Batch], errors: Sequence[TeckoError]
+        self, row: Job, batches: Sequence[Batch], errors: Sequence[TeckoError]
     ) -> CheckResult:
         """What follows from how the batches are now."""
-        now, settings, spec = self.clock(), self.config.settings, row.watches
-        verdict = decide(spec.watch, batches, now)
-        trigger = self._intent(row, batches, verdict, now) if verdict.event == "fire" else None
+        now, trigger = self.clock(), None
+        verdict = decide(row.watches.watch, batches, now)
+        if verdict.event == "fire":
+            trigger = intent(row, batches, verdict, uuid.uuid4().hex, now)
         pace = self._pace(not row.interval, batches, now)
-        interval, in_row = pace or self.usual(row), row.errors_in_row + 1
-        waits = [wait_after_error(e, in_row, interval, settings, self.luck()) for e in errors]
-        wait = max(waits, default=interval)
+        interval = pace or self.usual(row)
+        wait = max((self._retry(row, e, interval) for e in errors), default=interval)
         if not errors and any(lacks_output(batch, now) for batch in batches):
             wait = min(wait, OUTPUT_AGAIN)
         said = [verdict.reason] if verdict.event else [*map(str, errors), *remarks(batches, now)]
         error = "; ".join(dict.fromkeys(filter(None, said))) or None
-        known = row.batches
-        return CheckResult(row, known, batches, verdict, trigger, error, errors, wait, now, pace)
+        return CheckResult(row, batches, verdict, trigger, error, errors, wait, now, pace)
 
     def _told(self, check: CheckResult, recorded: bool) -> StepResult:
         """Count a check, and say what came of it."""
@@ -7139,26 +7062,9 @@ class Steps:
         text = check.error or f"{done} of {len(check.batches)} batches done"
         return StepResult(None if event else check.wait, text, errors[0] if errors else None)
 
-    def _intent(self, job: Job, batches: Sequence[Batch], verdict: Verdict, now: float) -> Trigger:
-        """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
-        trigger_id = uuid.uuid4().hex
-        target = job.watches.trigger
-        return Trigger(
-            id=trigger_id,
-            job_id=job.id,
-            round=job.round,
-            state="pending",
-            stack_url=target.stack_url,
-            secret=str(target.secret),
-            body=trigger_body(job.watches, batches, trigger_id),
-            partial=verdict.partial,
-            on_ambiguous=target.on_ambiguous,
-            created_at=now,
-        )
-
     # triggering
 
-    async def _advance(self, row: CheckRow, trigger: Trigger) -> StepResult:
+    async def _advance(self, row: Job, trigger: Trigger) -> StepResult:
         """One step for a trigger; a wait of 0 where the next follows at once."""
         try:
             if trigger.state == "sending":  # steps of a job never overlap
@@ -7174,10 +7080,10 @@ class Steps:
             await self.store.note_trigger(trigger, self.clock(), error=str(e))
             return StepResult(self._retry(row, e), str(e), e)
 
-    def _retry(self, row: CheckRow, error: TeckoError) -> float:
-        """Seconds until what failed is tried again."""
-        in_row, interval = row.errors_in_row + 1, self.usual(row)
-        return wait_after_error(error, in_row, interval, self.config.settings, self.luck())
+    def _retry(self, job: Job, error: TeckoError, interval: float | None = None) -> float:
+        """Seconds until what failed is tried again, after `interval` usually, or the job's own."""
+        usual, settings = interval or self.usual(job), self.config.settings
+        return wait_after_error(error, job.errors_in_row + 1, usual, settings, self.luck())
 
     async def _record(
         self, trigger: Trigger, event: Event, said: str, **facts: Any
@@ -7193,7 +7099,7 @@ class Steps:
                 log.error("trigger %s: cannot write down %r, trying on: %s", trigger.id, event, e)
                 await asyncio.sleep(STORE_RETRY)
 
-    async def _send(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
+    async def _send(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         try:
             theirs = await self._actions[trigger.kind].prepare(trigger.stack_url)
         except KeboolaError as e:
@@ -7213,9 +7119,7 @@ class Steps:
             return await self._not_accepted(row, claimed, e)
         return await self._accepted(row, claimed, job, f"Keboola job {job.id} started")
 
-    async def _not_accepted(
-        self, row: CheckRow, trigger: Trigger, error: KeboolaError
-    ) -> StepResult:
+    async def _not_accepted(self, row: Job, trigger: Trigger, error: KeboolaError) -> StepResult:
         self._count_error(error)
         event = after_post(error)
         said = str(error)
@@ -7228,16 +7132,14 @@ class Steps:
             return StepResult(self._retry(row, error), said, error)
         return StepResult(None if event == "reject" else 0.0, said, error)
 
-    async def _accepted(
-        self, row: CheckRow, trigger: Trigger, job: KeboolaJob, said: str
-    ) -> StepResult:
+    async def _accepted(self, row: Job, trigger: Trigger, job: KeboolaJob, said: str) -> StepResult:
         facts = {"keboola_job_id": job.id, "keboola_status": job.status, "message": None}
         running = await self._record(trigger, "accept", said, **facts)
         if running is not None and job.is_finished:
             return await self._finish(running, job)
         return StepResult(FOLLOW_FACTOR * self.usual(row), said)
 
-    async def _settle(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
+    async def _settle(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         """Ask Keboola's search whether a trigger arrived; one that fails counts for nothing. The
         window is counted on the steady clock, from when this process first saw the trigger so: a
         wall clock that is set would end it early, or never."""
@@ -7268,7 +7170,7 @@ class Steps:
         await self._record(trigger, event, said, searches=searches)
         return StepResult(None if event == "hold" else 0.0, said)
 
-    async def _follow(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
+    async def _follow(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         job = await self._actions[trigger.kind].follow(trigger, token)
         if after_follow(job) is not None:
             return await self._finish(trigger, job)
@@ -7289,7 +7191,7 @@ class Steps:
     async def _ingest(self, job: Job) -> StepResult:
         """One run of an ingest, from its checkpoint to the end of its source."""
         if job.id in self.ingesting:
-            return StepResult(float(job.spec.poll_interval), "a run goes on already")
+            return StepResult(self.usual(job), "a run goes on already")
         self.ingesting.add(job.id)
         try:
             checkpoint = await self.store.checkpoint(job.name)
@@ -7314,7 +7216,8 @@ class Steps:
         except Exception as e:
             error = IngestFailed(f"internal error, see the log: {type(e).__name__}: {e}")
             log.exception("job %s: internal error", job.id)
-        wait = self._ingest_wait(job, error)
+        wait = BACKOFF_FIRST if isinstance(error, Interrupted) else self.usual(job)
+        wait = self._retry(job, error) if isinstance(error, TeckoError) else wait
         said = str(error) or "the program was told to end" if error else None
         end = RunEnd(
             status=status,
@@ -7335,13 +7238,6 @@ class Steps:
         counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
         failure = error if isinstance(error, TeckoError) else None
         return StepResult(wait, f"{said}; {counts}" if said else counts, failure)
-
-    def _ingest_wait(self, job: Job, error: BaseException | None) -> float:
-        interval = float(job.spec.poll_interval)
-        if isinstance(error, TeckoError):
-            row, settings = job.errors_in_row + 1, self.config.settings
-            return wait_after_error(error, row, interval, settings, self.luck())
-        return BACKOFF_FIRST if isinstance(error, Interrupted) else interval
 
     async def busy(self, work: Callable[..., T], *args: Any) -> T:
         """Call something that keeps a processor busy, in a thread: one of a few at once."""
@@ -7880,9 +7776,9 @@ class Stats(Answer):
     runs: list[Run] = Field(description="the last ones, newest first")
 
 
-def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -> dict[str, Any]:
+def job_fields(job: Job, secrets: Mapping[str, int]) -> dict[str, Any]:
     """The fields of JobAnswer; `secrets`: the ids of the stored ones, by name."""
-    ends = Counter(outcome(batch) for batch in batches)
+    ends = Counter(outcome(batch) for batch in job.batches)
     shown: dict[str, Any] = {n: getattr(job, n, None) for n in JobAnswer.model_fields}
     shown |= {"batch_ids": [], "variables": {}}
     if not job.damage:
@@ -7897,8 +7793,7 @@ def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -
         "openai_secret_id": secrets.get(str(shown["openai_secret"])),
         "keboola_secret_id": secrets.get(str(shown["keboola_secret"])),
         "poll_interval_seconds": job.interval or "auto",
-        "batches": batches,
-        "batch_count": len(batches),
+        "batch_count": len(job.batches),
         "completed_count": ends["completed"],
         "failed_count": ends["failed"],
     }
@@ -7934,19 +7829,14 @@ TRIGGER_MEANS: dict[TriggerState, str] = {
 
 
 def explain(
-    job: Job,
-    batches: Sequence[Batch],
-    trigger: Trigger | None,
-    runs: Sequence[Run],
-    records: int,
-    now: float,
+    job: Job, trigger: Trigger | None, runs: Sequence[Run], records: int, now: float
 ) -> list[str]:
     """In plain sentences: what a job waits for, what was seen, why it did or did not fire, and
     what happens next."""
     if isinstance(job.spec, IngestSpec):
         said = explain_ingest(job.name, job.spec.ingest.place, runs, records, now)
     else:
-        said = explain_watch(job, batches, now)
+        said = explain_watch(job, now)
     said += explain_trigger(trigger, now) if trigger is not None else []
     said += [f"Last error: {job.last_error.rstrip('.')}."] if job.last_error else []
     return [*said, f"Next: {next_step(job, trigger, now)}."]
@@ -7976,7 +7866,8 @@ def explain_ingest(
     return [*said, f"Its last run began {when} ago: {status}; {counts}.", *run.notes]
 
 
-def explain_watch(job: Job, batches: Sequence[Batch], now: float) -> list[str]:
+def explain_watch(job: Job, now: float) -> list[str]:
+    batches = job.batches
     goal = {
         "all_completed": "completed",
         "all_finished": "finished, whether completed, failed, expired or cancelled",
@@ -8114,8 +8005,7 @@ class Operations:
         """A page of jobs, by id."""
         rows = await self.store.jobs(status, limit + 1, after)
         page, ids = rows[:limit], await self._secret_ids()
-        batches = await self.store.batches_of(page[0].id, page[-1].id) if page else {}
-        shown = [JobAnswer(**job_fields(job, batches.get(job.id, []), ids)) for job in page]
+        shown = [JobAnswer(**job_fields(job, ids)) for job in page]
         counts: dict[str, int] = (await self.store.counts())["jobs"]
         total = sum(counts.values()) if status is None else counts.get(status, 0)
         more = page[-1].id if len(rows) > limit else None
@@ -8123,7 +8013,7 @@ class Operations:
 
     async def job(self, ref: str, logs: int | None = 20) -> JobDetail:
         job = await self.store.find_job(ref)
-        fields_ = job_fields(job, await self.store.batches(job.id), await self._secret_ids())
+        fields_ = job_fields(job, await self._secret_ids())
         triggers = await self.store.triggers(job.id)
         rows = None if logs is None else await self.store.logs(job.id, logs)
         shown = JobDetail(**fields_, triggers=triggers, logs=rows, totals=None, runs=[], rejects=[])
@@ -8161,10 +8051,10 @@ class Operations:
 
     async def explain(self, ref: str) -> list[str]:
         job, now = await self.store.find_job(ref), self.clock()
-        batches, triggers = await self.store.batches(job.id), await self.store.triggers(job.id)
+        triggers = await self.store.triggers(job.id)
         trigger = next((t for t in triggers if t.round == job.round), None)
         runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
-        return explain(job, batches, trigger, runs, totals["records"], now)
+        return explain(job, trigger, runs, totals["records"], now)
 
 
 # ── Run lock ──────────────────────────────────────────────────────────────────────────────────
@@ -8589,7 +8479,7 @@ class Alerts:
         answered, and what a new process has not met yet."""
         if not health.db_connected:
             return {key for key in known if " " in key}
-        late = await self._store.overdue(self._steps.clock(), 0.0, ALERTED)
+        late = await self._store.overdue(self._steps.clock(), 0.0)
         young = health.uptime_seconds < LONGEST_WAIT  # by then, each key was asked with again
         limited = {key for key in known if young and key.startswith("limited ")}
         return limited | {redact(f"overdue job {name}") for name in late}
@@ -9058,9 +8948,9 @@ class Service:
             for job_id in ids:
                 self._stepped(job_id, StepResult(STORE_PAUSE, str(error), error))
             return
-        by_key: dict[str, list[CheckRow]] = {}
+        by_key: dict[str, list[Job]] = {}
         with self._one_by_one_instead(len(ids)):
-            by_key, _ = await self.steps.by_key([i for i in ids if not self._timers[i].asked])
+            by_key = await self.steps.by_key([i for i in ids if not self._timers[i].asked])
         for secret, rows in by_key.items():
             self._spawn(self._check_together(secret, rows), [row.id for row in rows])
         grouped = {row.id for rows in by_key.values() for row in rows}
@@ -9078,7 +8968,7 @@ class Service:
         except Exception:
             log.exception("internal error; %d jobs are checked one by one", jobs)
 
-    async def _check_together(self, secret: str, rows: Sequence[CheckRow]) -> None:
+    async def _check_together(self, secret: str, rows: Sequence[Job]) -> None:
         """Check jobs of one key by a list of its batches."""
         done, began = dict[int, StepResult](), time.perf_counter()
         with self._one_by_one_instead(len(rows)):
@@ -9170,7 +9060,7 @@ class Service:
                 last = next(iter(await self.store.runs(None, 1)), None)
                 seen = {
                     "db_connected": True,
-                    "overdue_jobs": await self.store.overdue(now, self.started_at, named),
+                    "overdue_jobs": (await self.store.overdue(now, self.started_at))[:named],
                     "undelivered_jobs": await self.store.undelivered(now, settle, named),
                     "attention": [Attention(**row) for row in await self.store.attention(named)],
                     "etl_last_run": last.start_time if last else None,
@@ -9228,12 +9118,11 @@ class Service:
     async def metrics_text(self) -> str:
         """What /metrics answers, in Prometheus' text format."""
         now, jobs = time.time(), await self.store.jobs(None, METERED_JOBS)
-        oldest_check, overdue = await self.store.lateness(now, self.started_at)
         counted = dict.fromkeys((*JOB_STEPS, "removed"), 0) | (await self.store.counts())["jobs"]
         self.metrics.jobs_are(jobs, counted)
         self.metrics.set(
-            overdue_jobs=overdue,
-            check_age_seconds=oldest_check,
+            overdue_jobs=len(await self.store.overdue(now, self.started_at)),
+            check_age_seconds=await self.store.check_age(now, self.started_at),
             oldest_open_trigger_seconds=await self.store.oldest_open_trigger(now),
             store_writable=self.store_error is None,
             loop_lag_seconds=self._lag,
@@ -10815,7 +10704,7 @@ class Turn:
             said = (run.error_message, run_text(run)) if run and self.over else ("it did not run",)
             self.said = "; ".join(filter(None, said))
             return self.over
-        seen = [describe_progress(b) for b in await store.batches(job.id) if b.status]
+        seen = [describe_progress(b) for b in job.batches if b.status]
         self.said = job.last_error or "; ".join(seen) or "not checked yet"
         self.bad = job.errors_in_row > 0 or (job.status == "failed" != self.before.status)
         checked = job.last_check_at != self.before.last_check_at and job.status != "triggering"
@@ -10837,7 +10726,7 @@ async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
         if job.id not in ready:
             raise Conflict(f"Cannot {verb} job {job.name!r}: it is {job.shown_status}")
     if not args.jobs:
-        jobs = list((await store.jobs_among(ready)).values())
+        jobs.extend(await store.jobs_among(ready))
     last = {run.source: run.id for job in jobs for run in await store.runs(job.name, 1)}
     return [Turn(job, last.get(job.name, 0), job) for job in jobs]
 
@@ -11219,10 +11108,8 @@ def cmd_logs(args: argparse.Namespace, config: Config) -> int:
     async def look(operations: Operations) -> list[dict[str, Any]]:
         job_id = (await operations.store.find_job(args.job)).id if args.job else None
         rows = await operations.store.logs(job_id, limit, after)
-        jobs = await operations.store.jobs_among(
-            {row.job_id for row in rows if row.job_id is not None}
-        )
-        names = {None: None} | {job_id: job.name for job_id, job in jobs.items()}
+        jobs = await operations.store.jobs_among({row.job_id for row in rows if row.job_id})
+        names: dict[int | None, str] = {job.id: job.name for job in jobs}
         return [
             asdict(row) | {"job": names.get(row.job_id), "created_at": iso(row.created_at)}
             for row in rows

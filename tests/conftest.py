@@ -105,6 +105,17 @@ def fresh(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> Callab
     return lambda: tmp_path / next(names)
 
 
+@pytest.fixture
+def path(fresh: Callable[[], Place]) -> Place:
+    return fresh()
+
+
+@pytest.fixture
+async def store(path: Place) -> AsyncIterator[tecko.Store]:
+    async with tecko.Store(path) as opened:
+        yield opened
+
+
 def execute(place: Place, sql: str, *values: object) -> list[Any]:
     """One statement by another process."""
     if isinstance(place, Path):

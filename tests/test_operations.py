@@ -66,6 +66,7 @@ def a_job(status: str = "active", **changed: Any) -> tecko.Job:
     """A job that was checked 30 s ago and is due in 90 s."""
     known: dict[str, Any] = {f.name: None for f in fields(tecko.Job)}
     known |= {"id": 1, "name": "night", "origin": "file", "round": 1, "secret": "openai"}
+    known |= {"batches": [*SAYS_UNSEEN]}
     known |= {"text": spec().model_dump_json()}
     known |= {"last_check_at": NOW - 30, "next_check_at": NOW + 90, "created_at": NOW - 7200}
     return tecko.Job(**(known | {"status": status} | changed))
@@ -87,6 +88,7 @@ def a_trigger(state: str, **changed: Any) -> tecko.Trigger:
     return tecko.Trigger(**(known | changed))
 
 
+SAYS_UNSEEN = (a_batch(1, ""), a_batch(2, ""))
 DONE = (a_batch(1, "completed", 8), a_batch(2, "completed", 7, requests_failed=1))
 GOING = (a_batch(1, "completed", 8), a_batch(2, "in_progress", 3))
 OPENING = "Job 'night' starts a Keboola job once all its 2 batches have completed."
@@ -254,7 +256,6 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
         [*LOOKED, "Next: no check, for the job has left jobs.yaml."],
     ),
 }
-SAYS_UNSEEN = (a_batch(1, ""), a_batch(2, ""))
 
 
 @pytest.mark.parametrize(("job", "batches", "trigger", "said"), EXPLAINED.values(), ids=EXPLAINED)
@@ -262,14 +263,14 @@ def test_explain(
     job: tecko.Job, batches: tuple[tecko.Batch, ...], trigger: tecko.Trigger | None, said: list[str]
 ) -> None:
     """What a job waits for, what was seen, why it did or did not fire, and what happens next."""
-    seen = batches or SAYS_UNSEEN
-    assert tecko.explain(job, seen, trigger, (), 0, NOW) == said
+    seen = replace(job, batches=[*(batches or SAYS_UNSEEN)])
+    assert tecko.explain(seen, trigger, (), 0, NOW) == said
 
 
 def test_explain_before_the_first_check() -> None:
     """A job that was never checked says so, and lists no batch."""
     job = a_job(last_check_at=None, next_check_at=None)
-    said = tecko.explain(job, SAYS_UNSEEN, None, (), 0, NOW)
+    said = tecko.explain(job, None, (), 0, NOW)
     assert said[:2] == [OPENING, "It has not been checked yet."]
     assert len(said) == 3 and said[2].startswith("Next: it is checked")
 
@@ -293,9 +294,9 @@ def test_explain_a_removed_job_with_a_trigger(state: str | None, goes_on: bool) 
 
 def told(job: tecko.Job, state: str | None, count: int, **trigger: Any) -> list[str]:
     watching = spec(batch_ids=[f"batch_{n + 1}" for n in range(count)])
-    job = replace(job, text=watching.model_dump_json())
+    job = replace(job, text=watching.model_dump_json(), batches=[*DONE[:count]])
     fired = a_trigger(state, **trigger) if state else None
-    return tecko.explain(job, DONE[:count], fired, (), 0, NOW)
+    return tecko.explain(job, fired, (), 0, NOW)
 
 
 STATES = [None, *tecko.TRIGGER_STEPS]

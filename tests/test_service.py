@@ -162,7 +162,8 @@ class Brittle:
 
 
 AWAITED = {  # what the service and its steps ask on the way from a batch to its trigger, by part
-    "store": "flush data_version schedule due record_check secret prune open_triggers move_trigger",
+    "store": "flush data_version schedule jobs_among job record_check secret prune open_triggers"
+    " move_trigger",
     "openai": "known_as listing retrieve",
     "keboola": "prepare send",
     "steps": "by_key check step",
