@@ -19,7 +19,7 @@ uses only what stands above it:
     Steps, Ingesting, Doctor         load, ask, decide, record, act
     Answers, Operations              what people and programs may ask for, each rule once
     Run lock, Scheduler, Plan        one process a database; timers; what a new jobs.yaml would do
-    Service                          ticks, reload, health, start, drain
+    Timers, Service                  steps, ticks, reload, health, start, drain
     Routes, OpenAPI, HTTP            one table of routes serves, documents and is tested
     Output to Parser and main        the command line: the one place that prints and exits
 
@@ -1421,6 +1421,10 @@ class Run:
     end_time: At | None
     error_message: str | None
     notes: list[str]  # what drifted, and what else is worth a word
+
+    @property
+    def summary(self) -> str:
+        return ", ".join(f"{getattr(self, f'records_{name}')} {name}" for name in COUNTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -5481,18 +5485,6 @@ class BadRecord(ValueError):
     """A record that cannot be taken, and why."""
 
 
-class UnclearJson(ValueError):
-    """What json.loads would take and JSON does not have, or has two meanings for."""
-
-
-def refuse(constant: str) -> NoReturn:
-    raise UnclearJson(f"{constant} is no number")
-
-
-def finite(text: str) -> float:
-    return float(text) if math.isfinite(float(text)) else refuse(text)
-
-
 def read_json(body: bytes) -> Any:
     """What an answer says, to the last digit: what orjson refuses or would round, json reads, and
     leaves a lone surrogate, or what is no number (a Decimal), to the record that has it. Raises
@@ -7124,9 +7116,8 @@ class Steps:
             self.metrics.records.labels(what).inc(getattr(run, f"records_{what}"))
         if isinstance(error, asyncio.CancelledError):
             raise error
-        counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
         failure = error if isinstance(error, TeckoError) else None
-        return StepResult(wait, f"{said}; {counts}" if said else counts, failure)
+        return StepResult(wait, f"{said}; {run.summary}" if said else run.summary, failure)
 
     async def busy(self, work: Callable[..., T], *args: Any) -> T:
         """Call something that keeps a processor busy, in a thread: one of a few at once."""
@@ -7420,18 +7411,6 @@ def readable_files(path: str) -> str:
         missing = f"cannot be read: {unreadable[0]}" if unreadable else f"there is no file {path}"
         raise SourceError(missing, status=403 if unreadable else 404)
     return f"{len(files)} files"
-
-
-async def examine(config: Config, store: Store, vault: Vault) -> list[Finding]:
-    """What `validate --online` finds."""
-    settings = config.settings
-    openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
-    upstreams = openai, Keboola(), Web()
-    try:
-        return await Doctor(Steps(config, store, vault, *upstreams)).examine(config.jobs or [])
-    finally:
-        for upstream in upstreams:
-            await upstream.close()
 
 
 # ── Answers ───────────────────────────────────────────────────────────────────────────────────
@@ -7748,9 +7727,8 @@ def explain_ingest(
     if not runs:
         return [*said, "It has not run yet."]
     run = runs[0]
-    counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
     when, status = span(now - run.start_time), run.status.replace("_", " ")
-    return [*said, f"Its last run began {when} ago: {status}; {counts}.", *run.notes]
+    return [*said, f"Its last run began {when} ago: {status}; {run.summary}.", *run.notes]
 
 
 def explain_watch(job: Job, now: float) -> list[str]:
@@ -8016,18 +7994,12 @@ def lock_path(database: Path) -> Path:
 
 class RunLock:
     """Holds the lock while its context lasts. A `check` that holds it is waited for, at most
-    `wait` seconds and as long as `stopped` does not say that we shall end; a service is not."""
+    `wait` seconds; a service is not."""
 
-    def __init__(
-        self,
-        database: Path,
-        command: str = "start",
-        wait: float = 0.0,
-        stopped: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, database: Path, command: str = "start", wait: float = 0.0) -> None:
         self.path, self.command = lock_path(database), command
         self.pid_file = self.path.with_suffix(".pid")
-        self._database, self._wait, self._stopped = database.resolve(), wait, stopped
+        self._database, self._wait = database.resolve(), wait
         self._said = ("", 0.0)  # address and start time
         self._file: IO[str] | None = None
 
@@ -8042,7 +8014,7 @@ class RunLock:
             found = holder(self._database)
             by = f"TeckoChecker {found.command if found else ''} (pid {found.pid if found else 0})"
             may_wait = found is None or found.command != "start"
-            if self._stopped() or not may_wait or time.monotonic() > until:
+            if not may_wait or time.monotonic() > until:
                 hint = "`status` shows it, `stop` ends a service"
                 raise Conflict(f"another {by} works on this database", hint=hint)
             if not waited:
@@ -8195,9 +8167,6 @@ PLANNED: dict[FileStep, str] = {
 }
 
 
-WILL_FIRE = "will fire when its batches are done"
-
-
 async def planned(specs: Sequence[Spec], store: Store) -> list[str]:
     """What would become of the store's jobs if jobs.yaml had these, a sentence each; and of those
     that are new or watch other batches, whether they will fire."""
@@ -8209,7 +8178,7 @@ async def planned(specs: Sequence[Spec], store: Store) -> list[str]:
         known = job is not None and not job.damage and isinstance(job.spec, JobSpec)
         if isinstance(spec, JobSpec) and not (known and job and aim(job.watches) == aim(spec)):
             fired = next(iter(await store.fired(aim(spec))), None)
-            then = WILL_FIRE
+            then = "will fire when its batches are done"
             if fired is not None:
                 when = (
                     f"as trigger {fired.trigger_id} of job {fired.job!r}, {iso(fired.created_at)}"
@@ -8243,7 +8212,7 @@ async def every_problem(
     return problems
 
 
-# ── Service ───────────────────────────────────────────────────────────────────────────────────
+# ── Timers ────────────────────────────────────────────────────────────────────────────────────
 
 # What is unexpected costs the job that met it that step, and nothing else:
 #
@@ -8257,34 +8226,8 @@ async def every_problem(
 # - While the store cannot be written, no step is begun: it could not keep what it learns, and would
 #   ask upstream in vain. Each tick tries a small write, and all goes on when that succeeds.
 
-TICK = 1.0  # s between looks at what other processes changed in the store
-STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
-DRAIN_SECONDS = 7.0  # s for work in flight after SIGTERM, of the 10 s promised in all
-LOCK_WAIT = 60.0  # s that a start waits for another process's lock on the store
 STORE_PAUSE = 5.0  # s until a step that met a failing store is tried again
 READ_TOGETHER = 500  # jobs read by one query of those due in one tick
-GC_THRESHOLD = 10_000  # objects more than at the last collection: several ticks' worth
-PRUNE_SECONDS = 3600.0  # s between looks for rows past their time
-HEALTH_SECONDS = 2.5  # s that the store has to answer a question of /health
-NAMED = 100  # jobs that /health names of each kind
-BOUND_AT_START = (  # settings that a reload does not change
-    *("database", "api_host", "api_port", "openai_base_url"),
-    *("log_level", "log_format", "log_file", "secret_key", "secret_key_file"),
-)
-
-
-def notify(*states: str) -> None:
-    """Tell systemd (sd_notify(3)): a datagram to $NOTIFY_SOCKET; nothing without one."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-            channel.setblocking(False)  # who does not listen must not stop the event loop
-            channel.connect("\0" + address[1:] if address.startswith("@") else address)
-            channel.sendall("\n".join(states).encode())
-    except OSError as e:
-        log.debug("cannot notify the service manager: %s", e)
 
 
 @dataclass(slots=True)
@@ -8306,30 +8249,18 @@ class JobTimer:
         return self.task is not None and not self.task.done()
 
 
-class Service:
-    """The running program: timers, reload, figures, drain. Everything happens on the event loop;
-    signals only set `stop` and `reload`."""
+class Timers:
+    """When each job's step is due, and the steps that are under way."""
 
-    def __init__(self, steps: Steps, load: Callable[[], Config]) -> None:
-        self.steps, self.store = steps, steps.store
-        self._load = load
-        self.started_at = time.time()
-        self.stop, self.reload = asyncio.Event(), asyncio.Event()
-        self.operations = Operations(steps.store, steps.vault, lambda: steps.config)
-        self.metrics = steps.metrics
-        self.connections: Callable[[], int] = lambda: 0
-        self.lock: RunLock | None = None
-        self.reloaded_at, self.reload_error = self.started_at, cast(str | None, None)
+    def __init__(self, steps: Steps) -> None:
+        self.steps, self.store, self.metrics = steps, steps.store, steps.metrics
         self.store_error: str | None = None  # why the store cannot be written; None: it can
         self._scheduler = make_scheduler(self._clock_moved)
         self._timers: dict[int, JobTimer] = {}
         self._due: dict[int, float] = {}  # since when; begun together when the tick is over
         self._tasks: set[asyncio.Task[None]] = set()
-        self._repeated: dict[Callable[..., Any], asyncio.Task[None]] = {}
         self._epoch = time.time()  # from which slots count
-        self._seen_version = -1  # of the store
         self._stale = True  # the timers may differ from the store
-        self._ticked, self._lag = time.monotonic(), 0.0
         self._draining = self._woken = False
         steps.on_finished = self._hasten
 
@@ -8337,169 +8268,13 @@ class Service:
     def settings(self) -> Settings:
         return self.steps.config.settings
 
-    async def start(self, *, timers: bool = True) -> None:
-        """Bring the store up to jobs.yaml and start the timers. Another process that holds the
-        store's lock is waited for."""
-        self.store.patience = LOCK_WAIT
-        await self.store.clamp_times(time.time())
-        await self._adopt(self.steps.config)
-        self.store.patience = PATIENCE
-        if not timers:
-            return
-        self._epoch = time.time()
-        await self._sync()
-        for work, seconds in ((self._tick, TICK), (self._prune, PRUNE_SECONDS)):
-            every, soon = {"seconds": seconds, "executor": "notice"}, datetime.now(UTC)
-            self._scheduler.add_job(self._repeat, "interval", (work,), next_run_time=soon, **every)
-        self.store.on_write = self._written
-        self._scheduler.start()
-        gc.collect()
-        gc.freeze()  # what lives from here on need not be looked at by each full collection,
-        gc.set_threshold(GC_THRESHOLD)  # nor what lives no longer than a check by the others
-
-    async def run(self) -> None:
-        """Until `stop` is set; `reload` makes it read its configuration again."""
-        while not self.stop.is_set():
-            waits = [asyncio.create_task(event.wait()) for event in (self.stop, self.reload)]
-            _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in pending:
-                wait.cancel()
-            if self.reload.is_set():
-                self.reload.clear()
-                await self._reload()
-
-    def look_again(self) -> None:
-        """Something changed in the store that did not come from a step: the next tick takes it
-        up."""
-        self._stale = True
-
-    async def drain(self) -> None:
-        """Take no more work, let what is in flight finish or be recorded, end the timers."""
-        if not self._scheduler.running:
-            return
-        self._scheduler.pause()
-        self._draining = self.steps.stopping = True
-        until = time.monotonic() + DRAIN_SECONDS
-        self.store.close_soon(DRAIN_SECONDS + 0.5)  # however long its lock is held
-        while self._tasks and (left := until - time.monotonic()) > 0:  # one may begin another
-            await asyncio.wait(set(self._tasks), timeout=left)
-        late = list(self._tasks)
-        for task in late:  # a POST cut off here is found as `sending` at the next start
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
-        self._scheduler.shutdown(wait=False)
-        await asyncio.sleep(0)
-
-    # configuration
-
-    async def _adopt(self, config: Config) -> None:
-        if problems := await every_problem(config, self.store, self.steps.vault):
-            raise Invalid(problems)
-        for warning in config.warnings:
-            log.warning("%s", warning)
-        if config.jobs is None and any(j.origin == "file" for j in await self.store.jobs("active")):
-            said = "is gone or names no jobs, but the store has active jobs that come from it"
-            raise Invalid([f"{config.path} {said}"], hint="`jobs: []` removes them all")
-        done = Counter[str]()
-        if config.jobs is not None:
-            for said in await planned(config.jobs, self.store):
-                log.info("%s: %s", config.path, said)
-            done = await self.store.sync_file_jobs(config.jobs, time.time())
-        self.steps.config = config
-        self._stale = True
-        words = ", ".join(f"{count} {what}" for what, count in done.items())
-        log.info("%s: %s", config.path, words or "no job changed")
-
-    async def _reload(self) -> None:
-        """A bad file keeps the old configuration and says so; so do settings that are bound at the
-        start. A job whose last step failed is tried at once: the file may have mended it."""
-        notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        old, error = self.settings, None
-        try:
-            config = self._load()
-            kept = {name: getattr(old, name) for name in BOUND_AT_START}
-            changed = [n for n, value in kept.items() if getattr(config.settings, n) != value]
-            await self._adopt(replace(config, settings=config.settings.model_copy(update=kept)))
-            self.steps.openai.set_budget(config.settings.max_requests_per_minute)
-            if changed:
-                log.warning("changed, but taken up only by a restart: %s", ", ".join(changed))
-        except TeckoError as e:
-            error = str(e)
-            log.error("reload refused, the configuration before it stays: %s", e)
-        except Exception as e:
-            error = f"internal error; see the log: {type(e).__name__}"
-            log.exception("reload refused after an internal error")
-        self.reloaded_at, self.reload_error = time.time(), error
-        for timer in self._timers.values():
-            if timer.failed and not timer.busy:
-                self._move(timer, time.time())
-        notify("READY=1")
-
-    # ticks
-
-    def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], since: float = 0.0) -> None:
-        """What the service's own timers call: begin `work`, unless it still goes on."""
-        if not self._draining and ((task := self._repeated.get(work)) is None or task.done()):
-            self._repeated[work] = self._spawn(work())
-
-    async def _tick(self) -> None:
-        """Once a second: write down the quiet checks, take up what other processes changed, and
-        feed the watchdog."""
-        ACTOR.set(None)
-        try:
-            await self._look_at_store()
-            version = await self.store.data_version()
-            if self._stale or version != self._seen_version:
-                await self._sync()
-                self._seen_version = version
-            if ended := [job_id for job_id, timer in self._timers.items() if timer.ended]:
-                await self._sync(ended)
-            now = time.monotonic()
-            self._lag, self._ticked = max(0.0, now - self._ticked - TICK), now
-            notify("WATCHDOG=1")
-        except StoreError as e:
-            self._store_failed(e)
-        except Exception:
-            log.exception("internal error in a tick; the next one follows in %s s", TICK)
-
-    async def _look_at_store(self) -> None:
-        """See that the database is ours, and that it can be written."""
-        if self.lock is not None:
-            self.lock.hold()
-        if self.store.superseded:
-            log.critical("another node has taken over this database; this one ends")
-            self.stop.set()
-        if problem := self.store.file_problem():
-            self._store_failed(StoreError(problem))
-        try:
-            await self.store.flush()
-            if self.store_error is not None:  # without quiet checks, nothing was tried
-                await self.store.log_event("error", f"it failed: {self.store_error}", time.time())
-        except StoreError as e:
-            self._store_failed(e)
+    def _clock_moved(self, step: float) -> None:
+        self._spawn(self.store.shift_times(step, time.time()))
 
     def _store_failed(self, error: StoreError) -> None:
         if str(error) != self.store_error:
             log.error("the store cannot be used; no step is begun meanwhile: %s", error)
         self.store_error = str(error)
-
-    def _written(self, seconds: float) -> None:
-        """A transaction of the store was committed, in so many seconds."""
-        self.metrics.writes.observe(seconds)
-        if self.store_error is not None:
-            log.info("the store can be written again")
-        self.store_error = None
-
-    def _clock_moved(self, step: float) -> None:
-        self._spawn(self.store.shift_times(step, time.time()))
-
-    async def _prune(self) -> None:
-        """Delete rows past their time or number."""
-        keep, days = self.settings.log_retention_rows, self.settings.log_retention_days
-        with contextlib.suppress(StoreError):  # it has time until the next look
-            await self.store.prune(time.time() - 86400 * days, keep)
-
-    # timers
 
     async def _sync(self, ids: Collection[int] | None = None) -> None:
         """Make the timers what the store says: all, or those of `ids`."""
@@ -8709,6 +8484,208 @@ class Service:
         self._move(timer, time.time())
         return Done(success=True, message=f"Job {job.name!r} is checked now")
 
+
+# ── Service ───────────────────────────────────────────────────────────────────────────────────
+
+TICK = 1.0  # s between looks at what other processes changed in the store
+STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
+DRAIN_SECONDS = 7.0  # s for work in flight after SIGTERM, of the 10 s promised in all
+LOCK_WAIT = 60.0  # s that a start waits for another process's lock on the store
+GC_THRESHOLD = 10_000  # objects more than at the last collection: several ticks' worth
+PRUNE_SECONDS = 3600.0  # s between looks for rows past their time
+HEALTH_SECONDS = 2.5  # s that the store has to answer a question of /health
+NAMED = 100  # jobs that /health names of each kind
+BOUND_AT_START = (  # settings that a reload does not change
+    *("database", "api_host", "api_port", "openai_base_url"),
+    *("log_level", "log_format", "log_file", "secret_key", "secret_key_file"),
+)
+
+
+def notify(*states: str) -> None:
+    """Tell systemd (sd_notify(3)): a datagram to $NOTIFY_SOCKET; nothing without one."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.setblocking(False)  # who does not listen must not stop the event loop
+            channel.connect("\0" + address[1:] if address.startswith("@") else address)
+            channel.sendall("\n".join(states).encode())
+    except OSError as e:
+        log.debug("cannot notify the service manager: %s", e)
+
+
+class Service(Timers):
+    """The running program: reload, figures, drain. Everything happens on the event loop;
+    signals only set `stop` and `reload`."""
+
+    def __init__(self, steps: Steps, load: Callable[[], Config]) -> None:
+        super().__init__(steps)
+        self._load = load
+        self.started_at = time.time()
+        self.stop, self.reload = asyncio.Event(), asyncio.Event()
+        self.operations = Operations(steps.store, steps.vault, lambda: steps.config)
+        self.connections: Callable[[], int] = lambda: 0
+        self.lock: RunLock | None = None
+        self.reloaded_at, self.reload_error = self.started_at, cast(str | None, None)
+        self._repeated: dict[Callable[..., Any], asyncio.Task[None]] = {}
+        self._seen_version = -1  # of the store
+        self._ticked, self._lag = time.monotonic(), 0.0
+
+    async def start(self, *, timers: bool = True) -> None:
+        """Bring the store up to jobs.yaml and start the timers. Another process that holds the
+        store's lock is waited for."""
+        self.store.patience = LOCK_WAIT
+        await self.store.clamp_times(time.time())
+        await self._adopt(self.steps.config)
+        self.store.patience = PATIENCE
+        if not timers:
+            return
+        self._epoch = time.time()
+        await self._sync()
+        for work, seconds in ((self._tick, TICK), (self._prune, PRUNE_SECONDS)):
+            every, soon = {"seconds": seconds, "executor": "notice"}, datetime.now(UTC)
+            self._scheduler.add_job(self._repeat, "interval", (work,), next_run_time=soon, **every)
+        self.store.on_write = self._written
+        self._scheduler.start()
+        gc.collect()
+        gc.freeze()  # what lives from here on need not be looked at by each full collection,
+        gc.set_threshold(GC_THRESHOLD)  # nor what lives no longer than a check by the others
+
+    async def run(self) -> None:
+        """Until `stop` is set; `reload` makes it read its configuration again."""
+        while not self.stop.is_set():
+            waits = [asyncio.create_task(event.wait()) for event in (self.stop, self.reload)]
+            _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in pending:
+                wait.cancel()
+            if self.reload.is_set():
+                self.reload.clear()
+                await self._reload()
+
+    def look_again(self) -> None:
+        """Something changed in the store that did not come from a step: the next tick takes it
+        up."""
+        self._stale = True
+
+    async def drain(self) -> None:
+        """Take no more work, let what is in flight finish or be recorded, end the timers."""
+        if not self._scheduler.running:
+            return
+        self._scheduler.pause()
+        self._draining = self.steps.stopping = True
+        until = time.monotonic() + DRAIN_SECONDS
+        self.store.close_soon(DRAIN_SECONDS + 0.5)  # however long its lock is held
+        while self._tasks and (left := until - time.monotonic()) > 0:  # one may begin another
+            await asyncio.wait(set(self._tasks), timeout=left)
+        late = list(self._tasks)
+        for task in late:  # a POST cut off here is found as `sending` at the next start
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        self._scheduler.shutdown(wait=False)
+        await asyncio.sleep(0)
+
+    # configuration
+
+    async def _adopt(self, config: Config) -> None:
+        if problems := await every_problem(config, self.store, self.steps.vault):
+            raise Invalid(problems)
+        for warning in config.warnings:
+            log.warning("%s", warning)
+        if config.jobs is None and any(j.origin == "file" for j in await self.store.jobs("active")):
+            said = "is gone or names no jobs, but the store has active jobs that come from it"
+            raise Invalid([f"{config.path} {said}"], hint="`jobs: []` removes them all")
+        done = Counter[str]()
+        if config.jobs is not None:
+            for said in await planned(config.jobs, self.store):
+                log.info("%s: %s", config.path, said)
+            done = await self.store.sync_file_jobs(config.jobs, time.time())
+        self.steps.config = config
+        self._stale = True
+        words = ", ".join(f"{count} {what}" for what, count in done.items())
+        log.info("%s: %s", config.path, words or "no job changed")
+
+    async def _reload(self) -> None:
+        """A bad file keeps the old configuration and says so; so do settings that are bound at the
+        start. A job whose last step failed is tried at once: the file may have mended it."""
+        notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        old, error = self.settings, None
+        try:
+            config = self._load()
+            kept = {name: getattr(old, name) for name in BOUND_AT_START}
+            changed = [n for n, value in kept.items() if getattr(config.settings, n) != value]
+            await self._adopt(replace(config, settings=config.settings.model_copy(update=kept)))
+            self.steps.openai.set_budget(config.settings.max_requests_per_minute)
+            if changed:
+                log.warning("changed, but taken up only by a restart: %s", ", ".join(changed))
+        except TeckoError as e:
+            error = str(e)
+            log.error("reload refused, the configuration before it stays: %s", e)
+        except Exception as e:
+            error = f"internal error; see the log: {type(e).__name__}"
+            log.exception("reload refused after an internal error")
+        self.reloaded_at, self.reload_error = time.time(), error
+        for timer in self._timers.values():
+            if timer.failed and not timer.busy:
+                self._move(timer, time.time())
+        notify("READY=1")
+
+    # ticks
+
+    def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], since: float = 0.0) -> None:
+        """What the service's own timers call: begin `work`, unless it still goes on."""
+        if not self._draining and ((task := self._repeated.get(work)) is None or task.done()):
+            self._repeated[work] = self._spawn(work())
+
+    async def _tick(self) -> None:
+        """Once a second: write down the quiet checks, take up what other processes changed, and
+        feed the watchdog."""
+        ACTOR.set(None)
+        try:
+            await self._look_at_store()
+            version = await self.store.data_version()
+            if self._stale or version != self._seen_version:
+                await self._sync()
+                self._seen_version = version
+            if ended := [job_id for job_id, timer in self._timers.items() if timer.ended]:
+                await self._sync(ended)
+            now = time.monotonic()
+            self._lag, self._ticked = max(0.0, now - self._ticked - TICK), now
+            notify("WATCHDOG=1")
+        except StoreError as e:
+            self._store_failed(e)
+        except Exception:
+            log.exception("internal error in a tick; the next one follows in %s s", TICK)
+
+    async def _look_at_store(self) -> None:
+        """See that the database is ours, and that it can be written."""
+        if self.lock is not None:
+            self.lock.hold()
+        if self.store.superseded:
+            log.critical("another node has taken over this database; this one ends")
+            self.stop.set()
+        if problem := self.store.file_problem():
+            self._store_failed(StoreError(problem))
+        try:
+            await self.store.flush()
+            if self.store_error is not None:  # without quiet checks, nothing was tried
+                await self.store.log_event("error", f"it failed: {self.store_error}", time.time())
+        except StoreError as e:
+            self._store_failed(e)
+
+    def _written(self, seconds: float) -> None:
+        """A transaction of the store was committed, in so many seconds."""
+        self.metrics.writes.observe(seconds)
+        if self.store_error is not None:
+            log.info("the store can be written again")
+        self.store_error = None
+
+    async def _prune(self) -> None:
+        """Delete rows past their time or number."""
+        keep, days = self.settings.log_retention_rows, self.settings.log_retention_days
+        with contextlib.suppress(StoreError):  # it has time until the next look
+            await self.store.prune(time.time() - 86400 * days, keep)
+
     # figures
 
     async def health(self) -> Health:
@@ -8740,10 +8717,6 @@ class Service:
             **seen,
         )
         return judged(health, self.store.file_problem(), self.store_error)
-
-    async def alive(self) -> Done:
-        """That this is answered at all is the answer: it runs on the event loop."""
-        return Done(success=True, message="the event loop responds")
 
     async def ready(self) -> Done:
         health = await self.health()
@@ -8797,6 +8770,19 @@ class Service:
 
 
 @contextlib.asynccontextmanager
+async def make_steps(config: Config, store: Store) -> AsyncIterator[Steps]:
+    """The steps with their upstreams, which are closed at the end."""
+    settings = config.settings
+    openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
+    upstreams = openai, Keboola(), Web()
+    try:
+        yield Steps(config, store, Vault(settings), *upstreams)
+    finally:
+        for upstream in upstreams:
+            await upstream.close()
+
+
+@contextlib.asynccontextmanager
 async def make_service(
     config: Config,
     load: Callable[[], Config],
@@ -8805,18 +8791,17 @@ async def make_service(
     in_reserve: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Service]:
     """The service with its store and upstreams, started; drained and closed at the end."""
-    settings = config.settings
-    async with Store(settings.store) as store, store.sole(in_reserve):
-        openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
-        upstreams = openai, Keboola(), Web()
-        service = Service(Steps(config, store, Vault(settings), *upstreams), load)
+    async with (
+        Store(config.settings.store) as store,
+        store.sole(in_reserve),
+        make_steps(config, store) as steps,
+    ):
+        service = Service(steps, load)
         try:
             await service.start(timers=timers)
             yield service
         finally:
             await service.drain()
-            for upstream in upstreams:
-                await upstream.close()
 
 
 # ── Routes ────────────────────────────────────────────────────────────────────────────────────
@@ -8984,8 +8969,8 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/", "Name and version", lambda r: About(), About),
     Route("GET", "/health", "Overall health, judged by recent checks; 503: unhealthy", show_health,
           Health, public=True, also="/api/health"),
-    Route("GET", "/livez", "Liveness: the event loop responds", lambda r: r.service.alive(),
-          Done, public=True),
+    Route("GET", "/livez", "Liveness: the event loop responds",  # for it runs this
+          lambda r: Done(success=True, message="the event loop responds"), Done, public=True),
     Route("GET", "/readyz", "Readiness: the store is open and the scheduler runs; 503: not ready",
           lambda r: r.service.ready(), Done, public=True),
     Route("GET", "/stats", "Totals, and what was done since the start",
@@ -9027,6 +9012,16 @@ ROUTES: tuple[Route, ...] = (
 )  # fmt: skip
 
 
+class UnclearJson(ValueError):
+    """What json.loads would take and JSON does not have, or has two meanings for."""
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise UnclearJson(f"{text} is no number")
+    return float(text)
+
+
 def json_body(body: bytes) -> Any:
     """What a body says. What is JSON only to Python, or can be read in two ways, is refused."""
 
@@ -9036,7 +9031,7 @@ def json_body(body: bytes) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(body, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        return json.loads(body, parse_constant=finite, parse_float=finite, object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
         said = f": {e}" if isinstance(e, UnclearJson) else ""
         raise Refused(400, f"the body is not JSON{said}") from None
@@ -9759,45 +9754,38 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[object]]
     spare: Sequence[int] = ()
 
-    def texts(self, *, short: bool = False) -> list[list[str]]:
+    def texts(self) -> list[list[str]]:
         """The cells of each column, with its name; one line each."""
         rows = [["-" if v in (None, "") else redact(str(v)) for v in row] for row in self.rows]
         clean = [[CONTROL.sub(" ", text) for text in row] for row in (self.columns, *rows)]
         columns = [list(column) for column in zip(*clean, strict=True)]
         signs = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
-        for i, column in enumerate(columns):
-            if short:
-                columns[i] = [ISO_TIME.sub(r"\1 \2", text) for text in column]
+        for column in columns:
             if signs and column[0] in ("State", "Status"):
-                columns[i] = [
-                    f"{SIGNS[text][0]} {text}" if text in SIGNS else text for text in column
-                ]
+                column[:] = [f"{SIGNS[t][0]} {t}" if t in SIGNS else t for t in column]
         return columns
 
 
-def fitted(table: Table, room: int) -> list[tuple[int, list[str]]]:
-    """How wide each column is that is shown, and its cells: times become short first, then columns
-    go, then lines break between words, and only then within one."""
+def fitted(table: Table, room: int) -> Iterator[tuple[list[str], int | None]]:
+    """The columns that fit, and the width of those that are not to be narrowed: times become short
+    first, then columns go, then lines break between words, and only then within one."""
     from rich.cells import cell_len
 
-    def total(widths: Collection[int]) -> int:
-        return sum(widths) + GAP * (len(widths) - 1)
+    def least(column: Sequence[str]) -> int:
+        """A longer word, like a URL, may break; a sign stays with its state."""
+        whole = max(map(cell_len, column))
+        word = max((cell_len(word) for text in column for word in text.split()), default=1)
+        return min(whole if whole <= word + GAP else word, max(min(room // 2, 40), 8))
 
     columns = table.texts()
-    if total([max(map(cell_len, column)) for column in columns]) > room:
-        columns = table.texts(short=True)
-    cap = max(min(room // 2, 40), 8)  # a longer word, like a URL, may break
-    words = [[cell_len(word) for text in column for word in text.split()] for column in columns]
-    widths = {i: min(max(lengths, default=1), cap) for i, lengths in enumerate(words)}
+    if sum(max(map(cell_len, column)) + GAP for column in columns) > room + GAP:
+        columns = [[ISO_TIME.sub(r"\1 \2", text) for text in column] for column in columns]
+    widths = dict(enumerate(map(least, columns)))
     for i in table.spare:
-        if total(widths.values()) > room:
+        if sum(widths.values()) + GAP * (len(widths) - 1) > room:
             del widths[i]
-    wanted = {i: max(map(cell_len, columns[i])) - width for i, width in widths.items()}
-    for i in sorted(wanted, key=wanted.__getitem__):
-        widths[i] += max(0, min(wanted[i], room - total(widths.values())))
-    while total(widths.values()) > room and max(widths.values()) > 1:
-        widths[max(widths, key=widths.__getitem__)] -= 1
-    return [(width, columns[i]) for i, width in widths.items()]
+    for i, width in widths.items():
+        yield columns[i], width if max(map(cell_len, columns[i])) == width else None
 
 
 def draw(table: Table) -> None:
@@ -9814,12 +9802,12 @@ def draw(table: Table) -> None:
     from rich.text import Text
 
     console = Console(highlight=False, emoji=False, markup=False)
-    shown, colours = fitted(table, console.width), dict(SIGNS.values())
-    drawn = RichTable(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    shown, colours = [*fitted(table, console.width)], dict(SIGNS.values())
+    drawn = RichTable(box=None, pad_edge=False, padding=(0, 0, 0, GAP))
     drawn.show_header = any(table.columns)
-    for width, column in shown:
+    for column, width in shown:
         drawn.add_column(column[0], overflow="fold", width=width)
-    for row in zip(*(column[1:] for _, column in shown), strict=True):
+    for row in zip(*(column[1:] for column, _ in shown), strict=True):
         drawn.add_row(*(Text(text, colours.get(text[:1], "")) for text in row))
     console.print(drawn)
 
@@ -9944,11 +9932,6 @@ def no_jobs_file(config: Config) -> Invalid:
     return Invalid([text], hint="teckochecker.py init writes one")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {close[0]!r}?" if close else ""
-
-
 @contextlib.asynccontextmanager
 async def guessing(store: Store) -> AsyncIterator[None]:
     """A job or secret that is not there is met with the one that was probably meant."""
@@ -9956,7 +9939,8 @@ async def guessing(store: Store) -> AsyncIterator[None]:
         yield
     except NotFound as e:
         names = await store.names("secrets" if e.code == 1001 else "polling_jobs")
-        e.hint = did_you_mean(str(e).partition("'")[2].partition("'")[0], names) or e.hint
+        question = meant(str(e).partition("'")[2].partition("'")[0], names)
+        e.hint = question.strip(" ()") or e.hint
         raise
 
 
@@ -9974,6 +9958,16 @@ def with_operations(
     if not looks:
         vault.load(required=False)
     return asyncio.run(asking())
+
+
+def looking(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
+    """What who only looks finds; in an empty database where there is none yet."""
+    if config.settings.has_store:
+        return with_operations(config, work, looks=True)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = config.settings.model_copy(update={"database": Path(folder) / "empty.db"})
+        asyncio.run(Store(settings.store).touch())
+        return with_operations(replace(config, settings=settings), work, looks=True)
 
 
 FIRST_JOBS_FILE = """\
@@ -10000,17 +9994,11 @@ jobs:
 """
 
 
-async def sealed_names(settings: Settings) -> list[str]:
-    """The stored secrets; on a PostgreSQL server it makes the tables where they are missing."""
-    async with Store(settings.store) as store:
-        return await store.names("secrets")
-
-
 def cmd_init(args: argparse.Namespace, config: Config) -> int:
     settings, vault, done = config.settings, Vault(config.settings), []
     key_file, sealed = vault.file, list[str]()
-    if settings.has_store:
-        sealed = asyncio.run(sealed_names(settings))
+    if settings.has_store:  # of a server, it makes the tables where they are missing
+        sealed = with_operations(config, lambda operations: operations.store.names("secrets"))
     if key_file is not None and not key_file.exists():
         if sealed and not args.new_key:
             raise SecretError(
@@ -10044,31 +10032,22 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
         raise no_jobs_file(config)
     for warning in config.warnings:
         print(redact(f"warning: {warning}"), file=sys.stderr)
-    vault, jobs = Vault(config.settings), config.jobs or []
+    jobs = config.jobs or []
 
-    async def look(operations: Operations) -> tuple[list[Problem], list[str], list[str]]:
-        problems = await every_problem(config, operations.store, vault, unused=True)
-        return (
-            problems,
-            await operations.store.names("secrets"),
-            await planned(jobs, operations.store),
-        )
+    async def look(operations: Operations) -> tuple[list[str], list[str], list[Finding]]:
+        store = operations.store
+        problems = await every_problem(config, store, Vault(config.settings), unused=True)
+        problems += [Problem(found=said) for said in await client_problems()]
+        if problems:
+            raise Invalid(problems, hint=missing_secret_hint(problems))
+        findings = list[Finding]()
+        if args.online:
+            async with make_steps(config, store) as steps:
+                findings = await Doctor(steps).examine(jobs)
+        return await store.names("secrets"), await planned(jobs, store), findings
 
-    if config.settings.has_store:
-        problems, stored, changes = with_operations(config, look, looks=True)
-    else:
-        vault.load(required=False)
-        problems, stored = all_problems(config, {}, unused=True), []
-        changes = [
-            f"job {job.name!r} {said}"
-            for job in jobs
-            for said in ("is new", *([WILL_FIRE] if isinstance(job, JobSpec) else ()))
-        ]
-    problems += [Problem(found=said) for said in asyncio.run(client_problems())]
-    if problems:
-        raise Invalid(problems, hint=missing_secret_hint(problems))
+    stored, changes, findings = looking(config, look)
     names = sorted({*config.secrets, *stored})
-    findings = asyncio.run(examined(config, vault)) if args.online else []
     text = f"{config.path} is good: {counted(len(jobs), 'job')},"
     lines = [f"{text} {counted(len(names), 'secret')}", *changes]
     lines += [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
@@ -10087,11 +10066,6 @@ def missing_secret_hint(problems: Sequence[Problem]) -> str:
     lost = re.search(r"no secret '(.+?)'|secret '(.+?)': the environ", text)
     name = lost[1] or lost[2] if lost else ""
     return f"teckochecker.py secret add --name {name} --type openai|keboola|api" if lost else ""
-
-
-async def examined(config: Config, vault: Vault) -> list[Finding]:
-    async with Store(config.settings.store) as store:
-        return await examine(config, store, vault)
 
 
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
@@ -10124,19 +10098,16 @@ def not_beside_another() -> None:
 async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> None:
     """Run the service until SIGTERM or SIGINT; those cancel it while it still starts."""
     loop, starting = asyncio.get_running_loop(), cast(asyncio.Task[None], asyncio.current_task())
-    hangup = asyncio.Event()  # a SIGHUP before there is a service to reload
+    reload = asyncio.Event()  # may be set before there is a service to reload
     ends = (signal.SIGTERM, signal.SIGINT)
     for number in ends:
         loop.add_signal_handler(number, starting.cancel)
-    loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
     waits = partial(next, in_reserve(lock))
     async with make_service(config, load, in_reserve=waits) as service:
-        service.lock = lock
+        service.lock, service.reload = lock, reload
         for number in ends:
             loop.add_signal_handler(number, service.stop.set)
-        loop.add_signal_handler(signal.SIGHUP, service.reload.set)
-        if hangup.is_set():
-            service.reload.set()
         async with serving(service) as admin:
             lock.write(admin.url, service.started_at)
             where = f"admin surface at {admin.url}"
@@ -10272,9 +10243,7 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
         counts, due = (await operations.store.counts())["jobs"], await operations.store.due_next(5)
         return counts, due, await operations.store.attention(10)
 
-    counts, due, needs = (
-        with_operations(config, look, looks=True) if settings.has_store else ({}, [], [])
-    )
+    counts, due, needs = looking(config, look)
     needs += refused_reload(found.address, settings) if found and serves else []
     up = round(now - found.started_at, 1) if found and found.started_at else None
     document = {
@@ -10337,7 +10306,7 @@ class Turn:
             self.run = run = next(iter(await store.runs(job.name, 1)), None)
             self.over = run is not None and run.id > self.last and run.status != "in_progress"
             self.bad = run is None or not self.over or run.status != "success"
-            said = (run.error_message, run_text(run)) if run and self.over else ("it did not run",)
+            said = (run.error_message, run.summary) if run and self.over else ("it did not run",)
             self.said = "; ".join(filter(None, said))
             return self.over
         seen = [describe_progress(b) for b in job.batches if b.status]
@@ -10348,8 +10317,13 @@ class Turn:
         return self.over
 
 
-def run_text(run: Run) -> str:
-    return ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
+async def show_progress(store: Store, turns: Sequence[Turn]) -> None:
+    """How far the runs of ingests are: on a terminal, a line that the next one overwrites."""
+    for turn in turns if sys.stderr.isatty() else ():
+        for run in await store.runs(turn.job.name, 1) if turn.job.is_ingest else ():
+            share = "" if run.progress is None else f", {run.progress:.0%}"
+            text = f"\r{run.source}: {run.records_processed:,} records{share}\x1b[K"
+            print(text * (run.status == "in_progress"), end="", file=sys.stderr, flush=True)
 
 
 async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
@@ -10370,7 +10344,11 @@ async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
 def cmd_check(args: argparse.Namespace, config: Config) -> int:
     """One round now: by the service where one runs, else here, with the retries that it allows."""
     found = service_of(config)
-    turns = asyncio.run(check_there(args, config, found) if found else check_here(args, config))
+    try:
+        turns = asyncio.run(check_there(args, config, found) if found else check_here(args, config))
+    finally:  # whatever is said next, it begins on a line of its own
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     bad = any(turn.bad for turn in turns)
     if args.command == "job" and turns[0].run is not None:
         return report_run(args, turns[0].run)
@@ -10382,7 +10360,7 @@ def cmd_check(args: argparse.Namespace, config: Config) -> int:
 
 def report_run(args: argparse.Namespace, run: Run) -> int:
     """How the run of an ingest ended; the exit code."""
-    text = [f"{run.source}: {run.status}: {run_text(run)}", *(f"  {note}" for note in run.notes)]
+    text = [f"{run.source}: {run.status}: {run.summary}", *(f"  {note}" for note in run.notes)]
     times = {"start_time": iso(run.start_time), "end_time": iso(run.end_time or run.start_time)}
     report(args, asdict(run) | times, "\n".join(text))
     if run.status != "success":
@@ -10398,8 +10376,7 @@ async def check_here(args: argparse.Namespace, config: Config) -> list[Turn]:
         async with alone(config, lambda: config) as service:
             async with guessing(service.store):
                 turns = await turns_of(service.store, args)
-            async with progress(service.store, turns):
-                await until_signal(service, turns)
+            await until_signal(service, turns)
             for turn in turns:
                 await turn.look(service.store)
             return turns
@@ -10424,7 +10401,9 @@ async def until_signal(service: Service, turns: Sequence[Turn]) -> None:
     work = asyncio.ensure_future(steps())
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
-    await asyncio.wait([work])
+    while not work.done():
+        await asyncio.wait([work], timeout=FOLLOW_SECONDS)
+        await show_progress(service.store, turns)
     if caught:
         raise SystemExit(128 + caught[0])
     work.result()
@@ -10455,10 +10434,9 @@ async def check_there(args: argparse.Namespace, config: Config, found: Holder) -
                 if len(turns) == 1:
                     raise
                 turn.said, turn.bad, turn.over = str(e), True, True
-        async with progress(store, turns):
-            for turn in turns:
-                if not turn.over:
-                    await await_turn(store, turn, config)
+        for turn in turns:
+            if not turn.over:
+                await await_turn(store, turn, config)
     return turns
 
 
@@ -10474,35 +10452,9 @@ async def await_turn(store: Store, turn: Turn, config: Config) -> None:
             if turn.job.status == "active":
                 turn.said, turn.bad = f"not checked within {span(CHECK_WAIT)}", True
             return
+        await show_progress(store, [turn])
         await asyncio.sleep(FOLLOW_SECONDS)
         gone = holder(config.settings.database) is None
-
-
-@contextlib.asynccontextmanager
-async def progress(store: Store, turns: Sequence[Turn]) -> AsyncIterator[None]:
-    """How far the runs of ingests are, on a terminal."""
-    last = {turn.job.name: turn.last for turn in turns if isinstance(turn.job.spec, IngestSpec)}
-    if not last or not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("reading") as shown:
-
-        async def follow() -> None:
-            while True:
-                for name in last:
-                    for run in await store.runs(name, 1):
-                        share = "" if run.progress is None else f", {run.progress:.0%}"
-                        if run.id > last[name]:
-                            shown.update(f"{name}: {run.records_processed:,} records{share}")
-                await asyncio.sleep(FOLLOW_SECONDS)
-
-        following = asyncio.create_task(follow())
-        try:
-            yield
-        finally:
-            following.cancel()
 
 
 # ── Secrets, jobs and records on the command line ─────────────────────────────────────────────
@@ -10525,13 +10477,7 @@ def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
-    there = config.settings.has_store
-    nothing = SecretList(secrets=[], total=0)
-    answer = (
-        with_operations(config, lambda operations: operations.secrets(), looks=True)
-        if there
-        else nothing
-    )
+    answer = looking(config, lambda operations: operations.secrets())
     rows: list[tuple[object, ...]]
     rows = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
     for name, ref in config.secrets.items():
@@ -10647,14 +10593,10 @@ def why_of(job: JobAnswer, brought: tuple[int, int]) -> str | None:
 
 
 def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
-    async def all_pages(operations: Operations) -> tuple[JobList, dict[str, tuple[int, int]]]:
-        found = await operations.jobs(args.status, 1000, 0)
-        while found.next_after is not None:
-            page = await operations.jobs(args.status, 1000, found.next_after)
-            found = page.model_copy(update={"jobs": found.jobs + page.jobs})
-        return found, await operations.store.ingested()
+    async def look(operations: Operations) -> tuple[JobList, dict[str, tuple[int, int]]]:
+        return await operations.jobs(args.status, 10**9, 0), await operations.store.ingested()
 
-    (found, brought), now = with_operations(config, all_pages, looks=True), time.time()
+    (found, brought), now = with_operations(config, look, looks=True), time.time()
     rows = []
     for job in found.jobs:
         mine, pace = brought.get(job.name, (0, 0)), job.poll_interval_seconds
@@ -10807,8 +10749,8 @@ def cmd_data(args: argparse.Namespace, config: Config) -> int:
 
 async def check_source(store: Store, source: str | None) -> None:
     known = await store.ingested()
-    if source and source not in known and (guess := did_you_mean(source, known)):
-        say(f"hint: there is no source {source!r}; {guess}")
+    if source and source not in known and (question := meant(source, known)):
+        say(f"hint: there is no source {source!r}{question}")
 
 
 async def export(
@@ -10878,8 +10820,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            guess = did_you_mean(found[1], re.findall(r"'(.*?)'", found[2]))
-            message += f"; {guess}" if guess else ""
+            message += meant(found[1], re.findall(r"'(.*?)'", found[2]))
         super().error(message)
 
 

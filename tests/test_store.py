@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROGRAM, TABLES, Holder, Place, clean_environment, dump, execute
+from conftest import PROGRAM, TABLES, Holder, Place, clean_environment, dump, execute, flat_job
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,16 +32,8 @@ OPEN = ("triggering", "triggered")
 
 
 def spec(name: str = "job", **flat: Any) -> tecko.JobSpec:
-    given = {
-        "name": name,
-        "batch_ids": ["batch_1", "batch_2"],
-        "openai_secret": "o",
-        "keboola_secret": "k",
-        "keboola_stack_url": "https://connection.keboola.com",
-        "keboola_component_id": "comp",
-        "keboola_configuration_id": "1",
-    }
-    return tecko.FlatJob.model_validate(given | flat).to_spec()
+    given = {"openai_secret": "o", "keboola_secret": "k", "keboola_configuration_id": "1"} | flat
+    return tecko.FlatJob.model_validate(flat_job(name=name, **given)).to_spec()
 
 
 async def get(store: tecko.Store, job_id: int) -> tecko.Job:
