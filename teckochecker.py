@@ -3529,9 +3529,8 @@ class Records(Database):
             said = f"run {row[0]} was interrupted; going on from its checkpoint"
             await self._log(job.id, "error", said, now)
         made = {"run_id": uuid.uuid4().hex, "job_id": job.id, "source": job.name}
-        run_id = await self._insert("etl_run", made | {"status": "in_progress", "start_time": now})
-        run = await self.run(run_id)
-        assert run is not None
+        await self._insert("etl_run", made | {"status": "in_progress", "start_time": now})
+        [run] = await self.runs(job.name, 1)
         return run
 
     async def checkpoint(self, source: str) -> Checkpoint:
@@ -3719,10 +3718,6 @@ class Records(Database):
             {"limit": limit, "source": source},
         )
         return [run_of(row) for row in rows]
-
-    async def run(self, run_id: int) -> Run | None:
-        rows = await self._sql(f"SELECT {RUN_COLUMNS} FROM etl_run WHERE id = :id", {"id": run_id})
-        return run_of(rows[0]) if rows else None
 
     async def last_failure(self) -> float | None:
         """When the last failed run ended."""
