@@ -12,7 +12,7 @@ uses only what stands above it:
     Decisions                        states as tables, and what to do next: no clock, no I/O
     Secrets                          master keys and encryption
     YAML, Configuration              jobs.yaml, .env and the environment into settings and jobs
-    Schema to Housekeeping           the store on two engines: the one place with SQL, no network
+    Schema to Backups                the store on two engines: the one place with SQL, no network
     Asking over HTTP to Web          OpenAI, Keboola and sources: the one place that calls them
     Ingest                           records out of files and pages; writes nothing
     Metrics                          what Prometheus reads
@@ -1947,11 +1947,16 @@ def clean_secret(value: str) -> str:
 
 @contextlib.contextmanager
 def drafted(path: Path) -> Iterator[Path]:
-    """An empty file of its owner's alone (0600), which takes the place of `path` durably at the
-    end; where its writing fails, `path` stays what it was."""
+    """An empty file that takes the place of `path` at the end, durably; where its writing fails,
+    `path` stays what it was. It is for its owner alone (0600), or for those who could read `path`
+    before, but never for everybody."""
+    before = path.stat() if path.exists() else None
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         yield Path(draft)
+        if before is not None:
+            os.fchown(handle, before.st_uid, before.st_gid)
+            os.fchmod(handle, before.st_mode & 0o660)
         os.fsync(handle)
         os.replace(draft, path)
     finally:
@@ -1963,16 +1968,11 @@ def drafted(path: Path) -> Iterator[Path]:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write the file that `path` leads to at once or not at all, and durably: for its owner alone
-    (0600), or for those who could read it before, but never for everybody."""
+    """Write the file that `path` leads to at once or not at all, see `drafted`."""
     path = path.resolve()
     try:
-        before = path.stat() if path.exists() else None
         with drafted(path) as draft:
             draft.write_text(text)
-            if before is not None:
-                os.chown(draft, before.st_uid, before.st_gid)
-                os.chmod(draft, before.st_mode & 0o660)
     except OSError as e:
         raise SecretError(f"cannot write {path}: {e.strerror}") from None
 
@@ -2095,10 +2095,10 @@ class Vault:
         """Let the keys of another file open secrets, too; none that is there is dropped."""
         if self.file is None:
             raise SecretError(f"SECRET_KEY has not the key of {other}: add it, after a comma")
-        self.load(required=False)
+        if self.file.exists():
+            self.load(required=True)
         texts = [*self._keys.values(), *read_text(other, 10_000).split()]
-        if all(map(parse_master_key, texts)):  # which raises
-            self._write(list(dict.fromkeys(texts)))
+        self._write(list(dict.fromkeys(texts)))
 
     def _write(self, texts: Sequence[str]) -> None:
         assert self.file is not None
@@ -4836,11 +4836,11 @@ def sqlite_at(file: Path, mode: str = "rw", ends: Ends | None = None) -> Iterato
         raise StoreError(f"{file}: {e}") from e
 
 
-def rows_of_tables(db: sqlite3.Connection) -> dict[str, int]:
-    """How many rows each table has; not `backups`, of which a copy has one more."""
+def rows_of_tables(db: sqlite3.Connection) -> str:
+    """How many rows each table has, as JSON; not `backups`, of which a copy has one more."""
     names = "SELECT name FROM sqlite_master WHERE type = 'table' AND name <> 'backups'"
     tables = [name for (name,) in db.execute(names).fetchall()]
-    return {name: db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in tables}
+    return json.dumps({t: db.execute(f"SELECT count(*) FROM {t}").fetchone()[0] for t in tables})
 
 
 def verified(file: Path, vault: Vault, ends: Ends | None = None) -> float:
@@ -4851,12 +4851,12 @@ def verified(file: Path, vault: Vault, ends: Ends | None = None) -> float:
         found += [f"{row} refers to nothing" for row in db.execute("PRAGMA foreign_key_check")]
         if found:
             raise StoreError(f"{file} is damaged: {'; '.join(found[:3])}")
-        [version] = db.execute("SELECT version FROM schema_version").fetchone()
+        [[version]] = db.execute("SELECT coalesce(max(version), 0) FROM schema_version")
         if version > 1 + len(MIGRATIONS):
             raise StoreError(f"{file} was written by a newer TeckoChecker (schema {version})")
         marks = "SELECT taken_at, counts FROM backups WHERE restored_at IS NULL"
-        taken_at, counts = db.execute(marks).fetchone() or (0.0, "null")
-        if json.loads(counts) != rows_of_tables(db):
+        taken_at, counts = db.execute(marks).fetchone() or (0.0, "")
+        if counts != rows_of_tables(db):
             raise StoreError(f"{file} has not the rows that `backup` has counted; is it a backup?")
         sealed = db.execute(f"SELECT {SECRET_COLUMNS} FROM secrets LIMIT 1").fetchone()
     if sealed is not None:
@@ -4872,7 +4872,7 @@ def make_backup(
     with drafted(file) as draft:
         with sqlite_at(database, ends=ends) as db, sqlite_at(draft) as copy:
             db.execute("BEGIN")
-            counts = json.dumps(rows_of_tables(db))
+            counts = rows_of_tables(db)
             db.backup(copy)
             copy.execute("PRAGMA journal_mode = DELETE")  # one file, without a log beside it
             copy.execute("INSERT INTO backups (taken_at, counts) VALUES (?, ?)", (now, counts))
@@ -4890,9 +4890,10 @@ def restore(files: Iterable[Path], settings: Settings, why: str, now: float) -> 
             except SecretError:
                 if not (key := Path(f"{file}.key")).exists():
                     raise
+                other = {"secret_key": None, "secret_key_file": key}
+                taken_at = verified(file, Vault(settings.model_copy(update=other)))
                 vault.add_keys(key)
                 why += f"; {vault.file} has the keys of {key} now, too"
-                taken_at = verified(file, vault)
             return put_back(file, taken_at, settings.database, why, now)
         except (StoreError, SecretError) as e:
             refused.append(str(e))
@@ -4916,10 +4917,8 @@ def put_back(file: Path, taken_at: float, database: Path, why: str, now: float) 
             )
             mark = "UPDATE backups SET restored_at = ?, reason = ? WHERE restored_at IS NULL"
             db.execute(mark, (now, said))
-            ids = (
-                f"UPDATE sqlite_sequence SET seq = seq + {IDS_LOST} WHERE name = 'normalized_data'"
-            )
-            db.execute(ids)  # who asks /data for what is `after` an id misses no record
+            ids = "UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'normalized_data'"
+            db.execute(ids, (IDS_LOST,))  # who asks /data for what is `after` an id misses nothing
         for suffix in ("", "-wal", "-shm"):  # it goes first: a log alone would be taken for all
             with contextlib.suppress(FileNotFoundError):
                 os.rename(f"{database}{suffix}", f"{kept}{suffix}")
@@ -4949,7 +4948,7 @@ class Backups:
     """The backups that a service makes by itself, and how the last one went."""
 
     vault: Vault
-    ends: Callable[[], bool]
+    ends: Ends
     last: float | None = None  # when the last one was made; None: never
     error: str | None = None  # why the last attempt failed; None: it did not
 
@@ -4974,7 +4973,7 @@ class Backups:
                 old.unlink()
             self.last, self.error = now, None
         except (TeckoError, OSError) as e:
-            if str(e) != self.error:
+            if str(e) != self.error and not self.ends():
                 log.error("a backup failed, and is tried again: %s", e)
             self.error = str(e)
 

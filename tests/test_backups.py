@@ -121,6 +121,8 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "of a newer version": (in_file("UPDATE schema_version SET version = 99"), "newer"),
     "no backup": (in_file("DELETE FROM backups"), "is it a backup"),
+    "without a version": (in_file("DELETE FROM schema_version"), "not the rows"),
+    "with no counts": (in_file("UPDATE backups SET counts = '{'"), "is it a backup"),
     "restored already": (in_file("UPDATE backups SET restored_at = 1"), "is it a backup"),
     "a secret changed": (in_file("UPDATE secrets SET name = name || 'x'"), "does not decrypt"),
     "of another key": (in_file("UPDATE secrets SET key_id = 'x'"), "a key that is not in"),
@@ -269,6 +271,10 @@ async def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def contents(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
+
+
 def settings_in(home: Path) -> tecko.Settings:
     return tecko.load_config(home / "jobs.yaml", {}).settings
 
@@ -302,6 +308,11 @@ def test_a_restore_uses_the_key_beside_the_backup(home: Path, present: str) -> N
         tecko.write_private(key, other)
     with pytest.raises(tecko.StoreError, match="key"):
         tecko.restore([file], settings_in(home), "by hand", 1.8e9)
+    before = contents(key)
+    tecko.write_private(Path(f"{file}.key"), tecko.new_master_key())
+    with pytest.raises(tecko.StoreError, match="a key that is not in"):
+        tecko.restore([file], settings_in(home), "by hand", 1.8e9)
+    assert contents(key) == before
     tecko.write_private(Path(f"{file}.key"), text)
     said = tecko.restore([file], settings_in(home), "by hand", 1.8e9)
     assert f"has the keys of {file}.key" in said and mode(key) == 0o600
@@ -385,10 +396,6 @@ def damaged(home: Path, damage: str) -> dict[Path, bytes]:
     overwrite(home / "teckochecker.db.backups" / "20260103T000000Z.db")
     DAMAGES[damage](home / "teckochecker.db")
     return {path: path.read_bytes() for path in home.rglob("*.db")}
-
-
-def contents(file: Path) -> bytes | None:
-    return file.read_bytes() if file.exists() else None
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
