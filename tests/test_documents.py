@@ -346,6 +346,26 @@ def stranger(tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola)
     return made
 
 
+def test_a_stranger_sees_the_demo_and_checks_own_batches(
+    stranger: Stranger, keboola: standins.Keboola
+) -> None:
+    """The first block installs and runs the demo; with the jobs.yaml of "Configuration" and the
+    keys where it says, the next block finds everything good, and a check starts the Keboola job."""
+    demo, own, *_ = blocks("sh")
+    assert stranger.runs(demo).stdout.splitlines()[-1].endswith("teckochecker init")
+    [whole] = [text for text in blocks("yaml") if "\njobs:" in text]
+    key = stranger.root / "run/keys/keboola"
+    key.parent.mkdir(parents=True)
+    key.write_text(standins.KEBOOLA_TOKEN)
+    jobs = re.sub("https://connection[^,]*", f'"{keboola.url}"', whole)
+    (stranger.clone / "jobs.yaml").write_text(jobs.replace("/run/keys/keboola", str(key)))
+    path = f"{stranger.clone}/.venv/bin{os.pathsep}{os.environ['PATH']}"
+    script = own.replace("teckochecker start", "teckochecker check")  # which ends
+    said = stranger.runs(script, OPENAI_API_KEY=standins.OPENAI_KEY, PATH=path).stdout
+    assert "BAD" not in said and said.count("good  ") == 3
+    assert len(keboola.created) == 1
+
+
 def test_a_stranger_installs_the_service(stranger: Stranger, keboola: standins.Keboola) -> None:
     """The service runs out of the README's block; commands find its database and its keys; a
     rotation as printed keeps every secret; the command to uninstall names all that was made."""

@@ -464,7 +464,7 @@ def test_the_example_names_its_schema() -> None:
     first, *rest = EXAMPLE.read_text().splitlines()
     found = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", first)
     assert found and found[1] == "jobs.schema.json"
-    assert f"teckochecker.py schema > {found[1]}" in "\n".join(rest)
+    assert f"teckochecker schema > {found[1]}" in "\n".join(rest)
 
 
 @pytest.mark.parametrize("command", [("schema",), ("completion", "bash")])
