@@ -10982,35 +10982,22 @@ jobs:
 FIRST_JOB = """\
   - name: nightly-classification
     poll_interval: 2m
-    watch:   {type: openai_batches, secret: openai-prod, batch_ids: [%s]}
-    trigger:
-      type: keboola
-      secret: keboola-prod
-      stack_url: %s
-      component_id: %s
-      configuration_id: %s
+    watch: {secret: openai-prod, batch_ids: [%s]}
+    trigger: {secret: keboola-prod, stack_url: "%s", component_id: %s, configuration_id: %s}
 """
 FIRST_STACK = "https://connection.keboola.com"
 
 
 async def batch_table(base_url: str | None, key: SecretValue) -> Table:
     """The newest batches that a key may see."""
-    openai, now = OpenAI(base_url), time.time()
+    openai, rows = OpenAI(base_url), list[tuple[object, ...]]()
     try:
-        found = enumerate(await openai.latest(key), 1)
+        for batch in await openai.latest(key):
+            requests = f"{batch.requests_completed}/{batch.requests_total}"
+            rows.append((len(rows) + 1, batch.batch_id, batch.status, requests))
     finally:
         await openai.close()
-    rows = [
-        (
-            n,
-            b.batch_id,
-            b.status,
-            f"{b.requests_completed}/{b.requests_total}",
-            ago(b.created_at or now, now),
-        )
-        for n, b in found
-    ]
-    return Table(("", "Batch", "Status", "Requests", "Created"), rows)
+    return Table(("", "Batch", "Status", "Requests"), rows)
 
 
 async def configuration_table(stack: str, token: SecretValue) -> Table:
@@ -11030,8 +11017,8 @@ async def configuration_table(stack: str, token: SecretValue) -> Table:
 def key_and_choice(
     name: str, listing: Callable[[SecretValue], Coroutine[Any, Any, Table]], what: str, most: int
 ) -> tuple[str, list[Sequence[Any]]]:
-    """A key that was typed, and the rows that a person chooses of what it lists. Who types a key
-    that lists nothing is asked again; nothing typed is "" and no row."""
+    """A key that was typed, and the rows that a person chooses of what it lists; "" and no rows
+    where nothing was typed. A key that cannot list is asked for again."""
     value, table = "", Table((), ())
     while not value and (text := getpass.getpass(f"{name} (is not shown): ")):
         try:
@@ -11087,11 +11074,10 @@ async def sealed_names(settings: Settings) -> list[str]:
         return await store.names("secrets")
 
 
-def write_what_is_missing(
-    config: Config, vault: Vault, given: Sequence[SecretBody], jobs_file: str
-) -> Iterator[str]:
-    """Key, database, secrets and jobs.yaml, in this order; each as a sentence."""
-    settings, key_file = config.settings, vault.file
+def make_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) -> Iterator[str]:
+    """Make key, database, secrets and jobs.yaml where they are not; what was made, as sentences."""
+    settings, vault = config.settings, Vault(config.settings)
+    key_file = vault.file
     if key_file is not None and not key_file.exists():
         write_private(key_file, new_master_key() + "\n")
         yield f"made the master key {key_file} (back it up: without it no secret opens)"
@@ -11120,7 +11106,7 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
     given, jobs_file = list[SecretBody](), first_jobs_file()
     if sys.stdin.isatty() and not (config.path.exists() or sealed or args.json):
         given, jobs_file = asked(partial(interview, settings), "nothing was made")
-    done = [*write_what_is_missing(config, vault, given, jobs_file)]
+    done = [*make_missing(config, given, jobs_file)]
     config, stored = config_of(args), {*sealed, *(body.name for body in given)}
     if given and config.jobs:
         check = partial(every_problem, config, vault=vault)
@@ -11267,10 +11253,8 @@ Options may also follow the command. While the service runs, /docs of its addres
 describes its HTTP surface; README.md and jobs.yaml.example say the rest."""
 
 
-def make_parser(
-    prog: str = COMMAND, completes: Callable[[str], object] | None = None
-) -> argparse.ArgumentParser:
-    """`completes`: what completes an argument that is one of COMPLETED, for shtab."""
+def make_parser(prog: str = COMMAND, completes: Any = None) -> argparse.ArgumentParser:
+    """`completes`: what gives shtab the completion of an argument that is one of COMPLETED."""
     late = Parser(add_help=False)
     top = Parser(
         prog=prog,
