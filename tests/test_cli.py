@@ -1344,7 +1344,8 @@ def test_a_missing_package_is_one_line(tmp_path: Path, line: str) -> None:
     command = [sys.executable, "-S", str(PROGRAM), *line.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "is missing; run: python -m pip install -r requirements.txt" in done.stderr
+    packages = PROGRAM.with_name("requirements.txt")
+    assert f"is missing; run: {sys.executable} -m pip install -r {packages}\n" in done.stderr
 
 
 # ── The daemon, and one round by hand ─────────────────────────────────────────────────────────
