@@ -167,9 +167,8 @@ class Screen(Lines):
         """Requests of its batches, or records, that are done; and all."""
         if job.name in INGESTED:
             return (await self.store.totals(job.name))["records"], INGESTED[job.name]
-        batches = await self.store.batches(job.id)
-        done = sum(batch.requests_completed for batch in batches)
-        return done, sum(batch.requests_total for batch in batches) or 1
+        done = sum(batch.requests_completed for batch in job.batches)
+        return done, sum(batch.requests_total for batch in job.batches) or 1
 
     def __enter__(self) -> Screen:
         self.live.start()
