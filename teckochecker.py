@@ -27,6 +27,7 @@ uses only what stands above it:
     Steps, Ingesting, Doctor         load, ask, decide, record, act
     Answers, Operations              what people and programs may ask for, each rule once
     Run lock, Scheduler, Plan        one process a database; timers; what a new jobs.yaml would do
+    Alerts                           what is new and bad is told once, and when it is over
     Timers, Service                  steps, ticks, reload, health, start, drain
     Routes, OpenAPI, HTTP            one table of routes serves, documents and is tested
     Output to Parser and main        the command line: the one place that prints and exits
@@ -542,9 +543,9 @@ At = Annotated[  # unix seconds, shown as a date in answers
 
 
 def parse_interval(value: object) -> object:
-    """Seconds out of 90, "90", "30s", "2m" or "1h"."""
-    if isinstance(value, str) and (found := re.fullmatch(r"(\d{1,6})\s*([smh]?)", value.strip())):
-        return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "": 1}[found[2]]
+    """Seconds out of 90, "90", "30s", "2m", "1h" or "1d"."""
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d{1,6})\s*([smhd]?)", value.strip())):
+        return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}[found[2]]
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     raise ValueError("not an interval")
@@ -688,7 +689,7 @@ BatchIds = Annotated[
         "Another set of ids is a new round: the job fires again when those are done.",
     ),
 ]
-Written = Annotated[str, StringConstraints(pattern=r"^\s*\d{1,6}\s*[smh]?\s*$")]
+Written = Annotated[str, StringConstraints(pattern=r"^\s*\d{1,6}\s*[smhd]?\s*$")]
 WrittenPace = Annotated[str, StringConstraints(pattern=r"^(\s*\d{1,6}\s*[smh]?\s*|auto)$")]
 Seconds = Annotated[int, BeforeValidator(parse_interval, json_schema_input_type=int | Written)]
 Interval = Annotated[
@@ -1257,6 +1258,40 @@ class AdminBlock(StrictModel):
     port: Port = Field(8000, description="0 to 65535")
 
 
+class AlertTarget(ShortForm):
+    """Where alerts go: exactly one of `apprise`, `webhook` and `command`."""
+
+    apprise: (
+        Annotated[Location, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://\S+$")] | None
+    ) = Field(None, description="a URL of Apprise, like slack://...")
+    webhook: Annotated[Location, AfterValidator(clean_url)] | None = Field(
+        None, description="an https:// URL that takes a POST of JSON"
+    )
+    secret: SecretName | None = Field(
+        None, description="the name of a secret of type api: the bearer token of a webhook"
+    )
+    command: Annotated[list[Letters], Field(min_length=1)] | None = Field(
+        None, description="a list: a program, which reads JSON from stdin, and its arguments"
+    )
+    remind: Seconds = Field(86400, ge=60, description="at least 60 seconds, or 90m, 4h, 1d")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> AlertTarget:
+        if sum(way is not None for way in (self.apprise, self.webhook, self.command)) != 1:
+            raise ValueError("needs exactly one of apprise, webhook and command")
+        if self.secret is not None:
+            safe_for_secret(self.webhook or "http://")  # nothing else takes one
+        return self
+
+    @property
+    def shown(self) -> str:
+        """What it is called, without what is secret in it."""
+        if self.command is not None:
+            return f"command {self.command[0]}"
+        url = urlsplit(self.webhook or self.apprise or "")
+        return f"webhook at {url.netloc}" if self.webhook else f"{url.scheme}:// by Apprise"
+
+
 class JobsFile(StrictModel):
     """jobs.yaml without its jobs, which are validated one by one."""
 
@@ -1268,6 +1303,12 @@ class JobsFile(StrictModel):
         None, description="a block of name: {type, env or file}"
     )
     jobs: list[Any] | None = Field(None, description="a list of jobs")
+    alerts: list[AlertTarget] = Field(
+        [], description="a list of Apprise URLs, or blocks with webhook or command"
+    )
+    ping: Annotated[Location, AfterValidator(clean_url)] | None = Field(
+        None, description="an https:// URL, asked in each minute in which a check or run went well"
+    )
 
 
 # ── Rows ──────────────────────────────────────────────────────────────────────────────────────
@@ -2099,6 +2140,7 @@ YAML_BYTES = 10 << 20  # of jobs.yaml: some 20,000 jobs
 YAML_DEPTH = 40  # levels; a job has six
 YAML_REPEATED = 100_000  # values that aliases may repeat: a few hundred bytes could say 10**8
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+PRIVATE = ("secrets", "alerts", "ping")  # blocks of which no message shows what is in them
 HIDDEN = re.compile(r"(?i)((?:value|token|password|header|key)['\"]?\s*:\s*)\S.*")
 
 
@@ -2262,7 +2304,7 @@ class JobsYaml:
 
     def _problem(self, fault: Fault) -> Problem:
         problem = self._placed(self._who(fault.at), fault.found, fault.allowed, self.mark(fault.at))
-        shown = fault.at and fault.at[0] != "secrets"
+        shown = fault.at and fault.at[0] not in PRIVATE
         return problem if shown else replace(problem, source="")
 
     def _placed(self, where: str, found: str, allowed: str, mark: Mark) -> Problem:
@@ -2343,7 +2385,7 @@ def fault_of(model: type[BaseModel], error: Any) -> Fault:
     elif why:
         allowed += f" ({why})"
     hidden = inner in (SecretRef, SecretBody) or place[-1:] == ("header",)
-    if hidden or (model is JobsFile and place[:1] == ("secrets",)):
+    if hidden or (model is JobsFile and place[:1] and place[0] in PRIVATE):
         return Fault(place, "", allowed)
     return Fault(place, cut(error["input"]), allowed)
 
@@ -2415,6 +2457,8 @@ class Config:
     text: JobsYaml
     problems: list[Problem]
     warnings: list[str]
+    alerts: Sequence[AlertTarget]
+    ping: str | None
 
     @property
     def base(self) -> Path:
@@ -2522,6 +2566,27 @@ def register_references(secrets: Any, env: Mapping[str, str]) -> None:
             SecretValue(env[name].strip(), name)
 
 
+def texts_in(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
+    """Every text in a job or block, with its place, as deep as they can be."""
+    if isinstance(value, str):
+        yield at, value
+    elif len(at) < 5 and isinstance(value, Mapping | list):
+        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for part, inner in itertools.islice(pairs, 1000):
+            yield from texts_in(inner, (*at, part))
+
+
+# In a URL: a password, and what looks like a token, which may be in any part of it.
+TOKEN = re.compile(r"(?<=:)[^/:@]+(?=@)|[\w%+-]{16,}|\b(?=\w*\d)(?=\w*[A-Z])\w{8,}\b")
+
+
+def register_urls(blocks: Any) -> None:
+    """Make known what is secret in the URLs that alerts go to, and each as a whole."""
+    for _, text in texts_in(blocks):
+        for value in (text, *map(unquote, TOKEN.findall(text))) if "://" in text else ():
+            SecretValue(value)
+
+
 def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = False) -> Config:
     """Read jobs.yaml, the .env beside it and the environment.
 
@@ -2536,6 +2601,7 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     env = {**dot_env, **environ}
     text = JobsYaml(path, env)
     register_references(text.data.get("secrets"), env)
+    register_urls([text.data.get("alerts"), text.data.get("ping")])
     head = {k: v for k, v in text.data.items() if v is not None}
     file, faults = validated(JobsFile, head)
     in_head = [*(f for f in text.faults if len(f.at) < 2 or f.at[0] != "jobs"), *faults]
@@ -2549,7 +2615,8 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     if in_head:
         raise Invalid(text.problems([*in_head, *in_jobs]))
     specs, problems = None if items is None else jobs, text.problems(in_jobs)
-    return Config(path, settings, env, file.secrets or {}, specs, text, problems, warnings)
+    told = file.alerts, file.ping
+    return Config(path, settings, env, file.secrets or {}, specs, text, problems, warnings, *told)
 
 
 def read_jobs(
@@ -2618,16 +2685,6 @@ def secret_faults(
     return said
 
 
-def texts_in(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
-    """Every text in a job, with its place. Not those of a structure that no job has so deep."""
-    if isinstance(value, str):
-        yield at, value
-    elif len(at) < 5 and isinstance(value, Mapping | list):
-        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for part, inner in itertools.islice(pairs, 1000):
-            yield from texts_in(inner, (*at, part))
-
-
 def unreadable(name: str, ref: SecretRef, config: Config) -> str:
     """Why the value of a reference cannot be read; nothing where it can."""
     try:
@@ -2635,6 +2692,32 @@ def unreadable(name: str, ref: SecretRef, config: Config) -> str:
     except SecretError as e:
         return f"{e}; {e.hint}" if e.hint else str(e)
     return ""
+
+
+def apprise_of(url: str) -> Any:
+    """Apprise's service behind a URL. Raises TeckoError where it is missing, or knows none."""
+    try:
+        import apprise
+    except ImportError as e:
+        said = "this needs a package that is missing; run: python -m pip install apprise"
+        raise TeckoError(said) from e
+    service = apprise.Apprise.instantiate(url)
+    if service is None:
+        raise TeckoError(f"Apprise does not know such a URL of {url.partition(':')[0]}")
+    return service
+
+
+def alert_faults(config: Config, stored: Mapping[str | int, str]) -> Iterator[Fault]:
+    """What keeps alerts from being sent."""
+    for i, target in enumerate(config.alerts):
+        if target.secret is not None:
+            for fault in secret_faults({"ingest": {"secret": target.secret}}, stored, config):
+                yield fault._replace(at=("alerts", i, "secret"))
+        try:
+            if target.apprise is not None:
+                apprise_of(target.apprise)
+        except TeckoError as e:
+            yield Fault(("alerts", i), str(e))
 
 
 def all_problems(
@@ -2650,6 +2733,7 @@ def all_problems(
             used |= {name for _, _, name in secrets_of(item)}
             found = secret_faults(item, stored, config)
             faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
+    faults += alert_faults(config, stored)
     for name, ref in config.secrets.items():
         if unused and name not in used and (why := unreadable(name, ref, config)):
             faults.append(Fault(("secrets", name), why))
@@ -2826,7 +2910,13 @@ CREATE INDEX rejects_by_age ON etl_reject (created_at, id);
 CREATE INDEX rejects_of_a_source ON etl_reject (source, id);
 INSERT INTO schema_version VALUES (1, 0);
 """
-MIGRATIONS: Sequence[str] = ()  # what makes version 2 out of version 1, 3 out of 2, and so on
+VERSION_2 = """
+CREATE TABLE alerts (
+    target TEXT PRIMARY KEY,                 -- a digest of where they go
+    told TEXT NOT NULL                       -- what it was told to be wrong, and when last; JSON
+);
+"""
+MIGRATIONS: Sequence[str] = (VERSION_2,)  # what makes version 2 out of version 1, 3 of 2, and so on
 ACTIVE = "j.status = 'active' AND j.removed_at IS NULL"
 OPEN_TRIGGER = "finished_at IS NULL AND state <> 'held'"
 
@@ -3452,9 +3542,8 @@ class Records(Database):
             said = f"run {row[0]} was interrupted; going on from its checkpoint"
             await self._log(job.id, "error", said, now)
         made = {"run_id": uuid.uuid4().hex, "job_id": job.id, "source": job.name}
-        run_id = await self._insert("etl_run", made | {"status": "in_progress", "start_time": now})
-        run = await self.run(run_id)
-        assert run is not None
+        await self._insert("etl_run", made | {"status": "in_progress", "start_time": now})
+        [run] = await self.runs(job.name, 1)
         return run
 
     async def checkpoint(self, source: str) -> Checkpoint:
@@ -3642,10 +3731,6 @@ class Records(Database):
             {"limit": limit, "source": source},
         )
         return [run_of(row) for row in rows]
-
-    async def run(self, run_id: int) -> Run | None:
-        rows = await self._sql(f"SELECT {RUN_COLUMNS} FROM etl_run WHERE id = :id", {"id": run_id})
-        return run_of(rows[0]) if rows else None
 
     async def last_failure(self) -> float | None:
         """When the last failed run ended."""
@@ -4599,15 +4684,15 @@ class Store(Checks):
         )
         return [row[0] for row in rows]
 
-    async def undelivered(self, now: float, settle: float) -> list[str]:
+    async def undelivered(self, now: float, settle: float, limit: int = 100) -> list[str]:
         """Jobs whose trigger Keboola has not got for longer than three intervals and the settle
-        window, or whose Keboola job could not be followed three times in a row; at most 100."""
+        window, or whose Keboola job could not be followed three times in a row."""
         rows = await self._sql(
             "SELECT DISTINCT j.id, j.name FROM triggers t JOIN polling_jobs j ON j.id = t.job_id"
             f" WHERE {OPEN_TRIGGER} AND (t.state <> 'running' OR j.errors_in_row >= 3)"
             " AND t.created_at < :now - :settle AND t.created_at < :now - 3 * j.pace"
-            " ORDER BY j.id LIMIT 100",
-            {"now": now, "settle": settle},
+            " ORDER BY j.id LIMIT :limit",
+            {"now": now, "settle": settle, "limit": limit},
         )
         return [name for _, name in rows]
 
@@ -4621,17 +4706,28 @@ class Store(Checks):
         return max(0.0, now - oldest) if oldest is not None else 0.0
 
     async def attention(self, limit: int) -> list[dict[str, Any]]:
-        """Jobs that wait for a person, each with failed, held or ingest (its last run with work in
-        it failed, or rejected records), and the reason."""
+        """Jobs that wait for a person, each with failed, held, refused (by OpenAI, with its key) or
+        ingest (its last run with work in it failed, or rejected records), and the reason."""
         rows = await self._sql(
             "SELECT j.name, j.last_error, CASE WHEN j.openai_secret = '' THEN 'ingest'"
             " WHEN EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND t.round = j.round"
-            " AND t.state = 'held') THEN 'held' ELSE 'failed' END FROM polling_jobs j"
-            " WHERE j.removed_at IS NULL AND (j.status = 'failed' OR j.openai_secret = ''"
-            " AND j.status = 'active' AND j.last_error IS NOT NULL) ORDER BY j.id LIMIT :limit",
-            {"limit": limit},
+            " AND t.state = 'held') THEN 'held' WHEN j.status = 'active' THEN 'refused'"
+            " ELSE 'failed' END FROM polling_jobs j"
+            " WHERE j.removed_at IS NULL AND (j.status = 'failed' OR j.status = 'active'"
+            " AND (j.openai_secret = '' AND j.last_error IS NOT NULL OR j.last_error LIKE :no_key"
+            " OR j.last_error LIKE :no_right)) ORDER BY j.id LIMIT :limit",
+            {"limit": limit, "no_key": "%OpenAI said 401%", "no_right": "%OpenAI said 403%"},
         )
         return [{"job": job, "reason": reason, "what": what} for job, reason, what in rows]
+
+    async def alerts(self) -> dict[str, Mapping[str, float]]:
+        """What each target of alerts was told to be wrong, and when last."""
+        return {name: json.loads(t) for name, t in await self._sql("SELECT * FROM alerts")}
+
+    @transactional
+    async def save_alerts(self, target: str, told: Mapping[str, float]) -> None:
+        conflict = "ON CONFLICT (target) DO UPDATE SET told = excluded.told"
+        await self._upsert("alerts", ("target", "told"), [(target, json.dumps(told))], conflict)
 
     @transactional
     async def note_failure(self, job_id: int, said: str, now: float, wait: float) -> None:
@@ -4699,6 +4795,22 @@ def origin_of(url: str) -> tuple[str, str, int]:
     return parts.scheme, (parts.hostname or "").lower(), port
 
 
+def detached(work: Callable[[], Any]) -> futures.Future[Any]:
+    """What comes of `work` in a thread of its own, for which the program's end does not wait. Who
+    waits may give up, the work cannot. Raises RuntimeError where no thread is left."""
+    answer = futures.Future[Any]()
+    answer.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except Exception as e:
+            answer.set_exception(e)
+
+    threading.Thread(target=run, name="detached", daemon=True).start()
+    return answer
+
+
 look_ups: dict[tuple[Any, ...], futures.Future[Any]] = {}  # under way
 
 
@@ -4708,22 +4820,11 @@ async def look_up(host: Any, port: Any, **hints: int) -> Any:
     """
     query = (host, port, *hints.items())
     if (answer := look_ups.get(query)) is None:
-        look_ups[query] = answer = futures.Future[Any]()
-        answer.set_running_or_notify_cancel()  # who waits may give up, a look-up cannot
-
-        def run(answer: futures.Future[Any]) -> None:
-            try:
-                answer.set_result(socket.getaddrinfo(host, port, **hints))
-            except Exception as e:
-                answer.set_exception(e)
-            finally:
-                del look_ups[query]
-
         try:
-            threading.Thread(target=run, args=(answer,), name="look-up", daemon=True).start()
+            answer = look_ups[query] = detached(partial(socket.getaddrinfo, host, port, **hints))
         except RuntimeError as e:  # no thread is left
-            del look_ups[query]
             raise OSError(f"{host} cannot be looked up: {e}") from e
+        answer.add_done_callback(lambda _: look_ups.pop(query))
     return await asyncio.wrap_future(answer)
 
 
@@ -6697,10 +6798,10 @@ class Metrics:
             self.job_state.labels(job.name, job.shown_status).set(1)
             self.job_ok.labels(job.name).set(job.last_ok_at)
 
-    def total(self, *counters: Any) -> int:
-        """The sum of counters over all their labels."""
+    def total(self, *counters: Any, without: Collection[str] = ()) -> int:
+        """The sum of counters over all their labels, but for some outcomes."""
         samples = [s for c in counters for family in c.collect() for s in family.samples]
-        return int(sum(sample.value for sample in samples))
+        return int(sum(s.value for s in samples if s.labels.get("outcome") not in without))
 
     def text(self) -> str:
         """All of it in Prometheus' text format."""
@@ -7535,8 +7636,9 @@ class Attention(Answer):
     """A job that waits for a person."""
 
     job: str
-    what: Literal["failed", "held", "ingest"] = Field(
+    what: Literal["failed", "held", "refused", "ingest"] = Field(
         description="failed: it has ended so; held: its trigger may have arrived, see `job retry`;"
+        " refused: OpenAI does not take its key;"
         " ingest: its last run with work in it failed or rejected records"
     )
     reason: str | None
@@ -8234,6 +8336,220 @@ async def every_problem(
     return problems
 
 
+# ── Alerts ────────────────────────────────────────────────────────────────────────────────────
+
+# Each target is told once what is wrong, again after its `remind`, and when it is over; also where
+# the program was restarted in between:
+#
+# - Nothing is judged a second time: what is wrong is what /health says.
+# - What passes by itself is not told: a condition has to stay for some looks, and to stay away for
+#   as many. What a new process cannot know yet is not over: a job is overdue until a good check.
+# - A target that took a message has been told, and that is written down, in memory while the store
+#   fails. What it did not take is sent with the next news, after a pause that doubles.
+#
+# Not promised: that nothing is told twice when the program is killed in between.
+LOOK_SECONDS, PING_SECONDS = 30.0, 60.0
+LASTING = {"limited": 300.0, "ingest": 300.0, "": 20.0}  # s; the first two are tried again. The
+# others have to be there in two looks.
+SEND_SECONDS = 20.0  # s that a target may take
+ALERTED = 10_000  # jobs of each kind
+LISTED = 10  # conditions that the text of a message names
+SERVICE_KINDS = ("backup", "reload", "database", "scheduler")  # words of the problems in /health
+Told = Mapping[str, float]  # conditions, and when they were last told
+News = Mapping[str, str]  # conditions, and whether they are firing, a reminder or resolved
+FAILED_WORK = ("error", "dropped", "failed", "interrupted")  # outcomes of checks and runs
+
+
+def target_name(target: AlertTarget) -> str:
+    """What the store calls it: nothing that could be read."""
+    return digest_of(repr((target.apprise, target.webhook, target.command))).hex()
+
+
+def conditions(health: Health) -> dict[str, str]:
+    """What is wrong: kind and subject of each condition, and a sentence."""
+    late, stuck = "no good check for three intervals", "its trigger is not delivered or followed"
+    wrong = {f"overdue job {name}": late for name in health.overdue_jobs}
+    wrong |= {f"undelivered job {name}": stuck for name in health.undelivered_jobs}
+    wrong |= {f"limited key {pause.secret}": pause.reason for pause in health.paused_keys}
+    for row in health.attention:
+        some = re.match(r"(\d+) of (\d+) records were rejected", row.reason or "")
+        if some is None or some[1] == some[2]:  # fewer are within its `max_failed`
+            wrong[f"{row.what} job {row.job}"] = row.reason or ""
+    for said in health.problems:
+        if not said[0].isdigit():  # how many jobs there are of a kind that is told one by one
+            wrong[next((word for word in SERVICE_KINDS if word in said), "other")] = said
+    return {redact(key): short(said) for key, said in wrong.items()}
+
+
+def news_for(wrong: Collection[str], steady: Collection[str], told: Told, due: float) -> News:
+    """What a target is to be told: `steady` conditions are there, or gone, for long enough; those
+    that it was told before `due` it is reminded of."""
+    news = {key: "firing" for key in wrong if key in steady and key not in told}
+    for key, at in told.items():
+        if key in wrong and at <= due:
+            news[key] = "reminder"
+        elif key in steady and key not in wrong:
+            news[key] = "resolved"
+    return news
+
+
+def told_after(told: Told, news: News, now: float) -> Told:
+    """What a target was told that is not over, when it has taken the news."""
+    after = {**told, **dict.fromkeys(news, now)}
+    return {key: at for key, at in after.items() if news.get(key) != "resolved"}
+
+
+def message(news: News, wrong: Mapping[str, str]) -> dict[str, Any]:
+    """A title, some lines, and all of it for programs."""
+    alerts = []
+    for key, state in news.items():
+        kind, _, subject = key.partition(" ")
+        said = wrong.get(key, "it is over")
+        alerts.append({"state": state, "kind": kind, "subject": subject or kind, "said": said})
+    lines = [f"{a['state']}: {a['subject']}: {short(a['said'], 150)}" for a in alerts[:LISTED]]
+    lines += [f"and {len(news) - LISTED:,} more"] if len(news) > LISTED else []
+    counts = ", ".join(f"{n} {state}" for state, n in Counter(news.values()).items())
+    return {"title": f"TeckoChecker: {counts}", "text": "\n".join(lines), "alerts": alerts}
+
+
+def tell_command(command: Sequence[str], text: bytes) -> None:
+    """Run a program, without a shell, that reads `text` from its stdin."""
+    apart: Any = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+    killed_after = SEND_SECONDS + 1  # when nobody waits for it any more
+    done = subprocess.run(command, input=text, timeout=killed_after, check=False, **apart)
+    if done.returncode:
+        raise TeckoError(f"it ended with exit code {done.returncode}")
+
+
+def tell_apprise(url: str, title: str, text: str) -> None:
+    if not apprise_of(url).notify(body=text, title=title, notify_type="warning"):
+        raise TeckoError("Apprise could not send it; the log says why")
+
+
+class Alerts:
+    """Tells the targets of jobs.yaml what is wrong, and a dead-man switch that work is done."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps, self._store = steps, steps.store
+        self._client: httpx2.AsyncClient | None = None
+        self._told: dict[str, Told] | None = None  # by target; None: not read yet
+        self._unsaved: set[str] = set()  # targets
+        self._since: dict[tuple[str, bool], float] = {}  # when a condition came, or went
+        self._failures: dict[str, tuple[int, float]] = {}  # in a row; until when it is left alone
+        self._worked, self._ping_failed = 0, False
+
+    async def look(self, health: Health) -> None:
+        """Tell each target what is new to it. Raises StoreError where the store cannot say what it
+        was told before."""
+        self._told = told = await self._store.alerts() if self._told is None else self._told
+        targets = {target_name(target): target for target in self._steps.config.alerts}
+        wrong = await asyncio.to_thread(conditions, health)  # 10,000 texts are redacted
+        now = self._steps._steady()
+        known = {key for name in targets for key in told.get(name, {})}
+        gone = known - wrong.keys() - await self._unsure(health, known)
+        seen = [*((key, True) for key in wrong), *((key, False) for key in gone)]
+        self._since = {change: self._since.get(change, now) for change in seen}
+        lasts = {key: now - since for (key, _), since in self._since.items()}
+        steady = {k for k, s in lasts.items() if s >= LASTING.get(k.partition(" ")[0], LASTING[""])}
+        tell = partial(self._tell, told, wrong, steady)
+        await asyncio.gather(*(tell(*named) for named in targets.items()))
+
+    async def _unsure(self, health: Health, known: Collection[str]) -> set[str]:
+        """What may go on though /health does not say so: all that the store would tell if it
+        answered, and what a new process has not met yet."""
+        if not health.db_connected:
+            return {key for key in known if " " in key}
+        late = await self._store.overdue(self._steps.clock(), 0.0)
+        young = health.uptime_seconds < LONGEST_WAIT  # by then, each key was asked with again
+        limited = {key for key in known if young and key.startswith("limited ")}
+        return limited | {redact(f"overdue job {name}") for name in late}
+
+    async def _tell(
+        self,
+        told: dict[str, Told],
+        wrong: Mapping[str, str],
+        steady: Collection[str],
+        name: str,
+        target: AlertTarget,
+    ) -> None:
+        now, passed = self._steps.clock(), self._steps._steady()
+        mine, (failures, until) = told.get(name, {}), self._failures.get(name, (0, 0.0))
+        news = news_for(wrong, steady, mine, now - target.remind)
+        if news and passed >= until:
+            try:
+                await self._send(target, message(news, wrong))
+                told[name] = told_after(mine, news, now)
+                self._unsaved.add(name)
+                self._failures.pop(name, None)
+            except TeckoError as e:
+                wait = backoff(failures + 1, LONGEST_WAIT, 0.0)
+                self._failures[name] = failures + 1, passed + wait
+                log.warning("%s was not told, again in %.0f s: %s", target.shown, wait, e)
+        if name in self._unsaved:
+            with contextlib.suppress(StoreError):  # tried again at the next look
+                await self._store.save_alerts(name, told[name])
+                self._unsaved.discard(name)
+
+    async def _send(self, target: AlertTarget, said: Mapping[str, Any]) -> str:
+        """Raises TeckoError, also where the target hangs. What blocks is done in a thread."""
+        text = orjson.dumps(said)
+        work = partial(tell_apprise, str(target.apprise), said["title"], said["text"])
+        if target.command is not None:
+            work = partial(tell_command, target.command, text)
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                if target.webhook is not None:
+                    await self._ask("POST", target.webhook, target.secret, content=text)
+                else:
+                    await asyncio.wrap_future(detached(work))
+        except TimeoutError:
+            raise TeckoError(f"no answer within {SEND_SECONDS:.0f} s") from None
+        except TeckoError:
+            raise
+        except Exception as e:  # of one of Apprise's services, for one
+            raise TeckoError(f"{type(e).__name__}: {e}".rstrip(": ")) from e
+        return "told"
+
+    async def _ask(
+        self, method: str, url: str, secret: str | int | None = None, **request: Any
+    ) -> None:
+        self._client = self._client or make_client(UpstreamError)
+        headers = {"Content-Type": "application/json"}
+        if secret is not None:
+            value = await self._steps._secret(str(secret))
+            headers["Authorization"] = f"Bearer {value.reveal()}"
+        request |= {"headers": headers, "deadline": SEND_SECONDS, "limit": ERROR_BYTES}
+        await ask(self._client, UpstreamError, urlsplit(url).netloc, method, url, **request)
+
+    async def ping(self) -> None:
+        """Ask the URL of `ping:`, if any work was done since the last time."""
+        metrics, url, before = self._steps.metrics, self._steps.config.ping, self._worked
+        self._worked = metrics.total(metrics.checks, metrics.ingest_runs, without=FAILED_WORK)
+        if url is None or self._worked == before:
+            return
+        try:
+            await self._ask("GET", url)
+            self._ping_failed = False
+        except TeckoError as e:
+            if not self._ping_failed:
+                log.warning("the ping failed, which is not said again until one succeeds: %s", e)
+            self._ping_failed = True
+
+    async def test(self) -> list[Finding]:
+        """Send each target a message; whether it went."""
+        said = message({"test": "test"}, {"test": "this is what `alert test` sends"})
+        targets = self._steps.config.alerts
+        asked = (found(t.shown, partial(self._send, t, said), "nothing is there") for t in targets)
+        findings = await asyncio.gather(*asked)
+        await self.close()
+        return findings
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
+
 # ── Timers ────────────────────────────────────────────────────────────────────────────────────
 
 # What is unexpected costs the job that met it that step, and nothing else:
@@ -8547,6 +8863,7 @@ class Service(Timers):
         self.started_at = time.time()
         self.stop, self.reload = asyncio.Event(), asyncio.Event()
         self.operations = Operations(steps.store, steps.vault, lambda: steps.config)
+        self.alerts = Alerts(steps)
         self.connections: Callable[[], int] = lambda: 0
         self.lock: RunLock | None = None
         self.reloaded_at, self.reload_error = self.started_at, cast(str | None, None)
@@ -8565,7 +8882,8 @@ class Service(Timers):
             return
         self._epoch = time.time()
         await self._sync()
-        for work, seconds in ((self._tick, TICK), (self._prune, PRUNE_SECONDS)):
+        pairs = (self._tick, TICK), (self._prune, PRUNE_SECONDS), (self._alert, LOOK_SECONDS)
+        for work, seconds in (*pairs, (self.alerts.ping, PING_SECONDS)):
             every, soon = {"seconds": seconds, "executor": "notice"}, datetime.now(UTC)
             self._scheduler.add_job(self._repeat, "interval", (work,), next_run_time=soon, **every)
         self.store.on_write = self._written
@@ -8597,6 +8915,9 @@ class Service(Timers):
         self._scheduler.pause()
         self._draining = self.steps.stopping = True
         until = time.monotonic() + DRAIN_SECONDS
+        for work in (self._alert, self.alerts.ping):  # what was not delivered is tried again
+            if work in self._repeated:
+                self._repeated[work].cancel()
         self.store.close_soon(DRAIN_SECONDS + 0.5)  # however long its lock is held
         while self._tasks and (left := until - time.monotonic()) > 0:  # one may begin another
             await asyncio.wait(set(self._tasks), timeout=left)
@@ -8604,6 +8925,7 @@ class Service(Timers):
         for task in late:  # a POST cut off here is found as `sending` at the next start
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
+        await self.alerts.close()
         self._scheduler.shutdown(wait=False)
         await asyncio.sleep(0)
 
@@ -8708,10 +9030,17 @@ class Service(Timers):
         with contextlib.suppress(StoreError):  # it has time until the next look
             await self.store.prune(time.time() - 86400 * days, keep)
 
+    async def _alert(self) -> None:
+        """Tell who is to know it what is wrong."""
+        if self.steps.config.alerts:
+            with contextlib.suppress(StoreError):  # the next look follows
+                await self.alerts.look(await self.health(ALERTED))
+
     # figures
 
-    async def health(self) -> Health:
-        """Judged by work really done. It reads the store beside whoever writes it."""
+    async def health(self, named: int = NAMED) -> Health:
+        """Judged by work really done. It reads the store beside whoever writes it. Of each kind, at
+        most so many jobs are `named`."""
         now, settle = time.time(), float(self.settings.trigger_settle_seconds)
         seen: dict[str, Any] = {"db_connected": False}
         with contextlib.suppress(StoreError, TimeoutError):
@@ -8719,9 +9048,9 @@ class Service(Timers):
                 last = next(iter(await self.store.runs(None, 1)), None)
                 seen = {
                     "db_connected": True,
-                    "overdue_jobs": (await self.store.overdue(now, self.started_at))[:NAMED],
-                    "undelivered_jobs": await self.store.undelivered(now, settle),
-                    "attention": [Attention(**row) for row in await self.store.attention(NAMED)],
+                    "overdue_jobs": (await self.store.overdue(now, self.started_at))[:named],
+                    "undelivered_jobs": await self.store.undelivered(now, settle, named),
+                    "attention": [Attention(**row) for row in await self.store.attention(named)],
                     "etl_last_run": last.start_time if last else None,
                     "etl_status": last.status if last else None,
                 }
@@ -9858,7 +10187,9 @@ def report(args: argparse.Namespace, document: Any, *shown: str | Table) -> int:
     return 0
 
 
-PRIVATE_LINE = re.compile("value|header|token|password|secrets")  # is not shown, whatever it has
+PRIVATE_LINE = re.compile(
+    "value|header|token|password|secrets|ping|webhook|- *.?[a-z]+://"
+)  # is not shown, whatever it has
 
 
 def pointed_at(problem: Problem) -> Iterator[str]:
@@ -10019,7 +10350,7 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
     names = sorted({*config.secrets, *stored})
     text = f"{config.path} is good: {counted(len(jobs), 'job')},"
     lines = [f"{text} {counted(len(names), 'secret')}", *changes]
-    lines += [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
+    lines += shown_findings(findings)
     document = {
         "valid": True,
         "jobs": [job.name for job in jobs],
@@ -10027,6 +10358,26 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
         "changes": changes,
     }
     report(args, document | {"online": [f._asdict() for f in findings]}, "\n".join(lines))
+    return int(not all(f.good for f in findings))
+
+
+def shown_findings(findings: Iterable[Finding]) -> list[str]:
+    return [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
+
+
+def cmd_alert_test(args: argparse.Namespace, config: Config) -> int:
+    """Send a message to each target, and say of each whether it went."""
+
+    async def tell() -> list[Finding]:
+        async with Store(config.settings.store) as store, make_steps(config, store) as steps:
+            steps.vault.load(required=False)
+            return await Alerts(steps).test()
+
+    findings = asyncio.run(tell())
+    if not findings:
+        raise Conflict(f"{config.path} names nobody to tell", hint="`alerts:` does, see README.md")
+    document = {"targets": [f._asdict() for f in findings]}
+    report(args, document, "\n".join(shown_findings(findings)))
     return int(not all(f.good for f in findings))
 
 
@@ -11050,6 +11401,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[
         arg("name", metavar="SECRET"), FORCE)),
     ("secret rotate", cmd_secret_rotate, config_of,
      "new master key, every secret encrypted anew", ()),
+    ("alert test", cmd_alert_test, config_of, "send each target of `alerts:` a message", ()),
     ("job create", cmd_job_create, config_of, "watch batches", (*job_options(create=True),)),
     ("job list", cmd_job_list, config_of, "all jobs, with what they have done and why", (
         arg("--status", choices=STATES, help="only of this state"),)),
@@ -11069,7 +11421,8 @@ COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[
     ("data rejects", cmd_data, config_of, "records that were rejected, and why",
      (SOURCE, LIMIT, AS_CSV)),
 )  # fmt: skip
-GROUPS = {"secret": "API keys and tokens", "job": "jobs", "data": "what ingests brought"}
+GROUPS = {"secret": "API keys and tokens", "job": "jobs", "data": "what ingests brought",
+          "alert": "who is told of what is wrong"}  # fmt: skip
 EVERYWHERE = (
     arg("-c", "--config", type=Path, metavar="FILE",
         help="configuration file (default: ./jobs.yaml)"),

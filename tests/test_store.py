@@ -1169,3 +1169,14 @@ def test_whatever_is_done_the_job_is_consistent(operations: list[str]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(main(Path(folder) / "s.db"))
+
+
+# ── Alerts ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_alerts_were_told_is_kept_by_target(store: tecko.Store) -> None:
+    """The last word on each, whatever the conditions are called."""
+    await store.save_alerts("a", {"failed job x": 1.0})
+    await store.save_alerts("b", {})
+    await store.save_alerts("a", {'failed job "y" %': 2.5})
+    assert await store.alerts() == {"a": {'failed job "y" %': 2.5}, "b": {}}
