@@ -20,7 +20,7 @@ uses only what stands above it:
     Decisions                        states as tables, and what to do next: no clock, no I/O
     Secrets                          master keys and encryption
     YAML, Configuration              jobs.yaml, .env and the environment into settings and jobs
-    Schema to Housekeeping           the store on two engines: the one place with SQL, no network
+    Schema to Backups                the store on two engines: the one place with SQL, no network
     Asking over HTTP to Web          OpenAI, Keboola and sources: the one place that calls them
     Ingest                           records out of files and pages; writes nothing
     Metrics                          what Prometheus reads
@@ -535,6 +535,11 @@ def iso(at: float) -> str:
     return datetime.fromtimestamp(shown, UTC).isoformat(timespec="seconds")[:19] + "Z"
 
 
+def compact(at: float) -> str:
+    """The same as it stands in the name of a file."""
+    return iso(at).replace(":", "").replace("-", "")
+
+
 At = Annotated[  # unix seconds, shown as a date in answers
     float,
     PlainSerializer(iso, return_type=str),
@@ -690,7 +695,7 @@ BatchIds = Annotated[
     ),
 ]
 Written = Annotated[str, StringConstraints(pattern=r"^\s*\d{1,6}\s*[smhd]?\s*$")]
-WrittenPace = Annotated[str, StringConstraints(pattern=r"^(\s*\d{1,6}\s*[smh]?\s*|auto)$")]
+WrittenPace = Annotated[str, StringConstraints(pattern=r"^(\s*\d{1,6}\s*[smhd]?\s*|auto)$")]
 Seconds = Annotated[int, BeforeValidator(parse_interval, json_schema_input_type=int | Written)]
 Interval = Annotated[
     Seconds, AfterValidator(within_bounds), Field(description="seconds, or 30s, 2m, 1h")
@@ -1176,6 +1181,24 @@ HOSTS = r"^\s*(([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:\d+)?\s*(,\s*|$))*$"
 SECONDS = "whole seconds, 1 to 86400"
 
 
+NEVER = 10**10  # s between two backups, 300 years
+Between = Annotated[
+    int,
+    BeforeValidator(
+        lambda value: NEVER if value == "never" else parse_interval(value),
+        json_schema_input_type=int | Written | Literal["never"],
+    ),
+]
+
+
+class BackupBlock(StrictModel):
+    """The service's own backups of an SQLite database."""
+
+    every: Between = Field(86400, ge=60, description="at least 60 seconds, like 6h, 1d; or never")
+    keep: Whole = Field(7, ge=1, description="how many, at least 1")
+    folder: Location | None = Field(None, description="default: the database's path and .backups")
+
+
 class Settings(BaseModel):
     """What the environment, .env and the head of jobs.yaml set; the environment has the names of
     the fields in capitals."""
@@ -1183,6 +1206,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, hide_input_in_errors=True)
 
     database: Path = Field(description="the SQLite file")
+    backup: BackupBlock = BackupBlock.model_validate({})
     database_url: SecretValue | None = Field(
         None, description="sqlite:///path, a path, or postgresql://user:password@host/name"
     )
@@ -1237,6 +1261,11 @@ class Settings(BaseModel):
         return f"{url.scheme}://{host}{url.path}" if self.database_url else str(self.database)
 
     @property
+    def backups(self) -> Path:
+        """The folder of the service's own backups."""
+        return Path(self.backup.folder or f"{self.database}.backups")
+
+    @property
     def has_store(self) -> bool:
         """Whether there is a database to ask: a server is asked for its own."""
         return self.database_url is not None or self.database.exists()
@@ -1248,7 +1277,8 @@ class Settings(BaseModel):
         return {"bounds": bounds, "default_interval": self.default_poll_interval}
 
 
-ENVIRONMENT = [name.upper() for name in Settings.model_fields if name != "database"]
+IN_FILE = ("database", "backup")  # settings that no variable of their own name sets
+ENVIRONMENT = [name.upper() for name in Settings.model_fields if name not in IN_FILE]
 
 
 class AdminBlock(StrictModel):
@@ -1298,6 +1328,9 @@ class JobsFile(StrictModel):
     database: Location = Field("teckochecker.db", description="the path of the SQLite file")
     admin: AdminBlock = Field(
         AdminBlock(host="127.0.0.1", port=8000), description="a block with host and port"
+    )
+    backup: BackupBlock = Field(
+        BackupBlock.model_validate({}), description="a block with every, keep and folder"
     )
     secrets: dict[Name, SecretRef] | None = Field(
         None, description="a block of name: {type, env or file}"
@@ -1989,27 +2022,34 @@ def clean_secret(value: str) -> str:
     return value
 
 
+@contextlib.contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """An empty file that takes the place of `path` at the end, durably; where its writing fails,
+    `path` stays what it was. It is for its owner alone (0600), or for those who could read `path`
+    before, but never for everybody."""
+    before = path.stat() if path.exists() else None
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        yield Path(draft)
+        if before is not None:
+            os.fchown(handle, before.st_uid, before.st_gid)
+            os.fchmod(handle, before.st_mode & 0o660)
+        os.fsync(handle)
+        os.replace(draft, path)
+    finally:
+        os.close(handle)
+        Path(draft).unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # without it a power loss may bring the old file back
+    os.close(folder)
+
+
 def write_private(path: Path, text: str) -> None:
-    """Write the file that `path` leads to at once or not at all, and durably: for its owner alone
-    (0600), or for those who could read it before, but never for everybody."""
+    """Write the file that `path` leads to at once or not at all, see `drafted`."""
     path = path.resolve()
     try:
-        before = path.stat() if path.exists() else None
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-                file.flush()
-                if before is not None:
-                    os.fchown(handle, before.st_uid, before.st_gid)
-                    os.fchmod(handle, before.st_mode & 0o660)
-                os.fsync(handle)
-            os.replace(draft, path)
-        finally:
-            Path(draft).unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # without it a power loss may bring the old file back
-        os.close(folder)
+        with drafted(path) as draft:
+            draft.write_text(text)
     except OSError as e:
         raise SecretError(f"cannot write {path}: {e.strerror}") from None
 
@@ -2125,6 +2165,15 @@ class Vault:
         assert self.file is not None
         file = self.file.resolve()
         return file.with_name(f"{file.name}.old")
+
+    def add_keys(self, other: Path) -> None:
+        """Let the keys of another file open secrets, too; none that is there is dropped."""
+        if self.file is None:
+            raise SecretError(f"SECRET_KEY has not the key of {other}: add it, after a comma")
+        if self.file.exists():
+            self.load(required=True)
+        texts = [*self._keys.values(), *read_text(other, 10_000).split()]
+        self._write(list(dict.fromkeys(texts)))
 
     def _write(self, texts: Sequence[str]) -> None:
         assert self.file is not None
@@ -2477,7 +2526,8 @@ def database_of(url: str, base: Path, where: str) -> dict[str, Any]:
     if found and scheme in ("postgresql", "postgres"):
         SecretValue(unquote(urlsplit(url).password or ""), "DATABASE_URL's password")
         beside = base / "teckochecker.db"  # which is not there, but what lies beside it is
-        return {"database": beside.resolve(), "database_url": SecretValue(url, "DATABASE_URL")}
+        given = {"database": beside.resolve(), "database_url": SecretValue(url, "DATABASE_URL")}
+        return given | {"backup": BackupBlock.model_validate({"every": "never"})}
     path = rest.removeprefix("/") if found else url
     local = scheme == "sqlite" and rest.startswith("/") if found else ":" not in url
     if path in ("", ":memory:"):
@@ -2491,6 +2541,8 @@ def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name:
     """The environment over jobs.yaml; every wrong value is named with what is allowed."""
     written = {name: env[name].strip() for name in ENVIRONMENT if env.get(name, "").strip()}
     given: dict[str, Any] = {"api_host": file.admin.host, "api_port": file.admin.port}
+    folder = file.backup.folder and str(base / file.backup.folder)
+    given["backup"] = file.backup.model_copy(update={"folder": folder})
     given |= {name.lower(): value for name, value in written.items()}
     url = given.pop("database_url", "")
     name = "DATABASE_URL" if url else f"{file_name}: database"
@@ -2915,6 +2967,12 @@ CREATE TABLE alerts (
     target TEXT PRIMARY KEY,                 -- a digest of where they go
     told TEXT NOT NULL                       -- what it was told to be wrong, and when last; JSON
 );
+CREATE TABLE backups (                       -- those that this database came from
+    taken_at DOUBLE PRECISION NOT NULL,
+    counts TEXT NOT NULL,                    -- the rows of each table then, JSON
+    restored_at DOUBLE PRECISION,            -- NULL: this file is that backup
+    reason TEXT                              -- why, until a person says that they know; then NULL
+);
 """
 MIGRATIONS: Sequence[str] = (VERSION_2,)  # what makes version 2 out of version 1, 3 of 2, and so on
 ACTIVE = "j.status = 'active' AND j.removed_at IS NULL"
@@ -3268,6 +3326,9 @@ class Database:
             )
         try:
             if not path.exists():
+                if any(Path(f"{path}.backups").glob("*.db")):
+                    said = f"{path} is gone, and there are backups of it"
+                    raise StoreError(said, hint="`start` puts the newest back, `restore` any")
                 if self.read_only:
                     raise StoreError(f"there is no database at {path}", hint="`init` makes one")
                 path.touch(mode=0o600)
@@ -4370,6 +4431,7 @@ LOG_STATUS: dict[Event, str] = {  # what a log row calls a step of a trigger; ot
     "hold": "failed",
     "fail": "failed",
 }
+DOUBT = 86400.0  # s that OpenAI's clock and ours may differ at most
 AS_CHECKED = f"j.id = :id AND revision = :revision AND round = :round AND {ACTIVE}"
 
 
@@ -4488,13 +4550,24 @@ class Checks(Jobs):
             aim = aim_of(trigger.stack_url, trigger.body)
             await self._insert("triggers", asdict(trigger) | {"aim": aim})
             done = f"{len(check.batches)} of {len(check.batches)} batches done"
-            said = f"{done}: starting the Keboola job (trigger {trigger.id})"
+            does = "starting" if trigger.state == "pending" else "looking whether Keboola has had"
+            said = f"{done}: {does} the Keboola job (trigger {trigger.id})"
             await self._log(job.id, "triggered", said, now)
         elif check.verdict.event is not None:
             await self._log(job.id, "failed", check.verdict.reason, now)
         elif check.error and check.error != job.last_error:
             await self._log(job.id, "error", check.error, now)
         return True
+
+    async def doubted(self, trigger: Trigger, batches: Sequence[Batch]) -> Trigger:
+        """The trigger; where it may have been sent before this database was restored, with an
+        unknown outcome. A younger batch was in no trigger then; DOUBT is for clocks that differ."""
+        youngest = max(batch.created_at or 0.0 for batch in batches) - DOUBT
+        sql = "SELECT min(taken_at) FROM backups WHERE restored_at > :youngest"
+        [[since]] = await self._sql(sql, {"youngest": youngest})
+        if since is None:
+            return trigger
+        return replace(trigger, state="unknown", sent_at=since, unknown_at=trigger.created_at)
 
     async def _once(self, check: CheckResult) -> CheckResult:
         """The check; or, where it would start a Keboola job that was started before, one that ends
@@ -4595,6 +4668,7 @@ LIVE_TIMES = {
     "polling_batches": ("changed_at", "missing_since"),
     "triggers": ("sent_at", "unknown_at"),
 }
+RESTORED = "backups WHERE reason IS NOT NULL"
 FARTHEST = 86400.0  # s ahead that a check is planned at most, however long its interval
 
 
@@ -4664,6 +4738,7 @@ class Store(Checks):
             " UNION ALL SELECT 'secrets', count(*), 0 FROM secrets"
             " UNION ALL SELECT 'triggers', count(*), 0 FROM triggers"
             " UNION ALL SELECT 'logs', count(*), 0 FROM polling_logs"
+            f" UNION ALL SELECT 'restored', count(*), 0 FROM {RESTORED}"
         )
         jobs = {what: n for what, n, of_jobs in rows if of_jobs}
         return {"jobs": jobs} | {what: n for what, n, of_jobs in rows if not of_jobs}
@@ -4718,6 +4793,7 @@ class Store(Checks):
             " OR j.last_error LIKE :no_right)) ORDER BY j.id LIMIT :limit",
             {"limit": limit, "no_key": "%OpenAI said 401%", "no_right": "%OpenAI said 403%"},
         )
+        rows += await self._sql(f"SELECT 'database', reason, 'restored' FROM {RESTORED}")
         return [{"job": job, "reason": reason, "what": what} for job, reason, what in rows]
 
     async def alerts(self) -> dict[str, Mapping[str, float]]:
@@ -4728,6 +4804,12 @@ class Store(Checks):
     async def save_alerts(self, target: str, told: Mapping[str, float]) -> None:
         conflict = "ON CONFLICT (target) DO UPDATE SET told = excluded.told"
         await self._upsert("alerts", ("target", "told"), [(target, json.dumps(told))], conflict)
+
+    @transactional
+    async def acknowledge(self) -> bool:
+        """Somebody knows what is missing since a backup took the database's place; whether one
+        did."""
+        return await self._change("backups", {"reason": None}, "reason IS NOT NULL")
 
     @transactional
     async def note_failure(self, job_id: int, said: str, now: float, wait: float) -> None:
@@ -4764,6 +4846,193 @@ class Store(Checks):
             {"limit": limit},
         )
         return [(row[0], row[1]) for row in rows]
+
+
+# ── Backups ───────────────────────────────────────────────────────────────────────────────────
+
+# A backup is a copy of the whole SQLite file as one read transaction sees it, while others write.
+# It is a draft until it was verified: structure, references, the rows of each table as counted in
+# that transaction, and that the master key opens a secret of it. So what has a backup's name was
+# good, and its own time tells how old it is, across restarts. Old ones go after a new one is there.
+#
+# Before a start opens the database, SQLite looks it through. Where it is damaged, or gone while
+# there are backups, the newest one that verifies now takes its place; what was there is kept. A
+# kill in between leaves no database, and the next start does it again. Where no backup is good,
+# nothing is changed and the start is refused.
+#
+# Once, all the same: triggers that were written after the backup are lost, and with them the proof
+# that they were sent. So the copy is marked before it becomes the database:
+# - The outcome of each trigger that it has, and that is not settled, is unknown.
+# - One that it has not is decided on again, with an unknown outcome, too, if its batches are not
+#   younger than the restore (`doubted`). Keboola's search is asked for what was started since the
+#   backup under the same name for the same batches. That is adopted, unless the store knows it,
+#   for `job retry` asks for a new one. Only after the settle window is a trigger sent.
+# Not promised: what only the lost part knew. A job that was paused or deleted then comes back; one
+# that got another name or target may fire again. And a log of SQLite (-wal) whose end somebody has
+# cut off looks as it does after a crash: the transactions in it are missing, and nothing tells.
+BACKUP_SECONDS = 60.0  # s between looks whether one is due
+LEFT_OVER = 86400.0  # s after which a draft was left by a program that was killed
+IDS_LOST = 10**9  # of records, at most, given since the backup
+Ends = Callable[[], bool]  # whether the program ends
+
+
+def backups_in(folder: Path) -> list[Path]:
+    """The automatic backups, oldest first."""
+    return sorted(folder.glob("[0-9]*Z.db"))
+
+
+@contextlib.contextmanager
+def sqlite_at(file: Path, mode: str = "rw", ends: Ends | None = None) -> Iterator[Any]:
+    """A connection of this thread's own, whose statements fail once the program `ends`."""
+    uri = f"file:{quote(str(file))}?mode={mode}"
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as db:
+            db.set_progress_handler(ends, 100_000)
+            yield db
+    except sqlite3.Error as e:
+        raise StoreError(f"{file}: {e}") from e
+
+
+def rows_of_tables(db: sqlite3.Connection) -> str:
+    """How many rows each table has, as JSON; not `backups`, of which a copy has one more."""
+    names = "SELECT name FROM sqlite_master WHERE type = 'table' AND name <> 'backups'"
+    tables = [name for (name,) in db.execute(names).fetchall()]
+    return json.dumps({t: db.execute(f"SELECT count(*) FROM {t}").fetchone()[0] for t in tables})
+
+
+def verified(file: Path, vault: Vault, ends: Ends | None = None) -> float:
+    """When a backup was made. Raises StoreError where it is none, or not whole, and SecretError
+    where its secrets do not open."""
+    with sqlite_at(file, "ro&immutable=1", ends) as db:
+        found = [said for (said,) in db.execute("PRAGMA integrity_check(3)") if said != "ok"]
+        found += [f"{row} refers to nothing" for row in db.execute("PRAGMA foreign_key_check")]
+        if found:
+            raise StoreError(f"{file} is damaged: {'; '.join(found[:3])}")
+        [[version]] = db.execute("SELECT coalesce(max(version), 0) FROM schema_version")
+        if version > 1 + len(MIGRATIONS):
+            raise StoreError(f"{file} was written by a newer TeckoChecker (schema {version})")
+        marks = "SELECT taken_at, counts FROM backups WHERE restored_at IS NULL"
+        taken_at, counts = db.execute(marks).fetchone() or (0.0, "")
+        if counts != rows_of_tables(db):
+            raise StoreError(f"{file} has not the rows that `backup` has counted; is it a backup?")
+        sealed = db.execute(f"SELECT {SECRET_COLUMNS} FROM secrets LIMIT 1").fetchone()
+    if sealed is not None:
+        vault.open(SealedSecret(*sealed))
+    return float(taken_at)
+
+
+def make_backup(
+    database: Path, file: Path, vault: Vault, now: float, ends: Ends | None = None
+) -> None:
+    """Copy the database to `file`, which is there only if the copy was verified."""
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with drafted(file) as draft:
+        with sqlite_at(database, ends=ends) as db, sqlite_at(draft) as copy:
+            db.execute("BEGIN")
+            counts = rows_of_tables(db)
+            db.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")  # one file, without a log beside it
+            copy.execute("INSERT INTO backups (taken_at, counts) VALUES (?, ?)", (now, counts))
+        verified(draft, vault, ends)
+
+
+def restore(files: Iterable[Path], settings: Settings, why: str, now: float) -> str:
+    """Let the first of these backups that is good take the place of the database; what a person
+    has to know. Where the master key does not open it, the key file beside it is used, too."""
+    refused, vault = list[str](), Vault(settings)
+    for file in files:
+        try:
+            try:
+                taken_at = verified(file, vault)
+            except SecretError:
+                if not (key := Path(f"{file}.key")).exists():
+                    raise
+                other = {"secret_key": None, "secret_key_file": key}
+                taken_at = verified(file, Vault(settings.model_copy(update=other)))
+                vault.add_keys(key)
+                why += f"; {vault.file} has the keys of {key} now, too"
+            return put_back(file, taken_at, settings.database, why, now)
+        except (StoreError, SecretError) as e:
+            refused.append(str(e))
+    refused = refused or [f"there is no backup in {settings.backups}"]
+    hint = "nothing was changed; `restore FILE` puts another backup back"
+    raise StoreError(f"{why}; {'; '.join(refused)}", hint=hint)
+
+
+def put_back(file: Path, taken_at: float, database: Path, why: str, now: float) -> str:
+    """Mark a backup as said above, and let it take the place of the database, which is kept."""
+    kept = f"{database}.{compact(now)}"
+    said = f"{why}; the backup {file} of {iso(taken_at)} took its place (what was there: {kept})."
+    said += " What was done later is missing. `restore --acknowledge` says that you know"
+    with drafted(database) as draft:
+        shutil.copyfile(file, draft)
+        with sqlite_at(draft) as db:
+            db.execute(
+                "UPDATE triggers SET state = 'unknown', sent_at = coalesce(sent_at, ?),"
+                " unknown_at = ?, searches = 0 WHERE state IN ('pending', 'sending', 'unknown')",
+                (taken_at, now),
+            )
+            mark = "UPDATE backups SET restored_at = ?, reason = ? WHERE restored_at IS NULL"
+            db.execute(mark, (now, said))
+            ids = "UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'normalized_data'"
+            db.execute(ids, (IDS_LOST,))  # who asks /data for what is `after` an id misses nothing
+        for suffix in ("", "-wal", "-shm"):  # it goes first: a log alone would be taken for all
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{database}{suffix}", f"{kept}{suffix}")
+    return said
+
+
+def ensure_sound(settings: Settings, now: float) -> None:
+    """See that the database can be used; else the newest good backup takes its place. To be called
+    under the run lock, before the store is opened. What is damaged is only read."""
+    database, files = settings.database, backups_in(settings.backups)
+    found = ["it is gone"] if files else []
+    if database.exists() and database.stat().st_size:
+        try:
+            with sqlite_at(database, "ro") as db:
+                found = [said for (said,) in db.execute("PRAGMA quick_check(3)") if said != "ok"]
+        except StoreError as e:  # another error is for its opening to tell
+            damages = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+            code = getattr(e.__cause__, "sqlite_errorcode", 0) & 0xFF
+            found = [str(e)] if code in damages else []
+    if found and settings.database_url is None:
+        why = f"the database {database} cannot be used: {' '.join('; '.join(found).split())}"
+        log.critical("%s", restore(reversed(files), settings, why, now))
+
+
+@dataclass
+class Backups:
+    """The backups that a service makes by itself, and how the last one went."""
+
+    vault: Vault
+    ends: Ends
+    last: float | None = None  # when the last one was made; None: never
+    error: str | None = None  # why the last attempt failed; None: it did not
+
+    async def look(self, settings: Settings, now: float) -> None:
+        """Make one where it is time, or where the last one was made under another master key."""
+        times = [file.stat().st_mtime for file in backups_in(settings.backups)]
+        self.last = max((at for at in times if at <= now), default=None)  # by no clock ahead
+        key = self.vault.file
+        since = key.stat().st_mtime if key is not None and key.exists() else 0.0
+        good = self.last if self.last is not None and self.last > since else 0.0
+        if now - good >= settings.backup.every:
+            await asyncio.to_thread(self._make, settings, now)
+
+    def _make(self, settings: Settings, now: float) -> None:
+        file = settings.backups / f"{compact(now)}.db"
+        try:
+            for draft in file.parent.glob(".*.db.*"):
+                if now - draft.stat().st_mtime > LEFT_OVER:
+                    draft.unlink()
+            make_backup(settings.database, file, self.vault, now, self.ends)
+            for old in backups_in(file.parent)[: -settings.backup.keep]:
+                old.unlink()
+            self.last, self.error = now, None
+        except (TeckoError, OSError) as e:
+            if str(e) != self.error and not self.ends():
+                log.error("a backup failed, and is tried again: %s", e)
+            self.error = str(e)
 
 
 # ── Asking over HTTP ──────────────────────────────────────────────────────────────────────────
@@ -5366,9 +5635,11 @@ class Action(Protocol):
         ...
 
     async def find(
-        self, trigger: Trigger, secret: SecretValue, *, anytime: bool = False
+        self, trigger: Trigger, secret: SecretValue, known: set[str], *, anytime: bool = False
     ) -> KeboolaJob | None:
-        """What was started for this trigger. That none is found is no proof."""
+        """What was started for this trigger. That none is found is no proof. One that we have not
+        sent may have been sent with another id before a restore: then what was started for the
+        same job and batches, and is not `known`."""
 
     async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
         """What has become of it."""
@@ -5386,13 +5657,14 @@ def keboola_job(data: Any) -> KeboolaJob:
     return KeboolaJob(str(given), listed, ended, short(message) if message else None)
 
 
-def trigger_id_of(job: Any) -> str | None:
-    """The value of our variable teckochecker_trigger_id in a found job."""
+def purpose_of(job: Any) -> tuple[str | None, tuple[str | None, list[str]]]:
+    """Of what Keboola was asked to start: our trigger's id; our job's name and its batches."""
     values = value_at(job, "variableValuesData.values")
-    for item in values if isinstance(values, list) else []:
-        if value_at(item, "name") == "teckochecker_trigger_id":
-            return str(item.get("value"))
-    return None
+    items = values if isinstance(values, list) else []
+    given = {str(value_at(item, "name")): str(value_at(item, "value")) for item in items}
+    batches = f"{given.get('batch_ids_completed')} {given.get('batch_ids_failed')}"
+    named = given.get("teckochecker_job"), sorted(BATCH_ID.findall(batches))
+    return given.get("teckochecker_trigger_id"), named
 
 
 def keboola_time(at: float) -> str:
@@ -5447,10 +5719,11 @@ class Keboola:
         return await self._ask("GET", stack, f"{stack}/v2/storage/{path}", headers=headers)
 
     async def find(
-        self, trigger: Trigger, secret: SecretValue, *, anytime: bool = False
+        self, trigger: Trigger, secret: SecretValue, known: set[str], *, anytime: bool = False
     ) -> KeboolaJob | None:
         """Asked oldest first, so that the first one wins; `anytime`, newest first."""
         body, since = json.loads(trigger.body), trigger.sent_at or trigger.created_at
+        wanted = purpose_of(body)[1] if trigger.attempts == 0 else None
         query = {
             "componentId": body["component"],
             "configId": body["config"],
@@ -5468,7 +5741,9 @@ class Keboola:
             if not isinstance(jobs, list):
                 raise KeboolaError("Keboola's search answered with something else than a list")
             for job in jobs:
-                if trigger_id_of(job) == trigger.id:
+                found, purpose = purpose_of(job)
+                same = found and purpose == wanted and str(value_at(job, "id")) not in known
+                if found == trigger.id or same:
                     return keboola_job(job)
             oldest = str(value_at(jobs[-1], "createdTime")) if jobs else ""
             if len(jobs) < SEARCH_PAGE or (anytime and oldest < keboola_time(since - UNBOUNDED)):
@@ -6739,6 +7014,8 @@ GAUGES = {  # set when Prometheus asks
     "http_connections": "Open connections of the admin surface.",
     "config_last_reload_successful": "1: the last reload was taken up; 0: it was refused.",
     "config_last_reload_timestamp_seconds": "Time of the last reload, or of the start.",
+    "backup_last_successful": "1: the last backup was verified; 0: it failed.",
+    "backup_last_success_timestamp_seconds": "Time of the last verified backup; 0: none.",
 }
 
 
@@ -7005,6 +7282,9 @@ class Steps:
         batches, errors = await self._ask(row, asked or row.id in self._singly)
         self._singly.discard(row.id)
         check = self._concluded(row, batches, errors)
+        if check.trigger is not None:
+            trigger = await self.store.doubted(check.trigger, batches)
+            check = replace(check, trigger=trigger)
         recorded = await self.store.record_check(check)
         result = self._told(check, recorded)
         if recorded and check.trigger is not None:
@@ -7150,11 +7430,13 @@ class Steps:
         window, searches = float(self.config.settings.trigger_settle_seconds), trigger.searches + 1
         since = self._unknown.setdefault(trigger.id, self._steady())
         try:
-            job = await self._actions[trigger.kind].find(trigger, token)
+            known = {str(t.keboola_job_id) for t in await self.store.triggers(trigger.job_id)}
+            find = partial(self._actions[trigger.kind].find, trigger, token, known)
+            job = await find()
             waited = self._steady() - since
             event = after_search(trigger, waited, window)
             if job is None and event is not None:
-                job = await self._actions[trigger.kind].find(trigger, token, anytime=True)
+                job = await find(anytime=True)
         except KeboolaError as e:
             if not is_refusal(e) or self._steady() - since < REFUSED_LONG:
                 raise
@@ -7633,13 +7915,14 @@ class PausedKey(Answer):
 
 
 class Attention(Answer):
-    """A job that waits for a person."""
+    """A job that waits for a person, or the database."""
 
     job: str
-    what: Literal["failed", "held", "refused", "ingest"] = Field(
+    what: Literal["failed", "held", "refused", "ingest", "restored"] = Field(
         description="failed: it has ended so; held: its trigger may have arrived, see `job retry`;"
         " refused: OpenAI does not take its key;"
-        " ingest: its last run with work in it failed or rejected records"
+        " ingest: its last run with work in it failed or rejected records; restored: a backup took"
+        " the database's place, see `restore --acknowledge`"
     )
     reason: str | None
 
@@ -7666,15 +7949,17 @@ class Health(Answer):
     config_last_reload_successful: bool
     config_last_reload_at: At = Field(description="of the last reload, or of the start")
     config_last_reload_error: str | None
+    backup_last_success_at: At | None = Field(None, description="of the last verified one")
+    backup_last_error: str | None = Field(None, description="why the last one failed")
+    backup_overdue: bool = Field(False, description="none was made in twice its interval")
     etl_last_run: At | None = Field(None, description="when the last ingest began; null: none did")
     etl_status: str | None = Field(None, description="in_progress, success, failed or interrupted")
 
     def anonymous(self) -> Health:
         """What a caller without a token may read: no job's name, no secret's, no reason."""
         named = "overdue_jobs", "undelivered_jobs", "attention", "paused_keys"
-        return self.model_copy(
-            update={name: [] for name in named} | {"config_last_reload_error": None}
-        )
+        errors = "config_last_reload_error", "backup_last_error"
+        return self.model_copy(update={name: [] for name in named} | dict.fromkeys(errors))
 
 
 def counted(count: int, one: str, many: str = "") -> str:
@@ -7700,6 +7985,9 @@ def judged(health: Health, file_problem: str | None, store_error: str | None) ->
         f"{counted(undelivered, 'trigger')} not delivered, or not followed, for long":
             undelivered > 0,
         "the last reload was refused; see the log": not health.config_last_reload_successful,
+        "a backup took the database's place, and what was done later is missing; see `status`":
+            any(waits.what == "restored" for waits in health.attention),
+        "no backup was made in twice its interval; see the log": health.backup_overdue,
     }  # fmt: skip
     bad, worse = ([t for t, holds in p.items() if holds] for p in (hindering, stopping))
     health.status = "unhealthy" if worse else "degraded" if bad else "healthy"
@@ -7763,6 +8051,9 @@ class Stats(Answer):
     last_run_status: str | None
     last_run_timestamp: At | None
     last_failure_timestamp: At | None
+    restored: int = Field(description="backups that took the database's place, see `attention`")
+    backup_last_success_at: At | None
+    backup_last_error: str | None
     runs: list[Run] = Field(description="the last ones, newest first")
 
 
@@ -8864,6 +9155,7 @@ class Service(Timers):
         self.stop, self.reload = asyncio.Event(), asyncio.Event()
         self.operations = Operations(steps.store, steps.vault, lambda: steps.config)
         self.alerts = Alerts(steps)
+        self.backups = Backups(steps.vault, lambda: steps.stopping)
         self.connections: Callable[[], int] = lambda: 0
         self.lock: RunLock | None = None
         self.reloaded_at, self.reload_error = self.started_at, cast(str | None, None)
@@ -8882,8 +9174,9 @@ class Service(Timers):
             return
         self._epoch = time.time()
         await self._sync()
-        pairs = (self._tick, TICK), (self._prune, PRUNE_SECONDS), (self._alert, LOOK_SECONDS)
-        for work, seconds in (*pairs, (self.alerts.ping, PING_SECONDS)):
+        own = {self._tick: TICK, self._prune: PRUNE_SECONDS, self._back_up: BACKUP_SECONDS}
+        own |= {self._alert: LOOK_SECONDS, self.alerts.ping: PING_SECONDS}
+        for work, seconds in own.items():
             every, soon = {"seconds": seconds, "executor": "notice"}, datetime.now(UTC)
             self._scheduler.add_job(self._repeat, "interval", (work,), next_run_time=soon, **every)
         self.store.on_write = self._written
@@ -9036,6 +9329,9 @@ class Service(Timers):
             with contextlib.suppress(StoreError):  # the next look follows
                 await self.alerts.look(await self.health(ALERTED))
 
+    async def _back_up(self) -> None:
+        await self.backups.look(self.settings, time.time())
+
     # figures
 
     async def health(self, named: int = NAMED) -> Health:
@@ -9045,14 +9341,14 @@ class Service(Timers):
         seen: dict[str, Any] = {"db_connected": False}
         with contextlib.suppress(StoreError, TimeoutError):
             async with asyncio.timeout(HEALTH_SECONDS):
-                last = next(iter(await self.store.runs(None, 1)), None)
+                run = next(iter(await self.store.runs(None, 1)), None)
                 seen = {
                     "db_connected": True,
                     "overdue_jobs": (await self.store.overdue(now, self.started_at))[:named],
                     "undelivered_jobs": await self.store.undelivered(now, settle, named),
                     "attention": [Attention(**row) for row in await self.store.attention(named)],
-                    "etl_last_run": last.start_time if last else None,
-                    "etl_status": last.status if last else None,
+                    "etl_last_run": run.start_time if run else None,
+                    "etl_status": run.status if run else None,
                 }
         stalled = time.monotonic() - self._ticked > STALLED_TICKS
         running: Any = "running" if self._scheduler.running else "stopped"
@@ -9065,6 +9361,9 @@ class Service(Timers):
             config_last_reload_successful=self.reload_error is None,
             config_last_reload_at=self.reloaded_at,
             config_last_reload_error=self.reload_error,
+            backup_last_success_at=(last := self.backups.last),
+            backup_last_error=self.backups.error,
+            backup_overdue=now - (last or self.started_at) > 2 * self.settings.backup.every,
             **seen,
         )
         return judged(health, self.store.file_problem(), self.store_error)
@@ -9096,6 +9395,9 @@ class Service(Timers):
             last_run_status=last.status if last else None,
             last_run_timestamp=last.start_time if last else None,
             last_failure_timestamp=await self.store.last_failure(),
+            restored=counts["restored"],
+            backup_last_success_at=self.backups.last,
+            backup_last_error=self.backups.error,
             runs=runs,
         )
 
@@ -9113,6 +9415,8 @@ class Service(Timers):
             http_connections=self.connections(),
             config_last_reload_successful=self.reload_error is None,
             config_last_reload_timestamp_seconds=self.reloaded_at,
+            backup_last_successful=self.backups.error is None,
+            backup_last_success_timestamp_seconds=self.backups.last or 0.0,
         )
         self.metrics.paused_keys.clear()
         for pause in self.steps.openai.pauses():
@@ -10396,6 +10700,7 @@ def cmd_start(args: argparse.Namespace, config: Config) -> int:
         return start_daemon(args, config)
     waiting = RunLock(database, "start", wait=START_WAIT)
     with waiting as lock, contextlib.suppress(asyncio.CancelledError):
+        ensure_sound(config.settings, time.time())
         asyncio.run(serve(config, lambda: config_of(args), lock))
     return 0
 
@@ -10602,6 +10907,45 @@ def refused_reload(address: str, settings: Settings) -> list[dict[str, Any]]:
         return [{"job": "jobs.yaml", "what": "refused", "reason": why}] if why else []
     except Conflict as e:
         return [{"job": "service", "what": "silent", "reason": str(e)}]
+
+
+# ── Backups by hand ───────────────────────────────────────────────────────────────────────────
+
+
+def file_of(settings: Settings, command: str) -> Path:
+    """The database's file. Raises Conflict where it is on a server."""
+    if settings.database_url is not None:
+        said = f"{settings.shown_store} is on a PostgreSQL server: {command} does this"
+        raise Conflict(said, hint="README.md has the command line")
+    return settings.database
+
+
+def cmd_backup(args: argparse.Namespace, config: Config) -> int:
+    settings, now, vault = config.settings, time.time(), Vault(config.settings)
+    database = file_of(settings, "pg_dump")
+    with_operations(config, lambda operations: operations.store.counts(), looks=True)
+    file = args.file or settings.backups / f"{compact(now)}.db"
+    if file.exists() or (args.with_key and vault.file is None):
+        there = f"{file} is there already" if file.exists() else "the key is in SECRET_KEY alone"
+        raise Conflict(f"{there}; nothing was written")
+    make_backup(database, file, vault, now)
+    text = f"backup made and verified: {file}"
+    if args.with_key and vault.file is not None:
+        write_private(Path(f"{file}.key"), read_text(vault.file, 10_000))
+        text += f", with its master key in {file}.key: who has both has every secret"
+    return report(args, {"backup": str(file), "taken_at": iso(now)}, text)
+
+
+def cmd_restore(args: argparse.Namespace, config: Config) -> int:
+    database = file_of(config.settings, "pg_restore")
+    if args.acknowledge:
+        noted = with_operations(config, lambda operations: operations.store.acknowledge())
+        return report(args, {"acknowledged": noted}, "noted" if noted else "nothing was restored")
+    if args.file is None:
+        raise Invalid(["which backup? name its FILE"])
+    with RunLock(database, "restore"):
+        said = restore([args.file], config.settings, "restored by hand", time.time())
+    return report(args, {"restored": str(args.file), "said": said}, said)
 
 
 # ── One round by hand ─────────────────────────────────────────────────────────────────────────
@@ -11376,6 +11720,14 @@ COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[
     ("reload", cmd_reload, config_despite_mistakes, "have the service read jobs.yaml again", ()),
     ("status", cmd_status, config_despite_mistakes,
      "whether it runs, what is due, and what needs you", ()),
+    ("backup", cmd_backup, config_despite_mistakes, "copy the database, while others use it", (
+        arg("file", nargs="?", type=Path, metavar="FILE",
+            help="where to (default: where the service has its own)"),
+        arg("--with-key", action="store_true", help="put the master key beside it"))),
+    ("restore", cmd_restore, config_despite_mistakes, "let a backup take the database's place", (
+        arg("file", nargs="?", type=Path, metavar="FILE", help="a backup"),
+        arg("--acknowledge", action="store_true",
+            help="say that you know what may be missing since one did"))),
     ("check", cmd_check, config_of, "one round now, then exit", (
         arg("jobs", nargs="*", metavar="JOB", help="id or name (default: all)"),)),
     ("explain", cmd_explain, config_of, "what a job waits for, and why", (JOB,)),

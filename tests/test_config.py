@@ -73,7 +73,8 @@ VARIABLE_NAME = "the name of an environment variable"
 NO_VALUE = "a secret's value does not belong here; allowed: env, file, or `secret add`"
 DATABASE = "the path of the SQLite file"
 DATABASES = "sqlite:///path, a path, or postgresql://host/name"
-TOP_KEYS = "admin, alerts, database, jobs, ping, secrets"
+TOP_KEYS = "admin, alerts, backup, database, jobs, ping, secrets"
+FILE_KEYS = "database, admin, backup, secrets, jobs, alerts, ping"  # in their order
 JOB_KEYS = "ingest, name, poll_interval, trigger, watch"
 WATCH_KEYS = "batch_ids, secret, trigger_when, type"
 TRIGGER_KEYS = "component_id, configuration_id, on_ambiguous, secret, stack_url, type, variables"
@@ -359,8 +360,8 @@ def test_a_wrong_file_and_its_exact_message(tmp_path: Path, old: str, new: str, 
         ("jobs: *nobody\n", ":1: not YAML: found undefined alias"),
         ("jobs: &a [*a]\n", ":1: an alias that contains itself"),
         ("jobs:\n  - &a\n    watch: *a\n", ":2: an alias that contains itself"),
-        ("- a\n", ":1: found a list; allowed: database, admin, secrets, jobs, alerts, ping"),
-        ("soon\n", ":1: found text; allowed: database, admin, secrets, jobs, alerts, ping"),
+        ("- a\n", f":1: found a list; allowed: {FILE_KEYS}"),
+        ("soon\n", f":1: found text; allowed: {FILE_KEYS}"),
         (b"jobs: \xff\n", ": cannot be read: it is no UTF-8 text: invalid start byte, byte 6"),
         (
             b"jobs: \x00\n",
