@@ -1,4 +1,12 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "aiolimiter>=1.2", "aiosqlite>=0.22", "apscheduler>=3.11,<4", "cryptography>=46",
+#   "httpx2>=2.16", "openai>=3.54", "orjson>=3.11", "prometheus-client>=0.22", "pydantic>=2.12",
+#   "python-dotenv>=1.1", "pyyaml>=6.0.2", "rich>=14", "shtab>=1.7.2",
+# ]
+# ///
 r"""TeckoChecker: watch OpenAI batches and start a Keboola job when they are done, once; and
 ingest records from CSV files and REST APIs into one schema.
 
@@ -96,6 +104,7 @@ import math
 import random
 import re
 import secrets as randomness
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -154,7 +163,8 @@ def missing(error: ImportError) -> str:
     """What to do about a module that is not there."""
     if error.name == "fcntl":
         return "TeckoChecker needs Linux, macOS or another Unix; this is none"
-    fix = "python -m pip install -r requirements.txt"
+    needs = Path(__file__).with_name("requirements.txt")
+    fix = shlex.join([sys.orig_argv[0], "-m", "pip", "install", "-r", str(needs)])
     return f"the package {error.name} is missing; run: {fix}"
 
 
@@ -206,6 +216,10 @@ log = logging.getLogger("teckochecker")
 # ── Constants ─────────────────────────────────────────────────────────────────────────────────
 
 VERSION = "1.0.0"
+_started = [sys.orig_argv[0], sys.argv[0]] if sys.argv[0].endswith(".py") else [sys.argv[0]]
+if shutil.which(os.path.basename(sys.argv[0])):
+    _started = [os.path.basename(sys.argv[0])]
+COMMAND = shlex.join(_started)  # as the user has started it, so that a hint can be pasted
 
 CALL_TIMEOUT = 15.0  # s for a read: OpenAI answers a retrieve in well under a second
 CONNECT_TIMEOUT = 5.0  # s; a host that does not answer by then is down
@@ -767,6 +781,7 @@ class StrictModel(BaseModel):
     say what the values do."""
 
     model_config = ConfigDict(
+        defer_build=True,  # most commands need few of the models
         extra="forbid",
         frozen=True,
         coerce_numbers_to_str=True,
@@ -2004,7 +2019,7 @@ def parse_master_key(text: str) -> bytes:
         raise SecretError(
             f"the master key is not 32 random bytes in base64: found {len(text.strip())}"
             " characters, 44 needed",
-            hint="teckochecker.py init makes one where there is none",
+            hint=f"{COMMAND} init makes one where there is none",
         )
     return key
 
@@ -2094,9 +2109,7 @@ class Vault:
             except OSError as e:
                 raise SecretError(f"cannot read the master key {file}: {e.strerror}") from None
         elif required or s.secret_key_file is not None:
-            raise SecretError(
-                f"there is no master key at {file}", hint="teckochecker.py init makes one"
-            )
+            raise SecretError(f"there is no master key at {file}", hint=f"{COMMAND} init makes one")
         else:
             return
         texts = re.split(r"[\s,]+", text.strip())
@@ -2654,7 +2667,7 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     base = path.absolute().parent
     if must_exist and not path.exists():
         said = f"{path}: there is no such file"
-        raise Invalid([said], hint="teckochecker.py init writes a first one")
+        raise Invalid([said], hint=f"{COMMAND} init writes a first one")
     dot_env, warnings = read_dot_env(base / ".env")
     env = {**dot_env, **environ}
     text = JobsYaml(path, env)
@@ -4116,7 +4129,7 @@ class Jobs(Secrets):
         found = await self._jobs("j.id = :ref" if is_id else "j.name = :ref", {"ref": key})
         if not found:
             what = f"ID {ref}" if is_id else f"name {ref!r}"
-            raise NotFound(f"Job with {what} not found", hint="teckochecker.py job list shows them")
+            raise NotFound(f"Job with {what} not found", hint=f"{COMMAND} job list shows them")
         return found[0]
 
     async def jobs_among(self, ids: Iterable[int]) -> list[Job]:
@@ -5543,6 +5556,10 @@ class OpenAI:
     def may_list(self, key: SecretValue) -> bool:
         """Whether the list is to be tried: not for some minutes after it was of no use."""
         return self._clock() >= self._key(key).list_from
+
+    async def latest(self, key: SecretValue) -> list[BatchSeen]:
+        """The newest batches of a key, to choose from. Raises OpenAIError."""
+        return parse_page(await self._call(self._key(key), "list", THE_LIST, limit=20))[0]
 
     async def read_list(
         self, key: SecretValue, wanted: Collection[str], checks: int
@@ -7936,7 +7953,7 @@ def readable_files(path: str) -> str:
 class Answer(BaseModel):
     """What HTTP and --json say."""
 
-    model_config = ConfigDict(extra="forbid", from_attributes=True)
+    model_config = ConfigDict(defer_build=True, extra="forbid", from_attributes=True)
 
 
 class SecretAnswer(Answer):
@@ -8323,7 +8340,7 @@ class Operations:
             if ref in (row.name, str(row.id)):
                 return SecretAnswer.model_validate(row)
         what = f"with ID {ref}" if ref.isdigit() else repr(ref)
-        raise NotFound(f"Secret {what} not found", hint="secret list shows them", code=1001)
+        raise NotFound(f"Secret {what} not found", hint="`secret list` shows them", code=1001)
 
     async def delete_secret(self, ref: str) -> Done:
         name = (await self.secret(ref)).name
@@ -9727,7 +9744,7 @@ class Accepted(Answer):
 class Query(BaseModel):
     """Query parameters; unknown ones are refused, so that a misspelt filter does not show all."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(defer_build=True, extra="forbid")
 
 
 class JobsQuery(Query):
@@ -10761,7 +10778,12 @@ def complain(error: TeckoError, args: argparse.Namespace | None = None) -> None:
         report(args, {"valid": False, "errors": errors} if args.command == "validate" else document)
 
 
-def asked(prompt: Callable[[], str], nothing: str) -> str:
+def typed(prompt: str) -> str:
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
+
+
+def asked(prompt: Callable[[], T], nothing: str) -> T:
     """What a person types; who leaves with Ctrl-C or Ctrl-D is told that `nothing` was done."""
     try:
         return prompt()
@@ -10777,11 +10799,8 @@ def confirmed(args: argparse.Namespace, question: str) -> bool:
     if not sys.stdin.isatty():
         raise Conflict("without a terminal to ask on, nothing is deleted", hint="add --force")
 
-    def answer() -> str:
-        print(f"{redact(question)} [y/N]: ", end="", file=sys.stderr, flush=True)
-        return input()
-
-    sure = asked(answer, "nothing deleted").strip().lower() in ("y", "yes")
+    answer = asked(partial(typed, f"{redact(question)} [y/N]: "), "nothing deleted")
+    sure = answer.strip().lower() in ("y", "yes")
     if not sure:
         say("nothing deleted")
     return sure
@@ -10819,7 +10838,7 @@ def config_despite_mistakes(args: argparse.Namespace) -> Config:
 
 def no_jobs_file(config: Config) -> Invalid:
     text = f"no {config.path.name} in {config.base}"
-    return Invalid([text], hint="teckochecker.py init writes one")
+    return Invalid([text], hint=f"{COMMAND} init writes one")
 
 
 @contextlib.asynccontextmanager
@@ -10858,61 +10877,6 @@ def looking(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
         settings = config.settings.model_copy(update={"database": Path(folder) / "empty.db"})
         asyncio.run(Store(settings.store).touch())
         return with_operations(replace(config, settings=settings), work, looks=True)
-
-
-FIRST_JOBS_FILE = """\
-# TeckoChecker's jobs. To begin, take the # away from the lines below and put in your own IDs.
-# After an edit: teckochecker.py validate, then restart the service or send it SIGHUP.
-
-database: teckochecker.db
-admin: {host: 127.0.0.1, port: 8000}
-
-secrets:
-#  openai-prod:  {type: openai,  env: OPENAI_API_KEY}
-#  keboola-prod: {type: keboola, env: KEBOOLA_TOKEN}
-
-jobs:
-#  - name: nightly-classification
-#    poll_interval: 2m
-#    watch:   {type: openai_batches, secret: openai-prod, batch_ids: [batch_abc123]}
-#    trigger:
-#      type: keboola
-#      secret: keboola-prod
-#      stack_url: https://connection.eu-central-1.keboola.com
-#      component_id: kds-team.app-custom-python
-#      configuration_id: "123456"
-"""
-
-
-def cmd_init(args: argparse.Namespace, config: Config) -> int:
-    settings, vault, done = config.settings, Vault(config.settings), []
-    key_file, sealed = vault.file, list[str]()
-    if settings.has_store:  # of a server, it makes the tables where they are missing
-        sealed = with_operations(config, lambda operations: operations.store.names("secrets"))
-    if key_file is not None and not key_file.exists():
-        if sealed and not args.new_key:
-            raise SecretError(
-                f"{key_file} is missing, and a new key would not open what"
-                f" {settings.shown_store} has sealed: {', '.join(sealed)}",
-                hint="put the key file back, or --new-key, and store these secrets again",
-            )
-        write_private(key_file, new_master_key() + "\n")
-        done.append(f"made the master key {key_file} (back it up: without it no secret opens)")
-    vault.load(required=True)
-    if not settings.has_store:
-        asyncio.run(Store(settings.store).touch())
-        done.append(f"made the database {settings.shown_store}")
-    if not config.path.exists():
-        config.path.write_text(FIRST_JOBS_FILE)
-        done.append(f"wrote {config.path}")
-    steps = [
-        "teckochecker.py secret add --name openai-prod --type openai",
-        "teckochecker.py secret add --name keboola-prod --type keboola",
-        f"edit {config.path}, then: teckochecker.py validate",
-        "teckochecker.py start",
-    ]
-    text = [*(done or ["everything is there already; nothing was changed"]), "", "Next:"]
-    return report(args, {"done": done, "next": steps}, "\n".join(text + [f"  {s}" for s in steps]))
 
 
 def cmd_validate(args: argparse.Namespace, config: Config) -> int:
@@ -10975,7 +10939,7 @@ def missing_secret_hint(problems: Sequence[Problem]) -> str:
     text = "\n".join(map(str, problems))
     lost = re.search(r"no secret '(.+?)'|secret '(.+?)': the environ", text)
     name = lost[1] or lost[2] if lost else ""
-    return f"teckochecker.py secret add --name {name} --type openai|keboola|api" if lost else ""
+    return f"{COMMAND} secret add --name {name} --type openai|keboola|api" if lost else ""
 
 
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
@@ -11282,7 +11246,7 @@ async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
     jobs = [await store.find_job(ref) for ref in args.jobs]
     for job in jobs:
         if verb == "run" and not isinstance(job.spec, IngestSpec):
-            raise Conflict(f"job {job.name!r} watches batches", hint="check looks at them now")
+            raise Conflict(f"job {job.name!r} watches batches", hint="`check` looks at them now")
         if job.id not in ready:
             raise Conflict(f"Cannot {verb} job {job.name!r}: it is {job.shown_status}")
     if not args.jobs:
@@ -11316,7 +11280,7 @@ def report_run(args: argparse.Namespace, run: Run) -> int:
     if run.status != "success":
         complain(IngestFailed(f"{run.source}: {run.error_message}"))
     elif run.records_failed:
-        say(f"hint: teckochecker.py data rejects --source {run.source} lists what was rejected")
+        say(f"hint: {COMMAND} data rejects --source {run.source} lists what was rejected")
     return int(run.status != "success")
 
 
@@ -11476,8 +11440,8 @@ def cmd_import(args: argparse.Namespace, config: Config) -> int:
 JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by flat field
     "name": ("--name", "NAME"),
     "batch_ids": ("--batch-id", "ID"),
-    "openai_secret": ("--openai-secret", "NAME"),
-    "keboola_secret": ("--keboola-secret", "NAME"),
+    "openai_secret": ("--openai-secret", "SECRET"),
+    "keboola_secret": ("--keboola-secret", "SECRET"),
     "keboola_stack_url": ("--keboola-stack", "URL"),
     "keboola_component_id": ("--component-id", "ID"),
     "keboola_configuration_id": ("--config-id", "ID"),
@@ -11758,21 +11722,196 @@ def cmd_schema(args: argparse.Namespace) -> int:
     return 0
 
 
+COMPLETED = {"JOB": "jobs", "SECRET": "secrets", "SOURCE": "sources"}  # by metavar
+
+
 def cmd_completion(args: argparse.Namespace) -> int:
+    """A shell's script, or the names that it asks for: of those none that a shell would expand."""
     import shtab
 
-    print(shtab.complete(make_parser(), args.shell))
+    what = args.shell
+    if what not in COMPLETED.values():
+        ask = "teckochecker completion {} 2>/dev/null"
+        parser = make_parser("teckochecker", lambda names: shtab.cmd(ask.format(names)))
+        print(shtab.complete(parser, what))
+        return 0
+
+    async def stored(operations: Operations) -> Iterable[str]:
+        if what == "sources":
+            return await operations.store.ingested()
+        return await operations.store.names("secrets" if what == "secrets" else "polling_jobs")
+
+    config = config_despite_mistakes(args)
+    names = {*config.secrets} if what == "secrets" else set[str]()
+    if config.settings.has_store:
+        names |= {*with_operations(config, stored, looks=True)}
+    print(*sorted(name for name in names if re.fullmatch(r"[\w.@/+-]+", name)), sep="\n")
     return 0
 
 
 def cmd_demo(args: argparse.Namespace) -> int:
-    folder = Path(__file__).resolve().parent / "tests"
-    if not (folder / "demo.py").exists():
+    here = Path(__file__).resolve().parent
+    folder = here / "teckochecker_demo"  # of an installation
+    if not (folder / "demo.py").exists() and not ((folder := here / "tests") / "demo.py").exists():
         text = f"the demo's stand-ins are not in {folder}"
-        raise TeckoError(text, hint="run it from a whole checkout")
+        raise TeckoError(text, hint="run it from a whole checkout, or install that")
     sys.path.insert(0, str(folder))
     sys.modules["teckochecker"] = sys.modules[__name__]
     return int(importlib.import_module("demo").main(keep=args.keep, as_json=args.json))
+
+
+# ── Setting up ────────────────────────────────────────────────────────────────────────────────
+
+
+FIRST_JOBS_FILE = """\
+# TeckoChecker's jobs. A line behind a # is an example: take the # away and put in your own IDs.
+# After an edit, `validate` says what would change, and `reload` has a running service read it.
+
+database: teckochecker.db
+admin: {host: 127.0.0.1, port: 8000}
+
+secrets:  # where keys are; `secret add` stores one encrypted instead, and it needs no line here
+#  openai-prod:  {type: openai,  env: OPENAI_API_KEY}
+#  keboola-prod: {type: keboola, env: KEBOOLA_TOKEN}
+
+jobs:
+"""
+FIRST_JOB = """\
+  - name: nightly-classification
+    poll_interval: 2m
+    watch: {secret: openai-prod, batch_ids: [%s]}
+    trigger: {secret: keboola-prod, stack_url: "%s", component_id: %s, configuration_id: %s}
+"""
+FIRST_STACK = "https://connection.keboola.com"
+
+
+async def batch_table(base_url: str | None, key: SecretValue) -> Table:
+    """The newest batches that a key may see."""
+    openai, rows = OpenAI(base_url), list[tuple[object, ...]]()
+    try:
+        for batch in await openai.latest(key):
+            requests = f"{batch.requests_completed}/{batch.requests_total}"
+            rows.append((len(rows) + 1, batch.batch_id, batch.status, requests))
+    finally:
+        await openai.close()
+    return Table(("", "Batch", "Status", "Requests"), rows)
+
+
+async def configuration_table(stack: str, token: SecretValue) -> Table:
+    """The configurations of a token's project."""
+    keboola, rows = Keboola(), list[tuple[object, ...]]()
+    try:
+        components = await keboola.storage(stack, token, "components")
+    finally:
+        await keboola.close()
+    for component in components if isinstance(components, list) else ():
+        for each in value_at(component, "configurations") or ():
+            names = (value_at(component, "id"), value_at(each, "id"), value_at(each, "name"))
+            rows.append((len(rows) + 1, *names))
+    return Table(("", "Component", "Configuration", "Name"), rows)
+
+
+def key_and_choice(
+    name: str, listing: Callable[[SecretValue], Coroutine[Any, Any, Table]], what: str, most: int
+) -> tuple[str, list[Sequence[Any]]]:
+    """A key that was typed, and the rows that a person chooses of what it lists; "" and no rows
+    where nothing was typed. A key that cannot list is asked for again."""
+    value, table = "", Table((), ())
+    while not value and (text := getpass.getpass(f"{name} (is not shown): ")):
+        try:
+            table = asyncio.run(listing(SecretValue(clean_secret(text))))
+            value = text
+        except TeckoError as e:
+            complain(e)
+    if not table.rows:
+        return value, []
+    draw(table)
+    while words := {*typed(f"{what}: ").replace(",", " ").split()}:
+        rows = [row for row in table.rows if str(row[0]) in words]
+        if len(rows) == len(words) <= most:
+            return value, rows
+        say(f"at most {most} of the numbers above, or Enter for none")
+    return value, []
+
+
+def typed_stack() -> str:
+    while text := typed(f"Keboola stack (Enter: {FIRST_STACK}): ").strip():
+        with contextlib.suppress(ValueError):
+            return clean_stack_url(text)
+        say(f"a stack is {FIRST_STACK} or another one, without a path")
+    return FIRST_STACK
+
+
+def first_jobs_file(
+    stack: str = FIRST_STACK, batches: Sequence[str] = (), target: Sequence[str] = ()
+) -> str:
+    """One job; an example behind # unless it is said what to watch and what to start."""
+    ids = ", ".join(batches or ["batch_abc123"])
+    component, configuration = target or ("kds-team.app-custom-python", "123456")
+    job = FIRST_JOB % (ids, stack, json.dumps(component), json.dumps(configuration))
+    return FIRST_JOBS_FILE + (job if batches and target else re.sub("(?m)^(?=.)", "#", job))
+
+
+def interview(settings: Settings) -> tuple[list[SecretBody], str]:
+    """What a person wants: the secrets to store, and a jobs.yaml. Nothing is written yet."""
+    say("Enter skips a question. Ctrl-C ends this, and nothing is made.")
+    ask = partial(batch_table, settings.openai_base_url)
+    key, batches = key_and_choice("OpenAI key", ask, "Batches to watch, like 1, 2", 10)
+    ask = partial(configuration_table, stack := typed_stack())
+    token, target = key_and_choice("Keboola token", ask, "Number of the one to start", 1)
+    kinds = (("openai", key), ("keboola", token))
+    given = [parse(SecretBody, {"name": f"{k}-prod", "type": k, "value": v}) for k, v in kinds if v]
+    chosen = [str(name) for row in target for name in row[1:3]]
+    return given, first_jobs_file(stack, [row[1] for row in batches], chosen)
+
+
+def make_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) -> Iterator[str]:
+    """Make key, database, secrets and jobs.yaml where they are not; what was made, as sentences."""
+    settings, vault = config.settings, Vault(config.settings)
+    key_file = vault.file
+    if key_file is not None and not key_file.exists():
+        write_private(key_file, new_master_key() + "\n")
+        yield f"made the master key {key_file} (back it up: without it no secret opens)"
+    vault.load(required=True)
+    if not settings.has_store:
+        asyncio.run(Store(settings.store).touch())
+        yield f"made the database {settings.shown_store}"
+    for body in given:
+        with_operations(config, partial(Operations.add_secret, body=body))
+        yield f"stored the secret {body.name!r}"
+    if not config.path.exists():
+        config.path.write_text(jobs_file)
+        yield f"wrote {config.path}"
+
+
+def cmd_init(args: argparse.Namespace, config: Config) -> int:
+    """On a terminal a first jobs.yaml is what a person says; nothing that exists is changed."""
+    settings, vault = config.settings, Vault(config.settings)
+    sealed = list[str]()
+    if settings.has_store:  # of a server, it makes the tables where they are missing
+        sealed = with_operations(config, lambda operations: operations.store.names("secrets"))
+    if sealed and vault.file is not None and not vault.file.exists() and not args.new_key:
+        raise SecretError(
+            f"{vault.file} is missing, and a new key would not open what"
+            f" {settings.shown_store} has sealed: {', '.join(sealed)}",
+            hint="put the key file back, or --new-key, and store these secrets again",
+        )
+    given, jobs_file = list[SecretBody](), first_jobs_file()
+    if sys.stdin.isatty() and not (config.path.exists() or sealed or args.json):
+        given, jobs_file = asked(partial(interview, settings), "nothing was made")
+    done = [*make_missing(config, given, jobs_file)]
+    config, stored = config_of(args), {*sealed, *(body.name for body in given)}
+    if given and config.jobs:
+        check = partial(every_problem, config, vault=vault)
+        if problems := with_operations(config, lambda operations: check(operations.store)):
+            raise Invalid(problems)
+        done.append(f"checked {config.path}: it is good")
+    lacks = [kind for kind in ("openai", "keboola") if f"{kind}-prod" not in stored]
+    steps = [f"{COMMAND} secret add --name {kind}-prod --type {kind}" for kind in lacks]
+    steps += [] if config.jobs else [f"edit {config.path}"]
+    steps += [f"{COMMAND} validate --online", f"{COMMAND} start"]
+    text = [*(done or ["everything is there already; nothing was changed"]), "", "Next:"]
+    return report(args, {"done": done, "next": steps}, "\n".join(text + [f"  {s}" for s in steps]))
 
 
 # ── Parser and main ───────────────────────────────────────────────────────────────────────────
@@ -11827,7 +11966,7 @@ def job_options(*, create: bool) -> Iterator[Argument]:
 
 JOB = arg("job", metavar="JOB", help="id or name")
 FORCE = arg("--force", action="store_true", help="do not ask")
-SOURCE = arg("--source", metavar="NAME", help="only of this ingest's job")
+SOURCE = arg("--source", metavar="SOURCE", help="only of this ingest's job")
 LIMIT = arg("--limit", type=whole_number, metavar="N", help="at most N")
 AS_CSV = arg("--csv", action="store_true", help="all of them, as CSV")
 SHOWN_LINES = arg("--logs", type=whole_number, default=20, metavar="N",
@@ -11870,7 +12009,8 @@ COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[
             " one beside its database)"))),
     ("schema", cmd_schema, None, "print the JSON Schema of jobs.yaml", ()),
     ("completion", cmd_completion, None, "print a shell's completion script", (
-        arg("shell", choices=("bash", "zsh", "fish")),)),
+        arg("shell", choices=("bash", "zsh", "fish", *COMPLETED.values()),
+            metavar="bash|zsh|fish"),)),
     ("demo", cmd_demo, None, "the whole thing on this machine, without an account", (
         arg("--keep", action="store_true", help="go on until Ctrl-C"),)),
     ("secret add", cmd_secret_add, config_of, "store one, typed without echo or piped in", (
@@ -11881,7 +12021,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[
         arg("--replace", action="store_true", help="give a stored one a new value"))),
     ("secret list", cmd_secret_list, config_of, "names and types, never values", ()),
     ("secret delete", cmd_secret_delete, config_of, "delete one that no running job uses", (
-        arg("name", metavar="NAME"), FORCE)),
+        arg("name", metavar="SECRET"), FORCE)),
     ("secret rotate", cmd_secret_rotate, config_of,
      "new master key, every secret encrypted anew", ()),
     ("alert test", cmd_alert_test, config_of, "send each target of `alerts:` a message", ()),
@@ -11913,16 +12053,17 @@ EVERYWHERE = (
     arg("-v", "--verbose", action="store_true", help="log more"),
     arg("-q", "--quiet", action="store_true", help="log errors only"),
 )  # fmt: skip
-EPILOG = """\
-example: teckochecker.py job list --status failed
+EPILOG = f"""\
+example: {COMMAND} job list --status failed
 Options may also follow the command. While the service runs, /docs of its address (see `status`)
 describes its HTTP surface; README.md and jobs.yaml.example say the rest."""
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = COMMAND, completes: Any = None) -> argparse.ArgumentParser:
+    """`completes`: what gives shtab the completion of an argument that is one of COMPLETED."""
     late = Parser(add_help=False)
     top = Parser(
-        prog="teckochecker.py",
+        prog=prog,
         description="Watch OpenAI batches and start a Keboola job when they are done, once.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -11942,7 +12083,9 @@ def make_parser() -> argparse.ArgumentParser:
         parser = groups[group].add_parser(name, help=says, description=says, parents=[late])
         parser.set_defaults(run=run, configured=configured)
         for names, how in arguments:
-            parser.add_argument(*names, **how)
+            action = parser.add_argument(*names, **how)
+            if completes is not None and (what := COMPLETED.get(str(action.metavar))):
+                vars(action)["complete"] = completes(what)
     return top
 
 

@@ -192,14 +192,15 @@ async def test_an_older_schema_is_brought_up_to_date(path: Place) -> None:
     """Looking at it says what to do and changes nothing; whoever writes makes it the newest, with
     all its rows, and as a new one is."""
     first_version(path)
-    before = dump(path)
+    tables = [name for name in TABLES if f"CREATE TABLE {name} " in tecko.SCHEMA]
+    before = dump(path, tables)
     with pytest.raises(tecko.StoreError, match="older TeckoChecker") as e:
         await tecko.Store(path, read_only=True).touch()
-    assert "init" in e.value.hint and dump(path) == before
+    assert "init" in e.value.hint and dump(path, tables) == before
     await tecko.Store(path).touch()
     version = 1 + len(tecko.MIGRATIONS)
     assert execute(path, "SELECT version FROM schema_version") == [(version,)]
-    assert dump(path) == before and execute(path, "SELECT count(*) FROM backups") == [(0,)]
+    assert dump(path, tables) == before and dump(path, ["alerts"]) == {"alerts": []}
     async with tecko.Store(path, read_only=True) as store:
         assert [row.message for row in await store.logs(None, 10)] == ["b"]
 
