@@ -5946,7 +5946,10 @@ NOT_CSV = {  # how files begin that may be taken for a CSV file and are none
     rb"BZh\d1AY&SY": "packed by bzip2",
     rb"\xfd7zXZ": "packed by xz",
     rb"\x28\xb5\x2f\xfd": "packed by zstd",
+    rb"7z\xbc\xaf\x27\x1c": "packed by 7-Zip",
+    rb"Rar!\x1a\x07": "packed by RAR",
     rb"(?s:.{257})ustar": "a tar archive",
+    rb"SQLite format 3\0": "an SQLite database",
     rb"%PDF-\d": "a PDF",
     rb"PAR1\x15": "a Parquet file",
 }
@@ -8507,13 +8510,13 @@ def notify(*states: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        channel.setblocking(False)  # who does not listen must not stop the event loop
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.setblocking(False)  # who does not listen must not stop the event loop
             channel.connect("\0" + address[1:] if address.startswith("@") else address)
             channel.sendall("\n".join(states).encode())
-        except OSError as e:
-            log.debug("cannot notify the service manager: %s", e)
+    except OSError as e:
+        log.debug("cannot notify the service manager: %s", e)
 
 
 async def every_problem(
@@ -10669,6 +10672,7 @@ def start_daemon(args: argparse.Namespace, config: Config) -> int:
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     said, pipe = b"", cast(IO[bytes], child.stderr)
     os.set_blocking(pipe.fileno(), False)
     try:
@@ -10679,7 +10683,7 @@ def start_daemon(args: argparse.Namespace, config: Config) -> int:
                 return report(args, document, f"started, pid {child.pid}; the log is {log_file}")
             said += pipe.read() or b""
             time.sleep(0.05)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # or SIGTERM: whoever gives up waiting leaves no service behind
         child.terminate()
         child.wait()
         raise

@@ -10,6 +10,7 @@ import logging
 import os
 import pty
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -1413,9 +1414,8 @@ def test_check_that_is_stopped_finishes_what_is_in_flight(
     assert state == "running" and job and len(keboola.created) == 1
 
 
-def test_ctrl_c_while_a_daemon_starts_ends_it(
-    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
-) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_daemon_starts_ends_it(tmp_path: Path, number: signal.Signals) -> None:
     """No process is left behind, however long the way to the folder for temporary files."""
     (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
     env = clean_environment({"TMPDIR": str(tmp_path / ("x" * 200))})
@@ -1431,7 +1431,7 @@ def test_ctrl_c_while_a_daemon_starts_ends_it(
         [child] = until(lambda: children.read_text().split(), "its child", 20)
         log = tmp_path / "teckochecker.log"
         until(log.exists, "the child's log", 20)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in said
     assert not Path(f"/proc/{child}").exists()
@@ -1490,3 +1490,21 @@ def test_two_nodes_on_postgresql(
             waiting.heard("admin surface at ")
             assert waiting.terminate() == 0
     assert len(keboola.created) == 1
+
+
+def test_watching_without_a_descriptor_left(
+    tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
+) -> None:
+    """A process that may open nothing more says so, fires nothing wrong, and goes on by itself."""
+    (tmp_path / "jobs.yaml").write_text(JOB_YAML.format(stack=keboola.url))
+    openai.batch("batch_1")
+    with RunningProgram(tmp_path, program_environment(openai)) as program:
+        pid = program.process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        openai.batch("batch_1", "completed")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (4, before[1]))
+        until(lambda: "Too many open files" in program.text(), "that it says so", 20)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        until(lambda: keboola.created, "its trigger", 30)
+        assert program.terminate() == 0
+    assert len(keboola.created) == 1 and "Traceback" not in program.text()

@@ -1108,3 +1108,22 @@ def test_file_cut_anywhere_is_whole_after_the_next_run(table: Table, data: st.Da
     second = read(table.content, first[-1].state)
     found = {row[0]: row for row in records_in([*first, *second])}
     assert [found.get(row[0]) for row in table.rows] == table.rows
+
+
+@Given(
+    ("begin", "kind"),
+    [
+        (b"7z\xbc\xaf\x27\x1c\0\x04", "packed by 7-Zip"),
+        (b"Rar!\x1a\x07\x01\0", "packed by RAR"),
+        (b"BZh91AY&SY", "packed by bzip2"),
+        (b"\xfd7zXZ\0", "packed by xz"),
+        (b"SQLite format 3\0", "an SQLite database"),
+        (b"%PDF-1.7\n", "a PDF"),
+        (b"PAR1\x15\x04", "a Parquet file"),
+    ],
+)
+async def test_what_is_no_csv_file_is_named(world: World, begin: bytes, kind: str) -> None:
+    """A file of another kind under a CSV's name fails the run by what it is; nothing is taken."""
+    run = await ingest(world, begin + b"\x80" * 300)
+    assert run.status == "failed" and f"is no CSV file, but {kind}" in str(run.error_message)
+    assert await world.records() == {}

@@ -10,7 +10,7 @@ from conftest import PROGRAM
 
 SOURCE = PROGRAM.read_text()
 TREE = ast.parse(SOURCE)
-LINES = 11_180  # in all
+LINES = 11_200
 SECTION = 590  # lines from a banner to the next
 FUNCTION = 50  # lines of a body without its docstring
 MEDIAN = 7  # of these
