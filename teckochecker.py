@@ -4415,7 +4415,7 @@ class Checks(Jobs):
     async def flush(self) -> None:
         """Write down the quiet checks and the sums of the day, together."""
         kept, self._quiet = self._quiet, {}
-        sums, self.sums = self.sums, Counter()
+        sums, self.sums = +self.sums, Counter()  # without what is zero
         try:
             if kept or sums:
                 await self._write_quiet(sorted(kept.values()), sums)  # by job, as their rows lie
@@ -7870,13 +7870,6 @@ def rejects_of(source: str, n: int) -> str:
     return f"{counted(n, 'record')} rejected: data rejects --source {source}"
 
 
-def cmd_stats(args: argparse.Namespace, config: Config) -> int:
-    found = with_operations(config, lambda operations: operations.history(args.days), looks=True)
-    rows = [day.model_dump() for day in found]
-    columns = ("Day (UTC)", "Checks", "Triggers", "Done to POST, ms", "Records")
-    return report(args, {"history": rows}, Table(columns, [(*row.values(),) for row in rows]))
-
-
 WAITS = {  # what a job without an error waits for, by its state
     "triggering": "waits for Keboola to take its trigger",
     "triggered": "waits for its Keboola job to end",
@@ -8137,7 +8130,10 @@ class Operations:
             done=done_of(job, brought),
             why=why_of(job, brought),
             trigger=next(reversed(await self.store.triggers(job.id)), None),
-            runs=["rejected" if run.records_failed else run.status for run in runs],
+            runs=[
+                "rejected" if run.status == "success" and run.records_failed else run.status
+                for run in runs
+            ],
         )
 
     async def job(self, ref: str, logs: int | None = 20) -> JobDetail:
@@ -9232,8 +9228,9 @@ function view(job) {
     table("Log", job.logs.toReversed(), "created_at status message actor")];
 }
 function needs(problems, attention, keys) {
-  const jobs = attention.map((a) =>
+  const jobs = attention.slice(0, 10).map((a) =>
     [make("a", {href: `#${a.id}`}, a.job), `: ${a.reason ?? a.what}`]);
+  if (attention.length > 10) jobs.push("and more, see below");
   const paused = keys.map((k) => [`Key ${k.secret} is paused: ${k.reason}; until `, time(k.until)]);
   const lines = [...problems, ...jobs, ...paused].map((line) => make("li", {}, line));
   $("needs").hidden = !lines.length;
@@ -10811,6 +10808,13 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
     return report(args, document, Table(("", ""), [row for row in rows if row[1]]))
 
 
+def cmd_stats(args: argparse.Namespace, config: Config) -> int:
+    found = with_operations(config, lambda operations: operations.history(args.days), looks=True)
+    rows = [day.model_dump() for day in found]
+    columns = ("Day (UTC)", "Checks", "Triggers", "Done to POST, ms", "Records")
+    return report(args, {"history": rows}, Table(columns, [(*row.values(),) for row in rows]))
+
+
 def refused_reload(address: str, settings: Settings) -> list[dict[str, Any]]:
     """What the service itself says that needs a person."""
     try:
@@ -11154,6 +11158,7 @@ def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
     )
     document = answer.model_dump(mode="json")
     apart = {"batches", "logs", "triggers", "batch_id", "batch_ids", "totals", "runs", "rejects"}
+    apart |= {"recent"}
     apart |= {"batch_count", "completed_count", "failed_count"} if answer.ingest else set()
     facts = {k: v for k, v in document.items() if k not in apart and v not in (None, {})}
     head = [(k.replace("_", " "), plain(v)) for k, v in (facts | (answer.totals or {})).items()]
