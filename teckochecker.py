@@ -19,7 +19,7 @@ uses only what stands above it:
     Steps, Ingesting, Doctor         load, ask, decide, record, act
     Answers, Operations              what people and programs may ask for, each rule once
     Run lock, Scheduler, Plan        one process a database; timers; what a new jobs.yaml would do
-    Service                          ticks, reload, health, start, drain
+    Timers, Service                  steps, ticks, reload, health, start, drain
     Routes, OpenAPI, HTTP            one table of routes serves, documents and is tested
     Output to Parser and main        the command line: the one place that prints and exits
 
@@ -125,7 +125,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
-from functools import cache, lru_cache, partial, wraps
+from functools import cache, lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
 from operator import attrgetter
 from pathlib import Path
@@ -287,12 +287,13 @@ def redact(text: str) -> str:
 
 
 def excerpt(text: str, most: int) -> str:
-    """The redacted beginning of a text. It is cut before it is redacted, for it may be endless,
-    but not where a secret could be cut in half, which would then not be recognized."""
+    """The redacted beginning of a text, which can be encoded. It is cut before it is redacted, for
+    it may be endless, but not where a secret could be cut in half, which would then not be
+    recognized."""
     spare = max(1000, len(SecretValue.forms[0]) if SecretValue.forms else 0)
-    if len(text) <= most + spare:
-        return redact(text)[:most]
-    return redact(text[: most + spare])[:-spare][:most]
+    if len(text) > most + spare:
+        text = redact(text[: most + spare])[:-spare]
+    return redact(text)[:most].encode(errors="replace").decode()
 
 
 class RedactingFilter(logging.Filter):
@@ -324,7 +325,7 @@ class TeckoError(Exception):
     longest = 8_000  # characters of the message
 
     def __init__(self, message: str, *, hint: str = "", code: int = 0) -> None:
-        super().__init__(excerpt(message, self.longest).encode(errors="replace").decode())
+        super().__init__(excerpt(message, self.longest))
         self.hint = hint
         self.code = code or type(self).code
 
@@ -623,13 +624,6 @@ def known_encoding(value: str) -> str:
     return value
 
 
-def header_line(value: str) -> str:
-    """`Name: value` with {secret} in it (RFC 9110, section 5)."""
-    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+: ?[ -~]*\{secret\}[ -~]*", value):
-        raise ValueError("not a header with {secret} in it")
-    return value
-
-
 def texts(value: object) -> object:
     """Booleans as YAML writes them, since Keboola takes only strings."""
     if not isinstance(value, dict):
@@ -846,6 +840,7 @@ UnifiedField = Literal[
     "title", "description", "content", "author", "published_at", "url", "category"
 ]
 UNIFIED = get_args(UnifiedField)
+HEADER_LINE = r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+: ?[ -~]*\{secret\}[ -~]*$"  # RFC 9110, section 5
 
 
 IdNames = Label | Annotated[list[Label], Field(min_length=1)]
@@ -884,7 +879,7 @@ class Source(StrictModel):
         " freeze fails the run, and nothing of it is kept.",
     )
     secret: SecretName | None = Field(None, description="the name of a secret of type api")
-    header: Annotated[str, AfterValidator(header_line)] = Field(
+    header: Annotated[str, StringConstraints(pattern=HEADER_LINE)] = Field(
         "Authorization: Bearer {secret}", description="a header like X-Token: {secret}"
     )
     max_requests_per_minute: Whole | None = Field(
@@ -1345,6 +1340,8 @@ class Job:
     next_check_at: float | None
     created_at: float
     completed_at: float | None
+    has_open: bool = False  # a trigger that is not settled
+    batches: list[Batch] = field(default_factory=list)
 
     @property
     def spec(self) -> Spec:
@@ -1389,14 +1386,6 @@ class Job:
         return self.text != spec.model_dump_json() and (bool(self.damage) or self.spec != spec)
 
 
-@dataclass(slots=True)
-class CheckRow(Job):
-    """A job with what a check has to know beside it."""
-
-    has_open: bool  # a trigger that is not settled
-    batches: list[Batch] = field(default_factory=list)
-
-
 @dataclass(frozen=True, slots=True)
 class LogRow:
     """A row of polling_logs."""
@@ -1433,6 +1422,10 @@ class Run:
     error_message: str | None
     notes: list[str]  # what drifted, and what else is worth a word
 
+    @property
+    def summary(self) -> str:
+        return ", ".join(f"{getattr(self, f'records_{name}')} {name}" for name in COUNTED)
+
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
@@ -1445,19 +1438,28 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Records that commit together, and how far the part of the source that they are from has
-    been read with them."""
+class Fetched:
+    """What came out of a source in one go: records with their numbers, those that could not even
+    be read, and where the part stands after them."""
 
+    label: str  # of the part, for people: "products.csv line", "page 3 record"
+    records: Sequence[tuple[int, Any]]
+    rejects: Sequence[Rejected]
+    span: tuple[int, int] | None  # numbers read anew: what was rejected there before is forgotten
+    part: str = ""  # its name in the checkpoint; empty: none is kept
+    state: dict[str, Any] = field(default_factory=dict)
+    progress: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What is to be written of records that were fetched in one go, and commit together."""
+
+    fetched: Fetched
     raws: list[tuple[str, str, bool]]  # id, the record as JSON, whether it could be normalized
     unified: list[tuple[str, str, bytes]]  # id, unified record as JSON, hash
     rejects: list[Rejected]
     counts: Counter[str]  # by COUNTED
-    part: str  # empty: none whose state is kept
-    state: Mapping[str, Any]
-    progress: float | None
-    label: str  # of the part, with which the places of rejects begin
-    span: tuple[int, int] | None  # numbers read anew, whose old rejects go
 
 
 @dataclass(frozen=True, slots=True)
@@ -1712,6 +1714,25 @@ def request_body(spec: JobSpec, outcome_of_batches: Mapping[str, str]) -> str:
         "variableValuesData": {"values": [{"name": k, "value": v} for k, v in values.items()]},
     }
     return json.dumps(body)
+
+
+def intent(
+    job: Job, batches: Sequence[Batch], verdict: Verdict, trigger_id: str, now: float
+) -> Trigger:
+    """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
+    target = job.watches.trigger
+    return Trigger(
+        id=trigger_id,
+        job_id=job.id,
+        round=job.round,
+        state="pending",
+        stack_url=target.stack_url,
+        secret=str(target.secret),
+        body=trigger_body(job.watches, batches, trigger_id),
+        partial=verdict.partial,
+        on_ambiguous=target.on_ambiguous,
+        created_at=now,
+    )
 
 
 def is_open(trigger: Trigger) -> bool:
@@ -2128,7 +2149,7 @@ class JobsYaml:
         try:
             text = read_text(self.path, YAML_BYTES)
             self._lines = text.splitlines()
-            loader: Any = self._loader()
+            loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # all is text to it
             node = loader(text).get_single_node()
             return None if node is None else self._plain(node, ())
         except yaml.MarkedYAMLError as e:
@@ -2141,17 +2162,6 @@ class JobsYaml:
         except OSError as e:
             broken = Problem(found=f"cannot be read: {e.strerror}", file=str(self.path))
         raise Invalid([broken])
-
-    @staticmethod
-    def _loader() -> type[Any]:
-        import yaml
-
-        class Loader(getattr(yaml, "CBaseLoader", yaml.BaseLoader)):  # type: ignore[misc]
-            def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-                found = PLAIN.fullmatch(value) if kind is yaml.ScalarNode and implicit[0] else None
-                return found.lastgroup if found else super().resolve(kind, value, implicit)
-
-        return Loader
 
     def _plain(self, node: Any, at: Place) -> Any:
         """The value of a node. A node is made once: an alias is its anchor's value once more, and
@@ -2207,9 +2217,9 @@ class JobsYaml:
 
     def _scalar(self, node: Any, at: Place) -> str | int | None:
         kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
-        found = PLAIN.fullmatch(text)
-        if found and found.lastgroup == kind:
-            return int(text) if kind == "int" else {"true": True, "false": False}.get(text)
+        found = None if kind == "str" and node.style else PLAIN.fullmatch(text)  # quoted: no style
+        if found and kind in ("str", found.lastgroup):
+            return int(text) if found["int"] else {"true": True, "false": False}.get(text)
         if kind != "str":
             self.faults.append(Fault(at, f"the tag {kind}", "plain text and numbers"))
         return VARIABLE.sub(lambda m: self._variable(m, at), text)
@@ -2859,6 +2869,8 @@ class Sqlite:
     id = "INTEGER PRIMARY KEY AUTOINCREMENT"
     has_schema = "SELECT 1 FROM sqlite_master WHERE name = 'schema_version'"
     superseded = False  # a run lock beside the file sees to that
+    busy = (sqlite3.SQLITE_BUSY,)  # codes of errors: another process holds the lock
+    lasting = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 
     def __init__(self, path: Path, *, mode: Literal["ro", "rw"], writes: bool) -> None:
         self._uri, self._writes = f"file:{quote(str(path))}?mode={mode}", writes
@@ -2921,14 +2933,8 @@ class Sqlite:
         return True
 
     @staticmethod
-    def is_busy(error: Exception) -> bool:
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-
-    @staticmethod
-    def cannot_write(error: Exception) -> bool:
-        """Whether it is full, read-only or broken, which lasts until someone sees to it."""
-        lasting = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF in lasting
+    def code(error: Exception) -> Any:
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
     async def close(self) -> None:
         if self._db is not None:  # an open one would keep the interpreter from exiting
@@ -2959,6 +2965,8 @@ class Postgres:
         " SET LOCAL lock_timeout = 0"
     )
     claim_sql = "SELECT pg_try_advisory_lock(7239, hashtext(current_schema()))"
+    busy = ("55P03",)  # lock_not_available
+    lasting = ("53100", "25006")  # disk_full, read_only_sql_transaction
 
     def __init__(self, url: str, *, writes: bool) -> None:
         try:
@@ -3001,17 +3009,15 @@ class Postgres:
             await db.execute(theirs)
             if not self._writes:
                 await db.execute("SET default_transaction_read_only = on")
-            if self._sole and not await self._got_lock(db):
-                self.superseded = True
+            if self._sole:
+                [[got]] = await (await db.execute(self.claim_sql)).fetchall()
+                self.superseded = not got
+            if self.superseded:
                 raise StoreError("another TeckoChecker has taken over this database")
         except BaseException:
             await db.close()
             raise
-        self._db, self.superseded = db, False
-
-    async def _got_lock(self, db: AsyncConnection) -> bool:
-        [[got]] = await (await db.execute(self.claim_sql)).fetchall()
-        return bool(got)
+        self._db = db
 
     async def _open_again(self, lost: object) -> None:
         async with self._opening:  # of several that met the loss, one opens for all
@@ -3075,27 +3081,17 @@ class Postgres:
         self._commits += 1
 
     async def changes(self) -> int:
-        [[changes]] = await self._steady(
-            partial(self._execute, "SELECT changes FROM schema_version")
-        )
+        [[changes]] = await self.run("SELECT changes FROM schema_version")
         return int(changes) - self._commits
 
     async def claim(self) -> bool:
-        async def got() -> bool:
-            assert self._db is not None
-            return await self._got_lock(self._db)
-
-        self._sole = self._sole or await self._steady(got)
+        if not self._sole:
+            [[self._sole]] = await self.run(self.claim_sql)
         return self._sole
 
     @staticmethod
-    def is_busy(error: Exception) -> bool:
-        return getattr(error, "sqlstate", "") == "55P03"  # lock_not_available
-
-    @staticmethod
-    def cannot_write(error: Exception) -> bool:
-        """Whether it is full or read-only, which lasts until someone sees to it."""
-        return getattr(error, "sqlstate", "") in ("53100", "25006")
+    def code(error: Exception) -> Any:
+        return getattr(error, "sqlstate", "")
 
     async def close(self) -> None:
         if self._db is not None:
@@ -3286,7 +3282,7 @@ class Database:
             except engine.errors as e:
                 with contextlib.suppress(engine.errors):  # PostgreSQL's has begun
                     await engine.run("ROLLBACK")
-                if not engine.is_busy(e):
+                if engine.code(e) not in engine.busy:
                     raise self._store_error(e) from e
                 now = time.monotonic()
                 if self._blocked_since is None:
@@ -3317,8 +3313,8 @@ class Database:
 
     def _store_error(self, error: Exception) -> StoreError:
         said = f"database {self.place}: {error}"
-        if self._reader is not None and self._reader.cannot_write(error):
-            self._cannot_write = said
+        if self._reader is not None and self._reader.code(error) in self._reader.lasting:
+            self._cannot_write = said  # full, read-only or broken, until someone sees to it
         return StoreError(said)
 
     async def _sql(self, sql: str, values: Values = MappingProxyType({})) -> list[Any]:
@@ -3344,7 +3340,8 @@ class Database:
     async def _upsert(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
     ) -> None:
-        """Insert rows; `conflict` says what becomes of those that are there."""
+        """Insert rows, once a transaction for each table; `conflict` says what becomes of those
+        that are there."""
         await self._told(self._engine().upsert(table, columns, rows, conflict))
 
     async def _check_schema(self) -> None:
@@ -3440,10 +3437,8 @@ class Records(Database):
     async def begin_run(self, job: Job, now: float) -> Run:
         """A new run of a job's ingest; one that a crash left open is `interrupted` from here on,
         and can write nothing more."""
-        await self._many(
-            "INSERT INTO etl_checkpoint (source) VALUES (:source) ON CONFLICT DO NOTHING",
-            [{"source": job.name}, {"source": ""}],
-        )
+        sources = [(job.name,), ("",)]
+        await self._upsert("etl_checkpoint", ("source",), sources, "ON CONFLICT DO NOTHING")
         left = await self._sql(
             "UPDATE etl_run SET status = 'interrupted', end_time = :now,"
             " error_message = 'the program ended before the run did'"
@@ -3497,22 +3492,20 @@ class Records(Database):
             {
                 **added,
                 **{"id": run.id, "job_id": run.job_id, "revision": revision},
-                "progress": chunk.progress,
+                "progress": chunk.fetched.progress,
             },
         )
         if not still:
             return False
         await self._save_records(run.source, kind, chunk, now)
         await self._save_rejects(run, chunk, now)
-        if chunk.part:
-            await self._sql(
-                "INSERT INTO etl_part (source, part, state, run_id) VALUES (:source, :part, :state,"
-                " :run) ON CONFLICT (source, part) DO UPDATE SET state = excluded.state,"
+        if part := chunk.fetched.part:
+            await self._upsert(
+                "etl_part",
+                ("source", "part", "state", "run_id"),
+                [(run.source, part, json.dumps(chunk.fetched.state), run.id)],
+                "ON CONFLICT (source, part) DO UPDATE SET state = excluded.state,"
                 " run_id = excluded.run_id",
-                {
-                    **{"source": run.source, "part": chunk.part, "run": run.id},
-                    "state": json.dumps(chunk.state),
-                },
             )
         await self._sql(
             f"UPDATE etl_checkpoint SET {sums}, records = records + :records_inserted,"
@@ -3562,16 +3555,16 @@ class Records(Database):
                 for r in chunk.rejects
             ],
         )
-        if chunk.span is not None:
+        label, span = chunk.fetched.label, chunk.fetched.span
+        if span is not None:
             await self._sql(
                 "DELETE FROM etl_reject WHERE source = :source AND run_id <> :run AND"
                 " CASE WHEN substr(place, 1, :length) = :label"
                 " THEN CAST(substr(place, :length + 1) AS BIGINT) ELSE -1 END"
                 " BETWEEN :first AND :last",
                 {
-                    **{"source": run.source, "run": run.id, "label": f"{chunk.label} "},
-                    **{"length": len(chunk.label) + 1},
-                    **{"first": chunk.span[0], "last": chunk.span[1]},
+                    **{"source": run.source, "run": run.id, "label": f"{label} "},
+                    **{"length": len(label) + 1, "first": span[0], "last": span[1]},
                 },
             )
 
@@ -3830,16 +3823,15 @@ ENDED = ("completed", "completed_with_failures", "failed")
 OF_JOB = (
     "j.id, j.name, j.origin, j.spec, j.openai_secret, j.poll_interval_seconds, j.pace, j.status,"
     " j.removed_at, j.revision, j.round, j.errors_in_row, j.last_error, j.last_check_at,"
-    " j.last_ok_at, j.next_check_at, j.created_at, j.completed_at"
+    " j.last_ok_at, j.next_check_at, j.created_at, j.completed_at,"
+    f" EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND {OPEN_TRIGGER})"
 )
 OF_BATCH = f"b.{columns_of(Batch).replace(', ', ', b.')}"
-TRIGGER_COLUMNS = tuple(f.name for f in fields(Trigger))
-HAS_OPEN = f"EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND {OPEN_TRIGGER})"
-COLUMNS_OF_JOB = len(fields(Job))
 MATCHING = (  # the shown status, and a part of the name; empty: any
     "(:status = '' OR :status = CASE WHEN j.removed_at IS NULL THEN j.status ELSE 'removed' END)"
     " AND (:search = '' OR replace(lower(j.name), :search, '') <> lower(j.name))"
 )
+COLUMNS_OF_JOB = len(fields(Job)) - 1  # but for its batches
 
 
 class Plan(NamedTuple):
@@ -3938,8 +3930,19 @@ class Jobs(Secrets):
         return job
 
     async def _jobs(self, where: str, values: Values = MappingProxyType({})) -> list[Job]:
-        sql = f"SELECT {OF_JOB} FROM polling_jobs j WHERE {where}"
-        return [self._current(Job(*row)) for row in await self._sql(sql, values)]
+        """Those that `where` finds, by id, with their batches; in one question."""
+        rows = await self._sql(
+            f"SELECT {OF_JOB}, {OF_BATCH} FROM (SELECT * FROM polling_jobs j WHERE {where}) j"
+            " LEFT JOIN polling_batches b ON b.job_id = j.id ORDER BY j.id, b.position",
+            values,
+        )
+        found = dict[int, Job]()
+        for row in rows:
+            if (job := found.get(row[0])) is None:
+                found[row[0]] = job = self._current(Job(*row[:COLUMNS_OF_JOB]))
+            if row[COLUMNS_OF_JOB] is not None:  # an ingest has no batches
+                job.batches.append(Batch(*row[COLUMNS_OF_JOB:]))
+        return list(found.values())
 
     async def jobs(
         self, status: str | None = None, limit: int = LARGEST, after: int = 0, search: str = ""
@@ -3954,13 +3957,6 @@ class Jobs(Secrets):
         [[n]] = await self._sql(f"SELECT count(*) FROM polling_jobs j WHERE {MATCHING}", given)
         return int(n)
 
-    async def jobs_among(self, ids: Iterable[int]) -> dict[int, Job]:
-        """Those of these jobs that are there, by id."""
-        return {job.id: job for job in await self._jobs(f"j.id IN {numbers(ids)}")}
-
-    async def job(self, job_id: int) -> Job | None:
-        return (await self.jobs_among([job_id])).get(job_id)
-
     async def find_job(self, ref: str | int) -> Job:
         """The job with this id or name."""
         is_id = isinstance(ref, int) or (ref.isascii() and ref.isdigit())
@@ -3971,41 +3967,12 @@ class Jobs(Secrets):
             raise NotFound(f"Job with {what} not found", hint="teckochecker.py job list shows them")
         return found[0]
 
-    async def due(self, ids: Iterable[int]) -> list[CheckRow]:
-        """Of these jobs, those that are there, with their batches; in one question."""
-        rows = await self._sql(
-            f"SELECT {OF_JOB}, {HAS_OPEN}, {OF_BATCH} FROM polling_jobs j LEFT JOIN polling_batches"
-            f" b ON b.job_id = j.id WHERE j.id IN {numbers(ids)} ORDER BY j.id, b.position"
-        )
-        found, batch = dict[int, CheckRow](), COLUMNS_OF_JOB + 1  # where its columns begin
-        for row in rows:
-            if (due := found.get(row[0])) is None:
-                found[row[0]] = due = CheckRow(*row[:batch])
-                self._current(due)
-            if row[batch] is not None:  # an ingest has no batches
-                due.batches.append(Batch(*row[batch:]))
-        return list(found.values())
+    async def jobs_among(self, ids: Iterable[int]) -> list[Job]:
+        """Of these jobs, those that are there, by id."""
+        return await self._jobs(f"j.id IN {numbers(ids)}")
 
-    async def job_with_batches(self, job_id: int) -> tuple[Job | None, list[Batch], bool]:
-        """A job, its batches, and whether it has an open trigger."""
-        for due in await self.due([job_id]):
-            return due, due.batches, bool(due.has_open)
-        return None, [], False
-
-    async def batches_of(self, first: int, last: int) -> dict[int, list[Batch]]:
-        """The batches of all jobs from one id to another, by job."""
-        rows = await self._sql(
-            f"SELECT b.job_id, {OF_BATCH} FROM polling_batches b"
-            " WHERE b.job_id BETWEEN :first AND :last ORDER BY b.job_id, b.position",
-            {"first": first, "last": last},
-        )
-        found: dict[int, list[Batch]] = {}
-        for job_id, *values in rows:
-            found.setdefault(job_id, []).append(Batch(*values))
-        return found
-
-    async def batches(self, job_id: int) -> list[Batch]:
-        return (await self.batches_of(job_id, job_id)).get(job_id, [])
+    async def job(self, job_id: int) -> Job | None:
+        return next(iter(await self.jobs_among([job_id])), None)
 
     async def watched(
         self, secrets: Collection[str], until: float
@@ -4068,11 +4035,7 @@ class Jobs(Secrets):
 
     async def _with_secret_names(self, spec: Spec) -> Spec:
         """The job with names in place of the ids of secrets that it may carry."""
-        blocks: dict[str, Any]
-        if isinstance(spec, JobSpec):
-            blocks = {"watch": spec.watch, "trigger": spec.trigger}
-        else:
-            blocks = {"ingest": spec.ingest}
+        blocks: dict[str, Any] = {k: v for k, v in dict(spec).items() if isinstance(v, StrictModel)}
         for key, block in blocks.items():
             if isinstance(block.secret, int):
                 rows = await self._sql(
@@ -4133,7 +4096,7 @@ class Jobs(Secrets):
             return
         for trigger in await self._triggers(job.id, "state = 'pending' AND unknown_at IS NULL"):
             await self._save_trigger(trigger, retargeted(trigger, spec))
-        if {*spec.watch.batch_ids} != {batch.batch_id for batch in await self.batches(job.id)}:
+        if {*spec.watch.batch_ids} != {batch.batch_id for batch in job.batches}:
             await self._start_round(job, "new_round", spec, now)
 
     async def _start_round(self, job: Job, event: Event, spec: JobSpec, now: float) -> None:
@@ -4153,7 +4116,7 @@ class Jobs(Secrets):
 
     async def file_changes(self, specs: Sequence[Spec]) -> list[FileChange]:
         """What would become of the store's jobs from jobs.yaml, if it said this."""
-        known = {job.name: job for job in await self._jobs("j.origin = 'file' ORDER BY j.id")}
+        known = {job.name: job for job in await self._jobs("j.origin = 'file'")}
         names = {spec.name for spec in specs}
         for (name,) in await self._sql("SELECT name FROM polling_jobs WHERE origin <> 'file'"):
             if name in names:
@@ -4204,20 +4167,17 @@ class Jobs(Secrets):
                 await self._update(job, spec, now)
         return done
 
-    async def pause_job(self, job_id: int, now: float) -> None:
-        await self._step(job_id, "pause", now)
-
-    async def resume_job(self, job_id: int, now: float) -> None:
-        await self._step(job_id, "resume", now)
-
     @transactional
-    async def _step(self, job_id: int, event: Literal["pause", "resume"], now: float) -> None:
+    async def _step(self, event: Literal["pause", "resume"], job_id: int, now: float) -> None:
         job = await self.find_job(job_id)
         if job.removed_at is not None or event not in JOB_STEPS[job.status]:
             raise Conflict(f"Cannot {event} job {job.name!r}: it is {job.shown_status}")
         status = JOB_STEPS[job.status][event]
         await self._set_job(job, status=status, last_ok_at=now, next_check_at=None)
         await self._log(job.id, f"{event}d", "", now)
+
+    pause_job = partialmethod(_step, "pause")
+    resume_job = partialmethod(_step, "resume")
 
     @transactional
     async def retry_job(self, job_id: int, now: float) -> str:
@@ -4284,12 +4244,11 @@ class Jobs(Secrets):
         return await self._triggers(job_id, OPEN_TRIGGER)
 
     async def _triggers(self, job_id: int, condition: str) -> list[Trigger]:
-        rows = await self._sql(
-            f"SELECT {', '.join(TRIGGER_COLUMNS)} FROM triggers"
+        found = await self._named(
+            f"SELECT {columns_of(Trigger)} FROM triggers"
             f" WHERE job_id = :job_id AND {condition} ORDER BY round",
             {"job_id": job_id},
         )
-        found = [dict(zip(TRIGGER_COLUMNS, row, strict=True)) for row in rows]
         return [Trigger(**row | {"partial": bool(row["partial"])}) for row in found]
 
     async def _save_trigger(self, before: Trigger, after: Trigger) -> bool:
@@ -4360,8 +4319,7 @@ class UnchangedCheck(NamedTuple):
 class CheckResult:
     """A check of a job's batches, and what follows from it."""
 
-    job: Job
-    known: Sequence[Batch]  # as they were before
+    job: Job  # as it was before
     batches: Sequence[Batch]
     verdict: Verdict
     trigger: Trigger | None  # to be fired
@@ -4376,7 +4334,7 @@ class CheckResult:
         return not self.errors
 
     def has_news(self) -> bool:
-        changed = self.known != self.batches or self.error != self.job.last_error
+        changed = self.job.batches != self.batches or self.error != self.job.last_error
         return changed or self.verdict.event is not None
 
     def is_quiet(self) -> bool:
@@ -4462,9 +4420,10 @@ class Checks(Jobs):
         if not await self._stamp(check):
             return False
         job, now = check.job, check.now
-        for old, new in zip(check.known, check.batches, strict=True):
+        for old, new in zip(job.batches, check.batches, strict=True):
             if old != new:
-                await self._save_batch(job.id, new)
+                where = "job_id = :job_id AND batch_id = :batch_id"
+                await self._change("polling_batches", asdict(new), where, job_id=job.id)
             if old.status != new.status:
                 await self._log(job.id, "checking", describe_progress(new), now)
         if (trigger := check.trigger) is not None:
@@ -4512,10 +4471,6 @@ class Checks(Jobs):
             },
         )
         return bool(rows)
-
-    async def _save_batch(self, job_id: int, batch: Batch) -> None:
-        where = "job_id = :job_id AND batch_id = :batch_id"
-        await self._change("polling_batches", asdict(batch), where, job_id=job_id)
 
     @transactional
     async def move_trigger(
@@ -4655,19 +4610,15 @@ class Store(Checks):
         jobs = {what: n for what, n, of_jobs in rows if of_jobs}
         return {"jobs": jobs} | {what: n for what, n, of_jobs in rows if not of_jobs}
 
-    async def lateness(self, now: float, since: float) -> tuple[float, int]:
+    async def check_age(self, now: float, since: float) -> float:
         """Of active jobs: the longest time since a successful check (or `since`, when the service
-        started), in seconds, and how many had none for three intervals."""
+        started), in seconds."""
         [[oldest]] = await self._sql(f"SELECT min(last_ok_at) FROM polling_jobs j WHERE {ACTIVE}")
-        late = await self._late(now, since)
-        return (now - max(oldest, since) if oldest is not None else 0.0), len(late)
+        return now - max(oldest, since) if oldest is not None else 0.0
 
     async def overdue(self, now: float, since: float) -> list[str]:
         """Active jobs without a successful check for three intervals, none counted from before
-        `since` (when the service started); at most 100 names."""
-        return (await self._late(now, since))[:100]
-
-    async def _late(self, now: float, since: float) -> list[str]:
+        `since` (when the service started)."""
         rows = await self._sql(
             f"SELECT name FROM polling_jobs j WHERE {ACTIVE} AND last_ok_at < :now - 3 * pace"
             " AND :since < :now - 3 * pace ORDER BY id",
@@ -4712,7 +4663,7 @@ class Store(Checks):
     @transactional
     async def note_failure(self, job_id: int, said: str, now: float, wait: float) -> None:
         """Write down that a step of a job met an internal error."""
-        job = (await self.jobs_among([job_id])).get(job_id)
+        job = await self.job(job_id)
         if job is None:  # it was deleted meanwhile
             return
         row = job.errors_in_row + 1
@@ -4756,7 +4707,6 @@ class Store(Checks):
 ERROR_BYTES = 1 << 18  # bytes of an answer that is an error
 REASON = 200  # characters of an answer's body that an error repeats
 CUT = 16_384  # characters looked at for that: to redact more would hold up the event loop
-LONGEST_SECRET = 4096  # characters
 REDIRECTS = (301, 302, 303, 307, 308)
 PACKING = ("content-encoding", "content-length", "transfer-encoding")
 SET_BY = {OpenAIError: "OPENAI_BASE_URL", KeboolaError: "stack_url", SourceError: "the URL"}
@@ -4767,13 +4717,8 @@ OWN_ERROR = {  # keys of an error that the API itself answers; other bodies are 
 
 
 def short(text: object, most: int = 300) -> str:
-    """What another server said, in one line that fits a log and can be encoded. A long text is cut
-    before it is redacted, and its end dropped, since half a secret would not be recognized."""
-    whole = str(text)
-    said = redact(whole[:CUT])
-    said = said if len(whole) <= CUT else said[:-LONGEST_SECRET]
-    said = said.encode(errors="replace").decode()
-    return re.sub(r"\s+", " ", said).strip()[:most]
+    """What another server said, in one line that fits a log."""
+    return re.sub(r"\s+", " ", excerpt(str(text), CUT)).strip()[:most]
 
 
 def origin_of(url: str) -> tuple[str, str, int]:
@@ -5587,18 +5532,6 @@ class BadRecord(ValueError):
     """A record that cannot be taken, and why."""
 
 
-class UnclearJson(ValueError):
-    """What json.loads would take and JSON does not have, or has two meanings for."""
-
-
-def refuse(constant: str) -> NoReturn:
-    raise UnclearJson(f"{constant} is no number")
-
-
-def finite(text: str) -> float:
-    return float(text) if math.isfinite(float(text)) else refuse(text)
-
-
 def read_json(body: bytes) -> Any:
     """What an answer says, to the last digit: what orjson refuses or would round, json reads, and
     leaves a lone surrogate, or what is no number (a Decimal), to the record that has it. Raises
@@ -5853,20 +5786,6 @@ def learned(known: Mapping[str, Any], seen: Fields) -> dict[str, Any]:
     return {n: known.get(n, not known) is True and (not seen or seen.get(n, False)) for n in both}
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """What came out of a source in one go: records with their numbers, those that could not even
-    be read, and where the part stands after them."""
-
-    label: str  # of the part, for people: "products.csv line", "page 3 record"
-    records: Sequence[tuple[int, Any]]
-    rejects: Sequence[Rejected]
-    span: tuple[int, int] | None  # numbers read anew: what was rejected there before is forgotten
-    part: str = ""  # its name in the checkpoint; empty: none is kept
-    state: dict[str, Any] = field(default_factory=dict)
-    progress: float | None = None
-
-
 LAST = 1 << 53  # the number of no record
 Row = tuple[int, str, Any, bytes, bytes]  # its number, id, itself, itself as JSON, hash of that
 Known = Mapping[str, tuple[bytes, bool]]  # by id: hash, and whether this run has written it
@@ -5919,8 +5838,7 @@ def finish(
     counts = Counter(processed=len(fetched.records) + len(fetched.rejects), unchanged=unchanged)
     counts |= {"inserted": len(unified.keys() - known.keys()), "failed": len(rejects)}
     counts["updated"] = counts["processed"] - unchanged - counts["inserted"] - counts["failed"]
-    where = fetched.part, fetched.state, fetched.progress, fetched.label, fetched.span
-    return Chunk([*raws.values()], [*unified.values()], rejects, counts, *where), twice
+    return Chunk(fetched, [*raws.values()], [*unified.values()], rejects, counts), twice
 
 
 def failed_too_many(limit: str | None, failed: int, processed: int, *, ended: bool) -> bool:
@@ -6876,13 +6794,13 @@ class Steps:
         """Advance a job's open triggers, then check its batches if it is active; each singly if
         someone `asked` for that. Raises StoreError when the store cannot be used; then nothing was
         sent."""
-        steps, row = list[StepResult](), next(iter(await self.store.due([job_id])), None)
+        steps, row = list[StepResult](), await self.store.job(job_id)
         if row is not None and row.damage:  # others go on
             return StepResult(LONGEST_WAIT, row.damage, TeckoError(row.damage))
         if row is not None and row.has_open:
             for trigger in await self.store.open_triggers(job_id):
                 steps.append(await self._advance(row, trigger))
-            row = next(iter(await self.store.due([job_id])), None)
+            row = await self.store.job(job_id)
         if row is not None and row.is_active:
             steps.append(await (self._ingest(row) if row.is_ingest else self._check(row, asked)))
         waits = [s.wait for s in steps if s.wait is not None]
@@ -6892,8 +6810,7 @@ class Steps:
 
     async def step_all(self, ids: Sequence[int]) -> dict[int, StepResult]:
         """A step of each of these jobs, and the lists of batches for those that they answer."""
-        rows, _ = await self.by_key(ids)
-        done: dict[int, StepResult] = {}
+        done, rows = dict[int, StepResult](), await self.by_key(ids)
         for found in await asyncio.gather(*(self.check(*group) for group in rows.items())):
             done |= found
         rest = [job_id for job_id in ids if job_id not in done]
@@ -6935,17 +6852,16 @@ class Steps:
 
     # checking
 
-    async def by_key(self, ids: Collection[int]) -> tuple[dict[str, list[CheckRow]], list[int]]:
-        """Of jobs that are due: those that only have to be checked, by the secret of their key;
-        and those that need a step alone."""
-        rows: dict[str, list[CheckRow]] = {}
-        for row in await self.store.due(ids):
+    async def by_key(self, ids: Collection[int]) -> dict[str, list[Job]]:
+        """Of jobs that are due: those that only have to be checked, by the secret of their key.
+        The others need a step alone."""
+        rows: dict[str, list[Job]] = {}
+        for row in await self.store.jobs_among(ids):
             if row.is_active and not row.has_open and row.batches:
                 rows.setdefault(row.secret, []).append(row)
-        taken = {row.id for group in rows.values() for row in group}
-        return rows, [job_id for job_id in ids if job_id not in taken]
+        return rows
 
-    async def check(self, secret: str, rows: Sequence[CheckRow]) -> dict[int, StepResult]:
+    async def check(self, secret: str, rows: Sequence[Job]) -> dict[int, StepResult]:
         """Check jobs of one key by a list of its batches. One that is missing in the answer needs
         a step alone: the list does not show that all its batches go on, or it is its turn to be
         asked for singly."""
@@ -6980,7 +6896,7 @@ class Steps:
         return done
 
     async def _refresh_list(
-        self, key: SecretValue, names: Collection[str], rows: Sequence[CheckRow]
+        self, key: SecretValue, names: Collection[str], rows: Sequence[Job]
     ) -> OpenAIError | None:
         """Read the list of the key's batches, unless the last one will do, or single requests are
         fewer; the error, if these would meet it too."""
@@ -6999,7 +6915,7 @@ class Steps:
             self.on_finished(await self.store.watchers(names, finished))
         return None
 
-    def _listed(self, key: SecretValue, row: CheckRow, now: float) -> list[Batch] | None:
+    def _listed(self, key: SecretValue, row: Job, now: float) -> list[Batch] | None:
         """The batches as the last list has them; None where it is too old, or does not show that
         all of them go on."""
         age, listing = self.openai.listing(key)
@@ -7010,7 +6926,7 @@ class Steps:
             return None
         return [merged(b, s, now) if (s := seen.get(b.batch_id)) else b for b in row.batches]
 
-    async def _check(self, row: CheckRow, asked: bool) -> StepResult:
+    async def _check(self, row: Job, asked: bool) -> StepResult:
         batches, errors = await self._ask(row, asked or row.id in self._singly)
         self._singly.discard(row.id)
         check = self._concluded(row, batches, errors)
@@ -7021,7 +6937,7 @@ class Steps:
             return await self._advance(row, check.trigger)
         return result
 
-    async def _ask(self, row: CheckRow, singly: bool) -> tuple[list[Batch], list[TeckoError]]:
+    async def _ask(self, row: Job, singly: bool) -> tuple[list[Batch], list[TeckoError]]:
         """The batches as they are now, and the errors met; a finished one is not asked again."""
         found, errors = dict[str, Batch](), list[TeckoError]()
         try:
@@ -7046,22 +6962,21 @@ class Steps:
         return [found.get(batch.batch_id, batch) for batch in row.batches], errors
 
     def _concluded(
-        self, row: CheckRow, batches: Sequence[Batch], errors: Sequence[TeckoError]
+        self, row: Job, batches: Sequence[Batch], errors: Sequence[TeckoError]
     ) -> CheckResult:
         """What follows from how the batches are now."""
-        now, settings, spec = self.clock(), self.config.settings, row.watches
-        verdict = decide(spec.watch, batches, now)
-        trigger = self._intent(row, batches, verdict, now) if verdict.event == "fire" else None
+        now, trigger = self.clock(), None
+        verdict = decide(row.watches.watch, batches, now)
+        if verdict.event == "fire":
+            trigger = intent(row, batches, verdict, uuid.uuid4().hex, now)
         pace = self._pace(not row.interval, batches, now)
-        interval, in_row = pace or self.usual(row), row.errors_in_row + 1
-        waits = [wait_after_error(e, in_row, interval, settings, self.luck()) for e in errors]
-        wait = max(waits, default=interval)
+        interval = pace or self.usual(row)
+        wait = max((self._retry(row, e, interval) for e in errors), default=interval)
         if not errors and any(lacks_output(batch, now) for batch in batches):
             wait = min(wait, OUTPUT_AGAIN)
         said = [verdict.reason] if verdict.event else [*map(str, errors), *remarks(batches, now)]
         error = "; ".join(dict.fromkeys(filter(None, said))) or None
-        known = row.batches
-        return CheckResult(row, known, batches, verdict, trigger, error, errors, wait, now, pace)
+        return CheckResult(row, batches, verdict, trigger, error, errors, wait, now, pace)
 
     def _told(self, check: CheckResult, recorded: bool) -> StepResult:
         """Count a check, and say what came of it."""
@@ -7077,26 +6992,9 @@ class Steps:
         text = check.error or f"{done} of {len(check.batches)} batches done"
         return StepResult(None if event else check.wait, text, errors[0] if errors else None)
 
-    def _intent(self, job: Job, batches: Sequence[Batch], verdict: Verdict, now: float) -> Trigger:
-        """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
-        trigger_id = uuid.uuid4().hex
-        target = job.watches.trigger
-        return Trigger(
-            id=trigger_id,
-            job_id=job.id,
-            round=job.round,
-            state="pending",
-            stack_url=target.stack_url,
-            secret=str(target.secret),
-            body=trigger_body(job.watches, batches, trigger_id),
-            partial=verdict.partial,
-            on_ambiguous=target.on_ambiguous,
-            created_at=now,
-        )
-
     # triggering
 
-    async def _advance(self, row: CheckRow, trigger: Trigger) -> StepResult:
+    async def _advance(self, row: Job, trigger: Trigger) -> StepResult:
         """One step for a trigger; a wait of 0 where the next follows at once."""
         try:
             if trigger.state == "sending":  # steps of a job never overlap
@@ -7112,10 +7010,10 @@ class Steps:
             await self.store.note_trigger(trigger, self.clock(), error=str(e))
             return StepResult(self._retry(row, e), str(e), e)
 
-    def _retry(self, row: CheckRow, error: TeckoError) -> float:
-        """Seconds until what failed is tried again."""
-        in_row, interval = row.errors_in_row + 1, self.usual(row)
-        return wait_after_error(error, in_row, interval, self.config.settings, self.luck())
+    def _retry(self, job: Job, error: TeckoError, interval: float | None = None) -> float:
+        """Seconds until what failed is tried again, after `interval` usually, or the job's own."""
+        usual, settings = interval or self.usual(job), self.config.settings
+        return wait_after_error(error, job.errors_in_row + 1, usual, settings, self.luck())
 
     async def _record(
         self, trigger: Trigger, event: Event, said: str, **facts: Any
@@ -7131,7 +7029,7 @@ class Steps:
                 log.error("trigger %s: cannot write down %r, trying on: %s", trigger.id, event, e)
                 await asyncio.sleep(STORE_RETRY)
 
-    async def _send(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
+    async def _send(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         try:
             theirs = await self._actions[trigger.kind].prepare(trigger.stack_url)
         except KeboolaError as e:
@@ -7154,9 +7052,7 @@ class Steps:
             return await self._not_accepted(row, claimed, e)
         return await self._accepted(row, claimed, job, f"Keboola job {job.id} started")
 
-    async def _not_accepted(
-        self, row: CheckRow, trigger: Trigger, error: KeboolaError
-    ) -> StepResult:
+    async def _not_accepted(self, row: Job, trigger: Trigger, error: KeboolaError) -> StepResult:
         self._count_error(error)
         event = after_post(error)
         said = str(error)
@@ -7169,16 +7065,14 @@ class Steps:
             return StepResult(self._retry(row, error), said, error)
         return StepResult(None if event == "reject" else 0.0, said, error)
 
-    async def _accepted(
-        self, row: CheckRow, trigger: Trigger, job: KeboolaJob, said: str
-    ) -> StepResult:
+    async def _accepted(self, row: Job, trigger: Trigger, job: KeboolaJob, said: str) -> StepResult:
         facts = {"keboola_job_id": job.id, "keboola_status": job.status, "message": None}
         running = await self._record(trigger, "accept", said, **facts)
         if running is not None and job.is_finished:
             return await self._finish(running, job)
         return StepResult(FOLLOW_FACTOR * self.usual(row), said)
 
-    async def _settle(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
+    async def _settle(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         """Ask Keboola's search whether a trigger arrived; one that fails counts for nothing. The
         window is counted on the steady clock, from when this process first saw the trigger so: a
         wall clock that is set would end it early, or never."""
@@ -7209,7 +7103,7 @@ class Steps:
         await self._record(trigger, event, said, searches=searches)
         return StepResult(None if event == "hold" else 0.0, said)
 
-    async def _follow(self, row: CheckRow, trigger: Trigger, token: SecretValue) -> StepResult:
+    async def _follow(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         job = await self._actions[trigger.kind].follow(trigger, token)
         if after_follow(job) is not None:
             return await self._finish(trigger, job)
@@ -7230,7 +7124,7 @@ class Steps:
     async def _ingest(self, job: Job) -> StepResult:
         """One run of an ingest, from its checkpoint to the end of its source."""
         if job.id in self.ingesting:
-            return StepResult(float(job.spec.poll_interval), "a run goes on already")
+            return StepResult(self.usual(job), "a run goes on already")
         self.ingesting.add(job.id)
         try:
             checkpoint = await self.store.checkpoint(job.name)
@@ -7255,7 +7149,8 @@ class Steps:
         except Exception as e:
             error = IngestFailed(f"internal error, see the log: {type(e).__name__}: {e}")
             log.exception("job %s: internal error", job.id)
-        wait = self._ingest_wait(job, error)
+        wait = BACKOFF_FIRST if isinstance(error, Interrupted) else self.usual(job)
+        wait = self._retry(job, error) if isinstance(error, TeckoError) else wait
         said = str(error) or "the program was told to end" if error else None
         end = RunEnd(
             status=status,
@@ -7274,16 +7169,8 @@ class Steps:
         self.store.sums["records"] += run.records_inserted + run.records_updated
         if isinstance(error, asyncio.CancelledError):
             raise error
-        counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
         failure = error if isinstance(error, TeckoError) else None
-        return StepResult(wait, f"{said}; {counts}" if said else counts, failure)
-
-    def _ingest_wait(self, job: Job, error: BaseException | None) -> float:
-        interval = float(job.spec.poll_interval)
-        if isinstance(error, TeckoError):
-            row, settings = job.errors_in_row + 1, self.config.settings
-            return wait_after_error(error, row, interval, settings, self.luck())
-        return BACKOFF_FIRST if isinstance(error, Interrupted) else interval
+        return StepResult(wait, f"{said}; {run.summary}" if said else run.summary, failure)
 
     async def busy(self, work: Callable[..., T], *args: Any) -> T:
         """Call something that keeps a processor busy, in a thread: one of a few at once."""
@@ -7579,18 +7466,6 @@ def readable_files(path: str) -> str:
     return f"{len(files)} files"
 
 
-async def examine(config: Config, store: Store, vault: Vault) -> list[Finding]:
-    """What `validate --online` finds."""
-    settings = config.settings
-    openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
-    upstreams = openai, Keboola(), Web()
-    try:
-        return await Doctor(Steps(config, store, vault, *upstreams)).examine(config.jobs or [])
-    finally:
-        for upstream in upstreams:
-            await upstream.close()
-
-
 # ── Answers ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -7842,9 +7717,9 @@ class Stats(Answer):
     history: list[Day] = Field(description="days on which anything was done, the oldest first")
 
 
-def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -> dict[str, Any]:
+def job_fields(job: Job, secrets: Mapping[str, int]) -> dict[str, Any]:
     """The fields of JobAnswer; `secrets`: the ids of the stored ones, by name."""
-    ends = Counter(outcome(batch) for batch in batches)
+    ends = Counter(outcome(batch) for batch in job.batches)
     shown: dict[str, Any] = {n: getattr(job, n, None) for n in JobAnswer.model_fields}
     shown |= {"batch_ids": [], "variables": {}}
     if not job.damage:
@@ -7859,8 +7734,7 @@ def job_fields(job: Job, batches: Sequence[Batch], secrets: Mapping[str, int]) -
         "openai_secret_id": secrets.get(str(shown["openai_secret"])),
         "keboola_secret_id": secrets.get(str(shown["keboola_secret"])),
         "poll_interval_seconds": job.interval or "auto",
-        "batches": batches,
-        "batch_count": len(batches),
+        "batch_count": len(job.batches),
         "completed_count": ends["completed"],
         "failed_count": ends["failed"],
     }
@@ -7933,19 +7807,14 @@ TRIGGER_MEANS: dict[TriggerState, str] = {
 
 
 def explain(
-    job: Job,
-    batches: Sequence[Batch],
-    trigger: Trigger | None,
-    runs: Sequence[Run],
-    records: int,
-    now: float,
+    job: Job, trigger: Trigger | None, runs: Sequence[Run], records: int, now: float
 ) -> list[str]:
     """In plain sentences: what a job waits for, what was seen, why it did or did not fire, and
     what happens next."""
     if isinstance(job.spec, IngestSpec):
         said = explain_ingest(job.name, job.spec.ingest.place, runs, records, now)
     else:
-        said = explain_watch(job, batches, now)
+        said = explain_watch(job, now)
     said += explain_trigger(trigger, now) if trigger is not None else []
     said += [f"Last error: {job.last_error.rstrip('.')}."] if job.last_error else []
     return [*said, f"Next: {next_step(job, trigger, now)}."]
@@ -7970,12 +7839,12 @@ def explain_ingest(
     if not runs:
         return [*said, "It has not run yet."]
     run = runs[0]
-    counts = ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
     when, status = span(now - run.start_time), run.status.replace("_", " ")
-    return [*said, f"Its last run began {when} ago: {status}; {counts}.", *run.notes]
+    return [*said, f"Its last run began {when} ago: {status}; {run.summary}.", *run.notes]
 
 
-def explain_watch(job: Job, batches: Sequence[Batch], now: float) -> list[str]:
+def explain_watch(job: Job, now: float) -> list[str]:
+    batches = job.batches
     goal = {
         "all_completed": "completed",
         "all_finished": "finished, whether completed, failed, expired or cancelled",
@@ -8115,8 +7984,7 @@ class Operations:
         """A page of jobs, by id."""
         rows = await self.store.jobs(status, limit + 1, after, search)
         page, ids = rows[:limit], await self._secret_ids()
-        batches = await self.store.batches_of(page[0].id, page[-1].id) if page else {}
-        shown = [JobAnswer(**job_fields(job, batches.get(job.id, []), ids)) for job in page]
+        shown = [JobAnswer(**job_fields(job, ids)) for job in page]
         for job in shown if recent else ():
             job.recent = await self._recent(job)
         total = await self.store.count_jobs(status, search)
@@ -8138,7 +8006,7 @@ class Operations:
 
     async def job(self, ref: str, logs: int | None = 20) -> JobDetail:
         job = await self.store.find_job(ref)
-        fields_ = job_fields(job, await self.store.batches(job.id), await self._secret_ids())
+        fields_ = job_fields(job, await self._secret_ids())
         triggers = await self.store.triggers(job.id)
         rows = None if logs is None else await self.store.logs(job.id, logs)
         shown = JobDetail(**fields_, triggers=triggers, logs=rows, totals=None, runs=[], rejects=[])
@@ -8184,10 +8052,10 @@ class Operations:
 
     async def explain(self, ref: str) -> list[str]:
         job, now = await self.store.find_job(ref), self.clock()
-        batches, triggers = await self.store.batches(job.id), await self.store.triggers(job.id)
+        triggers = await self.store.triggers(job.id)
         trigger = next((t for t in triggers if t.round == job.round), None)
         runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
-        return explain(job, batches, trigger, runs, totals["records"], now)
+        return explain(job, trigger, runs, totals["records"], now)
 
 
 # ── Run lock ──────────────────────────────────────────────────────────────────────────────────
@@ -8262,18 +8130,12 @@ def lock_path(database: Path) -> Path:
 
 class RunLock:
     """Holds the lock while its context lasts. A `check` that holds it is waited for, at most
-    `wait` seconds and as long as `stopped` does not say that we shall end; a service is not."""
+    `wait` seconds; a service is not."""
 
-    def __init__(
-        self,
-        database: Path,
-        command: str = "start",
-        wait: float = 0.0,
-        stopped: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, database: Path, command: str = "start", wait: float = 0.0) -> None:
         self.path, self.command = lock_path(database), command
         self.pid_file = self.path.with_suffix(".pid")
-        self._database, self._wait, self._stopped = database.resolve(), wait, stopped
+        self._database, self._wait = database.resolve(), wait
         self._said = ("", 0.0)  # address and start time
         self._file: IO[str] | None = None
 
@@ -8288,7 +8150,7 @@ class RunLock:
             found = holder(self._database)
             by = f"TeckoChecker {found.command if found else ''} (pid {found.pid if found else 0})"
             may_wait = found is None or found.command != "start"
-            if self._stopped() or not may_wait or time.monotonic() > until:
+            if not may_wait or time.monotonic() > until:
                 hint = "`status` shows it, `stop` ends a service"
                 raise Conflict(f"another {by} works on this database", hint=hint)
             if not waited:
@@ -8441,9 +8303,6 @@ PLANNED: dict[FileStep, str] = {
 }
 
 
-WILL_FIRE = "will fire when its batches are done"
-
-
 async def planned(specs: Sequence[Spec], store: Store) -> list[str]:
     """What would become of the store's jobs if jobs.yaml had these, a sentence each; and of those
     that are new or watch other batches, whether they will fire."""
@@ -8455,7 +8314,7 @@ async def planned(specs: Sequence[Spec], store: Store) -> list[str]:
         known = job is not None and not job.damage and isinstance(job.spec, JobSpec)
         if isinstance(spec, JobSpec) and not (known and job and aim(job.watches) == aim(spec)):
             fired = next(iter(await store.fired(aim(spec))), None)
-            then = WILL_FIRE
+            then = "will fire when its batches are done"
             if fired is not None:
                 when = (
                     f"as trigger {fired.trigger_id} of job {fired.job!r}, {iso(fired.created_at)}"
@@ -8471,7 +8330,25 @@ def differing(old: Spec, new: Spec) -> list[str]:
     return [name for name in was | now if was.get(name) != now.get(name)]
 
 
-# ── Service ───────────────────────────────────────────────────────────────────────────────────
+async def every_problem(
+    config: Config, store: Store, vault: Vault, *, unused: bool = False
+) -> list[Problem]:
+    """What keeps this configuration from being run, a stored secret that does not open included."""
+    rows = await store.secrets()
+    problems = all_problems(config, await store.secret_types(), unused=unused)
+    try:
+        vault.load(required=bool(rows))
+    except SecretError as e:
+        return [*problems, Problem(found=str(e))]
+    for row in rows:
+        try:
+            vault.open(row)
+        except SecretError as e:
+            problems.append(Problem(found=str(e)))
+    return problems
+
+
+# ── Timers ────────────────────────────────────────────────────────────────────────────────────
 
 # What is unexpected costs the job that met it that step, and nothing else:
 #
@@ -8485,12 +8362,271 @@ def differing(old: Spec, new: Spec) -> list[str]:
 # - While the store cannot be written, no step is begun: it could not keep what it learns, and would
 #   ask upstream in vain. Each tick tries a small write, and all goes on when that succeeds.
 
+STORE_PAUSE = 5.0  # s until a step that met a failing store is tried again
+READ_TOGETHER = 500  # jobs read by one query of those due in one tick
+
+
+@dataclass(slots=True)
+class JobTimer:
+    """All that the service remembers of a job. Its step is under way while `task` is not done."""
+
+    plan: Plan | None = None  # None: nothing is left to do; kept while a step is under way
+    timer: Any = None  # APScheduler's job
+    task: asyncio.Task[None] | None = None  # owns the present step, alone or with those of a group
+    began_with: Plan | None = None  # the plan when that step began
+    since: float = 0.0  # unix time at which that step fell due
+    asked: bool = False  # somebody wants it checked for itself, and at once
+    ended: bool = False  # the last step left nothing to do; the next tick looks whether that holds
+    failed: bool = False  # the last step met an error
+    failures: int = 0  # steps in a row that met a failing store, or an internal error
+
+    @property
+    def busy(self) -> bool:
+        return self.task is not None and not self.task.done()
+
+
+class Timers:
+    """When each job's step is due, and the steps that are under way."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps, self.store, self.metrics = steps, steps.store, steps.metrics
+        self.store_error: str | None = None  # why the store cannot be written; None: it can
+        self._scheduler = make_scheduler(self._clock_moved)
+        self._timers: dict[int, JobTimer] = {}
+        self._due: dict[int, float] = {}  # since when; begun together when the tick is over
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._epoch = time.time()  # from which slots count
+        self._stale = True  # the timers may differ from the store
+        self._draining = self._woken = False
+        steps.on_finished = self._hasten
+
+    @property
+    def settings(self) -> Settings:
+        return self.steps.config.settings
+
+    def _clock_moved(self, step: float) -> None:
+        self._spawn(self.store.shift_times(step, time.time()))
+
+    def _store_failed(self, error: StoreError) -> None:
+        if str(error) != self.store_error:
+            log.error("the store cannot be used; no step is begun meanwhile: %s", error)
+        self.store_error = str(error)
+
+    async def _sync(self, ids: Collection[int] | None = None) -> None:
+        """Make the timers what the store says: all, or those of `ids`."""
+        self._stale &= ids is not None
+        wanted = await self.store.schedule(ids)
+        for job_id in [*self._timers] if ids is None else ids:
+            if job_id not in wanted and job_id in self._timers:
+                self._drop(job_id, self._timers[job_id])
+        for job_id, plan in wanted.items():
+            timer = self._timers.setdefault(job_id, JobTimer())
+            timer.ended = False
+            if timer.plan != plan:
+                self._schedule(job_id, timer, plan, max(len(self._timers), len(wanted)))
+
+    def _drop(self, job_id: int, timer: JobTimer) -> None:
+        """The job has nothing left to do. A step under way ends first: were the job to come back
+        meanwhile, a second one would run beside it."""
+        if timer.plan is not None:
+            self._scheduler.remove_job(str(job_id))
+        timer.plan, timer.ended = None, timer.busy
+        if not timer.busy:
+            del self._timers[job_id]
+
+    def _schedule(self, job_id: int, timer: JobTimer, plan: Plan, jobs: int) -> None:
+        """Give a job its timer. A new job, or a changed one, is due soon."""
+        interval = plan.interval or self.settings.min_poll_interval
+        first = slot(plan.secret, job_id, interval, jobs)
+        timer.plan = plan
+        timer.timer = self._scheduler.add_job(
+            self._fall_due,
+            slots(float(plan.interval or self.settings.max_poll_interval), self._epoch + first),
+            (job_id,),
+            id=str(job_id),
+            name="check",
+            executor="notice",
+            replace_existing=True,
+            next_run_time=on_grid(time.time() + first),
+        )
+
+    def _move(self, timer: JobTimer, at: float) -> None:
+        """Give a job another due time; its timer goes on from there."""
+        if timer.plan is not None and self._scheduler.running:
+            self._scheduler.move(timer.timer, on_grid(at))
+            if not self._woken:
+                self._woken = True
+                asyncio.get_running_loop().call_soon(self._wake)
+
+    def _wake(self) -> None:
+        """Let the scheduler look at its due times, once for all that were moved in this turn of
+        the event loop: each look at them costs more than a move."""
+        self._woken = False
+        if self._scheduler.running:
+            self._scheduler.wakeup()
+
+    def _hasten(self, job_ids: Collection[int]) -> None:
+        """A list showed that these have a finished batch: let them confirm that at once. Those
+        with a step under way do so already."""
+        for job_id in job_ids:
+            timer = self._timers.get(job_id)
+            if timer is not None and not timer.busy:
+                timer.asked = True
+                self._move(timer, time.time())
+
+    # steps
+
+    def _fall_due(self, job_id: int, since: float = 0.0) -> None:
+        """What a job's timer calls. A job with a step under way is looked at again after it."""
+        timer = self._timers.get(job_id)
+        if self._draining or timer is None or timer.busy:
+            return
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._begin)
+        self._due.setdefault(job_id, since)
+
+    def _begin(self) -> None:
+        """Begin the steps of all that fell due in this turn of the event loop."""
+        due, self._due = self._due, {}
+        ids = sorted(due.keys() & self._timers.keys(), key=due.__getitem__)
+        for job_id in ids:
+            timer = self._timers[job_id]
+            timer.since, timer.began_with = due[job_id], timer.plan
+        for start in range(0, len(ids), READ_TOGETHER):
+            some = ids[start : start + READ_TOGETHER]
+            self._spawn(self._take_up(some), some)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any], ids: Iterable[int] = ()) -> asyncio.Task[None]:
+        """Run something in a task that owns the steps of `ids` until it reports them, or passes
+        them on to another task."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        for job_id in ids:
+            self._timers[job_id].task = task
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("internal error in a step", exc_info=error)
+
+    async def _take_up(self, ids: Sequence[int]) -> None:
+        """Steps for jobs that fell due together: by a list of their batches where one may answer,
+        else one by one."""
+        ACTOR.set(None)  # a timer inherits the context of whoever set it
+        if self.store_error is not None:
+            error = StoreError(self.store_error)
+            for job_id in ids:
+                self._stepped(job_id, StepResult(STORE_PAUSE, str(error), error))
+            return
+        by_key: dict[str, list[Job]] = {}
+        with self._one_by_one_instead(len(ids)):
+            by_key = await self.steps.by_key([i for i in ids if not self._timers[i].asked])
+        for secret, rows in by_key.items():
+            self._spawn(self._check_together(secret, rows), [row.id for row in rows])
+        grouped = {row.id for rows in by_key.values() for row in rows}
+        for job_id in ids:
+            if job_id not in grouped:
+                self._spawn(self._step(job_id), [job_id])
+
+    @contextlib.contextmanager
+    def _one_by_one_instead(self, jobs: int) -> Iterator[None]:
+        """Whatever goes wrong with many is met again by each for itself, and told there."""
+        try:
+            yield
+        except StoreError as e:
+            self._store_failed(e)
+        except Exception:
+            log.exception("internal error; %d jobs are checked one by one", jobs)
+
+    async def _check_together(self, secret: str, rows: Sequence[Job]) -> None:
+        """Check jobs of one key by a list of its batches."""
+        done, began = dict[int, StepResult](), time.perf_counter()
+        with self._one_by_one_instead(len(rows)):
+            done = await self.steps.check(secret, rows)
+        self.metrics.steps.observe(time.perf_counter() - began)
+        for row in rows:
+            if row.id in done:
+                self._stepped(row.id, done[row.id])
+            else:
+                self._spawn(self._step(row.id), [row.id])
+
+    async def _step(self, job_id: int) -> None:
+        """A step of one job."""
+        timer, began = self._timers[job_id], time.perf_counter()
+        asked, timer.asked = timer.asked, False
+        try:
+            stepped = await self.steps.step(job_id, asked=asked)
+            timer.failures = 0
+        except asyncio.CancelledError:
+            log.warning("job %s: its step was cut off by the end of the service", job_id)
+            return
+        except StoreError as e:
+            self._store_failed(e)
+            timer.failures += 1
+            stepped = StepResult(min(STORE_PAUSE * 2**timer.failures, LONGEST_WAIT), str(e), e)
+        except Exception as e:
+            stepped = await self._broke(job_id, timer, e)
+        self.metrics.steps.observe(time.perf_counter() - began)
+        self._stepped(job_id, stepped)
+
+    async def _broke(self, job_id: int, timer: JobTimer, error: Exception) -> StepResult:
+        """A step met what nobody expected: told in the log and in the job's last_error, of which
+        all but the words of our own errors may name what no caller may read."""
+        timer.failures += 1
+        said, traceback = str(error), None
+        if not isinstance(error, TeckoError):
+            said, traceback = f"internal error; see the log: {type(error).__name__}", error
+            self.metrics.internal_errors.inc()
+        pace = (timer.plan.interval if timer.plan else 0) or self.settings.default_poll_interval
+        wait = min(pace * 2.0 ** (timer.failures - 1), LONGEST_WAIT)
+        log.error("job %s: %s; again in %.0f s", job_id, said, wait, exc_info=traceback)
+        with contextlib.suppress(StoreError):  # which is told by the next step
+            await self.store.note_failure(job_id, said, time.time(), wait)
+        return StepResult(wait, said, TeckoError(said))
+
+    def _stepped(self, job_id: int, stepped: StepResult) -> None:
+        """A step has ended: count it, and see to the next one."""
+        log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
+        timer, now = self._timers[job_id], time.time()
+        timer.task, plan = None, timer.plan
+        timer.failed = stepped.error is not None
+        if stepped.error is None:  # how long a key that fails takes to do so is no lateness
+            self.metrics.lateness.observe(max(0.0, now - timer.since))
+        if plan is None or stepped.wait is None:
+            timer.ended = True
+        elif timer.began_with != plan or timer.asked:  # changed while we looked at the old one
+            self._move(timer, now)
+        elif not plan.interval and stepped.error is None:
+            first = self._epoch + slot(plan.secret, job_id, stepped.wait or GRID, len(self._timers))
+            at, pace = datetime.now(UTC), slots(max(stepped.wait, GRID), first)
+            self._move(timer, pace.get_next_fire_time(at, at).timestamp())
+        elif abs(stepped.wait - plan.interval) > GRID:
+            self._move(timer, now + stepped.wait)
+
+    async def check_now(self, ref: str) -> Done:
+        """Have a job's next step made at once."""
+        job = await self.store.find_job(ref)
+        await self._sync()  # what was changed a moment ago counts
+        timer = self._timers.get(job.id)
+        if timer is None or timer.plan is None:
+            raise Conflict(f"Cannot check job {job.name!r}: it is {job.shown_status}")
+        if job.id in self.steps.ingesting:
+            raise Conflict(f"Cannot run job {job.name!r}: a run of it goes on already")
+        if self.store_error is not None:
+            raise StoreError(self.store_error)
+        timer.asked = True
+        self._move(timer, time.time())
+        return Done(success=True, message=f"Job {job.name!r} is checked now")
+
+
+# ── Service ───────────────────────────────────────────────────────────────────────────────────
+
 TICK = 1.0  # s between looks at what other processes changed in the store
 STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
 DRAIN_SECONDS = 7.0  # s for work in flight after SIGTERM, of the 10 s promised in all
 LOCK_WAIT = 60.0  # s that a start waits for another process's lock on the store
-STORE_PAUSE = 5.0  # s until a step that met a failing store is tried again
-READ_TOGETHER = 500  # jobs read by one query of those due in one tick
 GC_THRESHOLD = 10_000  # objects more than at the last collection: several ticks' worth
 PRUNE_SECONDS = 3600.0  # s between looks for rows past their time
 HEALTH_SECONDS = 2.5  # s that the store has to answer a question of /health
@@ -8515,73 +8651,22 @@ def notify(*states: str) -> None:
         log.debug("cannot notify the service manager: %s", e)
 
 
-async def every_problem(
-    config: Config, store: Store, vault: Vault, *, unused: bool = False
-) -> list[Problem]:
-    """What keeps this configuration from being run, a stored secret that does not open included."""
-    rows = await store.secrets()
-    problems = all_problems(config, await store.secret_types(), unused=unused)
-    try:
-        vault.load(required=bool(rows))
-    except SecretError as e:
-        return [*problems, Problem(found=str(e))]
-    for row in rows:
-        try:
-            vault.open(row)
-        except SecretError as e:
-            problems.append(Problem(found=str(e)))
-    return problems
-
-
-@dataclass(slots=True)
-class JobTimer:
-    """All that the service remembers of a job. Its step is under way while `task` is not done."""
-
-    plan: Plan | None = None  # None: nothing is left to do; kept while a step is under way
-    timer: Any = None  # APScheduler's job
-    task: asyncio.Task[None] | None = None  # owns the present step, alone or with those of a group
-    began_with: Plan | None = None  # the plan when that step began
-    since: float = 0.0  # unix time at which that step fell due
-    asked: bool = False  # somebody wants it checked for itself, and at once
-    ended: bool = False  # the last step left nothing to do; the next tick looks whether that holds
-    failed: bool = False  # the last step met an error
-    failures: int = 0  # steps in a row that met a failing store, or an internal error
-
-    @property
-    def busy(self) -> bool:
-        return self.task is not None and not self.task.done()
-
-
-class Service:
-    """The running program: timers, reload, figures, drain. Everything happens on the event loop;
+class Service(Timers):
+    """The running program: reload, figures, drain. Everything happens on the event loop;
     signals only set `stop` and `reload`."""
 
     def __init__(self, steps: Steps, load: Callable[[], Config]) -> None:
-        self.steps, self.store = steps, steps.store
+        super().__init__(steps)
         self._load = load
         self.started_at = time.time()
         self.stop, self.reload = asyncio.Event(), asyncio.Event()
         self.operations = Operations(steps.store, steps.vault, lambda: steps.config)
-        self.metrics = steps.metrics
         self.connections: Callable[[], int] = lambda: 0
         self.lock: RunLock | None = None
         self.reloaded_at, self.reload_error = self.started_at, cast(str | None, None)
-        self.store_error: str | None = None  # why the store cannot be written; None: it can
-        self._scheduler = make_scheduler(self._clock_moved)
-        self._timers: dict[int, JobTimer] = {}
-        self._due: dict[int, float] = {}  # since when; begun together when the tick is over
-        self._tasks: set[asyncio.Task[None]] = set()
         self._repeated: dict[Callable[..., Any], asyncio.Task[None]] = {}
-        self._epoch = time.time()  # from which slots count
         self._seen_version = -1  # of the store
-        self._stale = True  # the timers may differ from the store
         self._ticked, self._lag = time.monotonic(), 0.0
-        self._draining = self._woken = False
-        steps.on_finished = self._hasten
-
-    @property
-    def settings(self) -> Settings:
-        return self.steps.config.settings
 
     async def start(self, *, timers: bool = True) -> None:
         """Bring the store up to jobs.yaml and start the timers. Another process that holds the
@@ -8724,11 +8809,6 @@ class Service:
         except StoreError as e:
             self._store_failed(e)
 
-    def _store_failed(self, error: StoreError) -> None:
-        if str(error) != self.store_error:
-            log.error("the store cannot be used; no step is begun meanwhile: %s", error)
-        self.store_error = str(error)
-
     def _written(self, seconds: float) -> None:
         """A transaction of the store was committed, in so many seconds."""
         self.metrics.writes.observe(seconds)
@@ -8736,224 +8816,11 @@ class Service:
             log.info("the store can be written again")
         self.store_error = None
 
-    def _clock_moved(self, step: float) -> None:
-        self._spawn(self.store.shift_times(step, time.time()))
-
     async def _prune(self) -> None:
         """Delete rows past their time or number."""
         keep, days = self.settings.log_retention_rows, self.settings.log_retention_days
         with contextlib.suppress(StoreError):  # it has time until the next look
             await self.store.prune(time.time() - 86400 * days, keep)
-
-    # timers
-
-    async def _sync(self, ids: Collection[int] | None = None) -> None:
-        """Make the timers what the store says: all, or those of `ids`."""
-        self._stale &= ids is not None
-        wanted = await self.store.schedule(ids)
-        for job_id in [*self._timers] if ids is None else ids:
-            if job_id not in wanted and job_id in self._timers:
-                self._drop(job_id, self._timers[job_id])
-        for job_id, plan in wanted.items():
-            timer = self._timers.setdefault(job_id, JobTimer())
-            timer.ended = False
-            if timer.plan != plan:
-                self._schedule(job_id, timer, plan, max(len(self._timers), len(wanted)))
-
-    def _drop(self, job_id: int, timer: JobTimer) -> None:
-        """The job has nothing left to do. A step under way ends first: were the job to come back
-        meanwhile, a second one would run beside it."""
-        if timer.plan is not None:
-            self._scheduler.remove_job(str(job_id))
-        timer.plan, timer.ended = None, timer.busy
-        if not timer.busy:
-            del self._timers[job_id]
-
-    def _schedule(self, job_id: int, timer: JobTimer, plan: Plan, jobs: int) -> None:
-        """Give a job its timer. A new job, or a changed one, is due soon."""
-        interval = plan.interval or self.settings.min_poll_interval
-        first = slot(plan.secret, job_id, interval, jobs)
-        timer.plan = plan
-        timer.timer = self._scheduler.add_job(
-            self._fall_due,
-            slots(float(plan.interval or self.settings.max_poll_interval), self._epoch + first),
-            (job_id,),
-            id=str(job_id),
-            name="check",
-            executor="notice",
-            replace_existing=True,
-            next_run_time=on_grid(time.time() + first),
-        )
-
-    def _move(self, timer: JobTimer, at: float) -> None:
-        """Give a job another due time; its timer goes on from there."""
-        if timer.plan is not None and self._scheduler.running:
-            self._scheduler.move(timer.timer, on_grid(at))
-            if not self._woken:
-                self._woken = True
-                asyncio.get_running_loop().call_soon(self._wake)
-
-    def _wake(self) -> None:
-        """Let the scheduler look at its due times, once for all that were moved in this turn of
-        the event loop: each look at them costs more than a move."""
-        self._woken = False
-        if self._scheduler.running:
-            self._scheduler.wakeup()
-
-    def _hasten(self, job_ids: Collection[int]) -> None:
-        """A list showed that these have a finished batch: let them confirm that at once. Those
-        with a step under way do so already."""
-        for job_id in job_ids:
-            timer = self._timers.get(job_id)
-            if timer is not None and not timer.busy:
-                timer.asked = True
-                self._move(timer, time.time())
-
-    # steps
-
-    def _fall_due(self, job_id: int, since: float = 0.0) -> None:
-        """What a job's timer calls. A job with a step under way is looked at again after it."""
-        timer = self._timers.get(job_id)
-        if self._draining or timer is None or timer.busy:
-            return
-        if not self._due:
-            asyncio.get_running_loop().call_soon(self._begin)
-        self._due.setdefault(job_id, since)
-
-    def _begin(self) -> None:
-        """Begin the steps of all that fell due in this turn of the event loop."""
-        due, self._due = self._due, {}
-        ids = sorted(due.keys() & self._timers.keys(), key=due.__getitem__)
-        for job_id in ids:
-            timer = self._timers[job_id]
-            timer.since, timer.began_with = due[job_id], timer.plan
-        for start in range(0, len(ids), READ_TOGETHER):
-            some = ids[start : start + READ_TOGETHER]
-            self._spawn(self._take_up(some), some)
-
-    def _spawn(self, work: Coroutine[Any, Any, Any], ids: Iterable[int] = ()) -> asyncio.Task[None]:
-        """Run something in a task that owns the steps of `ids` until it reports them, or passes
-        them on to another task."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        for job_id in ids:
-            self._timers[job_id].task = task
-        task.add_done_callback(self._task_ended)
-        return task
-
-    def _task_ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("internal error in a step", exc_info=error)
-
-    async def _take_up(self, ids: Sequence[int]) -> None:
-        """Steps for jobs that fell due together: by a list of their batches where one may answer,
-        else one by one."""
-        ACTOR.set(None)  # a timer inherits the context of whoever set it
-        if self.store_error is not None:
-            error = StoreError(self.store_error)
-            for job_id in ids:
-                self._stepped(job_id, StepResult(STORE_PAUSE, str(error), error))
-            return
-        by_key: dict[str, list[CheckRow]] = {}
-        with self._one_by_one_instead(len(ids)):
-            by_key, _ = await self.steps.by_key([i for i in ids if not self._timers[i].asked])
-        for secret, rows in by_key.items():
-            self._spawn(self._check_together(secret, rows), [row.id for row in rows])
-        grouped = {row.id for rows in by_key.values() for row in rows}
-        for job_id in ids:
-            if job_id not in grouped:
-                self._spawn(self._step(job_id), [job_id])
-
-    @contextlib.contextmanager
-    def _one_by_one_instead(self, jobs: int) -> Iterator[None]:
-        """Whatever goes wrong with many is met again by each for itself, and told there."""
-        try:
-            yield
-        except StoreError as e:
-            self._store_failed(e)
-        except Exception:
-            log.exception("internal error; %d jobs are checked one by one", jobs)
-
-    async def _check_together(self, secret: str, rows: Sequence[CheckRow]) -> None:
-        """Check jobs of one key by a list of its batches."""
-        done, began = dict[int, StepResult](), time.perf_counter()
-        with self._one_by_one_instead(len(rows)):
-            done = await self.steps.check(secret, rows)
-        self.metrics.steps.observe(time.perf_counter() - began)
-        for row in rows:
-            if row.id in done:
-                self._stepped(row.id, done[row.id])
-            else:
-                self._spawn(self._step(row.id), [row.id])
-
-    async def _step(self, job_id: int) -> None:
-        """A step of one job."""
-        timer, began = self._timers[job_id], time.perf_counter()
-        asked, timer.asked = timer.asked, False
-        try:
-            stepped = await self.steps.step(job_id, asked=asked)
-            timer.failures = 0
-        except asyncio.CancelledError:
-            log.warning("job %s: its step was cut off by the end of the service", job_id)
-            return
-        except StoreError as e:
-            self._store_failed(e)
-            timer.failures += 1
-            stepped = StepResult(min(STORE_PAUSE * 2**timer.failures, LONGEST_WAIT), str(e), e)
-        except Exception as e:
-            stepped = await self._broke(job_id, timer, e)
-        self.metrics.steps.observe(time.perf_counter() - began)
-        self._stepped(job_id, stepped)
-
-    async def _broke(self, job_id: int, timer: JobTimer, error: Exception) -> StepResult:
-        """A step met what nobody expected: told in the log and in the job's last_error, of which
-        all but the words of our own errors may name what no caller may read."""
-        timer.failures += 1
-        said, traceback = str(error), None
-        if not isinstance(error, TeckoError):
-            said, traceback = f"internal error; see the log: {type(error).__name__}", error
-            self.metrics.internal_errors.inc()
-        pace = (timer.plan.interval if timer.plan else 0) or self.settings.default_poll_interval
-        wait = min(pace * 2.0 ** (timer.failures - 1), LONGEST_WAIT)
-        log.error("job %s: %s; again in %.0f s", job_id, said, wait, exc_info=traceback)
-        with contextlib.suppress(StoreError):  # which is told by the next step
-            await self.store.note_failure(job_id, said, time.time(), wait)
-        return StepResult(wait, said, TeckoError(said))
-
-    def _stepped(self, job_id: int, stepped: StepResult) -> None:
-        """A step has ended: count it, and see to the next one."""
-        log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
-        timer, now = self._timers[job_id], time.time()
-        timer.task, plan = None, timer.plan
-        timer.failed = stepped.error is not None
-        if stepped.error is None:  # how long a key that fails takes to do so is no lateness
-            self.metrics.lateness.observe(max(0.0, now - timer.since))
-        if plan is None or stepped.wait is None:
-            timer.ended = True
-        elif timer.began_with != plan or timer.asked:  # changed while we looked at the old one
-            self._move(timer, now)
-        elif not plan.interval and stepped.error is None:
-            first = self._epoch + slot(plan.secret, job_id, stepped.wait or GRID, len(self._timers))
-            at, pace = datetime.now(UTC), slots(max(stepped.wait, GRID), first)
-            self._move(timer, pace.get_next_fire_time(at, at).timestamp())
-        elif abs(stepped.wait - plan.interval) > GRID:
-            self._move(timer, now + stepped.wait)
-
-    async def check_now(self, ref: str) -> Done:
-        """Have a job's next step made at once."""
-        job = await self.store.find_job(ref)
-        await self._sync()  # what was changed a moment ago counts
-        timer = self._timers.get(job.id)
-        if timer is None or timer.plan is None:
-            raise Conflict(f"Cannot check job {job.name!r}: it is {job.shown_status}")
-        if job.id in self.steps.ingesting:
-            raise Conflict(f"Cannot run job {job.name!r}: a run of it goes on already")
-        if self.store_error is not None:
-            raise StoreError(self.store_error)
-        timer.asked = True
-        self._move(timer, time.time())
-        return Done(success=True, message=f"Job {job.name!r} is checked now")
 
     # figures
 
@@ -8966,7 +8833,7 @@ class Service:
                 last = next(iter(await self.store.runs(None, 1)), None)
                 seen = {
                     "db_connected": True,
-                    "overdue_jobs": await self.store.overdue(now, self.started_at),
+                    "overdue_jobs": (await self.store.overdue(now, self.started_at))[:NAMED],
                     "undelivered_jobs": await self.store.undelivered(now, settle),
                     "attention": [Attention(**row) for row in await self.store.attention(NAMED)],
                     "etl_last_run": last.start_time if last else None,
@@ -8986,10 +8853,6 @@ class Service:
             **seen,
         )
         return judged(health, self.store.file_problem(), self.store_error)
-
-    async def alive(self) -> Done:
-        """That this is answered at all is the answer: it runs on the event loop."""
-        return Done(success=True, message="the event loop responds")
 
     async def ready(self) -> Done:
         health = await self.health()
@@ -9025,12 +8888,11 @@ class Service:
     async def metrics_text(self) -> str:
         """What /metrics answers, in Prometheus' text format."""
         now, jobs = time.time(), await self.store.jobs(None, METERED_JOBS)
-        oldest_check, overdue = await self.store.lateness(now, self.started_at)
         counted = dict.fromkeys((*JOB_STEPS, "removed"), 0) | (await self.store.counts())["jobs"]
         self.metrics.jobs_are(jobs, counted)
         self.metrics.set(
-            overdue_jobs=overdue,
-            check_age_seconds=oldest_check,
+            overdue_jobs=len(await self.store.overdue(now, self.started_at)),
+            check_age_seconds=await self.store.check_age(now, self.started_at),
             oldest_open_trigger_seconds=await self.store.oldest_open_trigger(now),
             store_writable=self.store_error is None,
             loop_lag_seconds=self._lag,
@@ -9045,6 +8907,19 @@ class Service:
 
 
 @contextlib.asynccontextmanager
+async def make_steps(config: Config, store: Store) -> AsyncIterator[Steps]:
+    """The steps with their upstreams, which are closed at the end."""
+    settings = config.settings
+    openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
+    upstreams = openai, Keboola(), Web()
+    try:
+        yield Steps(config, store, Vault(settings), *upstreams)
+    finally:
+        for upstream in upstreams:
+            await upstream.close()
+
+
+@contextlib.asynccontextmanager
 async def make_service(
     config: Config,
     load: Callable[[], Config],
@@ -9053,18 +8928,17 @@ async def make_service(
     in_reserve: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Service]:
     """The service with its store and upstreams, started; drained and closed at the end."""
-    settings = config.settings
-    async with Store(settings.store) as store, store.sole(in_reserve):
-        openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
-        upstreams = openai, Keboola(), Web()
-        service = Service(Steps(config, store, Vault(settings), *upstreams), load)
+    async with (
+        Store(config.settings.store) as store,
+        store.sole(in_reserve),
+        make_steps(config, store) as steps,
+    ):
+        service = Service(steps, load)
         try:
             await service.start(timers=timers)
             yield service
         finally:
             await service.drain()
-            for upstream in upstreams:
-                await upstream.close()
 
 
 # ── Page ──────────────────────────────────────────────────────────────────────────────────────
@@ -9198,8 +9072,8 @@ function row(job) {
     sent ? [sent.keboola_job_id, told] : "", time(job.next_check_at) ?? "", buttons(job)];
   return make("tr", {}, cells.map((cell) => make("td", {}, cell)));
 }
-function rows(jobs, any) {
-  const none = any ? "No jobs yet: write some into jobs.yaml and run `reload`, or use `job create`."
+function rows(jobs, isNew) {
+  const none = isNew ? "No jobs yet: write some into jobs.yaml, then run `reload`."
     : "No job is like this.";
   return jobs.length ? jobs.map(row) : make("tr", {}, make("td", {colSpan: 6}, none));
 }
@@ -9492,8 +9366,8 @@ ROUTES: tuple[Route, ...] = (
           page=True),
     Route("GET", "/health", "Overall health, judged by recent checks; 503: unhealthy", show_health,
           Health, public=True, also="/api/health"),
-    Route("GET", "/livez", "Liveness: the event loop responds", lambda r: r.service.alive(),
-          Done, public=True),
+    Route("GET", "/livez", "Liveness: the event loop responds",  # for it runs this
+          lambda r: Done(success=True, message="the event loop responds"), Done, public=True),
     Route("GET", "/readyz", "Readiness: the store is open and the scheduler runs; 503: not ready",
           lambda r: r.service.ready(), Done, public=True),
     Route("GET", "/stats", "Totals, and what was done since the start",
@@ -9535,6 +9409,16 @@ ROUTES: tuple[Route, ...] = (
 )  # fmt: skip
 
 
+class UnclearJson(ValueError):
+    """What json.loads would take and JSON does not have, or has two meanings for."""
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise UnclearJson(f"{text} is no number")
+    return float(text)
+
+
 def json_body(body: bytes) -> Any:
     """What a body says. What is JSON only to Python, or can be read in two ways, is refused."""
 
@@ -9544,7 +9428,7 @@ def json_body(body: bytes) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(body, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        return json.loads(body, parse_constant=finite, parse_float=finite, object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
         said = f": {e}" if isinstance(e, UnclearJson) else ""
         raise Refused(400, f"the body is not JSON{said}") from None
@@ -10265,45 +10149,38 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[object]]
     spare: Sequence[int] = ()
 
-    def texts(self, *, short: bool = False) -> list[list[str]]:
+    def texts(self) -> list[list[str]]:
         """The cells of each column, with its name; one line each."""
         rows = [["-" if v in (None, "") else redact(str(v)) for v in row] for row in self.rows]
         clean = [[CONTROL.sub(" ", text) for text in row] for row in (self.columns, *rows)]
         columns = [list(column) for column in zip(*clean, strict=True)]
         signs = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
-        for i, column in enumerate(columns):
-            if short:
-                columns[i] = [ISO_TIME.sub(r"\1 \2", text) for text in column]
+        for column in columns:
             if signs and column[0] in ("State", "Status"):
-                columns[i] = [
-                    f"{SIGNS[text][0]} {text}" if text in SIGNS else text for text in column
-                ]
+                column[:] = [f"{SIGNS[t][0]} {t}" if t in SIGNS else t for t in column]
         return columns
 
 
-def fitted(table: Table, room: int) -> list[tuple[int, list[str]]]:
-    """How wide each column is that is shown, and its cells: times become short first, then columns
-    go, then lines break between words, and only then within one."""
+def fitted(table: Table, room: int) -> Iterator[tuple[list[str], int | None]]:
+    """The columns that fit, and the width of those that are not to be narrowed: times become short
+    first, then columns go, then lines break between words, and only then within one."""
     from rich.cells import cell_len
 
-    def total(widths: Collection[int]) -> int:
-        return sum(widths) + GAP * (len(widths) - 1)
+    def least(column: Sequence[str]) -> int:
+        """A longer word, like a URL, may break; a sign stays with its state."""
+        whole = max(map(cell_len, column))
+        word = max((cell_len(word) for text in column for word in text.split()), default=1)
+        return min(whole if whole <= word + GAP else word, max(min(room // 2, 40), 8))
 
     columns = table.texts()
-    if total([max(map(cell_len, column)) for column in columns]) > room:
-        columns = table.texts(short=True)
-    cap = max(min(room // 2, 40), 8)  # a longer word, like a URL, may break
-    words = [[cell_len(word) for text in column for word in text.split()] for column in columns]
-    widths = {i: min(max(lengths, default=1), cap) for i, lengths in enumerate(words)}
+    if sum(max(map(cell_len, column)) + GAP for column in columns) > room + GAP:
+        columns = [[ISO_TIME.sub(r"\1 \2", text) for text in column] for column in columns]
+    widths = dict(enumerate(map(least, columns)))
     for i in table.spare:
-        if total(widths.values()) > room:
+        if sum(widths.values()) + GAP * (len(widths) - 1) > room:
             del widths[i]
-    wanted = {i: max(map(cell_len, columns[i])) - width for i, width in widths.items()}
-    for i in sorted(wanted, key=wanted.__getitem__):
-        widths[i] += max(0, min(wanted[i], room - total(widths.values())))
-    while total(widths.values()) > room and max(widths.values()) > 1:
-        widths[max(widths, key=widths.__getitem__)] -= 1
-    return [(width, columns[i]) for i, width in widths.items()]
+    for i, width in widths.items():
+        yield columns[i], width if max(map(cell_len, columns[i])) == width else None
 
 
 def draw(table: Table) -> None:
@@ -10320,12 +10197,12 @@ def draw(table: Table) -> None:
     from rich.text import Text
 
     console = Console(highlight=False, emoji=False, markup=False)
-    shown, colours = fitted(table, console.width), dict(SIGNS.values())
-    drawn = RichTable(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    shown, colours = [*fitted(table, console.width)], dict(SIGNS.values())
+    drawn = RichTable(box=None, pad_edge=False, padding=(0, 0, 0, GAP))
     drawn.show_header = any(table.columns)
-    for width, column in shown:
+    for column, width in shown:
         drawn.add_column(column[0], overflow="fold", width=width)
-    for row in zip(*(column[1:] for _, column in shown), strict=True):
+    for row in zip(*(column[1:] for column, _ in shown), strict=True):
         drawn.add_row(*(Text(text, colours.get(text[:1], "")) for text in row))
     console.print(drawn)
 
@@ -10450,11 +10327,6 @@ def no_jobs_file(config: Config) -> Invalid:
     return Invalid([text], hint="teckochecker.py init writes one")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {close[0]!r}?" if close else ""
-
-
 @contextlib.asynccontextmanager
 async def guessing(store: Store) -> AsyncIterator[None]:
     """A job or secret that is not there is met with the one that was probably meant."""
@@ -10462,7 +10334,8 @@ async def guessing(store: Store) -> AsyncIterator[None]:
         yield
     except NotFound as e:
         names = await store.names("secrets" if e.code == 1001 else "polling_jobs")
-        e.hint = did_you_mean(str(e).partition("'")[2].partition("'")[0], names) or e.hint
+        question = meant(str(e).partition("'")[2].partition("'")[0], names)
+        e.hint = question.strip(" ()") or e.hint
         raise
 
 
@@ -10480,6 +10353,16 @@ def with_operations(
     if not looks:
         vault.load(required=False)
     return asyncio.run(asking())
+
+
+def looking(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
+    """What who only looks finds; in an empty database where there is none yet."""
+    if config.settings.has_store:
+        return with_operations(config, work, looks=True)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = config.settings.model_copy(update={"database": Path(folder) / "empty.db"})
+        asyncio.run(Store(settings.store).touch())
+        return with_operations(replace(config, settings=settings), work, looks=True)
 
 
 FIRST_JOBS_FILE = """\
@@ -10506,17 +10389,11 @@ jobs:
 """
 
 
-async def sealed_names(settings: Settings) -> list[str]:
-    """The stored secrets; on a PostgreSQL server it makes the tables where they are missing."""
-    async with Store(settings.store) as store:
-        return await store.names("secrets")
-
-
 def cmd_init(args: argparse.Namespace, config: Config) -> int:
     settings, vault, done = config.settings, Vault(config.settings), []
     key_file, sealed = vault.file, list[str]()
-    if settings.has_store:
-        sealed = asyncio.run(sealed_names(settings))
+    if settings.has_store:  # of a server, it makes the tables where they are missing
+        sealed = with_operations(config, lambda operations: operations.store.names("secrets"))
     if key_file is not None and not key_file.exists():
         if sealed and not args.new_key:
             raise SecretError(
@@ -10550,31 +10427,22 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
         raise no_jobs_file(config)
     for warning in config.warnings:
         print(redact(f"warning: {warning}"), file=sys.stderr)
-    vault, jobs = Vault(config.settings), config.jobs or []
+    jobs = config.jobs or []
 
-    async def look(operations: Operations) -> tuple[list[Problem], list[str], list[str]]:
-        problems = await every_problem(config, operations.store, vault, unused=True)
-        return (
-            problems,
-            await operations.store.names("secrets"),
-            await planned(jobs, operations.store),
-        )
+    async def look(operations: Operations) -> tuple[list[str], list[str], list[Finding]]:
+        store = operations.store
+        problems = await every_problem(config, store, Vault(config.settings), unused=True)
+        problems += [Problem(found=said) for said in await client_problems()]
+        if problems:
+            raise Invalid(problems, hint=missing_secret_hint(problems))
+        findings = list[Finding]()
+        if args.online:
+            async with make_steps(config, store) as steps:
+                findings = await Doctor(steps).examine(jobs)
+        return await store.names("secrets"), await planned(jobs, store), findings
 
-    if config.settings.has_store:
-        problems, stored, changes = with_operations(config, look, looks=True)
-    else:
-        vault.load(required=False)
-        problems, stored = all_problems(config, {}, unused=True), []
-        changes = [
-            f"job {job.name!r} {said}"
-            for job in jobs
-            for said in ("is new", *([WILL_FIRE] if isinstance(job, JobSpec) else ()))
-        ]
-    problems += [Problem(found=said) for said in asyncio.run(client_problems())]
-    if problems:
-        raise Invalid(problems, hint=missing_secret_hint(problems))
+    stored, changes, findings = looking(config, look)
     names = sorted({*config.secrets, *stored})
-    findings = asyncio.run(examined(config, vault)) if args.online else []
     text = f"{config.path} is good: {counted(len(jobs), 'job')},"
     lines = [f"{text} {counted(len(names), 'secret')}", *changes]
     lines += [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
@@ -10593,11 +10461,6 @@ def missing_secret_hint(problems: Sequence[Problem]) -> str:
     lost = re.search(r"no secret '(.+?)'|secret '(.+?)': the environ", text)
     name = lost[1] or lost[2] if lost else ""
     return f"teckochecker.py secret add --name {name} --type openai|keboola|api" if lost else ""
-
-
-async def examined(config: Config, vault: Vault) -> list[Finding]:
-    async with Store(config.settings.store) as store:
-        return await examine(config, store, vault)
 
 
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
@@ -10630,19 +10493,16 @@ def not_beside_another() -> None:
 async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> None:
     """Run the service until SIGTERM or SIGINT; those cancel it while it still starts."""
     loop, starting = asyncio.get_running_loop(), cast(asyncio.Task[None], asyncio.current_task())
-    hangup = asyncio.Event()  # a SIGHUP before there is a service to reload
+    reload = asyncio.Event()  # may be set before there is a service to reload
     ends = (signal.SIGTERM, signal.SIGINT)
     for number in ends:
         loop.add_signal_handler(number, starting.cancel)
-    loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
     waits = partial(next, in_reserve(lock))
     async with make_service(config, load, in_reserve=waits) as service:
-        service.lock = lock
+        service.lock, service.reload = lock, reload
         for number in ends:
             loop.add_signal_handler(number, service.stop.set)
-        loop.add_signal_handler(signal.SIGHUP, service.reload.set)
-        if hangup.is_set():
-            service.reload.set()
         async with serving(service) as admin:
             lock.write(admin.url, service.started_at)
             where = f"admin surface at {admin.url}"
@@ -10778,9 +10638,7 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
         counts, due = (await operations.store.counts())["jobs"], await operations.store.due_next(5)
         return counts, due, await operations.store.attention(10)
 
-    counts, due, needs = (
-        with_operations(config, look, looks=True) if settings.has_store else ({}, [], [])
-    )
+    counts, due, needs = looking(config, look)
     needs += refused_reload(found.address, settings) if found and serves else []
     up = round(now - found.started_at, 1) if found and found.started_at else None
     document = {
@@ -10846,10 +10704,10 @@ class Turn:
             self.run = run = next(iter(await store.runs(job.name, 1)), None)
             self.over = run is not None and run.id > self.last and run.status != "in_progress"
             self.bad = run is None or not self.over or run.status != "success"
-            said = (run.error_message, run_text(run)) if run and self.over else ("it did not run",)
+            said = (run.error_message, run.summary) if run and self.over else ("it did not run",)
             self.said = "; ".join(filter(None, said))
             return self.over
-        seen = [describe_progress(b) for b in await store.batches(job.id) if b.status]
+        seen = [describe_progress(b) for b in job.batches if b.status]
         self.said = job.last_error or "; ".join(seen) or "not checked yet"
         self.bad = job.errors_in_row > 0 or (job.status == "failed" != self.before.status)
         checked = job.last_check_at != self.before.last_check_at and job.status != "triggering"
@@ -10857,8 +10715,13 @@ class Turn:
         return self.over
 
 
-def run_text(run: Run) -> str:
-    return ", ".join(f"{getattr(run, f'records_{name}')} {name}" for name in COUNTED)
+async def show_progress(store: Store, turns: Sequence[Turn]) -> None:
+    """How far the runs of ingests are: on a terminal, a line that the next one overwrites."""
+    for turn in turns if sys.stderr.isatty() else ():
+        for run in await store.runs(turn.job.name, 1) if turn.job.is_ingest else ():
+            share = "" if run.progress is None else f", {run.progress:.0%}"
+            text = f"\r{run.source}: {run.records_processed:,} records{share}\x1b[K"
+            print(text * (run.status == "in_progress"), end="", file=sys.stderr, flush=True)
 
 
 async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
@@ -10871,7 +10734,7 @@ async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
         if job.id not in ready:
             raise Conflict(f"Cannot {verb} job {job.name!r}: it is {job.shown_status}")
     if not args.jobs:
-        jobs = list((await store.jobs_among(ready)).values())
+        jobs.extend(await store.jobs_among(ready))
     last = {run.source: run.id for job in jobs for run in await store.runs(job.name, 1)}
     return [Turn(job, last.get(job.name, 0), job) for job in jobs]
 
@@ -10879,7 +10742,11 @@ async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
 def cmd_check(args: argparse.Namespace, config: Config) -> int:
     """One round now: by the service where one runs, else here, with the retries that it allows."""
     found = service_of(config)
-    turns = asyncio.run(check_there(args, config, found) if found else check_here(args, config))
+    try:
+        turns = asyncio.run(check_there(args, config, found) if found else check_here(args, config))
+    finally:  # whatever is said next, it begins on a line of its own
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     bad = any(turn.bad for turn in turns)
     if args.command == "job" and turns[0].run is not None:
         return report_run(args, turns[0].run)
@@ -10891,7 +10758,7 @@ def cmd_check(args: argparse.Namespace, config: Config) -> int:
 
 def report_run(args: argparse.Namespace, run: Run) -> int:
     """How the run of an ingest ended; the exit code."""
-    text = [f"{run.source}: {run.status}: {run_text(run)}", *(f"  {note}" for note in run.notes)]
+    text = [f"{run.source}: {run.status}: {run.summary}", *(f"  {note}" for note in run.notes)]
     times = {"start_time": iso(run.start_time), "end_time": iso(run.end_time or run.start_time)}
     report(args, asdict(run) | times, "\n".join(text))
     if run.status != "success":
@@ -10907,8 +10774,7 @@ async def check_here(args: argparse.Namespace, config: Config) -> list[Turn]:
         async with alone(config, lambda: config) as service:
             async with guessing(service.store):
                 turns = await turns_of(service.store, args)
-            async with progress(service.store, turns):
-                await until_signal(service, turns)
+            await until_signal(service, turns)
             for turn in turns:
                 await turn.look(service.store)
             return turns
@@ -10933,7 +10799,9 @@ async def until_signal(service: Service, turns: Sequence[Turn]) -> None:
     work = asyncio.ensure_future(steps())
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
-    await asyncio.wait([work])
+    while not work.done():
+        await asyncio.wait([work], timeout=FOLLOW_SECONDS)
+        await show_progress(service.store, turns)
     if caught:
         raise SystemExit(128 + caught[0])
     work.result()
@@ -10964,10 +10832,9 @@ async def check_there(args: argparse.Namespace, config: Config, found: Holder) -
                 if len(turns) == 1:
                     raise
                 turn.said, turn.bad, turn.over = str(e), True, True
-        async with progress(store, turns):
-            for turn in turns:
-                if not turn.over:
-                    await await_turn(store, turn, config)
+        for turn in turns:
+            if not turn.over:
+                await await_turn(store, turn, config)
     return turns
 
 
@@ -10983,35 +10850,9 @@ async def await_turn(store: Store, turn: Turn, config: Config) -> None:
             if turn.job.status == "active":
                 turn.said, turn.bad = f"not checked within {span(CHECK_WAIT)}", True
             return
+        await show_progress(store, [turn])
         await asyncio.sleep(FOLLOW_SECONDS)
         gone = holder(config.settings.database) is None
-
-
-@contextlib.asynccontextmanager
-async def progress(store: Store, turns: Sequence[Turn]) -> AsyncIterator[None]:
-    """How far the runs of ingests are, on a terminal."""
-    last = {turn.job.name: turn.last for turn in turns if isinstance(turn.job.spec, IngestSpec)}
-    if not last or not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("reading") as shown:
-
-        async def follow() -> None:
-            while True:
-                for name in last:
-                    for run in await store.runs(name, 1):
-                        share = "" if run.progress is None else f", {run.progress:.0%}"
-                        if run.id > last[name]:
-                            shown.update(f"{name}: {run.records_processed:,} records{share}")
-                await asyncio.sleep(FOLLOW_SECONDS)
-
-        following = asyncio.create_task(follow())
-        try:
-            yield
-        finally:
-            following.cancel()
 
 
 # ── Secrets, jobs and records on the command line ─────────────────────────────────────────────
@@ -11034,13 +10875,7 @@ def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
-    there = config.settings.has_store
-    nothing = SecretList(secrets=[], total=0)
-    answer = (
-        with_operations(config, lambda operations: operations.secrets(), looks=True)
-        if there
-        else nothing
-    )
+    answer = looking(config, lambda operations: operations.secrets())
     rows: list[tuple[object, ...]]
     rows = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
     for name, ref in config.secrets.items():
@@ -11123,14 +10958,10 @@ def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
-    async def all_pages(operations: Operations) -> tuple[JobList, dict[str, tuple[int, int]]]:
-        found = await operations.jobs(args.status, 1000, 0)
-        while found.next_after is not None:
-            page = await operations.jobs(args.status, 1000, found.next_after)
-            found = page.model_copy(update={"jobs": found.jobs + page.jobs})
-        return found, await operations.store.ingested()
+    async def look(operations: Operations) -> tuple[JobList, dict[str, tuple[int, int]]]:
+        return await operations.jobs(args.status, 10**9, 0), await operations.store.ingested()
 
-    (found, brought), now = with_operations(config, all_pages, looks=True), time.time()
+    (found, brought), now = with_operations(config, look, looks=True), time.time()
     rows = []
     for job in found.jobs:
         mine, pace = brought.get(job.name, (0, 0)), job.poll_interval_seconds
@@ -11221,10 +11052,8 @@ def cmd_logs(args: argparse.Namespace, config: Config) -> int:
     async def look(operations: Operations) -> list[dict[str, Any]]:
         job_id = (await operations.store.find_job(args.job)).id if args.job else None
         rows = await operations.store.logs(job_id, limit, after)
-        jobs = await operations.store.jobs_among(
-            {row.job_id for row in rows if row.job_id is not None}
-        )
-        names = {None: None} | {job_id: job.name for job_id, job in jobs.items()}
+        jobs = await operations.store.jobs_among({row.job_id for row in rows if row.job_id})
+        names: dict[int | None, str] = {job.id: job.name for job in jobs}
         return [
             asdict(row) | {"job": names.get(row.job_id), "created_at": iso(row.created_at)}
             for row in rows
@@ -11286,8 +11115,8 @@ def cmd_data(args: argparse.Namespace, config: Config) -> int:
 
 async def check_source(store: Store, source: str | None) -> None:
     known = await store.ingested()
-    if source and source not in known and (guess := did_you_mean(source, known)):
-        say(f"hint: there is no source {source!r}; {guess}")
+    if source and source not in known and (question := meant(source, known)):
+        say(f"hint: there is no source {source!r}{question}")
 
 
 async def export(
@@ -11357,8 +11186,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            guess = did_you_mean(found[1], re.findall(r"'(.*?)'", found[2]))
-            message += f"; {guess}" if guess else ""
+            message += meant(found[1], re.findall(r"'(.*?)'", found[2]))
         super().error(message)
 
 

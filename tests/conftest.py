@@ -105,6 +105,17 @@ def fresh(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> Callab
     return lambda: tmp_path / next(names)
 
 
+@pytest.fixture
+def path(fresh: Callable[[], Place]) -> Place:
+    return fresh()
+
+
+@pytest.fixture
+async def store(path: Place) -> AsyncIterator[tecko.Store]:
+    async with tecko.Store(path) as opened:
+        yield opened
+
+
 def execute(place: Place, sql: str, *values: object) -> list[Any]:
     """One statement by another process."""
     if isinstance(place, Path):
@@ -195,6 +206,19 @@ def secrets_forgotten() -> Iterator[None]:
         tecko.SecretValue.known, tecko.SecretValue.forms = before
 
 
+def flat_job(**changed: Any) -> dict[str, Any]:
+    """A good job in the flat form."""
+    return {
+        "name": "job",
+        "batch_ids": ["batch_1", "batch_2"],
+        "openai_secret": "openai",
+        "keboola_secret": "keboola",
+        "keboola_stack_url": "https://connection.keboola.com",
+        "keboola_component_id": "comp",
+        "keboola_configuration_id": "cfg",
+    } | changed
+
+
 @dataclass
 class World:
     """A real store, the real steps with a clock to turn, and the stand-ins they talk to."""
@@ -214,16 +238,8 @@ class World:
 
     async def job(self, name: str = "job", **flat: Any) -> int:
         """Create a job in the store; by default for batch_1 and the Keboola stand-in."""
-        given = {
-            "name": name,
-            "batch_ids": ["batch_1"],
-            "openai_secret": "openai",
-            "keboola_secret": "keboola",
-            "keboola_stack_url": self.keboola.url,
-            "keboola_component_id": "comp",
-            "keboola_configuration_id": "cfg",
-        } | flat
-        spec = tecko.job_spec(given, self.config.settings.job_context)
+        given = {"name": name, "batch_ids": ["batch_1"], "keboola_stack_url": self.keboola.url}
+        spec = tecko.job_spec(flat_job(**given | flat), self.config.settings.job_context)
         return await self.store.create_job(spec, "store", self.clock())
 
     async def ingest(self, name: str = "source", **block: Any) -> int:

@@ -142,11 +142,15 @@ def before_the_outbox_commit(site: Site) -> None:
     assert site.states() == []
 
 
+def killed_at(site: Site, gate: standins.Gate) -> None:
+    with site.program() as program:
+        stopped_at(gate)
+        program.kill()
+
+
 def after_the_outbox_commit(site: Site) -> None:
     """The trigger is decided on, and Keboola's service index is being asked for the queue."""
-    with site.program() as program:
-        stopped_at(site.keboola.gate("GET /v2/storage", after_acting=False))
-        program.kill()
+    killed_at(site, site.keboola.gate("GET /v2/storage", after_acting=False))
     assert site.states() == ["pending"]
 
 
@@ -162,9 +166,7 @@ def sent_and_lost(site: Site) -> None:
 def sent_and_late(site: Site) -> None:
     """The POST was on its way and takes effect when the next program has searched for it once."""
     gate = site.keboola.gate("POST /jobs", after_acting=False)
-    with site.program() as program:
-        stopped_at(gate)
-        program.kill()
+    killed_at(site, gate)
     assert (site.states(), len(site.keboola.created)) == (["sending"], 0)
 
     def arrives() -> None:
@@ -177,9 +179,7 @@ def sent_and_late(site: Site) -> None:
 def taken_but_not_answered(site: Site) -> None:
     """The POST took effect, and its answer has not come."""
     gate = site.keboola.gate("POST /jobs", after_acting=True)
-    with site.program() as program:
-        stopped_at(gate)
-        program.kill()
+    killed_at(site, gate)
     assert (site.states()[-1:], len(site.keboola.created)) == (["sending"], 1)
 
 
@@ -197,9 +197,7 @@ def answered_but_not_recorded(site: Site) -> None:
 
 def followed(site: Site) -> None:
     """The Keboola job is known and being asked for."""
-    with site.program() as program:
-        stopped_at(site.keboola.gate("GET /jobs/*", after_acting=True))
-        program.kill()
+    killed_at(site, site.keboola.gate("GET /jobs/*", after_acting=True))
     assert site.states() == ["running"]
 
 
@@ -215,9 +213,7 @@ def settling(site: Site) -> None:
 def twice_while_settling(site: Site) -> None:
     """Killed before the answer, and once more in the first search after the restart."""
     taken_but_not_answered(site)
-    with site.program() as program:
-        stopped_at(site.keboola.gate("GET /search/jobs", after_acting=True))
-        program.kill()
+    killed_at(site, site.keboola.gate("GET /search/jobs", after_acting=True))
     assert site.states() == ["unknown"]
 
 

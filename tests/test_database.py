@@ -9,7 +9,7 @@ import json
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import postgres
@@ -19,18 +19,6 @@ from conftest import Holder, Place, World, execute, make_world
 from test_store import checked, fired, get, job_in, made, spec
 
 import teckochecker as tecko
-
-
-@pytest.fixture
-def path(fresh: Callable[[], Place]) -> Place:
-    return fresh()
-
-
-@pytest.fixture
-async def store(path: Place) -> AsyncIterator[tecko.Store]:
-    async with tecko.Store(path) as opened:
-        yield opened
-
 
 # ── Locks ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -253,7 +241,7 @@ async def test_a_clock_that_is_set_takes_the_times_along(store: tecko.Store, ste
     job, [trigger] = await store.find_job("checked"), await store.open_triggers(sent.job_id)
     assert job.last_check_at == job.last_ok_at == now + step == trigger.unknown_at
     assert job.next_check_at == now + step + 60 and trigger.sent_at == now + step
-    assert (await store.batches(job.id))[0].changed_at == 7.0 + step
+    assert (await store.find_job(job.id)).batches[0].changed_at == 7.0 + step
     assert (await store.find_job("quiet")).next_check_at == now + step + 60
     assert trigger.created_at == sent.created_at and job.created_at == before.created_at
 
@@ -268,7 +256,7 @@ async def test_times_of_a_clock_that_was_ahead(store: tecko.Store) -> None:
     [after], seen = await store.open_triggers(trigger.job_id), await get(store, job.id)
     assert after.unknown_at == after.sent_at == seen.last_check_at == seen.last_ok_at == 1e8
     assert seen.next_check_at == 1e8
-    assert (await store.batches(job.id))[0].changed_at == 7.0
+    assert (await store.find_job(job.id)).batches[0].changed_at == 7.0
 
 
 # ── Rows ──────────────────────────────────────────────────────────────────────────────────────
@@ -342,7 +330,7 @@ async def test_auto_is_not_overdue_before_its_first_check(store: tecko.Store) ->
     assert await checked(store, job, now=10.0, pace=30.0)
     await store.update_job(job.id, lambda _: spec(poll_interval="auto", variables={"a": "b"}), 11.0)
     assert (await get(store, job.id)).pace == 30.0
-    assert await store.lateness(101.0, 0.0) == (91.0, 1)
+    assert await store.check_age(101.0, 0.0) == 91.0
 
 
 async def test_what_is_kept_is_counted_in_rows(store: tecko.Store, path: Place) -> None:
@@ -385,7 +373,7 @@ async def test_what_ended_is_pruned(store: tecko.Store) -> None:
     [
         lambda store: store.logs(1, 20),
         lambda store: store.schedule(),
-        lambda store: store.due([1, 2]),
+        lambda store: store.jobs_among([1, 2]),
         lambda store: store.fired("aim"),
     ],
 )
@@ -408,15 +396,11 @@ async def test_what_is_asked_often_is_found_by_index(
 def chunk(rows: dict[str, str], bad: tuple[str, ...] = (), inserted: int = 0) -> tecko.Chunk:
     good = {key: text for key, text in rows.items() if key not in bad}
     return tecko.Chunk(
+        tecko.Fetched("line", [], [], None, "file", {"at": len(rows)}, 0.5),
         raws=[(key, text, key not in bad) for key, text in rows.items()],
         unified=[(k, json.dumps({"v": v}), tecko.digest_of(v)) for k, v in good.items()],
         rejects=[tecko.Rejected(f"line {key}", "why", rows[key]) for key in bad],
         counts=Counter(processed=len(rows), inserted=inserted, failed=len(bad)),
-        part="file",
-        state={"at": len(rows)},
-        progress=0.5,
-        label="line",
-        span=None,
     )
 
 
@@ -519,7 +503,7 @@ async def test_a_writer_that_gives_up(url: str) -> None:
             await asyncio.gather(writing, return_exceptions=True)
             await made(store, f"{name}-after")
             known = {job.name: job.id for job in await store.jobs()}
-            assert name not in known or len(await store.batches(known[name])) == 2
+            assert name not in known or len((await store.find_job(known[name])).batches) == 2
 
 
 async def test_a_transaction_that_lost_its_connection(server: postgres.Server, url: str) -> None:

@@ -7,23 +7,13 @@ from pathlib import Path
 
 import pytest
 import standins
-from conftest import JOB_YAML, World, program_environment, run_program
+from conftest import JOB_YAML, World, flat_job, program_environment, run_program
 
 import teckochecker as tecko
 
-FLAT = {
-    "name": "nightly",
-    "batch_ids": ["batch_1", "batch_2"],
-    "openai_secret": "openai",
-    "keboola_secret": "keboola",
-    "keboola_stack_url": "https://connection.keboola.com",
-    "keboola_component_id": "comp",
-    "keboola_configuration_id": "cfg",
-}
-
 
 def spec(**changed: object) -> tecko.Spec:
-    return tecko.job_spec(FLAT | changed)
+    return tecko.job_spec(flat_job(**{"name": "nightly"} | changed))
 
 
 def ingest(**changed: object) -> tecko.Spec:

@@ -37,7 +37,7 @@ import pytest
 import requests
 import schemathesis
 import standins
-from conftest import MASTER_KEY, secrets_forgotten
+from conftest import MASTER_KEY, flat_job, secrets_forgotten
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
@@ -101,16 +101,10 @@ class Fuzzed:
         return int(self.call("POST", "/api/admin/secrets", json=body)["id"])
 
     def job(self, **flat: Any) -> int:
-        given = {
-            "name": f"job-{next(self.names)}",
-            "batch_ids": ["batch_1"],
-            "openai_secret_id": 1,
-            "keboola_secret_id": 2,
-            "keboola_stack_url": self.keboola,
-            "keboola_component_id": "comp",
-            "keboola_configuration_id": "cfg",
-            "poll_interval_seconds": 3600,
-        }
+        given = flat_job(name=f"job-{next(self.names)}", batch_ids=["batch_1"])
+        del given["openai_secret"], given["keboola_secret"]
+        given |= {"openai_secret_id": 1, "keboola_secret_id": 2, "poll_interval_seconds": 3600}
+        given |= {"keboola_stack_url": self.keboola}
         return int(self.call("POST", "/api/jobs", json=given | flat)["id"])
 
 

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import hypothesis
 import pytest
+from conftest import flat_job
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -94,16 +95,9 @@ def trigger(state: tecko.TriggerState = "pending", **known: Any) -> tecko.Trigge
 
 
 def spec(name: str = "nightly", variables: Mapping[str, str] = {}) -> tecko.JobSpec:
-    flat = {
-        "name": name,
-        "batch_ids": ["batch_1"],
-        "openai_secret": "openai",
-        "keboola_secret": "keboola",
-        "keboola_stack_url": "https://connection.keboola.com",
-        "keboola_component_id": "kds-team.app-custom-python",
-        "keboola_configuration_id": "123456",
-        "variables": dict(variables),
-    }
+    flat = flat_job(name=name, batch_ids=["batch_1"], variables=dict(variables))
+    flat |= {"keboola_component_id": "kds-team.app-custom-python"}
+    flat |= {"keboola_configuration_id": "123456"}
     return tecko.FlatJob.model_validate(flat).to_spec()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import standins
-from conftest import Clock, World, make_world
+from conftest import Clock, World, flat_job, make_world
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -208,15 +208,8 @@ class Histories(RuleBasedStateMachine):
     def definition(self, ids: set[str], configuration: str, fault: Fault) -> None:
         """Changed, or back in the file; the next POST will go wrong."""
         self.ids = ids
-        flat = {
-            "name": "job",
-            "batch_ids": sorted(ids),
-            "openai_secret": "openai",
-            "keboola_secret": "keboola",
-            "keboola_stack_url": self.keboola.url,
-            "keboola_component_id": "comp",
-            "keboola_configuration_id": configuration,
-        }
+        flat = flat_job(batch_ids=sorted(ids), keboola_stack_url=self.keboola.url)
+        flat["keboola_configuration_id"] = configuration
         self.keboola.fault(POST, fault)
         self.sync(tecko.FlatJob.model_validate(flat | self.wanted).to_spec())
 

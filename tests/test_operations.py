@@ -30,6 +30,7 @@ from conftest import (
     clean_environment,
     dump,
     execute,
+    flat_job,
     make_world,
     program_environment,
     run_program,
@@ -41,21 +42,8 @@ EXAMPLE = PROGRAM.parent / "jobs.yaml.example"
 STACK = "https://connection.keboola.com"
 
 
-def flat(**changed: Any) -> dict[str, Any]:
-    """A good job in the flat form."""
-    return {
-        "name": "job",
-        "batch_ids": ["batch_1", "batch_2"],
-        "openai_secret": "openai",
-        "keboola_secret": "keboola",
-        "keboola_stack_url": STACK,
-        "keboola_component_id": "comp",
-        "keboola_configuration_id": "cfg",
-    } | changed
-
-
 def spec(**changed: Any) -> tecko.JobSpec:
-    return tecko.parse(tecko.FlatJob, flat(**changed), {"bounds": (1, 3600)}).to_spec()
+    return tecko.parse(tecko.FlatJob, flat_job(**changed), {"bounds": (1, 3600)}).to_spec()
 
 
 # explain
@@ -67,6 +55,7 @@ def a_job(status: str = "active", **changed: Any) -> tecko.Job:
     """A job that was checked 30 s ago and is due in 90 s."""
     known: dict[str, Any] = {f.name: None for f in fields(tecko.Job)}
     known |= {"id": 1, "name": "night", "origin": "file", "round": 1, "secret": "openai"}
+    known |= {"batches": [*SAYS_UNSEEN]}
     known |= {"text": spec().model_dump_json()}
     known |= {"last_check_at": NOW - 30, "next_check_at": NOW + 90, "created_at": NOW - 7200}
     return tecko.Job(**(known | {"status": status} | changed))
@@ -88,6 +77,7 @@ def a_trigger(state: str, **changed: Any) -> tecko.Trigger:
     return tecko.Trigger(**(known | changed))
 
 
+SAYS_UNSEEN = (a_batch(1, ""), a_batch(2, ""))
 DONE = (a_batch(1, "completed", 8), a_batch(2, "completed", 7, requests_failed=1))
 GOING = (a_batch(1, "completed", 8), a_batch(2, "in_progress", 3))
 OPENING = "Job 'night' starts a Keboola job once all its 2 batches have completed."
@@ -97,19 +87,22 @@ LOOKED = [
     "  batch_1 completed: 8 of 8 requests succeeded",
     "  batch_2 completed: 7 of 8 requests succeeded",
 ]
+WAITING = [
+    OPENING,
+    "It was last checked 30 s ago: 1 of 2 batches completed, 1 still running.",
+    "  batch_1 completed: 8 of 8 requests succeeded",
+    "  batch_2 in_progress, 3 of 8 requests done",
+]
 FIRED = "It fired 10 min ago, as trigger f00d."
+DELIVERED = "Next: the trigger is delivered to Keboola, while the service runs."
+RETRIED = "Next: nothing, until `job retry` or other batch IDs."
+OVER = "Next: nothing; other batch IDs would start a new round."
 EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | None, list[str]]] = {
     "waiting": (
         a_job(),
         GOING,
         None,
-        [
-            OPENING,
-            "It was last checked 30 s ago: 1 of 2 batches completed, 1 still running.",
-            "  batch_1 completed: 8 of 8 requests succeeded",
-            "  batch_2 in_progress, 3 of 8 requests done",
-            "Next: it is checked in 90 s, every 120 s, while the service runs.",
-        ],
+        [*WAITING, "Next: it is checked in 90 s, every 120 s, while the service runs."],
     ),
     "any end": (
         a_job(text=spec(trigger_when="all_finished", poll_interval_seconds=300).model_dump_json()),
@@ -122,18 +115,7 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
             "Next: it is checked in 90 s, every 300 s, while the service runs.",
         ],
     ),
-    "paused": (
-        a_job("paused"),
-        GOING,
-        None,
-        [
-            OPENING,
-            "It was last checked 30 s ago: 1 of 2 batches completed, 1 still running.",
-            "  batch_1 completed: 8 of 8 requests succeeded",
-            "  batch_2 in_progress, 3 of 8 requests done",
-            "Next: nothing, until `job resume`.",
-        ],
-    ),
+    "paused": (a_job("paused"), GOING, None, [*WAITING, "Next: nothing, until `job resume`."]),
     "pending": (
         a_job("triggering", last_error="Keboola answers 429"),
         DONE,
@@ -143,19 +125,14 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
             FIRED,
             "It has not reached Keboola yet.",
             "Last error: Keboola answers 429.",
-            "Next: the trigger is delivered to Keboola, while the service runs.",
+            DELIVERED,
         ],
     ),
     "sending": (
         a_job("triggering"),
         DONE,
         a_trigger("sending"),
-        [
-            *LOOKED,
-            FIRED,
-            "It is on its way to Keboola.",
-            "Next: the trigger is delivered to Keboola, while the service runs.",
-        ],
+        [*LOOKED, FIRED, "It is on its way to Keboola.", DELIVERED],
     ),
     "held": (
         a_job("failed"),
@@ -166,7 +143,7 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
             FIRED,
             "Whether Keboola took it is unknown; it is on hold, as on_ambiguous: hold asks."
             " `job retry` searches again and sends it if it is missing.",
-            "Next: nothing, until `job retry` or other batch IDs.",
+            RETRIED,
         ],
     ),
     "running": (
@@ -184,45 +161,25 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
         a_job("completed"),
         DONE,
         a_trigger("succeeded", keboola_status="success"),
-        [
-            *LOOKED,
-            FIRED,
-            "Keboola job 77 ended with success.",
-            "Next: nothing; other batch IDs would start a new round.",
-        ],
+        [*LOOKED, FIRED, "Keboola job 77 ended with success.", OVER],
     ),
     "succeeded in part": (
         a_job("completed_with_failures"),
         DONE,
         a_trigger("succeeded", keboola_status="warning"),
-        [
-            *LOOKED,
-            FIRED,
-            "Keboola job 77 ended with warning.",
-            "Next: nothing; other batch IDs would start a new round.",
-        ],
+        [*LOOKED, FIRED, "Keboola job 77 ended with warning.", OVER],
     ),
     "failed": (
         a_job("failed"),
         DONE,
         a_trigger("failed", keboola_status="error"),
-        [
-            *LOOKED,
-            FIRED,
-            "Keboola job 77 ended with error: no such config.",
-            "Next: nothing, until `job retry` or other batch IDs.",
-        ],
+        [*LOOKED, FIRED, "Keboola job 77 ended with error: no such config.", RETRIED],
     ),
     "rejected": (
         a_job("failed"),
         DONE,
         a_trigger("rejected"),
-        [
-            *LOOKED,
-            FIRED,
-            "Keboola refused it: no such config.",
-            "Next: nothing, until `job retry` or other batch IDs.",
-        ],
+        [*LOOKED, FIRED, "Keboola refused it: no such config.", RETRIED],
     ),
     "unknown": (
         a_job("triggering"),
@@ -245,7 +202,7 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
             "  batch_1 completed: 8 of 8 requests succeeded",
             "  batch_2 expired: 0 of 8 requests succeeded",
             "Last error: batch_2 expired: 0 of 8 requests succeeded.",
-            "Next: nothing, until `job retry` or other batch IDs.",
+            RETRIED,
         ],
     ),
     "removed": (
@@ -255,7 +212,6 @@ EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | N
         [*LOOKED, "Next: no check, for the job has left jobs.yaml."],
     ),
 }
-SAYS_UNSEEN = (a_batch(1, ""), a_batch(2, ""))
 
 
 @pytest.mark.parametrize(("job", "batches", "trigger", "said"), EXPLAINED.values(), ids=EXPLAINED)
@@ -263,14 +219,14 @@ def test_explain(
     job: tecko.Job, batches: tuple[tecko.Batch, ...], trigger: tecko.Trigger | None, said: list[str]
 ) -> None:
     """What a job waits for, what was seen, why it did or did not fire, and what happens next."""
-    seen = batches or SAYS_UNSEEN
-    assert tecko.explain(job, seen, trigger, (), 0, NOW) == said
+    seen = replace(job, batches=[*(batches or SAYS_UNSEEN)])
+    assert tecko.explain(seen, trigger, (), 0, NOW) == said
 
 
 def test_explain_before_the_first_check() -> None:
     """A job that was never checked says so, and lists no batch."""
     job = a_job(last_check_at=None, next_check_at=None)
-    said = tecko.explain(job, SAYS_UNSEEN, None, (), 0, NOW)
+    said = tecko.explain(job, None, (), 0, NOW)
     assert said[:2] == [OPENING, "It has not been checked yet."]
     assert len(said) == 3 and said[2].startswith("Next: it is checked")
 
@@ -294,9 +250,9 @@ def test_explain_a_removed_job_with_a_trigger(state: str | None, goes_on: bool) 
 
 def told(job: tecko.Job, state: str | None, count: int, **trigger: Any) -> list[str]:
     watching = spec(batch_ids=[f"batch_{n + 1}" for n in range(count)])
-    job = replace(job, text=watching.model_dump_json())
+    job = replace(job, text=watching.model_dump_json(), batches=[*DONE[:count]])
     fired = a_trigger(state, **trigger) if state else None
-    return tecko.explain(job, DONE[:count], fired, (), 0, NOW)
+    return tecko.explain(job, fired, (), 0, NOW)
 
 
 STATES = [None, *tecko.TRIGGER_STEPS]
@@ -396,14 +352,14 @@ BY_ID = {"openai_secret_id": 1, "keboola_secret_id": 2}
 GOOD: dict[str, dict[str, Any]] = {
     "nothing": {},
     "nested": with_job(nested_job()),
-    "flat": with_job(flat()),
-    "flat, secrets by id": with_job(without(flat(), "openai_secret", "keboola_secret") | BY_ID),
-    "flat, one batch": with_job(without(flat(), "batch_ids") | {"batch_id": "batch_1"}),
+    "flat": with_job(flat_job()),
+    "flat, secrets by id": with_job(without(flat_job(), "openai_secret", "keboola_secret") | BY_ID),
+    "flat, one batch": with_job(without(flat_job(), "batch_ids") | {"batch_id": "batch_1"}),
     "flat, every key": with_job(
-        flat(trigger_when="all_finished", on_ambiguous="hold", variables={"a": "b"})
+        flat_job(trigger_when="all_finished", on_ambiguous="hold", variables={"a": "b"})
     ),
     **{f"every {i!r}": with_job(nested_job(poll_interval=i)) for i in (90, "90", "30s", "2 m")},
-    **{f"flat, every {i!r}": with_job(flat(poll_interval_seconds=i)) for i in (90, "1h")},
+    **{f"flat, every {i!r}": with_job(flat_job(poll_interval_seconds=i)) for i in (90, "1h")},
     "a number as configuration": with_job(nested_job(keboola_configuration_id=123456)),
     "a number as variable": with_job(nested_job(variables={"n": 5, "on": True})),
     "a secret in the environment": with_secret(type="openai", env="KEY"),
@@ -413,10 +369,10 @@ BAD: dict[str, dict[str, Any]] = {
     "an unknown key": {"job": []},
     "jobs as a block": {"jobs": {}},
     "a job's unknown key": with_job(nested_job() | {"interval": 5}),
-    "a flat job's unknown key": with_job(flat(interval=5)),
+    "a flat job's unknown key": with_job(flat_job(interval=5)),
     "no name": with_job(without(nested_job(), "name")),
     "no trigger": with_job(without(nested_job(), "trigger")),
-    "flat without stack": with_job(without(flat(), "keboola_stack_url")),
+    "flat without stack": with_job(without(flat_job(), "keboola_stack_url")),
     "no batches": with_job(nested_job(batch_ids=[])),
     "eleven batches": with_job(nested_job(batch_ids=[f"batch_{n}" for n in range(11)])),
     "a batch twice": with_job(nested_job(batch_ids=["batch_1", "batch_1"])),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import standins
-from conftest import JOB_YAML, World, program_environment, run_program
+from conftest import JOB_YAML, World, flat_job, program_environment, run_program
 from standins import Fault
 from test_steps import posts, serving, status, trigger_of, until
 
@@ -33,15 +33,8 @@ async def beside(path: Path) -> AsyncIterator[tecko.Store]:
 
 async def add_job(service: tecko.Service, keboola: standins.Keboola, name: str) -> None:
     """What `job create` does, beside the running service."""
-    flat = {
-        "name": name,
-        "batch_ids": [f"batch_{name}"],
-        "openai_secret": "openai",
-        "keboola_secret": "keboola",
-        "keboola_stack_url": keboola.url,
-        "keboola_component_id": "comp",
-        "keboola_configuration_id": name,
-    }
+    flat = flat_job(name=name, batch_ids=[f"batch_{name}"], keboola_stack_url=keboola.url)
+    flat["keboola_configuration_id"] = name
     async with beside(service.store.path) as store:
         await store.create_job(
             tecko.job_spec(flat, service.settings.job_context), "store", time.time()

@@ -10,9 +10,9 @@ from conftest import PROGRAM
 
 SOURCE = PROGRAM.read_text()
 TREE = ast.parse(SOURCE)
-LINES = 11_200
-SECTION = 590  # lines from a banner to the next
-FUNCTION = 50  # lines of a body without its docstring
+LINES = 11_380  # in all
+SECTION = 502  # lines from a banner to the next
+FUNCTION = 40  # lines of a body without its docstring
 MEDIAN = 7  # of these
 UPWARD = 0.95  # of the names of the file that are used stand above where they are used
 

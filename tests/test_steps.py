@@ -302,7 +302,7 @@ async def test_an_unreadable_answer_is_never_believed(world: World, fault: Fault
     job_id = await ready(world)
     world.openai.fault(CHECK, fault)
     assert await waits(world, job_id, 1) == [1.0]
-    [batch] = await world.store.batches(job_id)
+    [batch] = (await world.store.find_job(job_id)).batches
     assert (batch.status, posts(world.keboola)) == ("", [])
     assert await status(world, job_id) == "active"
     assert "OpenAI" in await last_error(world, job_id)
@@ -337,7 +337,7 @@ async def test_a_failed_check_of_one_batch_keeps_what_another_showed(world: Worl
     job_id = await world.job(batch_ids=["batch_1", "batch_2"])
     world.openai.fault("GET /v1/batches/batch_2", Fault.status(500))
     assert await waits(world, job_id, 1) == [1.0]
-    assert [b.status for b in await world.store.batches(job_id)] == ["completed", ""]
+    assert [b.status for b in (await world.store.find_job(job_id)).batches] == ["completed", ""]
     assert posts(world.keboola) == []
     await world.step_until_waiting(job_id)
     assert world.openai.count("GET /v1/batches/batch_1") == 1

@@ -14,13 +14,14 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROGRAM, TABLES, Holder, Place, clean_environment, dump, execute
+from conftest import PROGRAM, TABLES, Holder, Place, clean_environment, dump, execute, flat_job
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,28 +31,9 @@ STATUSES: list[str] = list(tecko.JOB_STEPS)
 OPEN = ("triggering", "triggered")
 
 
-@pytest.fixture
-def path(fresh: Callable[[], Place]) -> Place:
-    return fresh()
-
-
-@pytest.fixture
-async def store(path: Place) -> AsyncIterator[tecko.Store]:
-    async with tecko.Store(path) as opened:
-        yield opened
-
-
 def spec(name: str = "job", **flat: Any) -> tecko.JobSpec:
-    given = {
-        "name": name,
-        "batch_ids": ["batch_1", "batch_2"],
-        "openai_secret": "o",
-        "keboola_secret": "k",
-        "keboola_stack_url": "https://connection.keboola.com",
-        "keboola_component_id": "comp",
-        "keboola_configuration_id": "1",
-    }
-    return tecko.FlatJob.model_validate(given | flat).to_spec()
+    given = {"openai_secret": "o", "keboola_secret": "k", "keboola_configuration_id": "1"} | flat
+    return tecko.FlatJob.model_validate(flat_job(name=name, **given)).to_spec()
 
 
 async def get(store: tecko.Store, job_id: int) -> tecko.Job:
@@ -73,31 +55,20 @@ async def checked(
     **told: Any,
 ) -> bool:
     """Record a check of `job` as it was read, which saw batch_1 done and decided `event`."""
-    known = await store.batches(job.id)
+    known = [batch for row in await store.jobs_among([job.id]) for batch in row.batches]
+    job = replace(job, batches=known)
     seen = tecko.BatchSeen("batch_1", "completed", requests_total=1, requests_completed=1)
     batches = [tecko.merged(b, seen, 7.0) if b.batch_id == "batch_1" else b for b in known]
-    trigger_id = uuid.uuid4().hex
-    trigger = tecko.Trigger(
-        id=trigger_id,
-        job_id=job.id,
-        round=job.round,
-        state="pending",
-        stack_url=job.watches.trigger.stack_url,
-        secret=str(job.watches.trigger.secret),
-        body=tecko.trigger_body(job.watches, batches, trigger_id),
-        partial=partial,
-        on_ambiguous="hold",
-        created_at=7.0,
-    )
     verdict = tecko.Verdict(event, "why" if event == "give_up" else "", partial)
+    trigger = tecko.intent(job, batches, verdict, uuid.uuid4().hex, 7.0)
     facts: dict[str, Any] = {
         "error": verdict.reason or None,
         "errors": [],
         "wait": 60.0,
         "now": 7.0,
     } | told
-    fired = trigger if event == "fire" else None
-    return await store.record_check(tecko.CheckResult(job, known, batches, verdict, fired, **facts))
+    fired = replace(trigger, on_ambiguous="hold") if event == "fire" else None
+    return await store.record_check(tecko.CheckResult(job, batches, verdict, fired, **facts))
 
 
 async def moved(store: tecko.Store, job: tecko.Job, *events: tecko.Event) -> tecko.Trigger:
@@ -278,7 +249,7 @@ async def test_a_cancelled_caller_leaves_no_half(store: tecko.Store, path: Path)
         cancelled = await run_traced(store, work, at, asyncio.Task.cancel)
         job = await store.find_job(name)
         dump(path)
-        assert len(await store.batches(job.id)) == 2
+        assert len((await store.find_job(job.id)).batches) == 2
         assert [row.status for row in await store.logs(job.id, 9)] == ["created"]
         if not cancelled:
             break
@@ -293,7 +264,7 @@ async def test_a_cancelled_decision_is_whole(store: tecko.Store, path: Path) -> 
         cancelled = await run_traced(store, checked(store, job, "fire"), at, asyncio.Task.cancel)
         dump(path)
         status, triggers = (await get(store, job.id)).status, await store.triggers(job.id)
-        seen = [batch.status for batch in await store.batches(job.id)]
+        seen = [batch.status for batch in (await store.find_job(job.id)).batches]
         assert (status, len(triggers), seen) in (
             ("triggering", 1, ["completed", ""]),
             ("active", 0, ["", ""]),  # cancelled in the read before
@@ -322,7 +293,7 @@ def test_many_callers_cancelled_anywhere(turns: list[tuple[int, bool]]) -> None:
             await made(store, "another")
             jobs = await store.jobs()
             dump(path)
-            assert {len(await store.batches(job.id)) for job in jobs} == {2}
+            assert {len((await store.find_job(job.id)).batches) for job in jobs} == {2}
             kept = {job.name for job in jobs}
             assert {f"j{n}" for n, task in enumerate(tasks) if not task.cancelled()} <= kept
 
@@ -605,7 +576,7 @@ async def test_an_older_round_does_not_move_the_job(store: tecko.Store, event: t
     assert (before.status, before.round) == ("active", 2)
     await store.note_trigger(running, 10.0, error="cannot be reached")
     assert await moved(store, job, event)
-    assert await get(store, job.id) == before
+    assert await get(store, job.id) == replace(before, has_open=False)
     assert (await store.triggers(job.id))[0].finished_at == 8.0
 
 
@@ -716,7 +687,7 @@ async def test_other_batches_start_a_round(store: tecko.Store) -> None:
         after = await get(store, job.id)
         assert after.round == 2 and after.last_error is None and after.completed_at is None
         assert after.status == ("paused" if status == "paused" else "active")
-        batches = await store.batches(job.id)
+        batches = (await store.find_job(job.id)).batches
         assert [(b.batch_id, b.status) for b in batches] == [("batch_2", ""), ("batch_3", "")]
         assert [t.round for t in await store.triggers(job.id)] in ([], [1])
 
@@ -737,9 +708,9 @@ async def test_what_starts_no_round(store: tecko.Store, change: dict[str, Any]) 
     job = await made(store)
     assert await checked(store, job)
     await store.update_job(job.id, lambda _: spec(**change), 9.0)
-    after, batches = await get(store, job.id), await store.batches(job.id)
+    after = await get(store, job.id)
     assert (after.round, after.status, after.last_check_at) == (1, "active", 7.0)
-    assert {b.batch_id: b.status for b in batches} == {"batch_1": "completed", "batch_2": ""}
+    assert {b.batch_id: b.status for b in after.batches} == {"batch_1": "completed", "batch_2": ""}
     logs = [row.status for row in await store.logs(job.id, 9)]
     assert logs.count("updated") == bool(change)
 
@@ -1193,7 +1164,7 @@ def test_whatever_is_done_the_job_is_consistent(operations: list[str]) -> None:
                     assert states.get(job.round) in OF_STATUS[job.status], operation
                     assert (job.id, job.round) >= last
                     last = (job.id, job.round)
-                    batches = await store.batches(job.id)
+                    batches = (await store.find_job(job.id)).batches
                     assert [b.batch_id for b in batches] == job.watches.watch.batch_ids
 
     with tempfile.TemporaryDirectory() as folder:

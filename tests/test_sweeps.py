@@ -132,7 +132,7 @@ def live(openai: standins.OpenAI, jobs: Sequence[tuple[str, Any]], start: int, r
 async def concluded(world: World, job_id: int) -> tuple[Any, ...]:
     """All that is known of a job, but for ids that are drawn."""
     job = dataclasses.asdict(await world.get(job_id))
-    batches, triggers = await world.store.batches(job_id), await world.store.triggers(job_id)
+    batches, triggers = job.pop("batches"), await world.store.triggers(job_id)
     said = (job.pop("last_error") or "").split("; ")  # whoever failed first is told first
     logs = [row.status for row in await world.store.logs(job_id, 100)]
     return job, sorted(said), batches, [(t.state, t.round, t.partial) for t in triggers], logs
@@ -171,7 +171,8 @@ async def test_a_page_whose_cursor_is_gone(world: World) -> None:
 
 
 async def missing(world: World, ids: Sequence[int]) -> list[int]:
-    return [n for n in ids if any(b.missing_checks for b in await world.store.batches(n))]
+    jobs = await world.store.jobs_among(ids)
+    return [job.id for job in jobs if any(b.missing_checks for b in job.batches)]
 
 
 # ── What is asked for ─────────────────────────────────────────────────────────────────────────
@@ -349,7 +350,8 @@ async def test_a_job_that_changed_while_the_list_was_read(world: World, change: 
     gate.release()
     assert (await stepping)[ids[0]] == tecko.StepResult(0.0, "changed while it was checked")
     await world.store.flush()
-    assert {batch.status for batch in await world.store.batches(ids[0])} <= {""}
+    jobs = await world.store.jobs_among(ids[:1])
+    assert {batch.status for job in jobs for batch in job.batches} <= {""}
 
 
 # ── Lists that fail or lie ────────────────────────────────────────────────────────────────────
@@ -685,8 +687,7 @@ async def test_a_job_with_auto(world: World) -> None:
     now = world.clock()
     for later, overdue in ((2.9, []), (3.1, ["job"])):
         assert await world.store.overdue(now + later * stepped.wait, 0.0) == overdue
-    oldest, count = await world.store.lateness(now + 1000, 0.0)
-    assert (round(oldest), count) == (1000, 1)
+    assert round(await world.store.check_age(now + 1000, 0.0)) == 1000
     operations = tecko.Operations(world.store, world.vault, lambda: world.config, world.clock)
     assert (await operations.job(str(job_id))).poll_interval_seconds == "auto"
     assert "as often as its progress asks for" in (await operations.explain(str(job_id)))[-1]
