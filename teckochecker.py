@@ -12,13 +12,14 @@ uses only what stands above it:
     Decisions                        states as tables, and what to do next: no clock, no I/O
     Secrets                          master keys and encryption
     YAML, Configuration              jobs.yaml, .env and the environment into settings and jobs
-    Schema to Housekeeping           the store on two engines: the one place with SQL, no network
+    Schema to Backups                the store on two engines: the one place with SQL, no network
     Asking over HTTP to Web          OpenAI, Keboola and sources: the one place that calls them
     Ingest                           records out of files and pages; writes nothing
     Metrics                          what Prometheus reads
     Steps, Ingesting, Doctor         load, ask, decide, record, act
     Answers, Operations              what people and programs may ask for, each rule once
     Run lock, Scheduler, Plan        one process a database; timers; what a new jobs.yaml would do
+    Alerts                           what is new and bad is told once, and when it is over
     Timers, Service                  steps, ticks, reload, health, start, drain
     Routes, OpenAPI, HTTP            one table of routes serves, documents and is tested
     Output to Parser and main        the command line: the one place that prints and exits
@@ -520,6 +521,11 @@ def iso(at: float) -> str:
     return datetime.fromtimestamp(shown, UTC).isoformat(timespec="seconds")[:19] + "Z"
 
 
+def compact(at: float) -> str:
+    """The same as it stands in the name of a file."""
+    return iso(at).replace(":", "").replace("-", "")
+
+
 At = Annotated[  # unix seconds, shown as a date in answers
     float,
     PlainSerializer(iso, return_type=str),
@@ -528,9 +534,9 @@ At = Annotated[  # unix seconds, shown as a date in answers
 
 
 def parse_interval(value: object) -> object:
-    """Seconds out of 90, "90", "30s", "2m" or "1h"."""
-    if isinstance(value, str) and (found := re.fullmatch(r"(\d{1,6})\s*([smh]?)", value.strip())):
-        return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "": 1}[found[2]]
+    """Seconds out of 90, "90", "30s", "2m", "1h" or "1d"."""
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d{1,6})\s*([smhd]?)", value.strip())):
+        return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}[found[2]]
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     raise ValueError("not an interval")
@@ -674,8 +680,8 @@ BatchIds = Annotated[
         "Another set of ids is a new round: the job fires again when those are done.",
     ),
 ]
-Written = Annotated[str, StringConstraints(pattern=r"^\s*\d{1,6}\s*[smh]?\s*$")]
-WrittenPace = Annotated[str, StringConstraints(pattern=r"^(\s*\d{1,6}\s*[smh]?\s*|auto)$")]
+Written = Annotated[str, StringConstraints(pattern=r"^\s*\d{1,6}\s*[smhd]?\s*$")]
+WrittenPace = Annotated[str, StringConstraints(pattern=r"^(\s*\d{1,6}\s*[smhd]?\s*|auto)$")]
 Seconds = Annotated[int, BeforeValidator(parse_interval, json_schema_input_type=int | Written)]
 Interval = Annotated[
     Seconds, AfterValidator(within_bounds), Field(description="seconds, or 30s, 2m, 1h")
@@ -1160,6 +1166,24 @@ HOSTS = r"^\s*(([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:\d+)?\s*(,\s*|$))*$"
 SECONDS = "whole seconds, 1 to 86400"
 
 
+NEVER = 10**10  # s between two backups, 300 years
+Between = Annotated[
+    int,
+    BeforeValidator(
+        lambda value: NEVER if value == "never" else parse_interval(value),
+        json_schema_input_type=int | Written | Literal["never"],
+    ),
+]
+
+
+class BackupBlock(StrictModel):
+    """The service's own backups of an SQLite database."""
+
+    every: Between = Field(86400, ge=60, description="at least 60 seconds, like 6h, 1d; or never")
+    keep: Whole = Field(7, ge=1, description="how many, at least 1")
+    folder: Location | None = Field(None, description="default: the database's path and .backups")
+
+
 class Settings(BaseModel):
     """What the environment, .env and the head of jobs.yaml set; the environment has the names of
     the fields in capitals."""
@@ -1167,6 +1191,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, hide_input_in_errors=True)
 
     database: Path = Field(description="the SQLite file")
+    backup: BackupBlock = BackupBlock.model_validate({})
     database_url: SecretValue | None = Field(
         None, description="sqlite:///path, a path, or postgresql://user:password@host/name"
     )
@@ -1221,6 +1246,11 @@ class Settings(BaseModel):
         return f"{url.scheme}://{host}{url.path}" if self.database_url else str(self.database)
 
     @property
+    def backups(self) -> Path:
+        """The folder of the service's own backups."""
+        return Path(self.backup.folder or f"{self.database}.backups")
+
+    @property
     def has_store(self) -> bool:
         """Whether there is a database to ask: a server is asked for its own."""
         return self.database_url is not None or self.database.exists()
@@ -1232,7 +1262,8 @@ class Settings(BaseModel):
         return {"bounds": bounds, "default_interval": self.default_poll_interval}
 
 
-ENVIRONMENT = [name.upper() for name in Settings.model_fields if name != "database"]
+IN_FILE = ("database", "backup")  # settings that no variable of their own name sets
+ENVIRONMENT = [name.upper() for name in Settings.model_fields if name not in IN_FILE]
 
 
 class AdminBlock(StrictModel):
@@ -1242,6 +1273,40 @@ class AdminBlock(StrictModel):
     port: Port = Field(8000, description="0 to 65535")
 
 
+class AlertTarget(ShortForm):
+    """Where alerts go: exactly one of `apprise`, `webhook` and `command`."""
+
+    apprise: (
+        Annotated[Location, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://\S+$")] | None
+    ) = Field(None, description="a URL of Apprise, like slack://...")
+    webhook: Annotated[Location, AfterValidator(clean_url)] | None = Field(
+        None, description="an https:// URL that takes a POST of JSON"
+    )
+    secret: SecretName | None = Field(
+        None, description="the name of a secret of type api: the bearer token of a webhook"
+    )
+    command: Annotated[list[Letters], Field(min_length=1)] | None = Field(
+        None, description="a list: a program, which reads JSON from stdin, and its arguments"
+    )
+    remind: Seconds = Field(86400, ge=60, description="at least 60 seconds, or 90m, 4h, 1d")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> AlertTarget:
+        if sum(way is not None for way in (self.apprise, self.webhook, self.command)) != 1:
+            raise ValueError("needs exactly one of apprise, webhook and command")
+        if self.secret is not None:
+            safe_for_secret(self.webhook or "http://")  # nothing else takes one
+        return self
+
+    @property
+    def shown(self) -> str:
+        """What it is called, without what is secret in it."""
+        if self.command is not None:
+            return f"command {self.command[0]}"
+        url = urlsplit(self.webhook or self.apprise or "")
+        return f"webhook at {url.netloc}" if self.webhook else f"{url.scheme}:// by Apprise"
+
+
 class JobsFile(StrictModel):
     """jobs.yaml without its jobs, which are validated one by one."""
 
@@ -1249,10 +1314,19 @@ class JobsFile(StrictModel):
     admin: AdminBlock = Field(
         AdminBlock(host="127.0.0.1", port=8000), description="a block with host and port"
     )
+    backup: BackupBlock = Field(
+        BackupBlock.model_validate({}), description="a block with every, keep and folder"
+    )
     secrets: dict[Name, SecretRef] | None = Field(
         None, description="a block of name: {type, env or file}"
     )
     jobs: list[Any] | None = Field(None, description="a list of jobs")
+    alerts: list[AlertTarget] = Field(
+        [], description="a list of Apprise URLs, or blocks with webhook or command"
+    )
+    ping: Annotated[Location, AfterValidator(clean_url)] | None = Field(
+        None, description="an https:// URL, asked in each minute in which a check or run went well"
+    )
 
 
 # ── Rows ──────────────────────────────────────────────────────────────────────────────────────
@@ -1933,27 +2007,34 @@ def clean_secret(value: str) -> str:
     return value
 
 
+@contextlib.contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """An empty file that takes the place of `path` at the end, durably; where its writing fails,
+    `path` stays what it was. It is for its owner alone (0600), or for those who could read `path`
+    before, but never for everybody."""
+    before = path.stat() if path.exists() else None
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        yield Path(draft)
+        if before is not None:
+            os.fchown(handle, before.st_uid, before.st_gid)
+            os.fchmod(handle, before.st_mode & 0o660)
+        os.fsync(handle)
+        os.replace(draft, path)
+    finally:
+        os.close(handle)
+        Path(draft).unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # without it a power loss may bring the old file back
+    os.close(folder)
+
+
 def write_private(path: Path, text: str) -> None:
-    """Write the file that `path` leads to at once or not at all, and durably: for its owner alone
-    (0600), or for those who could read it before, but never for everybody."""
+    """Write the file that `path` leads to at once or not at all, see `drafted`."""
     path = path.resolve()
     try:
-        before = path.stat() if path.exists() else None
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-                file.flush()
-                if before is not None:
-                    os.fchown(handle, before.st_uid, before.st_gid)
-                    os.fchmod(handle, before.st_mode & 0o660)
-                os.fsync(handle)
-            os.replace(draft, path)
-        finally:
-            Path(draft).unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # without it a power loss may bring the old file back
-        os.close(folder)
+        with drafted(path) as draft:
+            draft.write_text(text)
     except OSError as e:
         raise SecretError(f"cannot write {path}: {e.strerror}") from None
 
@@ -2072,6 +2153,15 @@ class Vault:
         file = self.file.resolve()
         return file.with_name(f"{file.name}.old")
 
+    def add_keys(self, other: Path) -> None:
+        """Let the keys of another file open secrets, too; none that is there is dropped."""
+        if self.file is None:
+            raise SecretError(f"SECRET_KEY has not the key of {other}: add it, after a comma")
+        if self.file.exists():
+            self.load(required=True)
+        texts = [*self._keys.values(), *read_text(other, 10_000).split()]
+        self._write(list(dict.fromkeys(texts)))
+
     def _write(self, texts: Sequence[str]) -> None:
         assert self.file is not None
         write_private(self.file, "\n".join(texts) + "\n")
@@ -2086,6 +2176,7 @@ YAML_BYTES = 10 << 20  # of jobs.yaml: some 20,000 jobs
 YAML_DEPTH = 40  # levels; a job has six
 YAML_REPEATED = 100_000  # values that aliases may repeat: a few hundred bytes could say 10**8
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+PRIVATE = ("secrets", "alerts", "ping")  # blocks of which no message shows what is in them
 HIDDEN = re.compile(r"(?i)((?:value|token|password|header|key)['\"]?\s*:\s*)\S.*")
 
 
@@ -2249,7 +2340,7 @@ class JobsYaml:
 
     def _problem(self, fault: Fault) -> Problem:
         problem = self._placed(self._who(fault.at), fault.found, fault.allowed, self.mark(fault.at))
-        shown = fault.at and fault.at[0] != "secrets"
+        shown = fault.at and fault.at[0] not in PRIVATE
         return problem if shown else replace(problem, source="")
 
     def _placed(self, where: str, found: str, allowed: str, mark: Mark) -> Problem:
@@ -2330,7 +2421,7 @@ def fault_of(model: type[BaseModel], error: Any) -> Fault:
     elif why:
         allowed += f" ({why})"
     hidden = inner in (SecretRef, SecretBody) or place[-1:] == ("header",)
-    if hidden or (model is JobsFile and place[:1] == ("secrets",)):
+    if hidden or (model is JobsFile and place[:1] and place[0] in PRIVATE):
         return Fault(place, "", allowed)
     return Fault(place, cut(error["input"]), allowed)
 
@@ -2402,6 +2493,8 @@ class Config:
     text: JobsYaml
     problems: list[Problem]
     warnings: list[str]
+    alerts: Sequence[AlertTarget]
+    ping: str | None
 
     @property
     def base(self) -> Path:
@@ -2420,7 +2513,8 @@ def database_of(url: str, base: Path, where: str) -> dict[str, Any]:
     if found and scheme in ("postgresql", "postgres"):
         SecretValue(unquote(urlsplit(url).password or ""), "DATABASE_URL's password")
         beside = base / "teckochecker.db"  # which is not there, but what lies beside it is
-        return {"database": beside.resolve(), "database_url": SecretValue(url, "DATABASE_URL")}
+        given = {"database": beside.resolve(), "database_url": SecretValue(url, "DATABASE_URL")}
+        return given | {"backup": BackupBlock.model_validate({"every": "never"})}
     path = rest.removeprefix("/") if found else url
     local = scheme == "sqlite" and rest.startswith("/") if found else ":" not in url
     if path in ("", ":memory:"):
@@ -2434,6 +2528,8 @@ def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name:
     """The environment over jobs.yaml; every wrong value is named with what is allowed."""
     written = {name: env[name].strip() for name in ENVIRONMENT if env.get(name, "").strip()}
     given: dict[str, Any] = {"api_host": file.admin.host, "api_port": file.admin.port}
+    folder = file.backup.folder and str(base / file.backup.folder)
+    given["backup"] = file.backup.model_copy(update={"folder": folder})
     given |= {name.lower(): value for name, value in written.items()}
     url = given.pop("database_url", "")
     name = "DATABASE_URL" if url else f"{file_name}: database"
@@ -2509,6 +2605,27 @@ def register_references(secrets: Any, env: Mapping[str, str]) -> None:
             SecretValue(env[name].strip(), name)
 
 
+def texts_in(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
+    """Every text in a job or block, with its place, as deep as they can be."""
+    if isinstance(value, str):
+        yield at, value
+    elif len(at) < 5 and isinstance(value, Mapping | list):
+        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for part, inner in itertools.islice(pairs, 1000):
+            yield from texts_in(inner, (*at, part))
+
+
+# In a URL: a password, and what looks like a token, which may be in any part of it.
+TOKEN = re.compile(r"(?<=:)[^/:@]+(?=@)|[\w%+-]{16,}|\b(?=\w*\d)(?=\w*[A-Z])\w{8,}\b")
+
+
+def register_urls(blocks: Any) -> None:
+    """Make known what is secret in the URLs that alerts go to, and each as a whole."""
+    for _, text in texts_in(blocks):
+        for value in (text, *map(unquote, TOKEN.findall(text))) if "://" in text else ():
+            SecretValue(value)
+
+
 def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = False) -> Config:
     """Read jobs.yaml, the .env beside it and the environment.
 
@@ -2523,6 +2640,7 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     env = {**dot_env, **environ}
     text = JobsYaml(path, env)
     register_references(text.data.get("secrets"), env)
+    register_urls([text.data.get("alerts"), text.data.get("ping")])
     head = {k: v for k, v in text.data.items() if v is not None}
     file, faults = validated(JobsFile, head)
     in_head = [*(f for f in text.faults if len(f.at) < 2 or f.at[0] != "jobs"), *faults]
@@ -2536,7 +2654,8 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     if in_head:
         raise Invalid(text.problems([*in_head, *in_jobs]))
     specs, problems = None if items is None else jobs, text.problems(in_jobs)
-    return Config(path, settings, env, file.secrets or {}, specs, text, problems, warnings)
+    told = file.alerts, file.ping
+    return Config(path, settings, env, file.secrets or {}, specs, text, problems, warnings, *told)
 
 
 def read_jobs(
@@ -2605,16 +2724,6 @@ def secret_faults(
     return said
 
 
-def texts_in(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
-    """Every text in a job, with its place. Not those of a structure that no job has so deep."""
-    if isinstance(value, str):
-        yield at, value
-    elif len(at) < 5 and isinstance(value, Mapping | list):
-        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for part, inner in itertools.islice(pairs, 1000):
-            yield from texts_in(inner, (*at, part))
-
-
 def unreadable(name: str, ref: SecretRef, config: Config) -> str:
     """Why the value of a reference cannot be read; nothing where it can."""
     try:
@@ -2622,6 +2731,32 @@ def unreadable(name: str, ref: SecretRef, config: Config) -> str:
     except SecretError as e:
         return f"{e}; {e.hint}" if e.hint else str(e)
     return ""
+
+
+def apprise_of(url: str) -> Any:
+    """Apprise's service behind a URL. Raises TeckoError where it is missing, or knows none."""
+    try:
+        import apprise
+    except ImportError as e:
+        said = "this needs a package that is missing; run: python -m pip install apprise"
+        raise TeckoError(said) from e
+    service = apprise.Apprise.instantiate(url)
+    if service is None:
+        raise TeckoError(f"Apprise does not know such a URL of {url.partition(':')[0]}")
+    return service
+
+
+def alert_faults(config: Config, stored: Mapping[str | int, str]) -> Iterator[Fault]:
+    """What keeps alerts from being sent."""
+    for i, target in enumerate(config.alerts):
+        if target.secret is not None:
+            for fault in secret_faults({"ingest": {"secret": target.secret}}, stored, config):
+                yield fault._replace(at=("alerts", i, "secret"))
+        try:
+            if target.apprise is not None:
+                apprise_of(target.apprise)
+        except TeckoError as e:
+            yield Fault(("alerts", i), str(e))
 
 
 def all_problems(
@@ -2637,6 +2772,7 @@ def all_problems(
             used |= {name for _, _, name in secrets_of(item)}
             found = secret_faults(item, stored, config)
             faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
+    faults += alert_faults(config, stored)
     for name, ref in config.secrets.items():
         if unused and name not in used and (why := unreadable(name, ref, config)):
             faults.append(Fault(("secrets", name), why))
@@ -2813,8 +2949,17 @@ CREATE INDEX rejects_by_age ON etl_reject (created_at, id);
 CREATE INDEX rejects_of_a_source ON etl_reject (source, id);
 INSERT INTO schema_version VALUES (1, 0);
 """
-MIGRATIONS: Sequence[str] = (  # what makes version 2 out of version 1, 3 out of 2, and so on
-    """
+VERSION_2 = """
+CREATE TABLE alerts (
+    target TEXT PRIMARY KEY,                 -- a digest of where they go
+    told TEXT NOT NULL                       -- what it was told to be wrong, and when last; JSON
+);
+CREATE TABLE backups (                       -- those that this database came from
+    taken_at DOUBLE PRECISION NOT NULL,
+    counts TEXT NOT NULL,                    -- the rows of each table then, JSON
+    restored_at DOUBLE PRECISION,            -- NULL: this file is that backup
+    reason TEXT                              -- why, until a person says that they know; then NULL
+);
 CREATE TABLE daily_sums (
     day TEXT PRIMARY KEY,                    -- of UTC, like 2026-11-27
     checks BIGINT NOT NULL,
@@ -2822,8 +2967,8 @@ CREATE TABLE daily_sums (
     delay_ms BIGINT NOT NULL,                -- of all of them, see Day.done_to_post_ms
     records BIGINT NOT NULL                  -- inserted or updated
 );
-""",
-)
+"""
+MIGRATIONS: Sequence[str] = (VERSION_2,)  # what makes version 2 out of version 1, 3 of 2, and so on
 ACTIVE = "j.status = 'active' AND j.removed_at IS NULL"
 OPEN_TRIGGER = "finished_at IS NULL AND state <> 'held'"
 
@@ -3175,6 +3320,9 @@ class Database:
             )
         try:
             if not path.exists():
+                if any(Path(f"{path}.backups").glob("*.db")):
+                    said = f"{path} is gone, and there are backups of it"
+                    raise StoreError(said, hint="`start` puts the newest back, `restore` any")
                 if self.read_only:
                     raise StoreError(f"there is no database at {path}", hint="`init` makes one")
                 path.touch(mode=0o600)
@@ -3449,9 +3597,8 @@ class Records(Database):
             said = f"run {row[0]} was interrupted; going on from its checkpoint"
             await self._log(job.id, "error", said, now)
         made = {"run_id": uuid.uuid4().hex, "job_id": job.id, "source": job.name}
-        run_id = await self._insert("etl_run", made | {"status": "in_progress", "start_time": now})
-        run = await self.run(run_id)
-        assert run is not None
+        await self._insert("etl_run", made | {"status": "in_progress", "start_time": now})
+        [run] = await self.runs(job.name, 1)
         return run
 
     async def checkpoint(self, source: str) -> Checkpoint:
@@ -3639,10 +3786,6 @@ class Records(Database):
             {"limit": limit, "source": source},
         )
         return [run_of(row) for row in rows]
-
-    async def run(self, run_id: int) -> Run | None:
-        rows = await self._sql(f"SELECT {RUN_COLUMNS} FROM etl_run WHERE id = :id", {"id": run_id})
-        return run_of(rows[0]) if rows else None
 
     async def last_failure(self) -> float | None:
         """When the last failed run ended."""
@@ -4291,6 +4434,7 @@ LOG_STATUS: dict[Event, str] = {  # what a log row calls a step of a trigger; ot
     "hold": "failed",
     "fail": "failed",
 }
+DOUBT = 86400.0  # s that OpenAI's clock and ours may differ at most
 AS_CHECKED = f"j.id = :id AND revision = :revision AND round = :round AND {ACTIVE}"
 SUMS = ("checks", "triggers", "delay_ms", "records")
 DAYS_KEPT = 90  # of daily_sums
@@ -4430,13 +4574,24 @@ class Checks(Jobs):
             aim = aim_of(trigger.stack_url, trigger.body)
             await self._insert("triggers", asdict(trigger) | {"aim": aim})
             done = f"{len(check.batches)} of {len(check.batches)} batches done"
-            said = f"{done}: starting the Keboola job (trigger {trigger.id})"
+            does = "starting" if trigger.state == "pending" else "looking whether Keboola has had"
+            said = f"{done}: {does} the Keboola job (trigger {trigger.id})"
             await self._log(job.id, "triggered", said, now)
         elif check.verdict.event is not None:
             await self._log(job.id, "failed", check.verdict.reason, now)
         elif check.error and check.error != job.last_error:
             await self._log(job.id, "error", check.error, now)
         return True
+
+    async def doubted(self, trigger: Trigger, batches: Sequence[Batch]) -> Trigger:
+        """The trigger; where it may have been sent before this database was restored, with an
+        unknown outcome. A younger batch was in no trigger then; DOUBT is for clocks that differ."""
+        youngest = max(batch.created_at or 0.0 for batch in batches) - DOUBT
+        sql = "SELECT min(taken_at) FROM backups WHERE restored_at > :youngest"
+        [[since]] = await self._sql(sql, {"youngest": youngest})
+        if since is None:
+            return trigger
+        return replace(trigger, state="unknown", sent_at=since, unknown_at=trigger.created_at)
 
     async def _once(self, check: CheckResult) -> CheckResult:
         """The check; or, where it would start a Keboola job that was started before, one that ends
@@ -4537,6 +4692,7 @@ LIVE_TIMES = {
     "polling_batches": ("changed_at", "missing_since"),
     "triggers": ("sent_at", "unknown_at"),
 }
+RESTORED = "backups WHERE reason IS NOT NULL"
 FARTHEST = 86400.0  # s ahead that a check is planned at most, however long its interval
 
 
@@ -4606,6 +4762,7 @@ class Store(Checks):
             " UNION ALL SELECT 'secrets', count(*), 0 FROM secrets"
             " UNION ALL SELECT 'triggers', count(*), 0 FROM triggers"
             " UNION ALL SELECT 'logs', count(*), 0 FROM polling_logs"
+            f" UNION ALL SELECT 'restored', count(*), 0 FROM {RESTORED}"
         )
         jobs = {what: n for what, n, of_jobs in rows if of_jobs}
         return {"jobs": jobs} | {what: n for what, n, of_jobs in rows if not of_jobs}
@@ -4626,15 +4783,15 @@ class Store(Checks):
         )
         return [row[0] for row in rows]
 
-    async def undelivered(self, now: float, settle: float) -> list[str]:
+    async def undelivered(self, now: float, settle: float, limit: int = 100) -> list[str]:
         """Jobs whose trigger Keboola has not got for longer than three intervals and the settle
-        window, or whose Keboola job could not be followed three times in a row; at most 100."""
+        window, or whose Keboola job could not be followed three times in a row."""
         rows = await self._sql(
             "SELECT DISTINCT j.id, j.name FROM triggers t JOIN polling_jobs j ON j.id = t.job_id"
             f" WHERE {OPEN_TRIGGER} AND (t.state <> 'running' OR j.errors_in_row >= 3)"
             " AND t.created_at < :now - :settle AND t.created_at < :now - 3 * j.pace"
-            " ORDER BY j.id LIMIT 100",
-            {"now": now, "settle": settle},
+            " ORDER BY j.id LIMIT :limit",
+            {"now": now, "settle": settle, "limit": limit},
         )
         return [name for _, name in rows]
 
@@ -4648,17 +4805,35 @@ class Store(Checks):
         return max(0.0, now - oldest) if oldest is not None else 0.0
 
     async def attention(self, limit: int) -> list[dict[str, Any]]:
-        """Jobs that wait for a person, each with failed, held or ingest (its last run with work in
-        it failed, or rejected records), and the reason."""
+        """Jobs that wait for a person, each with failed, held, refused (by OpenAI, with its key) or
+        ingest (its last run with work in it failed, or rejected records), and the reason."""
         rows = await self._sql(
             "SELECT j.id, j.name, j.last_error, CASE WHEN j.openai_secret = '' THEN 'ingest'"
             " WHEN EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND t.round = j.round"
-            " AND t.state = 'held') THEN 'held' ELSE 'failed' END FROM polling_jobs j"
-            " WHERE j.removed_at IS NULL AND (j.status = 'failed' OR j.openai_secret = ''"
-            " AND j.status = 'active' AND j.last_error IS NOT NULL) ORDER BY j.id LIMIT :limit",
-            {"limit": limit},
+            " AND t.state = 'held') THEN 'held' WHEN j.status = 'active' THEN 'refused'"
+            " ELSE 'failed' END FROM polling_jobs j"
+            " WHERE j.removed_at IS NULL AND (j.status = 'failed' OR j.status = 'active'"
+            " AND (j.openai_secret = '' AND j.last_error IS NOT NULL OR j.last_error LIKE :no_key"
+            " OR j.last_error LIKE :no_right)) ORDER BY j.id LIMIT :limit",
+            {"limit": limit, "no_key": "%OpenAI said 401%", "no_right": "%OpenAI said 403%"},
         )
+        rows += await self._sql(f"SELECT NULL, 'database', reason, 'restored' FROM {RESTORED}")
         return [dict(zip(("id", "job", "reason", "what"), row, strict=True)) for row in rows]
+
+    async def alerts(self) -> dict[str, Mapping[str, float]]:
+        """What each target of alerts was told to be wrong, and when last."""
+        return {name: json.loads(t) for name, t in await self._sql("SELECT * FROM alerts")}
+
+    @transactional
+    async def save_alerts(self, target: str, told: Mapping[str, float]) -> None:
+        conflict = "ON CONFLICT (target) DO UPDATE SET told = excluded.told"
+        await self._upsert("alerts", ("target", "told"), [(target, json.dumps(told))], conflict)
+
+    @transactional
+    async def acknowledge(self) -> bool:
+        """Somebody knows what is missing since a backup took the database's place; whether one
+        did."""
+        return await self._change("backups", {"reason": None}, "reason IS NOT NULL")
 
     @transactional
     async def note_failure(self, job_id: int, said: str, now: float, wait: float) -> None:
@@ -4699,6 +4874,193 @@ class Store(Checks):
         return [(row[0], row[1]) for row in rows]
 
 
+# ── Backups ───────────────────────────────────────────────────────────────────────────────────
+
+# A backup is a copy of the whole SQLite file as one read transaction sees it, while others write.
+# It is a draft until it was verified: structure, references, the rows of each table as counted in
+# that transaction, and that the master key opens a secret of it. So what has a backup's name was
+# good, and its own time tells how old it is, across restarts. Old ones go after a new one is there.
+#
+# Before a start opens the database, SQLite looks it through. Where it is damaged, or gone while
+# there are backups, the newest one that verifies now takes its place; what was there is kept. A
+# kill in between leaves no database, and the next start does it again. Where no backup is good,
+# nothing is changed and the start is refused.
+#
+# Once, all the same: triggers that were written after the backup are lost, and with them the proof
+# that they were sent. So the copy is marked before it becomes the database:
+# - The outcome of each trigger that it has, and that is not settled, is unknown.
+# - One that it has not is decided on again, with an unknown outcome, too, if its batches are not
+#   younger than the restore (`doubted`). Keboola's search is asked for what was started since the
+#   backup under the same name for the same batches. That is adopted, unless the store knows it,
+#   for `job retry` asks for a new one. Only after the settle window is a trigger sent.
+# Not promised: what only the lost part knew. A job that was paused or deleted then comes back; one
+# that got another name or target may fire again. And a log of SQLite (-wal) whose end somebody has
+# cut off looks as it does after a crash: the transactions in it are missing, and nothing tells.
+BACKUP_SECONDS = 60.0  # s between looks whether one is due
+LEFT_OVER = 86400.0  # s after which a draft was left by a program that was killed
+IDS_LOST = 10**9  # of records, at most, given since the backup
+Ends = Callable[[], bool]  # whether the program ends
+
+
+def backups_in(folder: Path) -> list[Path]:
+    """The automatic backups, oldest first."""
+    return sorted(folder.glob("[0-9]*Z.db"))
+
+
+@contextlib.contextmanager
+def sqlite_at(file: Path, mode: str = "rw", ends: Ends | None = None) -> Iterator[Any]:
+    """A connection of this thread's own, whose statements fail once the program `ends`."""
+    uri = f"file:{quote(str(file))}?mode={mode}"
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as db:
+            db.set_progress_handler(ends, 100_000)
+            yield db
+    except sqlite3.Error as e:
+        raise StoreError(f"{file}: {e}") from e
+
+
+def rows_of_tables(db: sqlite3.Connection) -> str:
+    """How many rows each table has, as JSON; not `backups`, of which a copy has one more."""
+    names = "SELECT name FROM sqlite_master WHERE type = 'table' AND name <> 'backups'"
+    tables = [name for (name,) in db.execute(names).fetchall()]
+    return json.dumps({t: db.execute(f"SELECT count(*) FROM {t}").fetchone()[0] for t in tables})
+
+
+def verified(file: Path, vault: Vault, ends: Ends | None = None) -> float:
+    """When a backup was made. Raises StoreError where it is none, or not whole, and SecretError
+    where its secrets do not open."""
+    with sqlite_at(file, "ro&immutable=1", ends) as db:
+        found = [said for (said,) in db.execute("PRAGMA integrity_check(3)") if said != "ok"]
+        found += [f"{row} refers to nothing" for row in db.execute("PRAGMA foreign_key_check")]
+        if found:
+            raise StoreError(f"{file} is damaged: {'; '.join(found[:3])}")
+        [[version]] = db.execute("SELECT coalesce(max(version), 0) FROM schema_version")
+        if version > 1 + len(MIGRATIONS):
+            raise StoreError(f"{file} was written by a newer TeckoChecker (schema {version})")
+        marks = "SELECT taken_at, counts FROM backups WHERE restored_at IS NULL"
+        taken_at, counts = db.execute(marks).fetchone() or (0.0, "")
+        if counts != rows_of_tables(db):
+            raise StoreError(f"{file} has not the rows that `backup` has counted; is it a backup?")
+        sealed = db.execute(f"SELECT {SECRET_COLUMNS} FROM secrets LIMIT 1").fetchone()
+    if sealed is not None:
+        vault.open(SealedSecret(*sealed))
+    return float(taken_at)
+
+
+def make_backup(
+    database: Path, file: Path, vault: Vault, now: float, ends: Ends | None = None
+) -> None:
+    """Copy the database to `file`, which is there only if the copy was verified."""
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with drafted(file) as draft:
+        with sqlite_at(database, ends=ends) as db, sqlite_at(draft) as copy:
+            db.execute("BEGIN")
+            counts = rows_of_tables(db)
+            db.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")  # one file, without a log beside it
+            copy.execute("INSERT INTO backups (taken_at, counts) VALUES (?, ?)", (now, counts))
+        verified(draft, vault, ends)
+
+
+def restore(files: Iterable[Path], settings: Settings, why: str, now: float) -> str:
+    """Let the first of these backups that is good take the place of the database; what a person
+    has to know. Where the master key does not open it, the key file beside it is used, too."""
+    refused, vault = list[str](), Vault(settings)
+    for file in files:
+        try:
+            try:
+                taken_at = verified(file, vault)
+            except SecretError:
+                if not (key := Path(f"{file}.key")).exists():
+                    raise
+                other = {"secret_key": None, "secret_key_file": key}
+                taken_at = verified(file, Vault(settings.model_copy(update=other)))
+                vault.add_keys(key)
+                why += f"; {vault.file} has the keys of {key} now, too"
+            return put_back(file, taken_at, settings.database, why, now)
+        except (StoreError, SecretError) as e:
+            refused.append(str(e))
+    refused = refused or [f"there is no backup in {settings.backups}"]
+    hint = "nothing was changed; `restore FILE` puts another backup back"
+    raise StoreError(f"{why}; {'; '.join(refused)}", hint=hint)
+
+
+def put_back(file: Path, taken_at: float, database: Path, why: str, now: float) -> str:
+    """Mark a backup as said above, and let it take the place of the database, which is kept."""
+    kept = f"{database}.{compact(now)}"
+    said = f"{why}; the backup {file} of {iso(taken_at)} took its place (what was there: {kept})."
+    said += " What was done later is missing. `restore --acknowledge` says that you know"
+    with drafted(database) as draft:
+        shutil.copyfile(file, draft)
+        with sqlite_at(draft) as db:
+            db.execute(
+                "UPDATE triggers SET state = 'unknown', sent_at = coalesce(sent_at, ?),"
+                " unknown_at = ?, searches = 0 WHERE state IN ('pending', 'sending', 'unknown')",
+                (taken_at, now),
+            )
+            mark = "UPDATE backups SET restored_at = ?, reason = ? WHERE restored_at IS NULL"
+            db.execute(mark, (now, said))
+            ids = "UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'normalized_data'"
+            db.execute(ids, (IDS_LOST,))  # who asks /data for what is `after` an id misses nothing
+        for suffix in ("", "-wal", "-shm"):  # it goes first: a log alone would be taken for all
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{database}{suffix}", f"{kept}{suffix}")
+    return said
+
+
+def ensure_sound(settings: Settings, now: float) -> None:
+    """See that the database can be used; else the newest good backup takes its place. To be called
+    under the run lock, before the store is opened. What is damaged is only read."""
+    database, files = settings.database, backups_in(settings.backups)
+    found = ["it is gone"] if files else []
+    if database.exists() and database.stat().st_size:
+        try:
+            with sqlite_at(database, "ro") as db:
+                found = [said for (said,) in db.execute("PRAGMA quick_check(3)") if said != "ok"]
+        except StoreError as e:  # another error is for its opening to tell
+            damages = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+            code = getattr(e.__cause__, "sqlite_errorcode", 0) & 0xFF
+            found = [str(e)] if code in damages else []
+    if found and settings.database_url is None:
+        why = f"the database {database} cannot be used: {' '.join('; '.join(found).split())}"
+        log.critical("%s", restore(reversed(files), settings, why, now))
+
+
+@dataclass
+class Backups:
+    """The backups that a service makes by itself, and how the last one went."""
+
+    vault: Vault
+    ends: Ends
+    last: float | None = None  # when the last one was made; None: never
+    error: str | None = None  # why the last attempt failed; None: it did not
+
+    async def look(self, settings: Settings, now: float) -> None:
+        """Make one where it is time, or where the last one was made under another master key."""
+        times = [file.stat().st_mtime for file in backups_in(settings.backups)]
+        self.last = max((at for at in times if at <= now), default=None)  # by no clock ahead
+        key = self.vault.file
+        since = key.stat().st_mtime if key is not None and key.exists() else 0.0
+        good = self.last if self.last is not None and self.last > since else 0.0
+        if now - good >= settings.backup.every:
+            await asyncio.to_thread(self._make, settings, now)
+
+    def _make(self, settings: Settings, now: float) -> None:
+        file = settings.backups / f"{compact(now)}.db"
+        try:
+            for draft in file.parent.glob(".*.db.*"):
+                if now - draft.stat().st_mtime > LEFT_OVER:
+                    draft.unlink()
+            make_backup(settings.database, file, self.vault, now, self.ends)
+            for old in backups_in(file.parent)[: -settings.backup.keep]:
+                old.unlink()
+            self.last, self.error = now, None
+        except (TeckoError, OSError) as e:
+            if str(e) != self.error and not self.ends():
+                log.error("a backup failed, and is tried again: %s", e)
+            self.error = str(e)
+
+
 # ── Asking over HTTP ──────────────────────────────────────────────────────────────────────────
 
 # One way to ask another server: bounded in bytes, time, depth and redirects, whatever it sends;
@@ -4728,6 +5090,22 @@ def origin_of(url: str) -> tuple[str, str, int]:
     return parts.scheme, (parts.hostname or "").lower(), port
 
 
+def detached(work: Callable[[], Any]) -> futures.Future[Any]:
+    """What comes of `work` in a thread of its own, for which the program's end does not wait. Who
+    waits may give up, the work cannot. Raises RuntimeError where no thread is left."""
+    answer = futures.Future[Any]()
+    answer.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except Exception as e:
+            answer.set_exception(e)
+
+    threading.Thread(target=run, name="detached", daemon=True).start()
+    return answer
+
+
 look_ups: dict[tuple[Any, ...], futures.Future[Any]] = {}  # under way
 
 
@@ -4737,22 +5115,11 @@ async def look_up(host: Any, port: Any, **hints: int) -> Any:
     """
     query = (host, port, *hints.items())
     if (answer := look_ups.get(query)) is None:
-        look_ups[query] = answer = futures.Future[Any]()
-        answer.set_running_or_notify_cancel()  # who waits may give up, a look-up cannot
-
-        def run(answer: futures.Future[Any]) -> None:
-            try:
-                answer.set_result(socket.getaddrinfo(host, port, **hints))
-            except Exception as e:
-                answer.set_exception(e)
-            finally:
-                del look_ups[query]
-
         try:
-            threading.Thread(target=run, args=(answer,), name="look-up", daemon=True).start()
+            answer = look_ups[query] = detached(partial(socket.getaddrinfo, host, port, **hints))
         except RuntimeError as e:  # no thread is left
-            del look_ups[query]
             raise OSError(f"{host} cannot be looked up: {e}") from e
+        answer.add_done_callback(lambda _: look_ups.pop(query))
     return await asyncio.wrap_future(answer)
 
 
@@ -5290,9 +5657,11 @@ class Action(Protocol):
         ...
 
     async def find(
-        self, trigger: Trigger, secret: SecretValue, *, anytime: bool = False
+        self, trigger: Trigger, secret: SecretValue, known: set[str], *, anytime: bool = False
     ) -> KeboolaJob | None:
-        """What was started for this trigger. That none is found is no proof."""
+        """What was started for this trigger. That none is found is no proof. One that we have not
+        sent may have been sent with another id before a restore: then what was started for the
+        same job and batches, and is not `known`."""
 
     async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
         """What has become of it."""
@@ -5310,13 +5679,14 @@ def keboola_job(data: Any) -> KeboolaJob:
     return KeboolaJob(str(given), listed, ended, short(message) if message else None)
 
 
-def trigger_id_of(job: Any) -> str | None:
-    """The value of our variable teckochecker_trigger_id in a found job."""
+def purpose_of(job: Any) -> tuple[str | None, tuple[str | None, list[str]]]:
+    """Of what Keboola was asked to start: our trigger's id; our job's name and its batches."""
     values = value_at(job, "variableValuesData.values")
-    for item in values if isinstance(values, list) else []:
-        if value_at(item, "name") == "teckochecker_trigger_id":
-            return str(item.get("value"))
-    return None
+    items = values if isinstance(values, list) else []
+    given = {str(value_at(item, "name")): str(value_at(item, "value")) for item in items}
+    batches = f"{given.get('batch_ids_completed')} {given.get('batch_ids_failed')}"
+    named = given.get("teckochecker_job"), sorted(BATCH_ID.findall(batches))
+    return given.get("teckochecker_trigger_id"), named
 
 
 def keboola_time(at: float) -> str:
@@ -5371,10 +5741,11 @@ class Keboola:
         return await self._ask("GET", stack, f"{stack}/v2/storage/{path}", headers=headers)
 
     async def find(
-        self, trigger: Trigger, secret: SecretValue, *, anytime: bool = False
+        self, trigger: Trigger, secret: SecretValue, known: set[str], *, anytime: bool = False
     ) -> KeboolaJob | None:
         """Asked oldest first, so that the first one wins; `anytime`, newest first."""
         body, since = json.loads(trigger.body), trigger.sent_at or trigger.created_at
+        wanted = purpose_of(body)[1] if trigger.attempts == 0 else None
         query = {
             "componentId": body["component"],
             "configId": body["config"],
@@ -5392,7 +5763,9 @@ class Keboola:
             if not isinstance(jobs, list):
                 raise KeboolaError("Keboola's search answered with something else than a list")
             for job in jobs:
-                if trigger_id_of(job) == trigger.id:
+                found, purpose = purpose_of(job)
+                same = found and purpose == wanted and str(value_at(job, "id")) not in known
+                if found == trigger.id or same:
                     return keboola_job(job)
             oldest = str(value_at(jobs[-1], "createdTime")) if jobs else ""
             if len(jobs) < SEARCH_PAGE or (anytime and oldest < keboola_time(since - UNBOUNDED)):
@@ -6663,6 +7036,8 @@ GAUGES = {  # set when Prometheus asks
     "http_connections": "Open connections of the admin surface.",
     "config_last_reload_successful": "1: the last reload was taken up; 0: it was refused.",
     "config_last_reload_timestamp_seconds": "Time of the last reload, or of the start.",
+    "backup_last_successful": "1: the last backup was verified; 0: it failed.",
+    "backup_last_success_timestamp_seconds": "Time of the last verified backup; 0: none.",
 }
 
 
@@ -6722,10 +7097,10 @@ class Metrics:
             self.job_state.labels(job.name, job.shown_status).set(1)
             self.job_ok.labels(job.name).set(job.last_ok_at)
 
-    def total(self, *counters: Any) -> int:
-        """The sum of counters over all their labels."""
+    def total(self, *counters: Any, without: Collection[str] = ()) -> int:
+        """The sum of counters over all their labels, but for some outcomes."""
         samples = [s for c in counters for family in c.collect() for s in family.samples]
-        return int(sum(sample.value for sample in samples))
+        return int(sum(s.value for s in samples if s.labels.get("outcome") not in without))
 
     def text(self) -> str:
         """All of it in Prometheus' text format."""
@@ -6930,6 +7305,9 @@ class Steps:
         batches, errors = await self._ask(row, asked or row.id in self._singly)
         self._singly.discard(row.id)
         check = self._concluded(row, batches, errors)
+        if check.trigger is not None:
+            trigger = await self.store.doubted(check.trigger, batches)
+            check = replace(check, trigger=trigger)
         recorded = await self.store.record_check(check)
         result = self._told(check, recorded)
         if recorded and check.trigger is not None:
@@ -7079,11 +7457,13 @@ class Steps:
         window, searches = float(self.config.settings.trigger_settle_seconds), trigger.searches + 1
         since = self._unknown.setdefault(trigger.id, self._steady())
         try:
-            job = await self._actions[trigger.kind].find(trigger, token)
+            known = {str(t.keboola_job_id) for t in await self.store.triggers(trigger.job_id)}
+            find = partial(self._actions[trigger.kind].find, trigger, token, known)
+            job = await find()
             waited = self._steady() - since
             event = after_search(trigger, waited, window)
             if job is None and event is not None:
-                job = await self._actions[trigger.kind].find(trigger, token, anytime=True)
+                job = await find(anytime=True)
         except KeboolaError as e:
             if not is_refusal(e) or self._steady() - since < REFUSED_LONG:
                 raise
@@ -7573,13 +7953,15 @@ class PausedKey(Answer):
 
 
 class Attention(Answer):
-    """A job that waits for a person."""
+    """A job that waits for a person, or the database."""
 
-    id: int
+    id: int | None = Field(None, description="of the job")
     job: str
-    what: Literal["failed", "held", "ingest"] = Field(
+    what: Literal["failed", "held", "refused", "ingest", "restored"] = Field(
         description="failed: it has ended so; held: its trigger may have arrived, see `job retry`;"
-        " ingest: its last run with work in it failed or rejected records"
+        " refused: OpenAI does not take its key;"
+        " ingest: its last run with work in it failed or rejected records; restored: a backup took"
+        " the database's place, see `restore --acknowledge`"
     )
     reason: str | None
 
@@ -7606,15 +7988,17 @@ class Health(Answer):
     config_last_reload_successful: bool
     config_last_reload_at: At = Field(description="of the last reload, or of the start")
     config_last_reload_error: str | None
+    backup_last_success_at: At | None = Field(None, description="of the last verified one")
+    backup_last_error: str | None = Field(None, description="why the last one failed")
+    backup_overdue: bool = Field(False, description="none was made in twice its interval")
     etl_last_run: At | None = Field(None, description="when the last ingest began; null: none did")
     etl_status: str | None = Field(None, description="in_progress, success, failed or interrupted")
 
     def anonymous(self) -> Health:
         """What a caller without a token may read: no job's name, no secret's, no reason."""
         named = "overdue_jobs", "undelivered_jobs", "attention", "paused_keys"
-        return self.model_copy(
-            update={name: [] for name in named} | {"config_last_reload_error": None}
-        )
+        errors = "config_last_reload_error", "backup_last_error"
+        return self.model_copy(update={name: [] for name in named} | dict.fromkeys(errors))
 
 
 def counted(count: int, one: str, many: str = "") -> str:
@@ -7640,6 +8024,9 @@ def judged(health: Health, file_problem: str | None, store_error: str | None) ->
         f"{counted(undelivered, 'trigger')} not delivered, or not followed, for long":
             undelivered > 0,
         "the last reload was refused; see the log": not health.config_last_reload_successful,
+        "a backup took the database's place, and what was done later is missing; see `status`":
+            any(waits.what == "restored" for waits in health.attention),
+        "no backup was made in twice its interval; see the log": health.backup_overdue,
     }  # fmt: skip
     bad, worse = ([t for t, holds in p.items() if holds] for p in (hindering, stopping))
     health.status = "unhealthy" if worse else "degraded" if bad else "healthy"
@@ -7713,6 +8100,9 @@ class Stats(Answer):
     last_run_status: str | None
     last_run_timestamp: At | None
     last_failure_timestamp: At | None
+    restored: int = Field(description="backups that took the database's place, see `attention`")
+    backup_last_success_at: At | None
+    backup_last_error: str | None
     runs: list[Run] = Field(description="the last ones, newest first")
     history: list[Day] = Field(description="days on which anything was done, the oldest first")
 
@@ -8348,6 +8738,220 @@ async def every_problem(
     return problems
 
 
+# ── Alerts ────────────────────────────────────────────────────────────────────────────────────
+
+# Each target is told once what is wrong, again after its `remind`, and when it is over; also where
+# the program was restarted in between:
+#
+# - Nothing is judged a second time: what is wrong is what /health says.
+# - What passes by itself is not told: a condition has to stay for some looks, and to stay away for
+#   as many. What a new process cannot know yet is not over: a job is overdue until a good check.
+# - A target that took a message has been told, and that is written down, in memory while the store
+#   fails. What it did not take is sent with the next news, after a pause that doubles.
+#
+# Not promised: that nothing is told twice when the program is killed in between.
+LOOK_SECONDS, PING_SECONDS = 30.0, 60.0
+LASTING = {"limited": 300.0, "ingest": 300.0, "": 20.0}  # s; the first two are tried again. The
+# others have to be there in two looks.
+SEND_SECONDS = 20.0  # s that a target may take
+ALERTED = 10_000  # jobs of each kind
+LISTED = 10  # conditions that the text of a message names
+SERVICE_KINDS = ("backup", "reload", "database", "scheduler")  # words of the problems in /health
+Told = Mapping[str, float]  # conditions, and when they were last told
+News = Mapping[str, str]  # conditions, and whether they are firing, a reminder or resolved
+FAILED_WORK = ("error", "dropped", "failed", "interrupted")  # outcomes of checks and runs
+
+
+def target_name(target: AlertTarget) -> str:
+    """What the store calls it: nothing that could be read."""
+    return digest_of(repr((target.apprise, target.webhook, target.command))).hex()
+
+
+def conditions(health: Health) -> dict[str, str]:
+    """What is wrong: kind and subject of each condition, and a sentence."""
+    late, stuck = "no good check for three intervals", "its trigger is not delivered or followed"
+    wrong = {f"overdue job {name}": late for name in health.overdue_jobs}
+    wrong |= {f"undelivered job {name}": stuck for name in health.undelivered_jobs}
+    wrong |= {f"limited key {pause.secret}": pause.reason for pause in health.paused_keys}
+    for row in health.attention:
+        some = re.match(r"(\d+) of (\d+) records were rejected", row.reason or "")
+        if some is None or some[1] == some[2]:  # fewer are within its `max_failed`
+            wrong[f"{row.what} job {row.job}"] = row.reason or ""
+    for said in health.problems:
+        if not said[0].isdigit():  # how many jobs there are of a kind that is told one by one
+            wrong[next((word for word in SERVICE_KINDS if word in said), "other")] = said
+    return {redact(key): short(said) for key, said in wrong.items()}
+
+
+def news_for(wrong: Collection[str], steady: Collection[str], told: Told, due: float) -> News:
+    """What a target is to be told: `steady` conditions are there, or gone, for long enough; those
+    that it was told before `due` it is reminded of."""
+    news = {key: "firing" for key in wrong if key in steady and key not in told}
+    for key, at in told.items():
+        if key in wrong and at <= due:
+            news[key] = "reminder"
+        elif key in steady and key not in wrong:
+            news[key] = "resolved"
+    return news
+
+
+def told_after(told: Told, news: News, now: float) -> Told:
+    """What a target was told that is not over, when it has taken the news."""
+    after = {**told, **dict.fromkeys(news, now)}
+    return {key: at for key, at in after.items() if news.get(key) != "resolved"}
+
+
+def message(news: News, wrong: Mapping[str, str]) -> dict[str, Any]:
+    """A title, some lines, and all of it for programs."""
+    alerts = []
+    for key, state in news.items():
+        kind, _, subject = key.partition(" ")
+        said = wrong.get(key, "it is over")
+        alerts.append({"state": state, "kind": kind, "subject": subject or kind, "said": said})
+    lines = [f"{a['state']}: {a['subject']}: {short(a['said'], 150)}" for a in alerts[:LISTED]]
+    lines += [f"and {len(news) - LISTED:,} more"] if len(news) > LISTED else []
+    counts = ", ".join(f"{n} {state}" for state, n in Counter(news.values()).items())
+    return {"title": f"TeckoChecker: {counts}", "text": "\n".join(lines), "alerts": alerts}
+
+
+def tell_command(command: Sequence[str], text: bytes) -> None:
+    """Run a program, without a shell, that reads `text` from its stdin."""
+    apart: Any = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+    killed_after = SEND_SECONDS + 1  # when nobody waits for it any more
+    done = subprocess.run(command, input=text, timeout=killed_after, check=False, **apart)
+    if done.returncode:
+        raise TeckoError(f"it ended with exit code {done.returncode}")
+
+
+def tell_apprise(url: str, title: str, text: str) -> None:
+    if not apprise_of(url).notify(body=text, title=title, notify_type="warning"):
+        raise TeckoError("Apprise could not send it; the log says why")
+
+
+class Alerts:
+    """Tells the targets of jobs.yaml what is wrong, and a dead-man switch that work is done."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps, self._store = steps, steps.store
+        self._client: httpx2.AsyncClient | None = None
+        self._told: dict[str, Told] | None = None  # by target; None: not read yet
+        self._unsaved: set[str] = set()  # targets
+        self._since: dict[tuple[str, bool], float] = {}  # when a condition came, or went
+        self._failures: dict[str, tuple[int, float]] = {}  # in a row; until when it is left alone
+        self._worked, self._ping_failed = 0, False
+
+    async def look(self, health: Health) -> None:
+        """Tell each target what is new to it. Raises StoreError where the store cannot say what it
+        was told before."""
+        self._told = told = await self._store.alerts() if self._told is None else self._told
+        targets = {target_name(target): target for target in self._steps.config.alerts}
+        wrong = await asyncio.to_thread(conditions, health)  # 10,000 texts are redacted
+        now = self._steps._steady()
+        known = {key for name in targets for key in told.get(name, {})}
+        gone = known - wrong.keys() - await self._unsure(health, known)
+        seen = [*((key, True) for key in wrong), *((key, False) for key in gone)]
+        self._since = {change: self._since.get(change, now) for change in seen}
+        lasts = {key: now - since for (key, _), since in self._since.items()}
+        steady = {k for k, s in lasts.items() if s >= LASTING.get(k.partition(" ")[0], LASTING[""])}
+        tell = partial(self._tell, told, wrong, steady)
+        await asyncio.gather(*(tell(*named) for named in targets.items()))
+
+    async def _unsure(self, health: Health, known: Collection[str]) -> set[str]:
+        """What may go on though /health does not say so: all that the store would tell if it
+        answered, and what a new process has not met yet."""
+        if not health.db_connected:
+            return {key for key in known if " " in key}
+        late = await self._store.overdue(self._steps.clock(), 0.0)
+        young = health.uptime_seconds < LONGEST_WAIT  # by then, each key was asked with again
+        limited = {key for key in known if young and key.startswith("limited ")}
+        return limited | {redact(f"overdue job {name}") for name in late}
+
+    async def _tell(
+        self,
+        told: dict[str, Told],
+        wrong: Mapping[str, str],
+        steady: Collection[str],
+        name: str,
+        target: AlertTarget,
+    ) -> None:
+        now, passed = self._steps.clock(), self._steps._steady()
+        mine, (failures, until) = told.get(name, {}), self._failures.get(name, (0, 0.0))
+        news = news_for(wrong, steady, mine, now - target.remind)
+        if news and passed >= until:
+            try:
+                await self._send(target, message(news, wrong))
+                told[name] = told_after(mine, news, now)
+                self._unsaved.add(name)
+                self._failures.pop(name, None)
+            except TeckoError as e:
+                wait = backoff(failures + 1, LONGEST_WAIT, 0.0)
+                self._failures[name] = failures + 1, passed + wait
+                log.warning("%s was not told, again in %.0f s: %s", target.shown, wait, e)
+        if name in self._unsaved:
+            with contextlib.suppress(StoreError):  # tried again at the next look
+                await self._store.save_alerts(name, told[name])
+                self._unsaved.discard(name)
+
+    async def _send(self, target: AlertTarget, said: Mapping[str, Any]) -> str:
+        """Raises TeckoError, also where the target hangs. What blocks is done in a thread."""
+        text = orjson.dumps(said)
+        work = partial(tell_apprise, str(target.apprise), said["title"], said["text"])
+        if target.command is not None:
+            work = partial(tell_command, target.command, text)
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                if target.webhook is not None:
+                    await self._ask("POST", target.webhook, target.secret, content=text)
+                else:
+                    await asyncio.wrap_future(detached(work))
+        except TimeoutError:
+            raise TeckoError(f"no answer within {SEND_SECONDS:.0f} s") from None
+        except TeckoError:
+            raise
+        except Exception as e:  # of one of Apprise's services, for one
+            raise TeckoError(f"{type(e).__name__}: {e}".rstrip(": ")) from e
+        return "told"
+
+    async def _ask(
+        self, method: str, url: str, secret: str | int | None = None, **request: Any
+    ) -> None:
+        self._client = self._client or make_client(UpstreamError)
+        headers = {"Content-Type": "application/json"}
+        if secret is not None:
+            value = await self._steps._secret(str(secret))
+            headers["Authorization"] = f"Bearer {value.reveal()}"
+        request |= {"headers": headers, "deadline": SEND_SECONDS, "limit": ERROR_BYTES}
+        await ask(self._client, UpstreamError, urlsplit(url).netloc, method, url, **request)
+
+    async def ping(self) -> None:
+        """Ask the URL of `ping:`, if any work was done since the last time."""
+        metrics, url, before = self._steps.metrics, self._steps.config.ping, self._worked
+        self._worked = metrics.total(metrics.checks, metrics.ingest_runs, without=FAILED_WORK)
+        if url is None or self._worked == before:
+            return
+        try:
+            await self._ask("GET", url)
+            self._ping_failed = False
+        except TeckoError as e:
+            if not self._ping_failed:
+                log.warning("the ping failed, which is not said again until one succeeds: %s", e)
+            self._ping_failed = True
+
+    async def test(self) -> list[Finding]:
+        """Send each target a message; whether it went."""
+        said = message({"test": "test"}, {"test": "this is what `alert test` sends"})
+        targets = self._steps.config.alerts
+        asked = (found(t.shown, partial(self._send, t, said), "nothing is there") for t in targets)
+        findings = await asyncio.gather(*asked)
+        await self.close()
+        return findings
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
+
 # ── Timers ────────────────────────────────────────────────────────────────────────────────────
 
 # What is unexpected costs the job that met it that step, and nothing else:
@@ -8661,6 +9265,8 @@ class Service(Timers):
         self.started_at = time.time()
         self.stop, self.reload = asyncio.Event(), asyncio.Event()
         self.operations = Operations(steps.store, steps.vault, lambda: steps.config)
+        self.alerts = Alerts(steps)
+        self.backups = Backups(steps.vault, lambda: steps.stopping)
         self.connections: Callable[[], int] = lambda: 0
         self.lock: RunLock | None = None
         self.reloaded_at, self.reload_error = self.started_at, cast(str | None, None)
@@ -8679,7 +9285,9 @@ class Service(Timers):
             return
         self._epoch = time.time()
         await self._sync()
-        for work, seconds in ((self._tick, TICK), (self._prune, PRUNE_SECONDS)):
+        own = {self._tick: TICK, self._prune: PRUNE_SECONDS, self._back_up: BACKUP_SECONDS}
+        own |= {self._alert: LOOK_SECONDS, self.alerts.ping: PING_SECONDS}
+        for work, seconds in own.items():
             every, soon = {"seconds": seconds, "executor": "notice"}, datetime.now(UTC)
             self._scheduler.add_job(self._repeat, "interval", (work,), next_run_time=soon, **every)
         self.store.on_write = self._written
@@ -8711,6 +9319,9 @@ class Service(Timers):
         self._scheduler.pause()
         self._draining = self.steps.stopping = True
         until = time.monotonic() + DRAIN_SECONDS
+        for work in (self._alert, self.alerts.ping):  # what was not delivered is tried again
+            if work in self._repeated:
+                self._repeated[work].cancel()
         self.store.close_soon(DRAIN_SECONDS + 0.5)  # however long its lock is held
         while self._tasks and (left := until - time.monotonic()) > 0:  # one may begin another
             await asyncio.wait(set(self._tasks), timeout=left)
@@ -8718,6 +9329,7 @@ class Service(Timers):
         for task in late:  # a POST cut off here is found as `sending` at the next start
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
+        await self.alerts.close()
         self._scheduler.shutdown(wait=False)
         await asyncio.sleep(0)
 
@@ -8822,22 +9434,32 @@ class Service(Timers):
         with contextlib.suppress(StoreError):  # it has time until the next look
             await self.store.prune(time.time() - 86400 * days, keep)
 
+    async def _alert(self) -> None:
+        """Tell who is to know it what is wrong."""
+        if self.steps.config.alerts:
+            with contextlib.suppress(StoreError):  # the next look follows
+                await self.alerts.look(await self.health(ALERTED))
+
+    async def _back_up(self) -> None:
+        await self.backups.look(self.settings, time.time())
+
     # figures
 
-    async def health(self) -> Health:
-        """Judged by work really done. It reads the store beside whoever writes it."""
+    async def health(self, named: int = NAMED) -> Health:
+        """Judged by work really done. It reads the store beside whoever writes it. Of each kind, at
+        most so many jobs are `named`."""
         now, settle = time.time(), float(self.settings.trigger_settle_seconds)
         seen: dict[str, Any] = {"db_connected": False}
         with contextlib.suppress(StoreError, TimeoutError):
             async with asyncio.timeout(HEALTH_SECONDS):
-                last = next(iter(await self.store.runs(None, 1)), None)
+                run = next(iter(await self.store.runs(None, 1)), None)
                 seen = {
                     "db_connected": True,
-                    "overdue_jobs": (await self.store.overdue(now, self.started_at))[:NAMED],
-                    "undelivered_jobs": await self.store.undelivered(now, settle),
-                    "attention": [Attention(**row) for row in await self.store.attention(NAMED)],
-                    "etl_last_run": last.start_time if last else None,
-                    "etl_status": last.status if last else None,
+                    "overdue_jobs": (await self.store.overdue(now, self.started_at))[:named],
+                    "undelivered_jobs": await self.store.undelivered(now, settle, named),
+                    "attention": [Attention(**row) for row in await self.store.attention(named)],
+                    "etl_last_run": run.start_time if run else None,
+                    "etl_status": run.status if run else None,
                 }
         stalled = time.monotonic() - self._ticked > STALLED_TICKS
         running: Any = "running" if self._scheduler.running else "stopped"
@@ -8850,6 +9472,9 @@ class Service(Timers):
             config_last_reload_successful=self.reload_error is None,
             config_last_reload_at=self.reloaded_at,
             config_last_reload_error=self.reload_error,
+            backup_last_success_at=(last := self.backups.last),
+            backup_last_error=self.backups.error,
+            backup_overdue=now - (last or self.started_at) > 2 * self.settings.backup.every,
             **seen,
         )
         return judged(health, self.store.file_problem(), self.store_error)
@@ -8881,6 +9506,9 @@ class Service(Timers):
             last_run_status=last.status if last else None,
             last_run_timestamp=last.start_time if last else None,
             last_failure_timestamp=await self.store.last_failure(),
+            restored=counts["restored"],
+            backup_last_success_at=self.backups.last,
+            backup_last_error=self.backups.error,
             runs=runs,
             history=await self.operations.history(DAYS_KEPT),
         )
@@ -8899,6 +9527,8 @@ class Service(Timers):
             http_connections=self.connections(),
             config_last_reload_successful=self.reload_error is None,
             config_last_reload_timestamp_seconds=self.reloaded_at,
+            backup_last_successful=self.backups.error is None,
+            backup_last_success_timestamp_seconds=self.backups.last or 0.0,
         )
         self.metrics.paused_keys.clear()
         for pause in self.steps.openai.pauses():
@@ -9102,8 +9732,8 @@ function view(job) {
     table("Log", job.logs.toReversed(), "created_at status message actor")];
 }
 function needs(problems, attention, keys) {
-  const jobs = attention.slice(0, 10).map((a) =>
-    [make("a", {href: `#${a.id}`}, a.job), `: ${a.reason ?? a.what}`]);
+  const jobs = attention.slice(0, 10).map(({id, job, reason, what}) =>
+    [id ? make("a", {href: `#${id}`}, job) : job, `: ${reason ?? what}`]);
   if (attention.length > 10) jobs.push("and more, see below");
   const paused = keys.map((k) => [`Key ${k.secret} is paused: ${k.reason}; until `, time(k.until)]);
   const lines = [...problems, ...jobs, ...paused].map((line) => make("li", {}, line));
@@ -10231,7 +10861,9 @@ def report(args: argparse.Namespace, document: Any, *shown: str | Table) -> int:
     return 0
 
 
-PRIVATE_LINE = re.compile("value|header|token|password|secrets")  # is not shown, whatever it has
+PRIVATE_LINE = re.compile(
+    "value|header|token|password|secrets|ping|webhook|- *.?[a-z]+://"
+)  # is not shown, whatever it has
 
 
 def pointed_at(problem: Problem) -> Iterator[str]:
@@ -10445,7 +11077,7 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
     names = sorted({*config.secrets, *stored})
     text = f"{config.path} is good: {counted(len(jobs), 'job')},"
     lines = [f"{text} {counted(len(names), 'secret')}", *changes]
-    lines += [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
+    lines += shown_findings(findings)
     document = {
         "valid": True,
         "jobs": [job.name for job in jobs],
@@ -10453,6 +11085,26 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
         "changes": changes,
     }
     report(args, document | {"online": [f._asdict() for f in findings]}, "\n".join(lines))
+    return int(not all(f.good for f in findings))
+
+
+def shown_findings(findings: Iterable[Finding]) -> list[str]:
+    return [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
+
+
+def cmd_alert_test(args: argparse.Namespace, config: Config) -> int:
+    """Send a message to each target, and say of each whether it went."""
+
+    async def tell() -> list[Finding]:
+        async with Store(config.settings.store) as store, make_steps(config, store) as steps:
+            steps.vault.load(required=False)
+            return await Alerts(steps).test()
+
+    findings = asyncio.run(tell())
+    if not findings:
+        raise Conflict(f"{config.path} names nobody to tell", hint="`alerts:` does, see README.md")
+    document = {"targets": [f._asdict() for f in findings]}
+    report(args, document, "\n".join(shown_findings(findings)))
     return int(not all(f.good for f in findings))
 
 
@@ -10471,6 +11123,7 @@ def cmd_start(args: argparse.Namespace, config: Config) -> int:
         return start_daemon(args, config)
     waiting = RunLock(database, "start", wait=START_WAIT)
     with waiting as lock, contextlib.suppress(asyncio.CancelledError):
+        ensure_sound(config.settings, time.time())
         asyncio.run(serve(config, lambda: config_of(args), lock))
     return 0
 
@@ -10680,6 +11333,45 @@ def refused_reload(address: str, settings: Settings) -> list[dict[str, Any]]:
         return [{"job": "jobs.yaml", "what": "refused", "reason": why}] if why else []
     except Conflict as e:
         return [{"job": "service", "what": "silent", "reason": str(e)}]
+
+
+# ── Backups by hand ───────────────────────────────────────────────────────────────────────────
+
+
+def file_of(settings: Settings, command: str) -> Path:
+    """The database's file. Raises Conflict where it is on a server."""
+    if settings.database_url is not None:
+        said = f"{settings.shown_store} is on a PostgreSQL server: {command} does this"
+        raise Conflict(said, hint="README.md has the command line")
+    return settings.database
+
+
+def cmd_backup(args: argparse.Namespace, config: Config) -> int:
+    settings, now, vault = config.settings, time.time(), Vault(config.settings)
+    database = file_of(settings, "pg_dump")
+    with_operations(config, lambda operations: operations.store.counts(), looks=True)
+    file = args.file or settings.backups / f"{compact(now)}.db"
+    if file.exists() or (args.with_key and vault.file is None):
+        there = f"{file} is there already" if file.exists() else "the key is in SECRET_KEY alone"
+        raise Conflict(f"{there}; nothing was written")
+    make_backup(database, file, vault, now)
+    text = f"backup made and verified: {file}"
+    if args.with_key and vault.file is not None:
+        write_private(Path(f"{file}.key"), read_text(vault.file, 10_000))
+        text += f", with its master key in {file}.key: who has both has every secret"
+    return report(args, {"backup": str(file), "taken_at": iso(now)}, text)
+
+
+def cmd_restore(args: argparse.Namespace, config: Config) -> int:
+    database = file_of(config.settings, "pg_restore")
+    if args.acknowledge:
+        noted = with_operations(config, lambda operations: operations.store.acknowledge())
+        return report(args, {"acknowledged": noted}, "noted" if noted else "nothing was restored")
+    if args.file is None:
+        raise Invalid(["which backup? name its FILE"])
+    with RunLock(database, "restore"):
+        said = restore([args.file], config.settings, "restored by hand", time.time())
+    return report(args, {"restored": str(args.file), "said": said}, said)
 
 
 # ── One round by hand ─────────────────────────────────────────────────────────────────────────
@@ -11247,6 +11939,14 @@ COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[
     ("reload", cmd_reload, config_despite_mistakes, "have the service read jobs.yaml again", ()),
     ("status", cmd_status, config_despite_mistakes,
      "whether it runs, what is due, and what needs you", ()),
+    ("backup", cmd_backup, config_despite_mistakes, "copy the database, while others use it", (
+        arg("file", nargs="?", type=Path, metavar="FILE",
+            help="where to (default: where the service has its own)"),
+        arg("--with-key", action="store_true", help="put the master key beside it"))),
+    ("restore", cmd_restore, config_despite_mistakes, "let a backup take the database's place", (
+        arg("file", nargs="?", type=Path, metavar="FILE", help="a backup"),
+        arg("--acknowledge", action="store_true",
+            help="say that you know what may be missing since one did"))),
     ("check", cmd_check, config_of, "one round now, then exit", (
         arg("jobs", nargs="*", metavar="JOB", help="id or name (default: all)"),)),
     ("explain", cmd_explain, config_of, "what a job waits for, and why", (JOB,)),
@@ -11274,6 +11974,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[
         arg("name", metavar="NAME"), FORCE)),
     ("secret rotate", cmd_secret_rotate, config_of,
      "new master key, every secret encrypted anew", ()),
+    ("alert test", cmd_alert_test, config_of, "send each target of `alerts:` a message", ()),
     ("job create", cmd_job_create, config_of, "watch batches", (*job_options(create=True),)),
     ("job list", cmd_job_list, config_of, "all jobs, with what they have done and why", (
         arg("--status", choices=STATES, help="only of this state"),)),
@@ -11293,7 +11994,8 @@ COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[
     ("data rejects", cmd_data, config_of, "records that were rejected, and why",
      (SOURCE, LIMIT, AS_CSV)),
 )  # fmt: skip
-GROUPS = {"secret": "API keys and tokens", "job": "jobs", "data": "what ingests brought"}
+GROUPS = {"secret": "API keys and tokens", "job": "jobs", "data": "what ingests brought",
+          "alert": "who is told of what is wrong"}  # fmt: skip
 EVERYWHERE = (
     arg("-c", "--config", type=Path, metavar="FILE",
         help="configuration file (default: ./jobs.yaml)"),

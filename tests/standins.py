@@ -641,6 +641,20 @@ class Elsewhere(StandIn):
         return (lambda request: Answer(200, b"{}"),)
 
 
+class Inbox(Elsewhere):
+    """Where alerts are sent to: a webhook, or one of Apprise's."""
+
+    def told(self, path: str = "/in") -> list[Any]:
+        """The JSON of each message that came there, in order."""
+        with self.lock:
+            return [json.loads(r.body) for r in self.requests if r.path == path and r.body]
+
+    def states(self, path: str = "/in") -> list[tuple[str, str, str]]:
+        """State, kind and subject of each alert in them."""
+        alerts = [alert for message in self.told(path) for alert in message["alerts"]]
+        return [(alert["state"], alert["kind"], alert["subject"]) for alert in alerts]
+
+
 # --- OpenAI: batches -----------------------------------------------------------------------------
 
 OPENAI_KEY = "sk-standin-openai"

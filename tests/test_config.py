@@ -73,7 +73,8 @@ VARIABLE_NAME = "the name of an environment variable"
 NO_VALUE = "a secret's value does not belong here; allowed: env, file, or `secret add`"
 DATABASE = "the path of the SQLite file"
 DATABASES = "sqlite:///path, a path, or postgresql://host/name"
-TOP_KEYS = "admin, database, jobs, secrets"
+TOP_KEYS = "admin, alerts, backup, database, jobs, ping, secrets"
+FILE_KEYS = "database, admin, backup, secrets, jobs, alerts, ping"  # in their order
 JOB_KEYS = "ingest, name, poll_interval, trigger, watch"
 WATCH_KEYS = "batch_ids, secret, trigger_when, type"
 TRIGGER_KEYS = "component_id, configuration_id, on_ambiguous, secret, stack_url, type, variables"
@@ -244,7 +245,7 @@ KEY_ROWS = [
 ]
 
 INTERVALS = [29, 3601, 0, -5, "10s", "61m", "2h"]
-NO_INTERVALS = ["soon", "1.5", "60.0", "1:30", ("'1:30'", "'1:30'"), "1d", True, ("''", "''"), [60]]
+NO_INTERVALS = ["soon", "1.5", "60.0", "1:30", ("'1:30'", "'1:30'"), "1w", True, ("''", "''"), [60]]
 NO_IDS = ["btch_1", "batch_", "batch_ä", "batch_a b", "batch_a/b", ('"batch_1\\n"', r"'batch_1\n'")]
 TOO_MANY = [f"batch_{i}" for i in range(11)]
 URLS = """
@@ -359,8 +360,8 @@ def test_a_wrong_file_and_its_exact_message(tmp_path: Path, old: str, new: str, 
         ("jobs: *nobody\n", ":1: not YAML: found undefined alias"),
         ("jobs: &a [*a]\n", ":1: an alias that contains itself"),
         ("jobs:\n  - &a\n    watch: *a\n", ":2: an alias that contains itself"),
-        ("- a\n", ":1: found a list; allowed: database, admin, secrets, jobs"),
-        ("soon\n", ":1: found text; allowed: database, admin, secrets, jobs"),
+        ("- a\n", f":1: found a list; allowed: {FILE_KEYS}"),
+        ("soon\n", f":1: found text; allowed: {FILE_KEYS}"),
         (b"jobs: \xff\n", ": cannot be read: it is no UTF-8 text: invalid start byte, byte 6"),
         (
             b"jobs: \x00\n",
@@ -1193,7 +1194,7 @@ def test_the_flat_form_has_every_field_of_the_nested_one() -> None:
 
 
 MODELS = [
-    *(tecko.JobsFile, tecko.AdminBlock, tecko.SecretRef, tecko.JobSpec),
+    *(tecko.JobsFile, tecko.AdminBlock, tecko.AlertTarget, tecko.SecretRef, tecko.JobSpec),
     *(tecko.OpenAIBatches, tecko.KeboolaTrigger),
 ]
 

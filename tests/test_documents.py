@@ -25,6 +25,7 @@ EXAMPLE = (ROOT / "jobs.yaml.example").read_text()
 MODELS = (
     tecko.JobsFile,
     tecko.AdminBlock,
+    tecko.AlertTarget,
     tecko.SecretRef,
     tecko.JobSpec,
     tecko.OpenAIBatches,
@@ -190,7 +191,7 @@ def test_the_parser_takes_every_command_line_of_the_readme() -> None:
 # ── Requirements ──────────────────────────────────────────────────────────────────────────────
 
 
-OPTIONAL = {"psycopg"}  # imported where DATABASE_URL asks for PostgreSQL
+OPTIONAL = {"psycopg", "apprise"}  # imported where DATABASE_URL or `alerts:` asks for it
 
 
 def required() -> set[str]:

@@ -179,6 +179,31 @@ async def test_a_newer_schema_is_refused(path: Place) -> None:
     await ended(threads)
 
 
+def first_version(place: Place) -> None:
+    """Make a database as the first version of the program did, with a row in it."""
+    kind = tecko.Postgres if isinstance(place, str) else tecko.Sqlite
+    for statement in tecko.SCHEMA.split(";\n"):
+        if statement.strip():
+            execute(place, statement.replace("{id}", kind.id))
+    execute(place, "INSERT INTO polling_logs (status, message, created_at) VALUES ('a', 'b', 1)")
+
+
+async def test_an_older_schema_is_brought_up_to_date(path: Place) -> None:
+    """Looking at it says what to do and changes nothing; whoever writes makes it the newest, with
+    all its rows, and as a new one is."""
+    first_version(path)
+    before = dump(path)
+    with pytest.raises(tecko.StoreError, match="older TeckoChecker") as e:
+        await tecko.Store(path, read_only=True).touch()
+    assert "init" in e.value.hint and dump(path) == before
+    await tecko.Store(path).touch()
+    version = 1 + len(tecko.MIGRATIONS)
+    assert execute(path, "SELECT version FROM schema_version") == [(version,)]
+    assert dump(path) == before and execute(path, "SELECT count(*) FROM backups") == [(0,)]
+    async with tecko.Store(path, read_only=True) as store:
+        assert [row.message for row in await store.logs(None, 10)] == ["b"]
+
+
 @pytest.mark.sqlite
 @pytest.mark.parametrize("what", ["no database", "a folder", "no folder"])
 async def test_what_cannot_be_opened(path: Path, what: str) -> None:
@@ -1169,3 +1194,14 @@ def test_whatever_is_done_the_job_is_consistent(operations: list[str]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(main(Path(folder) / "s.db"))
+
+
+# ── Alerts ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_alerts_were_told_is_kept_by_target(store: tecko.Store) -> None:
+    """The last word on each, whatever the conditions are called."""
+    await store.save_alerts("a", {"failed job x": 1.0})
+    await store.save_alerts("b", {})
+    await store.save_alerts("a", {'failed job "y" %': 2.5})
+    assert await store.alerts() == {"a": {'failed job "y" %': 2.5}, "b": {}}
