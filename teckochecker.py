@@ -7955,7 +7955,7 @@ class PausedKey(Answer):
 class Attention(Answer):
     """A job that waits for a person, or the database."""
 
-    id: int | None = Field(None, description="of the job")
+    id: int | None = None
     job: str
     what: Literal["failed", "held", "refused", "ingest", "restored"] = Field(
         description="failed: it has ended so; held: its trigger may have arrived, see `job retry`;"
