@@ -2997,6 +2997,13 @@ CREATE TABLE backups (                       -- those that this database came fr
     restored_at DOUBLE PRECISION,            -- NULL: this file is that backup
     reason TEXT                              -- why, until a person says that they know; then NULL
 );
+CREATE TABLE daily_sums (
+    day TEXT PRIMARY KEY,                    -- of UTC, like 2026-11-27
+    checks BIGINT NOT NULL,
+    triggers BIGINT NOT NULL,                -- sent to Keboola
+    delay_ms BIGINT NOT NULL,                -- of all of them, see Day.done_to_post_ms
+    records BIGINT NOT NULL                  -- inserted or updated
+);
 """
 MIGRATIONS: Sequence[str] = (VERSION_2,)  # what makes version 2 out of version 1, 3 of 2, and so on
 ACTIVE = "j.status = 'active' AND j.removed_at IS NULL"
@@ -4001,6 +4008,10 @@ OF_JOB = (
     f" EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND {OPEN_TRIGGER})"
 )
 OF_BATCH = f"b.{columns_of(Batch).replace(', ', ', b.')}"
+MATCHING = (  # the shown status, and a part of the name; empty: any
+    "(:status = '' OR :status = CASE WHEN j.removed_at IS NULL THEN j.status ELSE 'removed' END)"
+    " AND (:search = '' OR replace(lower(j.name), :search, '') <> lower(j.name))"
+)
 COLUMNS_OF_JOB = len(fields(Job)) - 1  # but for its batches
 
 
@@ -4087,6 +4098,7 @@ class Jobs(Secrets):
     def __init__(self, place: Path | str, *, read_only: bool = False) -> None:
         super().__init__(place, read_only=read_only)
         self._quiet: dict[int, UnchangedCheck] = {}  # by job
+        self.sums: Counter[str] = Counter()  # of daily_sums, not flushed yet
 
     # reading jobs
 
@@ -4114,13 +4126,17 @@ class Jobs(Secrets):
         return list(found.values())
 
     async def jobs(
-        self, status: str | None = None, limit: int = LARGEST, after: int = 0
+        self, status: str | None = None, limit: int = LARGEST, after: int = 0, search: str = ""
     ) -> list[Job]:
-        """Jobs of a shown status, or all (None), with ids beyond `after`, by id."""
-        shown = "CASE WHEN j.removed_at IS NULL THEN j.status ELSE 'removed' END"
-        where = "j.id > :after" + ("" if status is None else f" AND {shown} = :status")
-        given = {"status": status, "limit": limit, "after": after}
-        return await self._jobs(f"{where} ORDER BY j.id LIMIT :limit", given)
+        """Jobs of a shown status, or all (None), that have `search` in their names, with ids beyond
+        `after`, by id."""
+        given = {"status": status or "", "search": search.lower(), "limit": limit, "after": after}
+        return await self._jobs(f"{MATCHING} AND j.id > :after ORDER BY j.id LIMIT :limit", given)
+
+    async def count_jobs(self, status: str | None, search: str) -> int:
+        given = {"status": status or "", "search": search.lower()}
+        [[n]] = await self._sql(f"SELECT count(*) FROM polling_jobs j WHERE {MATCHING}", given)
+        return int(n)
 
     async def find_job(self, ref: str | int) -> Job:
         """The job with this id or name."""
@@ -4458,6 +4474,8 @@ LOG_STATUS: dict[Event, str] = {  # what a log row calls a step of a trigger; ot
 }
 DOUBT = 86400.0  # s that OpenAI's clock and ours may differ at most
 AS_CHECKED = f"j.id = :id AND revision = :revision AND round = :round AND {ACTIVE}"
+SUMS = ("checks", "triggers", "delay_ms", "records")
+DAYS_KEPT = 90  # of daily_sums
 
 
 def describe_progress(batch: Batch) -> str:
@@ -4535,17 +4553,36 @@ class Checks(Jobs):
         self._quiet[quiet.id] = quiet
 
     async def flush(self) -> None:
-        """Write down the quiet checks, together."""
+        """Write down the quiet checks and the sums of the day, together."""
         kept, self._quiet = self._quiet, {}
+        sums, self.sums = +self.sums, Counter()  # without what is zero
         try:
-            if kept:
-                await self._write_quiet(sorted(kept.values()))  # by job, as their rows lie
+            if kept or sums:
+                await self._write_quiet(sorted(kept.values()), sums)  # by job, as their rows lie
         except StoreError:
-            self._quiet = kept | self._quiet
+            self._quiet, self.sums = kept | self._quiet, sums + self.sums
             raise
 
+    async def daily_sums(self, days: int) -> list[Any]:
+        """The last days on which anything was done, the oldest first."""
+        sql = f"SELECT day, {', '.join(SUMS)} FROM daily_sums ORDER BY day DESC LIMIT :days"
+        return (await self._named(sql, {"days": days}))[::-1]
+
+    async def _add_to_day(self, sums: Counter[str]) -> None:
+        now, names = time.time(), ("day", *SUMS)
+        row = (iso(now)[:10], *(sums[name] for name in SUMS))
+        added = ", ".join(f"{name} = daily_sums.{name} + excluded.{name}" for name in SUMS)
+        conflict = f"ON CONFLICT (day) DO UPDATE SET {added}"
+        await self._upsert("daily_sums", names, [row], conflict)
+        oldest = iso(now - 86400 * DAYS_KEPT)[:10]
+        await self._sql("DELETE FROM daily_sums WHERE day <= :oldest", {"oldest": oldest})
+
     @transactional
-    async def _write_quiet(self, kept: Sequence[UnchangedCheck]) -> None:
+    async def _write_quiet(
+        self, kept: Sequence[UnchangedCheck], sums: Counter[str] | None = None
+    ) -> None:
+        if sums:
+            await self._add_to_day(sums)
         await self._many(
             "UPDATE polling_jobs AS j SET last_check_at = :now, last_ok_at = :now,"
             " errors_in_row = 0, next_check_at = :next_check_at, pace = coalesce(:pace, pace)"
@@ -4828,7 +4865,7 @@ class Store(Checks):
         """Jobs that wait for a person, each with failed, held, refused (by OpenAI, with its key) or
         ingest (its last run with work in it failed, or rejected records), and the reason."""
         rows = await self._sql(
-            "SELECT j.name, j.last_error, CASE WHEN j.openai_secret = '' THEN 'ingest'"
+            "SELECT j.id, j.name, j.last_error, CASE WHEN j.openai_secret = '' THEN 'ingest'"
             " WHEN EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND t.round = j.round"
             " AND t.state = 'held') THEN 'held' WHEN j.status = 'active' THEN 'refused'"
             " ELSE 'failed' END FROM polling_jobs j"
@@ -4837,8 +4874,8 @@ class Store(Checks):
             " OR j.last_error LIKE :no_right)) ORDER BY j.id LIMIT :limit",
             {"limit": limit, "no_key": "%OpenAI said 401%", "no_right": "%OpenAI said 403%"},
         )
-        rows += await self._sql(f"SELECT 'database', reason, 'restored' FROM {RESTORED}")
-        return [{"job": job, "reason": reason, "what": what} for job, reason, what in rows]
+        rows += await self._sql(f"SELECT NULL, 'database', reason, 'restored' FROM {RESTORED}")
+        return [dict(zip(("id", "job", "reason", "what"), row, strict=True)) for row in rows]
 
     async def alerts(self) -> dict[str, Mapping[str, float]]:
         """What each target of alerts was told to be wrong, and when last."""
@@ -4874,11 +4911,13 @@ class Store(Checks):
         """The names of all jobs or secrets."""
         return [row[0] for row in await self._sql(f"SELECT name FROM {table} ORDER BY name")]
 
-    async def ingested(self) -> dict[str, tuple[int, int]]:
-        """How many records each source has brought, and how many of them are rejected now."""
+    async def ingested(self, source: str = "") -> dict[str, tuple[int, int]]:
+        """How many records each source, or this one, has brought, and how many of them are rejected
+        now."""
         rows = await self._sql(
             "SELECT source, records, (SELECT count(*) FROM etl_reject r WHERE r.source = c.source)"
-            " FROM etl_checkpoint c WHERE source <> ''"
+            " FROM etl_checkpoint c WHERE source <> '' AND (:source = '' OR source = :source)",
+            {"source": source},
         )
         return {row[0]: (row[1], row[2]) for row in rows}
 
@@ -7361,6 +7400,7 @@ class Steps:
                 errors = [error] if batches is None and error is not None else []
                 news.append(self._concluded(row, batches or row.batches, errors))
         self.metrics.checks.labels("waiting").inc(len(done))
+        self.store.sums["checks"] += len(done)
         news = [check for check in news if check.verdict.event is None]
         for at in range(0, len(news), TOGETHER_NEWS):  # others take their turns in between
             some = news[at : at + TOGETHER_NEWS]
@@ -7462,6 +7502,7 @@ class Steps:
             return StepResult(0.0, "changed while it was checked")
         event, errors = check.verdict.event, check.errors
         self.metrics.checks.labels(event or ("error" if errors else "waiting")).inc()
+        self.store.sums["checks"] += 1
         for error in errors:
             self._count_error(error)
         done = sum(outcome(b) is not None for b in check.batches)
@@ -7519,6 +7560,9 @@ class Steps:
         claimed = await self.store.move_trigger(trigger, "claim", "", now, sent_at=at)
         if claimed is None:
             return StepResult(0.0, "changed while it was triggered")
+        if claimed.attempts == 1:
+            delay = max(0, int(1000 * (now - trigger.created_at)))
+            self.store.sums.update(triggers=1, delay_ms=delay)
         try:
             job = await self._actions[trigger.kind].send(claimed, token)
         except KeboolaError as e:
@@ -7641,6 +7685,7 @@ class Steps:
         self.metrics.ingest_runs.labels(status).inc()
         for what in COUNTED:
             self.metrics.records.labels(what).inc(getattr(run, f"records_{what}"))
+        self.store.sums["records"] += run.records_inserted + run.records_updated
         if isinstance(error, asyncio.CancelledError):
             raise error
         failure = error if isinstance(error, TeckoError) else None
@@ -7971,6 +8016,15 @@ class SecretList(Answer):
     total: int
 
 
+class Recent(Answer):
+    """What a job has done, and what it did last."""
+
+    done: str = Field(description="how far its batches are; of an ingest, its records and rejects")
+    why: str | None = Field(description="why it is where it is: its error, or what it waits for")
+    trigger: Trigger | None = Field(description="the last one")
+    runs: list[str] = Field(description="of an ingest, how the last 20 ended, newest first")
+
+
 class JobAnswer(Answer):
     """A job in the flat form, with its batches and how far they are; an ingest has none of them,
     and its definition in `ingest`."""
@@ -8002,6 +8056,7 @@ class JobAnswer(Answer):
     next_check_at: At | None
     created_at: At
     completed_at: At | None
+    recent: Recent | None = Field(None, description="null: not asked for")
 
 
 class RejectAnswer(Answer):
@@ -8046,6 +8101,7 @@ class PausedKey(Answer):
 class Attention(Answer):
     """A job that waits for a person, or the database."""
 
+    id: int | None = None
     job: str
     what: Literal["failed", "held", "refused", "ingest", "restored"] = Field(
         description="failed: it has ended so; held: its trigger may have arrived, see `job retry`;"
@@ -8154,6 +8210,16 @@ class DataPage(Answer):
     data: list[StoredRecord]
 
 
+class Day(Answer):
+    """What was done on a day of UTC."""
+
+    day: str
+    checks: int
+    triggers: int = Field(description="sent to Keboola")
+    done_to_post_ms: int | None = Field(description="the mean of them, from the last batch's end")
+    records: int = Field(description="that ingests inserted or updated")
+
+
 class Stats(Answer):
     """How much there is, and what was done: checks and errors since the start, records and runs
     ever."""
@@ -8184,6 +8250,7 @@ class Stats(Answer):
     backup_last_success_at: At | None
     backup_last_error: str | None
     runs: list[Run] = Field(description="the last ones, newest first")
+    history: list[Day] = Field(description="days on which anything was done, the oldest first")
 
 
 def job_fields(job: Job, secrets: Mapping[str, int]) -> dict[str, Any]:
@@ -8207,6 +8274,43 @@ def job_fields(job: Job, secrets: Mapping[str, int]) -> dict[str, Any]:
         "completed_count": ends["completed"],
         "failed_count": ends["failed"],
     }
+
+
+def rejects_of(source: str, n: int) -> str:
+    return f"{counted(n, 'record')} rejected: data rejects --source {source}"
+
+
+WAITS = {  # what a job without an error waits for, by its state
+    "triggering": "waits for Keboola to take its trigger",
+    "triggered": "waits for its Keboola job to end",
+    "paused": "waits for job resume",
+    "removed": "has left jobs.yaml",
+}
+
+
+def done_of(job: JobAnswer, brought: tuple[int, int]) -> str:
+    """What a job has done, in its own terms."""
+    if job.ingest is not None:
+        rejects = f", {brought[1]:,} rejected" if brought[1] else ""
+        return counted(brought[0], "record") + rejects
+    if total := sum(batch.requests_total for batch in job.batches):
+        done = sum(batch.requests_completed + batch.requests_failed for batch in job.batches)
+        return f"{done}/{total}"
+    return (
+        f"{job.completed_count + job.failed_count}/{counted(job.batch_count, 'batch', 'batches')}"
+    )
+
+
+def why_of(job: JobAnswer, brought: tuple[int, int]) -> str | None:
+    """Why a job is where it is: its last error, or what it waits for."""
+    if job.last_error or job.status in WAITS:
+        return job.last_error or WAITS[job.status]
+    if brought[1]:
+        return rejects_of(job.name, brought[1])
+    left = [batch.batch_id for batch in job.batches if outcome(batch) is None]
+    if job.status != "active" or not left:
+        return None
+    return f"waits for {left[0] if len(left) == 1 else counted(len(left), 'batch', 'batches')}"
 
 
 def stored_record(row: Any) -> StoredRecord:
@@ -8413,15 +8517,31 @@ class Operations:
                 raise refused
             raise NotFound("; ".join(f.found for f in faults), code=1001)
 
-    async def jobs(self, status: str | None, limit: int, after: int) -> JobList:
+    async def jobs(
+        self, status: str | None, limit: int, after: int, search: str = "", recent: bool = False
+    ) -> JobList:
         """A page of jobs, by id."""
-        rows = await self.store.jobs(status, limit + 1, after)
+        rows = await self.store.jobs(status, limit + 1, after, search)
         page, ids = rows[:limit], await self._secret_ids()
         shown = [JobAnswer(**job_fields(job, ids)) for job in page]
-        counts: dict[str, int] = (await self.store.counts())["jobs"]
-        total = sum(counts.values()) if status is None else counts.get(status, 0)
+        for job in shown if recent else ():
+            job.recent = await self._recent(job)
+        total = await self.store.count_jobs(status, search)
         more = page[-1].id if len(rows) > limit else None
         return JobList(jobs=shown, total=total, next_after=more)
+
+    async def _recent(self, job: JobAnswer) -> Recent:
+        brought = (await self.store.ingested(job.name)).get(job.name, (0, 0))
+        runs = await self.store.runs(job.name, 20) if job.ingest else []
+        return Recent(
+            done=done_of(job, brought),
+            why=why_of(job, brought),
+            trigger=next(reversed(await self.store.triggers(job.id)), None),
+            runs=[
+                "rejected" if run.status == "success" and run.records_failed else run.status
+                for run in runs
+            ],
+        )
 
     async def job(self, ref: str, logs: int | None = 20) -> JobDetail:
         job = await self.store.find_job(ref)
@@ -8433,6 +8553,7 @@ class Operations:
             shown.totals = await self.store.totals(job.name)
             shown.runs = await self.store.runs(job.name, 10)
             shown.rejects = await self.rejects(job.name, 10)
+        shown.recent = await self._recent(shown)
         return shown
 
     async def rejects(self, source: str | None, limit: int) -> list[RejectAnswer]:
@@ -8445,6 +8566,13 @@ class Operations:
         rows = await self.store.data(source, limit + 1, after, offset)
         more = rows[limit - 1]["id"] if 0 < limit < len(rows) else None
         return [stored_record(row) for row in rows[:limit]], more
+
+    async def history(self, days: int) -> list[Day]:
+        sums = await self.store.daily_sums(days)
+        for day in sums:
+            delay, sent = day.pop("delay_ms"), day["triggers"]
+            day["done_to_post_ms"] = delay // sent if sent else None
+        return [Day(**day) for day in sums]
 
     async def _secret_ids(self) -> dict[str, int]:
         return {row.name: row.id for row in await self.store.secrets()}
@@ -9647,6 +9775,7 @@ class Service(Timers):
             backup_last_success_at=self.backups.last,
             backup_last_error=self.backups.error,
             runs=runs,
+            history=await self.operations.history(DAYS_KEPT),
         )
 
     async def metrics_text(self) -> str:
@@ -9707,6 +9836,254 @@ async def make_service(
             await service.drain()
 
 
+# ── Page ──────────────────────────────────────────────────────────────────────────────────────
+
+# `/` for browsers: a table of jobs that anybody can read, made here; and a script that keeps it up
+# to date out of the routes below. It makes texts of all that it is told, never markup.
+
+STATUS_PAGE = r"""
+<!doctype html><html lang="en"><head><meta charset="utf-8"><title>TeckoChecker</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root{color-scheme:light dark;--bg:light-dark(#f5f5f3,#111215);--card:light-dark(#fff,#1a1c20);
+--ink:light-dark(#1c1e22,#e8e9eb);--soft:light-dark(#5b606a,#a0a5af);
+--line:light-dark(#dfe0e4,#30333a);--accent:light-dark(#3550c4,#9db0ff);
+--good:light-dark(#19753a,#62cb84);--warn:light-dark(#855300,#e3ae48);
+--bad:light-dark(#b82020,#ff8b83)}*{box-sizing:border-box}body{margin:auto;max-width:78rem;
+padding:1.5rem 1rem 5rem;color:var(--ink);background:var(--bg);font:15px/1.5 system-ui,sans-serif}
+h1{font-size:1.3rem}h3{font-size:1rem}h1,h2,h3,p,ul{margin:0;padding:0}h2:focus{outline:0}
+li{list-style:none;margin:.3rem 1rem 0 0}a{color:var(--accent)}.end{margin-left:auto}
+small,th{display:block;color:var(--soft);font-size:.8125rem;font-weight:400}pre,.scroll{
+overflow-x:auto}.line{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem}nav{columns:20rem}
+.card,header,main>div>*{margin-bottom:1.25rem}.card,.tiles>div{background:var(--card);
+border:1px solid var(--line);border-radius:12px;padding:1rem 1.25rem}.alarm{border-left:4px solid
+var(--bad)}.tiles{display:grid;grid-template-columns:repeat(4,1fr);gap:1rem;min-height:7.75rem}
+strong{font-size:1.5rem}.bars{display:flex;gap:2px;height:1.25rem;margin:.25rem 0;align-items:end}
+.bars i{flex:1;max-width:8px;min-height:2px;background:currentColor}
+progress{flex:1;min-width:0;width:100%;accent-color:currentColor}table{width:100%;border-spacing:0}
+th,td{display:table-cell;text-align:left;vertical-align:top;padding:.6rem .75rem .6rem 0;
+border-bottom:1px solid var(--line)}tr:last-child>td{border:0}.scroll{margin-bottom:1.5rem}
+#list table{table-layout:fixed;overflow-wrap:anywhere}th::first-letter{text-transform:capitalize}
+#list th:first-child{width:28%}td>a{font-weight:600;text-decoration:none}
+.state::before{content:"●" / "";margin-right:.4em}.paused::before{content:"○" / ""}
+.state:is(.completed,.success)::before{content:"✓" / ""}.state.failed::before{content:"✗" / ""}
+.active,.triggering,.triggered,.in_progress,.days{color:var(--accent)}
+.completed,.healthy,.success{color:var(--good)}.failed,.unhealthy,.expired{color:var(--bad)}
+.completed_with_failures,.degraded,.rejected,.interrupted{color:var(--warn)}
+button,input,select,textarea{font:inherit;color:inherit;background:var(--card);max-width:100%;
+border:1px solid var(--line);border-radius:8px;padding:.25rem .7rem;min-height:2.1rem}
+.sure{color:var(--card);background:var(--bad)}:focus-visible{outline:3px solid var(--accent)}
+[hidden]{display:none!important}@media(max-width:50rem){.tiles{grid-template-columns:1fr 1fr}
+#list thead{display:none}#list :is(table,tbody,td){display:block;border:0;padding:0}#list tr{
+display:grid;grid-template-columns:1fr auto;gap:.5rem;padding:1rem 0}#list td:nth-child(3n){
+grid-column:1/3}#list tr+tr{border-top:1px solid var(--line)}}
+</style></head><body><header class="line"><h1>TeckoChecker</h1><span id="health"></span>
+<small id="said" role="status"></small><a class="end" href="/docs">API</a></header>
+<p id="alarm" class="card alarm" role="alert" hidden></p>
+<section id="needs" class="card alarm" aria-label="What needs you" hidden></section>
+<main><div id="list"><div id="days" class="tiles"></div><div class="line">
+<input id="search" type="search" placeholder="Search by name" aria-label="Name">
+<select id="status" aria-label="State"><option value="">all states</option><!-- states --></select>
+<small id="counts"></small></div><div class="card"><table><thead><tr><th>Job<th>State<th>Progress
+<th>Keboola job<th>Next check<th>Actions</thead><tbody id="jobs"><!-- jobs --></tbody></table>
+<noscript>The first jobs, as they were at loading. JavaScript shows all.</noscript></div>
+<div id="pages" class="line"></div></div><article id="job" class="card" hidden></article></main>
+<script>
+"use strict";
+const STEPS = {active: ["check", "pause"], paused: ["resume"], triggering: ["check"],
+  triggered: ["check"], failed: ["retry"]}; // what a person may do in a state
+const TILES = {Checks: "checks", Triggers: "triggers", "Done to POST, ms,": "done_to_post_ms",
+  Records: "records"};
+const $ = (id) => document.getElementById(id), number = (n) => (n ?? 0).toLocaleString("en");
+const drawn = {}, states = {};
+let pages = [0], open = 0, sure = "", latest = 0, wait, seen, timer;
+
+function make(tag, props, ...inside) { // what the service says becomes text, never markup
+  const made = Object.assign(document.createElement(tag), props);
+  made.append(...inside.flat(9).map((part) => part ?? "-"));
+  return made;
+}
+function draw(id, build, ...data) { // anew only if it has changed; the focus stays where it was
+  const text = JSON.stringify(data), focus = document.activeElement.id;
+  if (drawn[id] === text) return;
+  [drawn[id], wait] = [text, 2000];
+  $(id).replaceChildren(...[build(...data)].flat(9));
+  if (focus) ($(focus) ?? $(focus.replace(/^\w+-/, "job-")))?.focus({preventScroll: true});
+}
+async function ask(path, method = "GET") {
+  const how = {method, headers: {Accept: "application/json"}, signal: AbortSignal.timeout(9000)};
+  const answer = await fetch(path, how).catch(() => ({json: () => null}));
+  const body = (await answer.json()) ?? {detail: "The service does not answer"};
+  if (!answer.ok && !body.problems) throw Error(body.detail); // an unhealthy service says more
+  return body;
+}
+function when(at) {
+  const left = (Date.parse(at) - Date.now()) / 1000, s = Math.abs(left);
+  const [n, unit] = [[86400, "d"], [3600, "h"], [60, "min"]].find(([n]) => s >= 2 * n) ?? [1, "s"];
+  const text = `${Math.floor(s / n)} ${unit}`;
+  return s < 3 ? "now" : left > 0 ? `in ${text}` : `${text} ago`;
+}
+const say = (text) => { $("said").textContent = text; };
+const time = (at) => at && make("time", {dateTime: at, title: at}, when(at));
+const small = (...inside) => make("small", {}, inside), words = (key) => key.replaceAll("_", " ");
+const state = (name) => make("span", {className: `state ${name}`}, words(name));
+const button = (id, text, onclick, more) => make("button", {id, onclick, ...more}, text);
+
+function chart(className, ariaLabel, bars) {
+  const each = bars.map(([percent, className, title]) =>
+    make("i", {className, title, style: `height:${percent}%`}));
+  return make("div", {role: "img", className, ariaLabel}, each);
+}
+function bar(b) {
+  const value = b.requests_completed + b.requests_failed, max = b.requests_total || 1;
+  const title = `${b.batch_id} ${b.status}, ${value} of ${b.requests_total} requests done`;
+  return make("progress", {className: b.status, max, value, title, ariaLabel: title});
+}
+function bars(job) { // one for each batch, or for each of the last runs
+  const ends = job.recent.runs.toReversed(), each = ends.map((end) => [100, end, end]);
+  return job.ingest ? chart("bars", `last runs: ${ends.join(", ")}`, each)
+    : make("div", {className: "bars"}, job.batches.slice(0, 12).map(bar));
+}
+function buttons(job) {
+  return make("div", {className: "line"}, (STEPS[job.status] ?? []).map((step) => {
+    const id = `${step}-${job.id}`, text = sure === id ? `really ${step}?` : step;
+    const more = {className: sure === id ? "sure" : "", ariaLabel: `${text} ${job.name}`};
+    return button(id, text, () => act(job, step, id), more);
+  }));
+}
+async function act(job, step, id) { // pause and retry want a second click, within five seconds
+  const asks = sure !== id && ["pause", "retry"].includes(step);
+  sure = asks ? id : "";
+  show();
+  if (asks) return setTimeout(() => { sure = ""; show(); }, 5000);
+  const done = await ask(`/api/jobs/${job.id}/${step}`, "POST").catch((error) => error);
+  say(done.message ?? done.detail ?? `${job.name} is ${done.status} now`);
+  return turn();
+}
+function row(job) {
+  const {done, why, trigger: sent} = job.recent;
+  const link = make("a", {id: `job-${job.id}`, href: `#${job.id}`}, job.name);
+  const told = sent && small(sent.keboola_status ?? sent.state, " ", time(sent.created_at));
+  const cells = [[link, small(why ?? "")], state(job.status), [bars(job), small(done)],
+    sent ? [sent.keboola_job_id, told] : "", time(job.next_check_at) ?? "", buttons(job)];
+  return make("tr", {}, cells.map((cell) => make("td", {}, cell)));
+}
+function rows(jobs, isNew) {
+  const none = isNew ? "No jobs yet: write some into jobs.yaml, then run `reload`."
+    : "No job is like this.";
+  return jobs.length ? jobs.map(row) : make("tr", {}, make("td", {colSpan: 6}, none));
+}
+function table(title, rows, columns) { // of the fields that `columns` names
+  const keys = columns.split(" "), line = (tag, cells) => make("tr", {}, cells.map(
+    (cell) => make(tag, {}, cell)));
+  const cell = (of, key) => key === "progress" ? bar(of) : key !== "status"
+    ? /_(at|time)$/.test(key) ? time(of[key]) : of[key] : state(of.status || "not seen yet");
+  const lines = rows.map((of) => line("td", keys.map((key) => cell(of, key))));
+  return rows.length ? [make("h3", {}, title), make("div", {className: "scroll", tabIndex: 0},
+    make("table", {}, line("th", keys.map(words)), lines))] : [];
+}
+function view(job) {
+  const {why, trigger: sent} = job.recent;
+  const times = {Created: job.created_at, "All done": sent?.created_at, Sent: sent?.sent_at,
+    Ended: sent?.finished_at, Checked: job.last_check_at, "Next check": job.next_check_at};
+  const steps = Object.entries(times).filter(([, at]) => at).map(([name, at]) =>
+    make("li", {}, small(name), time(at)));
+  return [make("a", {href: "#"}, "All jobs"), make("h2", {id: "title", tabIndex: -1}, job.name),
+    make("p", {}, state(job.status), ` ${why ?? ""}`), bars(job), buttons(job),
+    make("ul", {className: "line scroll"}, steps),
+    table("Batches", job.batches, "batch_id status progress requests_completed requests_total"),
+    table("Triggers", job.triggers, "created_at id state keboola_job_id keboola_status message"),
+    table("Runs", job.runs, "start_time status records_inserted records_updated records_failed"),
+    table("Rejected records", job.rejects, "place reason record"),
+    table("Log", job.logs.toReversed(), "created_at status message actor")];
+}
+function needs(problems, attention, keys) {
+  const jobs = attention.slice(0, 10).map(({id, job, reason, what}) =>
+    [id ? make("a", {href: `#${id}`}, job) : job, `: ${reason ?? what}`]);
+  if (attention.length > 10) jobs.push("and more, see below");
+  const paused = keys.map((k) => [`Key ${k.secret} is paused: ${k.reason}; until `, time(k.until)]);
+  const lines = [...problems, ...jobs, ...paused].map((line) => make("li", {}, line));
+  $("needs").hidden = !lines.length;
+  return [make("h3", {}, "Needs you"), make("ul", {}, lines)];
+}
+function tiles(days, today) {
+  return Object.entries(TILES).map(([name, what]) => {
+    const all = days.map((day) => day[what] ?? 0), most = Math.max(1, ...all) / 100;
+    const last = number(days.at(-1)?.day === today ? all.at(-1) : 0);
+    const label = `of ${days.length} days: ${all.join(", ")}`;
+    return make("div", {}, small(`${name} today`), make("strong", {}, last),
+      chart("bars days", label, days.map(({day}, at) => [all[at] / most, "", day])));
+  });
+}
+function choose(to) { pages = to; turn(); }
+function pager(at, here, total, next) {
+  const first = 50 * (at.length - 1), before = at.slice(0, -1);
+  return total <= 50 ? [] : [`${number(first + 1)} to ${number(first + here)} of ${number(total)}`,
+    button("previous", "Previous", () => choose(before), {disabled: at.length < 2}),
+    button("next", "Next", () => choose([...at, next]), {disabled: !next})];
+}
+function show() {
+  const [health, stats, found] = seen, list = found.jobs !== undefined;
+  for (const job of found.jobs ?? [found]) {
+    if (states[job.id] && states[job.id] !== job.status) say(`${job.name} is ${job.status} now`);
+    states[job.id] = job.status;
+  }
+  [$("list").hidden, $("job").hidden] = [!list, list];
+  document.title = `${found.name ?? health.status} - TeckoChecker`;
+  draw("health", state, health.status);
+  draw("needs", needs, health.problems, health.attention, health.paused_keys);
+  if (!list) return draw("job", view, found, sure);
+  draw("days", tiles, stats.history.slice(-30), health.timestamp.slice(0, 10));
+  draw("counts", (counts) => Object.entries(counts).map(([name, n]) =>
+    `${number(n)} ${words(name)}`).join(", "), stats.jobs_by_status);
+  draw("jobs", rows, found.jobs, !stats.total_jobs, sure);
+  return draw("pages", pager, pages, found.jobs.length, found.total, found.next_after);
+}
+async function turn() { // soon again after a change, ever later without one
+  clearTimeout(timer);
+  wait = Math.min(1.5 * wait, 30000) || 2000;
+  const mine = ++latest, status = $("status").value, query = new URLSearchParams({recent: true,
+    limit: 50, after: pages.at(-1), search: $("search").value, ...(status && {status})});
+  const jobs = open ? `/api/jobs/${open}?log_limit=100` : `/api/jobs?${query}`;
+  const found = await Promise.all(["/health", "/stats", jobs].map((path) => ask(path)))
+    .catch((error) => `${error.message}. It is asked again; below is how it was.`);
+  if (mine !== latest) return;
+  $("alarm").hidden = Array.isArray(found);
+  if (Array.isArray(found)) show(seen = found);
+  else $("alarm").textContent = found;
+  timer = setTimeout(turn, document.hidden ? 60000 : wait);
+}
+async function visit() {
+  const from = open;
+  open = Number(location.hash.slice(1));
+  await turn();
+  if (from !== open) $(open ? "title" : `job-${from}`)?.focus();
+}
+$("search").oninput = $("status").onchange = () => choose([0]);
+addEventListener("hashchange", visit);
+addEventListener("visibilitychange", () => document.hidden || turn());
+setInterval(() => document.querySelectorAll("time").forEach((t) => {
+  t.textContent = when(t.dateTime);
+}), 1000);
+visit();
+</script></body></html>
+"""
+PAGE_STYLE, PAGE_SCRIPT = (
+    STATUS_PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0] for tag in ("style", "script")
+)
+
+
+def status_page(jobs: Sequence[JobAnswer]) -> str:
+    rows = ""
+    for job in jobs:
+        recent = cast(Recent, job.recent)
+        sent = recent.trigger.keboola_job_id if recent.trigger else None
+        due = iso(job.next_check_at) if job.next_check_at else None
+        cells = (job.name, job.status, recent.done, sent or "", due or "", recent.why or "")
+        rows += "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells)
+    states = "".join(f"<option>{status}" for status in (*JOB_STEPS, "removed"))
+    return STATUS_PAGE.replace("<!-- jobs -->", rows).replace("<!-- states -->", states)
+
+
 # ── Routes ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -9753,6 +10130,8 @@ class JobsQuery(Query):
     )
     limit: int = Field(100, ge=1, le=1000, description="jobs a page, 1 to 1000")
     after: int = Field(0, ge=0, le=2**63 - 1, description="`next_after` of the page before")
+    search: str = Field("", description="a part of the name, in either case")
+    recent: bool = Field(False, description="true: with `recent`, what each job did last")
 
 
 class DataQuery(Query):
@@ -9786,6 +10165,7 @@ class Request(NamedTuple):
     request_id: str
     trusted: bool  # may see names of jobs and keys
     address: str  # where the caller reached us, like http://127.0.0.1:8000
+    accept: str  # the header
 
     @property
     def operations(self) -> Operations:
@@ -9807,6 +10187,7 @@ class Route:
     status: int = 200
     public: bool = False  # no token is asked for, and any Host will do: probes use addresses
     also: str = ""  # a second path
+    page: bool = False  # browsers get a page in place of `answer`
 
     def match(self, path: str) -> str | None:
         """The id in `path` ("" where the route has none); None where it is another's."""
@@ -9815,6 +10196,13 @@ class Route:
             return "" if path in (self.path, self.also) else None
         middle = path.removeprefix(head).removesuffix(tail)
         return middle if path == head + middle + tail and "/" not in middle and middle else None
+
+
+async def show_root(request: Request) -> About | str:
+    if not re.match("text/html *(,|$)", request.accept):  # as browsers say it
+        return About()
+    jobs = (await request.operations.jobs(None, 50, 0, recent=True)).jobs
+    return status_page(jobs)
 
 
 async def show_health(request: Request) -> Health:
@@ -9870,7 +10258,8 @@ JOB_EXAMPLE = {
 METRICS = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus text format
 HTML = "text/html; charset=utf-8"
 ROUTES: tuple[Route, ...] = (
-    Route("GET", "/", "Name and version", lambda r: About(), About),
+    Route("GET", "/", "Name and version; for browsers a page with all jobs", show_root, About,
+          page=True),
     Route("GET", "/health", "Overall health, judged by recent checks; 503: unhealthy", show_health,
           Health, public=True, also="/api/health"),
     Route("GET", "/livez", "Liveness: the event loop responds",  # for it runs this
@@ -9957,6 +10346,7 @@ def responses(route: Route) -> dict[str, Any]:
         done: Any = {route.answer.partition(";")[0]: {"schema": {"type": shape}}}
     else:
         done = content_of(route.answer.__name__)
+        done |= {"text/html": {"schema": {"type": "string"}}} if route.page else {}
     made = {str(route.status): {"description": "Done", "content": done}}
     if route.method != "GET":
         models = ["Accepted"] + [route.answer.__name__] * (route.status == 202)
@@ -10018,13 +10408,6 @@ def openapi() -> dict[str, Any]:
     }
 
 
-DOCS_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
-pre{background:#f4f4f4;padding:.6rem;overflow-x:auto}h2 code{background:#def;padding:.1rem .4rem}
-nav{columns:20rem}input,textarea,button{font:inherit}textarea{width:100%;height:8rem}
-@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}pre{background:#222}
-h2 code{background:#135}a{color:#8bf}}
-"""
 DOCS_SCRIPT = """
 "use strict";
 async function send(form) {
@@ -10089,7 +10472,7 @@ def docs() -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>TeckoChecker</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{DOCS_STYLE}</style></head><body><h1>TeckoChecker {VERSION}</h1>
+<style>{PAGE_STYLE}</style></head><body><h1>TeckoChecker {VERSION}</h1>
 <p>Served at <code>{CALLED_AT}</code>. The same as <a href="/openapi.json">OpenAPI 3.1</a>.</p>
 <p>Where ADMIN_TOKEN is set, every route but the health checks needs it: as the header
 <code>Authorization: Bearer ADMIN_TOKEN</code>, or as the password of Basic authentication with any
@@ -10130,9 +10513,9 @@ TARGET = re.compile(
 SINGLE = ("Host", "Origin", "Content-Length", "Content-Type", "Authorization", "Sec-Fetch-Site")
 
 
-SCRIPT_HASH, STYLE_HASH = (  # as a Content-Security-Policy names inline ones
+STYLE_HASH, PAGE_HASH, DOCS_HASH = (  # as a Content-Security-Policy names inline ones
     f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    for text in (DOCS_SCRIPT, DOCS_STYLE)
+    for text in (PAGE_STYLE, PAGE_SCRIPT, DOCS_SCRIPT)
 )
 SECURITY_HEADERS = {
     "Cache-Control": "no-store",
@@ -10140,7 +10523,7 @@ SECURITY_HEADERS = {
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; base-uri 'none';"
-    f" script-src {SCRIPT_HASH}; style-src {STYLE_HASH};"
+    f" script-src {PAGE_HASH} {DOCS_HASH}; style-src {STYLE_HASH};"
     " form-action 'none'; frame-ancestors 'none'",
 }
 CORS_HEADERS = {  # for pages of the origins that CORS_ORIGINS names
@@ -10454,7 +10837,8 @@ class Admin:
             data = read(given, self.service.settings.job_context)
         scheme = "https" if exchange.header("X-Forwarded-Proto") == "https" else "http"
         address, request_id = f"{scheme}://{exchange.host}", exchange.request_id
-        return Request(self.service, ref, query, data, request_id, trusted, address)
+        accept = exchange.header("Accept")
+        return Request(self.service, ref, query, data, request_id, trusted, address, accept)
 
     async def _carry_out(self, route: Route, request: Request) -> Any:
         """What the route's function returns within HTTP_ANSWER seconds. A change that takes longer
@@ -10498,6 +10882,9 @@ class Admin:
         status = 503 if bad else 202 if isinstance(answer, Accepted) else route.status
         text = answer if isinstance(answer, str) else answer.model_dump_json()
         kind = route.answer if isinstance(route.answer, str) else "application/json"
+        if route.page:
+            kind = HTML if isinstance(answer, str) else kind
+            exchange.more_headers["Vary"] = "Accept, Origin"
         exchange.answer(status, kind, text)
 
     async def stop(self) -> None:
@@ -11146,8 +11533,11 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
     return report(args, document, Table(("", ""), [row for row in rows if row[1]]))
 
 
-def rejects_of(source: str, n: int) -> str:
-    return f"{counted(n, 'record')} rejected: data rejects --source {source}"
+def cmd_stats(args: argparse.Namespace, config: Config) -> int:
+    found = with_operations(config, lambda operations: operations.history(args.days), looks=True)
+    rows = [day.model_dump() for day in found]
+    columns = ("Day (UTC)", "Checks", "Triggers", "Done to POST, ms", "Records")
+    return report(args, {"history": rows}, Table(columns, [(*row.values(),) for row in rows]))
 
 
 def refused_reload(address: str, settings: Settings) -> list[dict[str, Any]]:
@@ -11490,39 +11880,6 @@ def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
     return report(args, answer, f"updated job {answer.name!r}")
 
 
-WAITS = {  # what a job without an error waits for, by its state
-    "triggering": "waits for Keboola to take its trigger",
-    "triggered": "waits for its Keboola job to end",
-    "paused": "waits for job resume",
-    "removed": "has left jobs.yaml",
-}
-
-
-def done_of(job: JobAnswer, brought: tuple[int, int]) -> str:
-    """What a job has done, in its own terms."""
-    if job.ingest is not None:
-        rejects = f", {brought[1]:,} rejected" if brought[1] else ""
-        return counted(brought[0], "record") + rejects
-    if total := sum(batch.requests_total for batch in job.batches):
-        done = sum(batch.requests_completed + batch.requests_failed for batch in job.batches)
-        return f"{done}/{total}"
-    return (
-        f"{job.completed_count + job.failed_count}/{counted(job.batch_count, 'batch', 'batches')}"
-    )
-
-
-def why_of(job: JobAnswer, brought: tuple[int, int]) -> str | None:
-    """Why a job is where it is: its last error, or what it waits for."""
-    if job.last_error or job.status in WAITS:
-        return job.last_error or WAITS[job.status]
-    if brought[1]:
-        return rejects_of(job.name, brought[1])
-    left = [batch.batch_id for batch in job.batches if outcome(batch) is None]
-    if job.status != "active" or not left:
-        return None
-    return f"waits for {left[0] if len(left) == 1 else counted(len(left), 'batch', 'batches')}"
-
-
 def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
     async def look(operations: Operations) -> tuple[JobList, dict[str, tuple[int, int]]]:
         return await operations.jobs(args.status, 10**9, 0), await operations.store.ingested()
@@ -11555,6 +11912,7 @@ def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
     )
     document = answer.model_dump(mode="json")
     apart = {"batches", "logs", "triggers", "batch_id", "batch_ids", "totals", "runs", "rejects"}
+    apart |= {"recent"}
     apart |= {"batch_count", "completed_count", "failed_count"} if answer.ingest else set()
     facts = {k: v for k, v in document.items() if k not in apart and v not in (None, {})}
     head = [(k.replace("_", " "), plain(v)) for k, v in (facts | (answer.totals or {})).items()]
@@ -12007,6 +12365,9 @@ COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[
         arg("file", type=Path, metavar="FILE", help="its SQLite database; stop it first"),
         arg("--env", type=Path, metavar="FILE", help="its .env with its SECRET_KEY (default: the"
             " one beside its database)"))),
+    ("stats", cmd_stats, config_of, "checks, triggers, delay and records, by day", (
+        arg("--days", type=whole_number, default=30, metavar="N",
+            help="how many, up to 90 (default: %(default)s)"),)),
     ("schema", cmd_schema, None, "print the JSON Schema of jobs.yaml", ()),
     ("completion", cmd_completion, None, "print a shell's completion script", (
         arg("shell", choices=("bash", "zsh", "fish", *COMPLETED.values()),

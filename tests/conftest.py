@@ -161,7 +161,7 @@ class Holder:
 TABLES = (
     *("secrets", "polling_jobs", "polling_batches", "triggers", "polling_logs"),
     *("normalized_data", "raw_data_csv", "raw_data_api", "etl_checkpoint", "etl_part"),
-    *("etl_run", "etl_reject", "alerts"),
+    *("etl_run", "etl_reject", "alerts", "daily_sums"),
 )
 
 

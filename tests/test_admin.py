@@ -280,6 +280,21 @@ def test_routes(open_to_all: Surface, path: str, fields: str, query: str) -> Non
     assert first.headers["X-Request-ID"] != second.headers["X-Request-ID"]
 
 
+BROWSERS = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+
+
+@pytest.mark.parametrize(
+    ("accept", "page"),
+    [(BROWSERS, True), ("text/html", True), ("*/*", False), ("application/json, text/html", False)],
+)
+def test_browsers_get_a_page(open_to_all: Surface, accept: str, page: bool) -> None:
+    """Programs get what they always got; a cache is told that it depends."""
+    answer = ask(open_to_all, "/", Accept=accept)
+    assert answer.headers["Vary"] == "Accept, Origin"
+    assert answer.headers["Content-Type"].startswith("text/html" if page else "application/json")
+    assert answer.raw.lstrip().startswith(b"<!doctype html>" if page else b"{")
+
+
 def test_health_is_that_of_the_service(open_to_all: Surface) -> None:
     """What a monitor reads is what the service knows of itself."""
     said = ask(open_to_all, "/health").body

@@ -411,7 +411,7 @@ async def test_a_start_falls_back(
     assert contents(Path(f"{database}.{tecko.compact(1.8e9)}")) == before.get(database)
     async with tecko.Store(database) as store:
         [waits] = await store.attention(10)
-        assert waits == {"job": "database", "what": "restored", "reason": said}
+        assert waits == {"id": None, "job": "database", "what": "restored", "reason": said}
         assert [row.name for row in await store.secrets()] == ["openai"]
     tecko.ensure_sound(settings_in(home), 1.9e9)
     assert len(caplog.records) == 1

@@ -528,6 +528,18 @@ def test_status_of_what_does_not_run(story: Story) -> None:
     assert status["jobs"] == {"active": 1}
 
 
+def test_stats_of_each_day(home: Path, tmp_path: Path) -> None:
+    """A table, or one document: the days on which anything was done, at most so many as asked."""
+    shutil.copytree(home, tmp_path / "home")
+    with sqlite3.connect(tmp_path / "home" / "teckochecker.db") as db:
+        for day in ("2026-11-25", "2026-11-26"):
+            db.execute("INSERT INTO daily_sums VALUES (?, 1200, 4, 90, 0)", (day,))
+    table, document = run_many(tmp_path / "home", ["stats", "--json stats --days 1"])[0]
+    assert re.search(r"2026-11-25 +1200 +4 +22 +0\n2026-11-26", table.out)
+    numbers = {"checks": 1200, "triggers": 4, "done_to_post_ms": 22, "records": 0}
+    assert document.document == {"history": [{"day": "2026-11-26"} | numbers]}
+
+
 def test_commands_without_openai_do_not_import_its_sdk(home: Path, tmp_path: Path) -> None:
     """The SDK costs 0.7 s and 30 MB: what asks OpenAI nothing does without. Only `validate` needs
     an HTTP client, to see whether one can be made."""

@@ -24,6 +24,7 @@ import standins
 from conftest import (
     JOB_YAML,
     PROGRAM,
+    Holder,
     RunningProgram,
     World,
     clean_environment,
@@ -564,6 +565,98 @@ async def test_a_page_of_a_status(
     assert ([job.id for job in page.jobs], page.total, page.next_after) == (ids, total, more)
 
 
+@pytest.mark.parametrize(
+    ("search", "status", "names"),
+    [
+        ("", None, ["Nightly EU", "nightly_us", "weekly 100%"]),
+        ("NIGHT", None, ["Nightly EU", "nightly_us"]),
+        ("night", "paused", ["nightly_us"]),
+        ("%", None, ["weekly 100%"]),
+        ("_", None, ["nightly_us"]),
+        ("monthly", None, []),
+    ],
+)
+async def test_jobs_are_found_by_a_part_of_their_name(
+    world: World, operations: tecko.Operations, search: str, status: str | None, names: list[str]
+) -> None:
+    """In either case, as it stands; the total is of what is found."""
+    for name in ("Nightly EU", "nightly_us", "weekly 100%"):
+        await world.job(name)
+    await operations.step_job("2", "pause")
+    page = await operations.jobs(status, 10, 0, search)
+    assert ([job.name for job in page.jobs], page.total) == (names, len(names))
+
+
+async def test_a_list_shows_what_each_job_did_last(
+    world: World, operations: tecko.Operations
+) -> None:
+    """Where it is asked for: progress, reason, the last trigger and how the last runs ended."""
+    await fire(world)
+    (world.config.base / "a.csv").write_text("id,published_at\n1,2024-01-15\n2,never\n")
+    source = {"type": "csv", "path": "a.csv", "id": "id"}
+    await world.run(await world.ingest(**source, fields={"published_at": "published_at"}))
+    assert [job.recent for job in (await operations.jobs(None, 9, 0)).jobs] == [None, None]
+    watch, ingest = [job.recent for job in (await operations.jobs(None, 9, 0, recent=True)).jobs]
+    assert watch and watch.trigger and watch.trigger.keboola_job_id
+    assert (watch.done, watch.runs) == ("100/100", [])
+    assert ingest and (ingest.done, ingest.runs) == ("1 record, 1 rejected", ["rejected"])
+    assert "rejected" in str(ingest.why) and ingest.trigger is None
+
+
+async def fire(world: World) -> int:
+    """A job whose batch is done, carried to its end."""
+    world.openai.batch("batch_1", "completed", total=100, completed=100)
+    job_id = await world.job()
+    await world.step_until_waiting(job_id)
+    return job_id
+
+
+async def test_days_are_summed_up(world: World, operations: tecko.Operations) -> None:
+    """Checks, triggers with their delay, and records that came, once they are flushed."""
+    await fire(world)
+    (world.config.base / "a.csv").write_text("id\n1\n2\n")
+    source = await world.ingest(type="csv", path="a.csv", id="id")
+    await world.run(source)
+    assert await operations.history(30) == []
+    await world.store.flush()
+    [day] = await operations.history(30)
+    assert day.day == tecko.iso(time.time())[:10]
+    assert (day.checks, day.triggers, day.done_to_post_ms, day.records) == (1, 1, 0, 2)
+    await world.run(source)
+    await world.store.flush()
+    assert await operations.history(30) == [day]
+
+
+async def test_days_are_kept_for_a_quarter(world: World, operations: tecko.Operations) -> None:
+    """A day that is older goes with the next sums; the last ones are shown, the oldest first."""
+    days = [tecko.iso(time.time() - 86400 * n)[:10] for n in (200, 91, 88, 1, 0)]
+    for day in days[:-1]:
+        row = {"day": day, "checks": 10, "triggers": 4, "delay_ms": 90, "records": 0}
+        execute(world.store.place, INSERT_DAY, *row.values())
+    world.store.sums.update(checks=5)
+    await world.store.flush()
+    assert [day.day for day in await operations.history(90)] == days[2:]
+    assert [(d.checks, d.done_to_post_ms) for d in await operations.history(2)] == [
+        (10, 22),
+        (5, None),
+    ]
+
+
+async def test_sums_outlast_a_store_that_is_locked(
+    world: World, operations: tecko.Operations
+) -> None:
+    """What could not be written is added to what comes, and nothing counts twice."""
+    world.store.patience = 0.1
+    world.store.sums.update(checks=5)
+    with Holder(world.store.place), pytest.raises(tecko.StoreError):
+        await world.store.flush()
+    world.store.sums.update(checks=2)
+    await world.store.flush()
+    await world.store.flush()
+    assert [day.checks for day in await operations.history(9)] == [7]
+
+
+INSERT_DAY = "INSERT INTO daily_sums VALUES (?, ?, ?, ?, ?)"
 CHANGES: dict[str, tuple[Any, Any]] = {
     "name": ("other", "other"),
     "batch_ids": (["batch_8", "batch_9"], ["batch_8", "batch_9"]),
@@ -592,7 +685,7 @@ async def test_update_job(world: World, operations: tecko.Operations, name: str)
     after = (await operations.update_job("job", {name: given})).model_dump()
     assert after[name] == shown != before[name]
     twin = name.removesuffix("_id") if "secret" in name else name
-    follows = {"batch_ids": {"batch_id", "batches", "batch_count"}}
+    follows = {"batch_ids": {"batch_id", "batches", "batch_count", "recent"}}
     follows |= {f"{kind}_secret": {f"{kind}_secret_id"} for kind in ("openai", "keboola")}
     changed = {key for key in before if before[key] != after[key]}
     assert changed == {twin, "logs"} | follows.get(twin, set())
