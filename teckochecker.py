@@ -1,4 +1,12 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "aiolimiter>=1.2", "aiosqlite>=0.22", "apscheduler>=3.11,<4", "cryptography>=46",
+#   "httpx2>=2.16", "openai>=3.54", "orjson>=3.11", "prometheus-client>=0.22", "pydantic>=2.12",
+#   "python-dotenv>=1.1", "pyyaml>=6.0.2", "rich>=14", "shtab>=1.7.2",
+# ]
+# ///
 r"""TeckoChecker: watch OpenAI batches and start a Keboola job when they are done, once; and
 ingest records from CSV files and REST APIs into one schema.
 
@@ -17,7 +25,7 @@ uses only what stands above it:
     Ingest                           records out of files and pages; writes nothing
     Metrics                          what Prometheus reads
     Steps, Ingesting, Doctor         load, ask, decide, record, act
-    Answers, Operations              what people and programs may ask for, each rule once
+    Answers, Operations, Import      what people and programs may ask for, each rule once
     Run lock, Scheduler, Plan        one process a database; timers; what a new jobs.yaml would do
     Alerts                           what is new and bad is told once, and when it is over
     Timers, Service                  steps, ticks, reload, health, start, drain
@@ -86,7 +94,7 @@ import html
 import http.client
 import http.cookiejar
 import http.server
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -96,6 +104,7 @@ import math
 import random
 import re
 import secrets as randomness
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -129,7 +138,7 @@ from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
 from operator import attrgetter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import (
     IO,
@@ -154,7 +163,8 @@ def missing(error: ImportError) -> str:
     """What to do about a module that is not there."""
     if error.name == "fcntl":
         return "TeckoChecker needs Linux, macOS or another Unix; this is none"
-    fix = "python -m pip install -r requirements.txt"
+    needs = Path(__file__).with_name("requirements.txt")
+    fix = shlex.join([sys.orig_argv[0], "-m", "pip", "install", "-r", str(needs)])
     return f"the package {error.name} is missing; run: {fix}"
 
 
@@ -194,6 +204,7 @@ if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK 
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
     from apscheduler.triggers.interval import IntervalTrigger
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from obstore.store import S3Store
     from psycopg import AsyncConnection
 
 P = ParamSpec("P")
@@ -205,6 +216,10 @@ log = logging.getLogger("teckochecker")
 # ── Constants ─────────────────────────────────────────────────────────────────────────────────
 
 VERSION = "1.0.0"
+_started = [sys.orig_argv[0], sys.argv[0]] if sys.argv[0].endswith(".py") else [sys.argv[0]]
+if shutil.which(os.path.basename(sys.argv[0])):
+    _started = [os.path.basename(sys.argv[0])]
+COMMAND = shlex.join(_started)  # as the user has started it, so that a hint can be pasted
 
 CALL_TIMEOUT = 15.0  # s for a read: OpenAI answers a retrieve in well under a second
 CONNECT_TIMEOUT = 5.0  # s; a host that does not answer by then is down
@@ -603,6 +618,16 @@ def clean_path(value: str) -> str:
     return clean_url(value) if "://" in value else value
 
 
+def clean_source(value: str) -> str:
+    if not value.startswith("s3://"):
+        return clean_path(value)
+    if "**" in value or not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/[^\x00-\x1f]+", value):
+        raise ValueError("allowed: s3://bucket/key, with * and ? that stop at a slash")
+    if importlib.util.find_spec("obstore") is None:
+        raise ValueError("allowed: s3:// once there is obstore: python -m pip install obstore")
+    return value
+
+
 def safe_for_secret(url: str) -> str:
     """A secret is not sent where others listen in."""
     if url.lower().startswith("http://") and urlsplit(url).hostname not in LOOPBACK:
@@ -756,6 +781,7 @@ class StrictModel(BaseModel):
     say what the values do."""
 
     model_config = ConfigDict(
+        defer_build=True,  # most commands need few of the models
         extra="forbid",
         frozen=True,
         coerce_numbers_to_str=True,
@@ -917,9 +943,13 @@ class CsvSource(Source):
         return self.path
 
     type: Literal["csv"] = Field(description="csv or api")
-    path: Annotated[Location, AfterValidator(clean_path)] = Field(
-        description="a path or glob, relative to jobs.yaml, or an https:// URL"
+    path: Annotated[Location, AfterValidator(clean_source)] = Field(
+        description="a path or glob, relative to jobs.yaml, or an https:// or s3:// URL"
     )
+    endpoint: Annotated[Location, AfterValidator(clean_url)] | None = Field(
+        None, description="of s3://, the URL of MinIO or another server; default: Amazon's"
+    )
+    region: Label | None = Field(None, description="of s3://; default us-east-1")
     delimiter: Annotated[str, AfterValidator(one_character)] | None = Field(
         None, description="one character, or tab; default: the one that parts the header best"
     )
@@ -943,6 +973,10 @@ class CsvSource(Source):
     @property
     def remote(self) -> bool:
         return self.path.startswith(("https://", "http://"))
+
+    @property
+    def in_s3(self) -> bool:
+        return self.path.startswith("s3://")
 
 
 class ApiSource(Source):
@@ -1338,7 +1372,7 @@ class BatchSeen:
     reference: https://platform.openai.com/docs/api-reference/batch/object)."""
 
     batch_id: str
-    status: str
+    status: Annotated[str, PlainSerializer(lambda said: said or "in_progress", return_type=str)]
     created_at: At | None = None
     expires_at: At | None = None
     output_file_id: str | None = None
@@ -1985,7 +2019,7 @@ def parse_master_key(text: str) -> bytes:
         raise SecretError(
             f"the master key is not 32 random bytes in base64: found {len(text.strip())}"
             " characters, 44 needed",
-            hint="teckochecker.py init makes one where there is none",
+            hint=f"{COMMAND} init makes one where there is none",
         )
     return key
 
@@ -2075,9 +2109,7 @@ class Vault:
             except OSError as e:
                 raise SecretError(f"cannot read the master key {file}: {e.strerror}") from None
         elif required or s.secret_key_file is not None:
-            raise SecretError(
-                f"there is no master key at {file}", hint="teckochecker.py init makes one"
-            )
+            raise SecretError(f"there is no master key at {file}", hint=f"{COMMAND} init makes one")
         else:
             return
         texts = re.split(r"[\s,]+", text.strip())
@@ -2635,7 +2667,7 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     base = path.absolute().parent
     if must_exist and not path.exists():
         said = f"{path}: there is no such file"
-        raise Invalid([said], hint="teckochecker.py init writes a first one")
+        raise Invalid([said], hint=f"{COMMAND} init writes a first one")
     dot_env, warnings = read_dot_env(base / ".env")
     env = {**dot_env, **environ}
     text = JobsYaml(path, env)
@@ -2696,6 +2728,9 @@ def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
     raise SecretError(f"secret {name!r}: {why}")
 
 
+SECRET_KINDS = {"openai": "OpenAI", "keboola": "Keboola", "api": "API"}
+
+
 def secret_faults(
     job: Mapping[str, Any], stored: Mapping[str | int, str], config: Config
 ) -> list[Fault]:
@@ -2706,7 +2741,9 @@ def secret_faults(
     for place, kind, name in secrets_of(job):
         ref = config.secrets.get(str(name)) if name not in stored else None
         found = ref.type if ref else stored.get(name)
-        if found is None:
+        if found is None and isinstance(name, int):
+            said.append(Fault(place, f"{SECRET_KINDS[kind]} secret with ID {name} not found"))
+        elif found is None:
             names = sorted(
                 {*config.secrets, *(known for known in stored if isinstance(known, str))}
             )
@@ -3875,7 +3912,7 @@ class Secrets(Records):
     ) -> int:
         if await self._sql("SELECT 1 FROM secrets WHERE name = :name", {"name": name}):
             raise Conflict(
-                f"there is a secret {name!r} already",
+                f"Secret with name {name!r} already exists",
                 hint="delete it first, or choose another name",
             )
         value, key_id = seal()
@@ -3932,7 +3969,8 @@ class Secrets(Records):
         )
         if users:
             names = ", ".join(repr(row[0]) for row in users[:5])
-            raise Conflict(f"secret {name!r} is in use by {names}", hint="delete those jobs first")
+            said = f"Cannot delete secret {name!r}: it is referenced by active jobs: {names}"
+            raise Conflict(said, hint="delete those jobs first")
         if not await self._sql(
             "DELETE FROM secrets WHERE name = :name RETURNING id", {"name": name}
         ):
@@ -4107,7 +4145,7 @@ class Jobs(Secrets):
         found = await self._jobs("j.id = :ref" if is_id else "j.name = :ref", {"ref": key})
         if not found:
             what = f"ID {ref}" if is_id else f"name {ref!r}"
-            raise NotFound(f"Job with {what} not found", hint="teckochecker.py job list shows them")
+            raise NotFound(f"Job with {what} not found", hint=f"{COMMAND} job list shows them")
         return found[0]
 
     async def jobs_among(self, ids: Iterable[int]) -> list[Job]:
@@ -4566,13 +4604,11 @@ class Checks(Jobs):
         job, now = check.job, check.now
         for old, new in zip(job.batches, check.batches, strict=True):
             if old != new:
-                where = "job_id = :job_id AND batch_id = :batch_id"
-                await self._change("polling_batches", asdict(new), where, job_id=job.id)
+                await self._save_batch(job.id, new)
             if old.status != new.status:
                 await self._log(job.id, "checking", describe_progress(new), now)
         if (trigger := check.trigger) is not None:
-            aim = aim_of(trigger.stack_url, trigger.body)
-            await self._insert("triggers", asdict(trigger) | {"aim": aim})
+            await self._add_trigger(trigger)
             done = f"{len(check.batches)} of {len(check.batches)} batches done"
             does = "starting" if trigger.state == "pending" else "looking whether Keboola has had"
             said = f"{done}: {does} the Keboola job (trigger {trigger.id})"
@@ -4626,6 +4662,27 @@ class Checks(Jobs):
             },
         )
         return bool(rows)
+
+    async def _save_batch(self, job_id: int, batch: Batch) -> None:
+        where = "job_id = :job_id AND batch_id = :batch_id"
+        await self._change("polling_batches", asdict(batch), where, job_id=job_id)
+
+    async def _add_trigger(self, trigger: Trigger) -> None:
+        aim = aim_of(trigger.stack_url, trigger.body)
+        await self._insert("triggers", asdict(trigger) | {"aim": aim})
+
+    @transactional
+    async def take_over(
+        self, job: Job, trigger: Trigger | None, logs: Sequence[Values], **columns: Any
+    ) -> None:
+        """Give a new job what it was in another program: columns, batches, log, and what fired."""
+        await self._set_job(job, **columns)
+        for batch in job.batches:
+            await self._save_batch(job.id, batch)
+        for row in logs:
+            await self._insert("polling_logs", {"job_id": job.id, **row})
+        if trigger is not None:
+            await self._add_trigger(trigger)
 
     @transactional
     async def move_trigger(
@@ -5266,9 +5323,14 @@ def reason_in(data: Any) -> str:
     return f"{said} (exceptionId {short(number, REASON)})" if number else said
 
 
+MESSAGE_IN_XML = re.compile("<Message>(.*?)</Message>", re.DOTALL)  # of S3
+
+
 def page_in(answer: httpx2.Response, error: type[UpstreamError]) -> str:
     """The beginning of a body that is no JSON; a web page is called one."""
-    said = short(answer.content[: 4 * CUT].decode(errors="replace"), REASON)
+    text = answer.content[: 4 * CUT].decode(errors="replace")
+    xml = MESSAGE_IN_XML.search(text)
+    said = short(xml[1] if xml else text, REASON)
     html = "html" in answer.headers.get("content-type", "") or said.startswith("<")
     return f"a web page; is {SET_BY.get(error, 'the address')} right?" if html else said
 
@@ -5533,6 +5595,10 @@ class OpenAI:
     def may_list(self, key: SecretValue) -> bool:
         """Whether the list is to be tried: not for some minutes after it was of no use."""
         return self._clock() >= self._key(key).list_from
+
+    async def latest(self, key: SecretValue) -> list[BatchSeen]:
+        """The newest batches of a key, to choose from. Raises OpenAIError."""
+        return parse_page(await self._call(self._key(key), "list", THE_LIST, limit=20))[0]
 
     async def read_list(
         self, key: SecretValue, wanted: Collection[str], checks: int
@@ -5832,6 +5898,60 @@ def shown_url(url: str) -> str:
     return url.partition("?")[0]
 
 
+class S3Object(NamedTuple):
+    """An object, with the URL under which it can be fetched, and what tells that it has changed."""
+
+    name: str  # s3://bucket/key
+    url: str
+    tag: str
+
+
+SIGNED_FOR = timedelta(hours=12)  # a run that takes longer fails, and the next one goes on
+
+
+def s3_store(source: CsvSource, secret: SecretValue | None) -> S3Store:
+    """The bucket of a source. A secret signs and is never sent, so that an endpoint may be one of
+    http; with it, the environment's keys do not count."""
+    from obstore.store import S3Store
+
+    key_id, colon, key = secret.reveal().partition(":") if secret else ("", ":", "")
+    if not colon:
+        raise SecretError(f"secret {source.secret!r} is not ACCESS_KEY_ID:SECRET_ACCESS_KEY")
+    keys = {"access_key_id": key_id, "secret_access_key": key, "expires_at": None}
+    said = {"aws_region": source.region, "aws_endpoint_url_s3": source.endpoint}
+    return S3Store(
+        urlsplit(source.path).netloc,
+        config=cast(Any, {name: text for name, text in said.items() if text}),
+        client_options={"allow_http": True},
+        retry_config={"max_retries": 3},
+        credential_provider=cast(Any, lambda: keys) if secret else None,
+    )
+
+
+async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[S3Object]:
+    """What an s3:// path means; asked for once for a thousand objects. Raises SourceError."""
+    import obstore.exceptions
+
+    _, root, wanted = re.split("(s3://[^/]+/)", source.path, maxsplit=1)
+    folder = re.split(r"[*?[]", wanted)[0].rpartition("/")[0]
+    try:
+        store = await asyncio.to_thread(s3_store, source, secret)  # which reads all certificates
+        every = [each async for page in store.list(prefix=folder) for each in page]
+        found = [e for e in every if PurePosixPath("/", e["path"]).match(f"/{wanted}")]
+        urls = await obstore.sign_async(store, "GET", [e["path"] for e in found], SIGNED_FOR)
+    except (obstore.exceptions.BaseError, OSError) as e:  # which says pages
+        said = str(e)
+        why = MESSAGE_IN_XML.search(said) or re.search('message: "(.*?)"', said)
+        text = f"{source.path}: {short(why[1] if why else said.partition(chr(10))[0])}"
+        status = re.search(r"status code: (\d+)", said)
+        raise SourceError(text, status=int(status[1]) if status else None) from None
+    if not found:
+        raise SourceError(f"there is no object {source.path}", status=404)
+    tags = [f"{e['e_tag'] or e['last_modified']} {e['size']}" for e in found]
+    names = [root + e["path"] for e in found]
+    return [*map(S3Object, names, urls, tags)]
+
+
 class Web:
     """Sources of ingests over HTTP. A secret goes to the origin that it was given for and to no
     other; requests to one host keep the rate that their job allows, whichever job they are for."""
@@ -5855,6 +5975,8 @@ class Web:
         known = {"If-None-Match": state.get("etag"), "If-Modified-Since": state.get("modified")}
         asked = {name: value for name, value in known.items() if value}
         self._client = self._client or make_client(SourceError, IN_FLIGHT)
+        if isinstance(source, CsvSource) and source.in_s3:
+            secret = None  # which has signed the URL
         await self._turn(origin_of(url), source.max_requests_per_minute)
         patience = float(source.timeout or SOURCE_DEADLINE)
         return await ask(
@@ -6280,10 +6402,11 @@ def identity_of(stat: os.stat_result, now: float) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def is_unchanged(path: Path, state: Mapping[str, Any], now: float) -> bool:
+def is_unchanged(file: Path | S3Object, state: Mapping[str, Any], now: float) -> bool:
     """Whether a file is surely the one that was read to its end."""
     known = state.get("identity") if state.get("done") else None
-    return known is not None and known == identity_of(path.stat(), now)
+    is_now = file.tag if isinstance(file, S3Object) else identity_of(file.stat(), now)
+    return known is not None and known == is_now
 
 
 def quote_error(error: csv.Error) -> str:
@@ -6573,6 +6696,7 @@ class Means(NamedTuple):
     Fetched, one after the other, from where `states` say that its parts were left."""
 
     fetch: Callable[..., Awaitable[httpx2.Response]]  # asks a URL
+    objects: Callable[[], Awaitable[list[S3Object]]]  # those of an s3:// path
     work: Callable[..., Awaitable[Any]]  # calls something in a thread, when that is our turn
     note: Callable[[str], None]
     clock: Callable[[], float]
@@ -6596,11 +6720,12 @@ class Files:
         """From where `states` say that parts were left. Raises SourceError, for a file that cannot
         be read once the others are."""
         if self.source.remote:
-            part = shown_url(self.source.path)
-            async for fetched in self._download(part, states.get(part, {})):
+            url, part = self.source.path, shown_url(self.source.path)
+            async for fetched in self._download(url, part, states.get(part, {})):
                 yield fetched
             return
-        files, failures = await self.means.work(self._find), list[str]()
+        find = self._find_objects() if self.source.in_s3 else self.means.work(self._find)
+        files, failures = sorted(await find, key=lambda file: natural(file[1])), list[str]()
         self.parts = {part for _, part in files}
         gone = states.keys() - {part for _, part in files}
         if gone or (len(files) > 1 and await self.means.work(self._rewritten, files, states)):
@@ -6619,6 +6744,9 @@ class Files:
         if failures:
             raise SourceError(short("; ".join(failures)), status=400)
 
+    async def _find_objects(self) -> list[tuple[S3Object, str]]:
+        return [(each, each.name) for each in await self.means.objects()]
+
     def _find(self) -> list[tuple[Path, str]]:
         """The files to read, each with its name in the checkpoint."""
         exact, path = self.base / self.source.path, self.source.path
@@ -6632,16 +6760,20 @@ class Files:
             raise SourceError(f"there is no file {path}", status=404)
         names = (os.fsencode(os.path.relpath(file, self.base)) for file in files)
         parts = [name.decode(errors="backslashreplace") for name in names]
-        return sorted(zip(files, parts, strict=True), key=lambda file: natural(file[1]))
+        return list(zip(files, parts, strict=True))
 
     def _rewritten(
-        self, files: Sequence[tuple[Path, str]], states: Mapping[str, Mapping[str, Any]]
+        self, files: Sequence[tuple[Path | S3Object, str]], states: Mapping[str, Mapping[str, Any]]
     ) -> bool:
-        """Whether one of the files did not only grow."""
+        """Whether one of the files did not only grow; of an object, whether it is another one."""
         now = self.means.clock()
         for path, part in files:
             with contextlib.suppress(SourceError), readable(part):
                 if part in states and not is_unchanged(path, states[part], now):
+                    if isinstance(path, S3Object):
+                        if states[part].get("done"):
+                            return True
+                        continue
                     with path.open("rb") as file:
                         csv_file = CsvFile(file, part, self.source, growing=False)
                         if not csv_file.resume(states[part]):
@@ -6649,11 +6781,16 @@ class Files:
         return False
 
     async def _read_file(
-        self, path: Path, part: str, state: Mapping[str, Any]
+        self, path: Path | S3Object, part: str, state: Mapping[str, Any]
     ) -> AsyncGenerator[Fetched]:
         now = self.means.clock()
         with readable(part):
             if await self.means.work(is_unchanged, path, state, now):
+                return
+            if isinstance(path, S3Object):
+                tagged = {"identity": path.tag}
+                async for fetched in self._download(path.url, part, state, tagged):
+                    yield fetched
                 return
             with path.open("rb") as file:
                 identity = identity_of(os.fstat(file.fileno()), now)
@@ -6661,19 +6798,21 @@ class Files:
                 async for fetched in self._read(file, part, state, told):
                     yield fetched
 
-    async def _download(self, part: str, state: Mapping[str, Any]) -> AsyncGenerator[Fetched]:
+    async def _download(
+        self, url: str, part: str, state: Mapping[str, Any], told: Mapping[str, Any] | None = None
+    ) -> AsyncGenerator[Fetched]:
         """A file behind a URL is fetched whole before it is read: a server that breaks off then
         costs nothing but a retry. It has no name, so that no crash leaves it behind."""
         for left in self.means.folder.glob(".download-*"):  # by an older version, which named them
             left.unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=self.means.folder) as sink:
             limit = min(4 << 30, shutil.disk_usage(self.means.folder).free // 2)
-            got = await self.means.fetch(self.source.path, state=state, sink=sink, limit=limit)
+            got = await self.means.fetch(url, state=state, sink=sink, limit=limit)
             if got.status_code == 304:
                 return
             sink.seek(0)
             with readable(part):
-                async for fetched in self._read(sink, part, state, validators_of(got)):
+                async for fetched in self._read(sink, part, state, told or validators_of(got)):
                     yield fetched
 
     async def _read(
@@ -7573,8 +7712,7 @@ class Steps:
         self, source: Source, url: str, *, sink: IO[bytes] | None = None, **request: Any
     ) -> httpx2.Response:
         """Ask a source, and again after what passes by itself. Raises SourceError."""
-        settings = self.config.settings
-        secret = None if source.secret is None else await self._secret(str(source.secret))
+        settings, secret = self.config.settings, await self.secret_of(source)
         for attempt in itertools.count(1):
             try:
                 return await self.web.get(source, url, secret, sink=sink, **request)
@@ -7590,6 +7728,12 @@ class Steps:
                     sink.seek(0)
                     sink.truncate()
         raise AssertionError("counting ended")
+
+    async def secret_of(self, source: Source) -> SecretValue | None:
+        return None if source.secret is None else await self._secret(str(source.secret))
+
+    async def objects(self, source: Source) -> list[S3Object]:
+        return await s3_objects(cast(CsvSource, source), await self.secret_of(source))
 
 
 # ── Ingesting ─────────────────────────────────────────────────────────────────────────────────
@@ -7644,8 +7788,8 @@ class Ingesting:
         self._moved = False  # an id came twice with other values
         self._latest: tuple[str, float] | None = None
         folder = steps.config.settings.database.parent
-        fetch, work = partial(steps.fetch, self.source), steps.busy
-        means = Means(fetch, work, self.note, steps.clock, self.counts, checkpoint, folder)
+        asks = partial(steps.fetch, self.source), partial(steps.objects, self.source)
+        means = Means(*asks, steps.busy, self.note, steps.clock, self.counts, checkpoint, folder)
         self.reader = self._reader(means)
 
     def _reader(self, means: Means) -> Files | Pages:
@@ -7794,7 +7938,7 @@ class Doctor:
     def _checks(self, spec: Spec) -> Iterator[Check]:
         if isinstance(spec, IngestSpec):
             source = spec.ingest
-            remote = isinstance(source, ApiSource) or source.remote
+            remote = isinstance(source, ApiSource) or source.remote or source.in_s3
             path = str(self._steps.config.base / source.place)
             files = partial(asyncio.to_thread, readable_files, path)
             ask = partial(self._url, source) if remote else files
@@ -7825,7 +7969,9 @@ class Doctor:
         return ", ".join(f"{name}: {short(picker(at)(record))}" for name, at in shown.items())
 
     async def _url(self, source: CsvSource | ApiSource) -> str:
-        secret = await self._steps._secret(str(source.secret)) if source.secret else None
+        secret = await self._steps.secret_of(source)
+        if isinstance(source, CsvSource) and source.in_s3:
+            return f"{len(await s3_objects(source, secret))} objects"
         with tempfile.TemporaryFile() as sink:
             try:
                 async with asyncio.timeout(CALL_DEADLINE):
@@ -7852,7 +7998,7 @@ def readable_files(path: str) -> str:
 class Answer(BaseModel):
     """What HTTP and --json say."""
 
-    model_config = ConfigDict(extra="forbid", from_attributes=True)
+    model_config = ConfigDict(defer_build=True, extra="forbid", from_attributes=True)
 
 
 class SecretAnswer(Answer):
@@ -8298,7 +8444,7 @@ class Operations:
             if ref in (row.name, str(row.id)):
                 return SecretAnswer.model_validate(row)
         what = f"with ID {ref}" if ref.isdigit() else repr(ref)
-        raise NotFound(f"Secret {what} not found", hint="secret list shows them", code=1001)
+        raise NotFound(f"Secret {what} not found", hint="`secret list` shows them", code=1001)
 
     async def delete_secret(self, ref: str) -> Done:
         name = (await self.secret(ref)).name
@@ -8337,8 +8483,11 @@ class Operations:
         others: whoever may call must not read this machine's files through /data."""
         if not isinstance(source, CsvSource) or source.remote:
             return
+        if source.in_s3 and source.secret is None:
+            needed = "a secret of type api (in jobs.yaml also the environment's keys)"
+            raise Invalid([Problem("ingest.secret", MISSING, needed)])
         base = self.config().base
-        if not may_be_read(base / source.path, self.config()):
+        if not source.in_s3 and not may_be_read(base / source.path, self.config()):
             allowed = f"beneath {base.name}, ending in {', '.join(DATA_FILES)}"
             text = f"found {cut(source.path)}; allowed: {allowed} (in jobs.yaml: any)"
             raise Invalid([Problem("ingest.path", text)])
@@ -8364,7 +8513,7 @@ class Operations:
     def _check_secrets(self, job: Mapping[str, Any], stored: Mapping[str | int, str]) -> None:
         if faults := secret_faults(job, stored, self.config()):
             refused = invalid(faults)
-            if "there is no secret" not in str(refused):
+            if not re.search("there is no secret|secret with ID", str(refused)):
                 raise refused
             raise NotFound("; ".join(f.found for f in faults), code=1001)
 
@@ -8446,6 +8595,122 @@ class Operations:
         trigger = next((t for t in triggers if t.round == job.round), None)
         runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
         return explain(job, trigger, runs, totals["records"], now)
+
+
+# ── Import ────────────────────────────────────────────────────────────────────────────────────
+
+# What the original program has in its SQLite file comes over in one transaction: each secret and
+# each job whole or not at all, by its name; what is here already stays as it is. A job that has
+# fired there gets a trigger that has ended, so that its batches start no second Keboola job; one
+# that goes on is checked afresh. Not promised: that both programs may run side by side, for the
+# original writes nothing down before it fires.
+
+Ask = Callable[..., list[dict[str, Any]]]
+JOBS_THERE = (
+    "SELECT j.*, o.name AS openai_secret, k.name AS keboola_secret,"
+    " coalesce(strftime('%s', j.created_at), 0) + 0.0 AS made,"
+    " coalesce(strftime('%s', coalesce(completed_at, j.created_at)), 0) + 0.0 AS ended"
+    " FROM polling_jobs j LEFT JOIN secrets o ON o.id = openai_secret_id"
+    " LEFT JOIN secrets k ON k.id = keboola_secret_id ORDER BY j.id"
+)
+LOGS_THERE = (
+    "SELECT status, coalesce(message, '') AS message, 'the original' AS actor,"
+    " coalesce(strftime('%s', created_at), 0) + 0.0 AS created_at"
+    " FROM polling_logs WHERE job_id = ? ORDER BY id"
+)
+
+
+@contextlib.contextmanager
+def original(file: Path) -> Iterator[Ask]:
+    """What answers questions to the original's database, as it is at this moment."""
+    try:
+        place = f"{file.resolve(strict=True).as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(place, uri=True, isolation_level=None)) as db:
+            db.row_factory = sqlite3.Row
+            db.execute("BEGIN")
+            yield lambda sql, *values: [dict(row) for row in db.execute(sql, values)]
+    except (OSError, sqlite3.Error) as e:
+        raise Invalid([f"{file} cannot be read as the original's database: {e}"]) from e
+
+
+class Import:
+    """Takes over what `ask` finds in the original, whose SECRET_KEY opens its secrets."""
+
+    def __init__(self, ask: Ask, secret_key: str, operations: Operations) -> None:
+        from cryptography.fernet import Fernet
+
+        digest = hashlib.sha256(secret_key.encode()).digest()  # as the original derives its key
+        self._fernet = Fernet(base64.urlsafe_b64encode(digest))
+        self._ask, self._operations, self._store = ask, operations, operations.store
+        tables = ask("SELECT name FROM sqlite_master WHERE name LIKE '%job_batches'")
+        self._batches = tables[0]["name"] if tables else None  # in its first version: one a job
+
+    async def run(self) -> list[tuple[str, bool, str]]:
+        """Of each secret and job: which, whether it is here now, and its id or why not."""
+        done, names = list[tuple[str, bool, str]](), Counter[str]()
+        for row in self._ask("SELECT * FROM secrets ORDER BY id"):
+            done.append(await self._take(f"secret {row['name']!r}", self._secret(row)))
+        for row in self._ask(JOBS_THERE):
+            names[row["name"]] += 1
+            if names[row["name"]] > 1:  # names may repeat there
+                row["name"] += f" ({row['id']})"
+            done.append(await self._take(f"job {row['name']!r}", self._job(row)))
+        return done
+
+    async def _take(self, what: str, work: Awaitable[str]) -> tuple[str, bool, str]:
+        from cryptography.fernet import InvalidToken
+
+        try:
+            return what, True, await work
+        except Conflict:
+            return what, True, "is here already, and stays as it is"
+        except InvalidToken:
+            return what, False, "the original's SECRET_KEY does not open it"
+        except (Invalid, NotFound, SecretError) as e:
+            return what, False, "; ".join(str(e).splitlines())
+
+    async def _secret(self, row: Mapping[str, Any]) -> str:
+        value = self._fernet.decrypt(str(row["value"]).encode()).decode()
+        body = parse(SecretBody, {"name": row["name"], "type": row["type"], "value": value})
+        return f"ID {(await self._operations.add_secret(body)).id}"
+
+    async def _job(self, row: Mapping[str, Any]) -> str:
+        sql = f"SELECT * FROM {self._batches} WHERE job_id = ? ORDER BY id"
+        there = self._ask(sql, row["id"]) if self._batches else [row]
+        spec = self._spec(row, [batch["batch_id"] for batch in there])
+        self._operations._check_secrets(spec.model_dump(), await self._store.secret_types())
+        logs = [
+            log | {"message": redact(log["message"])} for log in self._ask(LOGS_THERE, row["id"])
+        ]
+        sent = [log["message"] for log in logs if log["status"] == "keboola_triggered"]
+        status = "completed" if sent and row["status"] in ("active", "paused") else row["status"]
+        if status not in ("active", "paused", *ENDED):
+            raise Invalid([f"status: found {cut(status)}"])
+        job_id = await self._store.create_job(spec, "store", self._operations.clock())
+        job, trigger = await self._store.find_job(job_id), None
+        columns = {"status": status, "created_at": row["made"]}
+        if status in ENDED:  # the others are checked afresh
+            columns["completed_at"] = row["ended"]
+            for batch, before in zip(job.batches, there, strict=True):
+                # without an output file, which is not known, `completed` would count as failed
+                batch.status, batch.output_file_id = before["status"], "unknown"
+        if status == "failed":
+            errors = [log["message"] for log in logs if log["status"] in ("error", "failed")]
+            columns["last_error"] = errors[-1] if errors else None
+        elif status in ENDED:
+            verdict = Verdict("fire", partial=status != "completed")
+            fired = intent(job, job.batches, verdict, uuid.uuid4().hex, row["ended"])
+            its_id = sent[-1].split()[-1] if sent else "unknown"
+            done = replace(fired, state="succeeded", finished_at=row["ended"])
+            trigger = replace(done, keboola_job_id=its_id, message="started by the original")
+        await self._store.take_over(job, trigger, logs, **columns)
+        return f"ID {job_id}, {status}"
+
+    def _spec(self, row: Mapping[str, Any], batch_ids: Sequence[str]) -> JobSpec:
+        flat = FlatJob.model_fields.keys() - {"openai_secret_id", "keboola_secret_id", "batch_id"}
+        data = {name: row[name] for name in flat & row.keys()} | {"batch_ids": batch_ids}
+        data["trigger_when"] = "all_finished" if self._batches else "all_completed"
+        return cast(JobSpec, job_spec(data, self._operations.config().settings.job_context))
 
 
 # ── Run lock ──────────────────────────────────────────────────────────────────────────────────
@@ -9827,7 +10092,7 @@ class About(Answer):
     version: str = VERSION
     description: str = "watches OpenAI batches and starts a Keboola job when they are done"
     docs: str = "/docs"
-    health: str = "/health"
+    health: str = "/api/health"
 
 
 class FieldError(Answer):
@@ -9842,6 +10107,7 @@ class ErrorAnswer(Answer):
     detail: str
     code: int
     request_id: str
+    message: str | None = Field(None, description="with 422: that validation failed")
     details: list[FieldError] | None = Field(None, description="with 422: each wrong field")
 
 
@@ -9855,7 +10121,7 @@ class Accepted(Answer):
 class Query(BaseModel):
     """Query parameters; unknown ones are refused, so that a misspelt filter does not show all."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(defer_build=True, extra="forbid")
 
 
 class JobsQuery(Query):
@@ -10061,7 +10327,7 @@ def json_body(body: bytes) -> Any:
         return json.loads(body, parse_constant=finite, parse_float=finite, object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
         said = f": {e}" if isinstance(e, UnclearJson) else ""
-        raise Refused(400, f"the body is not JSON{said}") from None
+        raise Invalid([f"the body is not JSON{said}"]) from None
 
 
 # ── OpenAPI ───────────────────────────────────────────────────────────────────────────────────
@@ -10371,6 +10637,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
             detail=detail,
             code=error.code,
             request_id=self.request_id,
+            message="Request validation failed" if isinstance(error, Invalid) else None,
             details=[FieldError(field=p.where, message=p.text) for p in wrong if p.where] or None,
         )
         text = shown.model_dump_json(exclude_none=True)
@@ -10898,7 +11165,12 @@ def complain(error: TeckoError, args: argparse.Namespace | None = None) -> None:
         report(args, {"valid": False, "errors": errors} if args.command == "validate" else document)
 
 
-def asked(prompt: Callable[[], str], nothing: str) -> str:
+def typed(prompt: str) -> str:
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
+
+
+def asked(prompt: Callable[[], T], nothing: str) -> T:
     """What a person types; who leaves with Ctrl-C or Ctrl-D is told that `nothing` was done."""
     try:
         return prompt()
@@ -10914,11 +11186,8 @@ def confirmed(args: argparse.Namespace, question: str) -> bool:
     if not sys.stdin.isatty():
         raise Conflict("without a terminal to ask on, nothing is deleted", hint="add --force")
 
-    def answer() -> str:
-        print(f"{redact(question)} [y/N]: ", end="", file=sys.stderr, flush=True)
-        return input()
-
-    sure = asked(answer, "nothing deleted").strip().lower() in ("y", "yes")
+    answer = asked(partial(typed, f"{redact(question)} [y/N]: "), "nothing deleted")
+    sure = answer.strip().lower() in ("y", "yes")
     if not sure:
         say("nothing deleted")
     return sure
@@ -10956,7 +11225,7 @@ def config_despite_mistakes(args: argparse.Namespace) -> Config:
 
 def no_jobs_file(config: Config) -> Invalid:
     text = f"no {config.path.name} in {config.base}"
-    return Invalid([text], hint="teckochecker.py init writes one")
+    return Invalid([text], hint=f"{COMMAND} init writes one")
 
 
 @contextlib.asynccontextmanager
@@ -10995,61 +11264,6 @@ def looking(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
         settings = config.settings.model_copy(update={"database": Path(folder) / "empty.db"})
         asyncio.run(Store(settings.store).touch())
         return with_operations(replace(config, settings=settings), work, looks=True)
-
-
-FIRST_JOBS_FILE = """\
-# TeckoChecker's jobs. To begin, take the # away from the lines below and put in your own IDs.
-# After an edit: teckochecker.py validate, then restart the service or send it SIGHUP.
-
-database: teckochecker.db
-admin: {host: 127.0.0.1, port: 8000}
-
-secrets:
-#  openai-prod:  {type: openai,  env: OPENAI_API_KEY}
-#  keboola-prod: {type: keboola, env: KEBOOLA_TOKEN}
-
-jobs:
-#  - name: nightly-classification
-#    poll_interval: 2m
-#    watch:   {type: openai_batches, secret: openai-prod, batch_ids: [batch_abc123]}
-#    trigger:
-#      type: keboola
-#      secret: keboola-prod
-#      stack_url: https://connection.eu-central-1.keboola.com
-#      component_id: kds-team.app-custom-python
-#      configuration_id: "123456"
-"""
-
-
-def cmd_init(args: argparse.Namespace, config: Config) -> int:
-    settings, vault, done = config.settings, Vault(config.settings), []
-    key_file, sealed = vault.file, list[str]()
-    if settings.has_store:  # of a server, it makes the tables where they are missing
-        sealed = with_operations(config, lambda operations: operations.store.names("secrets"))
-    if key_file is not None and not key_file.exists():
-        if sealed and not args.new_key:
-            raise SecretError(
-                f"{key_file} is missing, and a new key would not open what"
-                f" {settings.shown_store} has sealed: {', '.join(sealed)}",
-                hint="put the key file back, or --new-key, and store these secrets again",
-            )
-        write_private(key_file, new_master_key() + "\n")
-        done.append(f"made the master key {key_file} (back it up: without it no secret opens)")
-    vault.load(required=True)
-    if not settings.has_store:
-        asyncio.run(Store(settings.store).touch())
-        done.append(f"made the database {settings.shown_store}")
-    if not config.path.exists():
-        config.path.write_text(FIRST_JOBS_FILE)
-        done.append(f"wrote {config.path}")
-    steps = [
-        "teckochecker.py secret add --name openai-prod --type openai",
-        "teckochecker.py secret add --name keboola-prod --type keboola",
-        f"edit {config.path}, then: teckochecker.py validate",
-        "teckochecker.py start",
-    ]
-    text = [*(done or ["everything is there already; nothing was changed"]), "", "Next:"]
-    return report(args, {"done": done, "next": steps}, "\n".join(text + [f"  {s}" for s in steps]))
 
 
 def cmd_validate(args: argparse.Namespace, config: Config) -> int:
@@ -11112,7 +11326,7 @@ def missing_secret_hint(problems: Sequence[Problem]) -> str:
     text = "\n".join(map(str, problems))
     lost = re.search(r"no secret '(.+?)'|secret '(.+?)': the environ", text)
     name = lost[1] or lost[2] if lost else ""
-    return f"teckochecker.py secret add --name {name} --type openai|keboola|api" if lost else ""
+    return f"{COMMAND} secret add --name {name} --type openai|keboola|api" if lost else ""
 
 
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
@@ -11422,7 +11636,7 @@ async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
     jobs = [await store.find_job(ref) for ref in args.jobs]
     for job in jobs:
         if verb == "run" and not isinstance(job.spec, IngestSpec):
-            raise Conflict(f"job {job.name!r} watches batches", hint="check looks at them now")
+            raise Conflict(f"job {job.name!r} watches batches", hint="`check` looks at them now")
         if job.id not in ready:
             raise Conflict(f"Cannot {verb} job {job.name!r}: it is {job.shown_status}")
     if not args.jobs:
@@ -11456,7 +11670,7 @@ def report_run(args: argparse.Namespace, run: Run) -> int:
     if run.status != "success":
         complain(IngestFailed(f"{run.source}: {run.error_message}"))
     elif run.records_failed:
-        say(f"hint: teckochecker.py data rejects --source {run.source} lists what was rejected")
+        say(f"hint: {COMMAND} data rejects --source {run.source} lists what was rejected")
     return int(run.status != "success")
 
 
@@ -11596,11 +11810,28 @@ def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
     return report(args, {"resealed": count}, text)
 
 
+def cmd_import(args: argparse.Namespace, config: Config) -> int:
+    place = args.env or args.file.absolute().parent / ".env"
+    if not (secret_key := read_dot_env(place)[0].get("SECRET_KEY", "")):
+        raise SecretError(f"no SECRET_KEY in {place}", hint="--env names the original's .env")
+    SecretValue(secret_key, "the original's SECRET_KEY")
+
+    async def work(operations: Operations) -> list[tuple[str, bool, str]]:
+        with original(args.file) as ask:
+            return await operations.store.transact(Import(ask, secret_key, operations).run)
+
+    done = with_operations(config, work)
+    shown = [{"what": what, "here": here, "said": said} for what, here, said in done]
+    lines = [f"{'here' if here else 'NOT '}  {what}: {said}" for what, here, said in done]
+    report(args, {"imported": shown}, "\n".join(lines) or "there is nothing to import")
+    return int(not all(here for _, here, _ in done))
+
+
 JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by flat field
     "name": ("--name", "NAME"),
     "batch_ids": ("--batch-id", "ID"),
-    "openai_secret": ("--openai-secret", "NAME"),
-    "keboola_secret": ("--keboola-secret", "NAME"),
+    "openai_secret": ("--openai-secret", "SECRET"),
+    "keboola_secret": ("--keboola-secret", "SECRET"),
     "keboola_stack_url": ("--keboola-stack", "URL"),
     "keboola_component_id": ("--component-id", "ID"),
     "keboola_configuration_id": ("--config-id", "ID"),
@@ -11849,21 +12080,196 @@ def cmd_schema(args: argparse.Namespace) -> int:
     return 0
 
 
+COMPLETED = {"JOB": "jobs", "SECRET": "secrets", "SOURCE": "sources"}  # by metavar
+
+
 def cmd_completion(args: argparse.Namespace) -> int:
+    """A shell's script, or the names that it asks for: of those none that a shell would expand."""
     import shtab
 
-    print(shtab.complete(make_parser(), args.shell))
+    what = args.shell
+    if what not in COMPLETED.values():
+        ask = "teckochecker completion {} 2>/dev/null"
+        parser = make_parser("teckochecker", lambda names: shtab.cmd(ask.format(names)))
+        print(shtab.complete(parser, what))
+        return 0
+
+    async def stored(operations: Operations) -> Iterable[str]:
+        if what == "sources":
+            return await operations.store.ingested()
+        return await operations.store.names("secrets" if what == "secrets" else "polling_jobs")
+
+    config = config_despite_mistakes(args)
+    names = {*config.secrets} if what == "secrets" else set[str]()
+    if config.settings.has_store:
+        names |= {*with_operations(config, stored, looks=True)}
+    print(*sorted(name for name in names if re.fullmatch(r"[\w.@/+-]+", name)), sep="\n")
     return 0
 
 
 def cmd_demo(args: argparse.Namespace) -> int:
-    folder = Path(__file__).resolve().parent / "tests"
-    if not (folder / "demo.py").exists():
+    here = Path(__file__).resolve().parent
+    folder = here / "teckochecker_demo"  # of an installation
+    if not (folder / "demo.py").exists() and not ((folder := here / "tests") / "demo.py").exists():
         text = f"the demo's stand-ins are not in {folder}"
-        raise TeckoError(text, hint="run it from a whole checkout")
+        raise TeckoError(text, hint="run it from a whole checkout, or install that")
     sys.path.insert(0, str(folder))
     sys.modules["teckochecker"] = sys.modules[__name__]
     return int(importlib.import_module("demo").main(keep=args.keep, as_json=args.json))
+
+
+# ── Setting up ────────────────────────────────────────────────────────────────────────────────
+
+
+FIRST_JOBS_FILE = """\
+# TeckoChecker's jobs. A line behind a # is an example: take the # away and put in your own IDs.
+# After an edit, `validate` says what would change, and `reload` has a running service read it.
+
+database: teckochecker.db
+admin: {host: 127.0.0.1, port: 8000}
+
+secrets:  # where keys are; `secret add` stores one encrypted instead, and it needs no line here
+#  openai-prod:  {type: openai,  env: OPENAI_API_KEY}
+#  keboola-prod: {type: keboola, env: KEBOOLA_TOKEN}
+
+jobs:
+"""
+FIRST_JOB = """\
+  - name: nightly-classification
+    poll_interval: 2m
+    watch: {secret: openai-prod, batch_ids: [%s]}
+    trigger: {secret: keboola-prod, stack_url: "%s", component_id: %s, configuration_id: %s}
+"""
+FIRST_STACK = "https://connection.keboola.com"
+
+
+async def batch_table(base_url: str | None, key: SecretValue) -> Table:
+    """The newest batches that a key may see."""
+    openai, rows = OpenAI(base_url), list[tuple[object, ...]]()
+    try:
+        for batch in await openai.latest(key):
+            requests = f"{batch.requests_completed}/{batch.requests_total}"
+            rows.append((len(rows) + 1, batch.batch_id, batch.status, requests))
+    finally:
+        await openai.close()
+    return Table(("", "Batch", "Status", "Requests"), rows)
+
+
+async def configuration_table(stack: str, token: SecretValue) -> Table:
+    """The configurations of a token's project."""
+    keboola, rows = Keboola(), list[tuple[object, ...]]()
+    try:
+        components = await keboola.storage(stack, token, "components")
+    finally:
+        await keboola.close()
+    for component in components if isinstance(components, list) else ():
+        for each in value_at(component, "configurations") or ():
+            names = (value_at(component, "id"), value_at(each, "id"), value_at(each, "name"))
+            rows.append((len(rows) + 1, *names))
+    return Table(("", "Component", "Configuration", "Name"), rows)
+
+
+def key_and_choice(
+    name: str, listing: Callable[[SecretValue], Coroutine[Any, Any, Table]], what: str, most: int
+) -> tuple[str, list[Sequence[Any]]]:
+    """A key that was typed, and the rows that a person chooses of what it lists; "" and no rows
+    where nothing was typed. A key that cannot list is asked for again."""
+    value, table = "", Table((), ())
+    while not value and (text := getpass.getpass(f"{name} (is not shown): ")):
+        try:
+            table = asyncio.run(listing(SecretValue(clean_secret(text))))
+            value = text
+        except TeckoError as e:
+            complain(e)
+    if not table.rows:
+        return value, []
+    draw(table)
+    while words := {*typed(f"{what}: ").replace(",", " ").split()}:
+        rows = [row for row in table.rows if str(row[0]) in words]
+        if len(rows) == len(words) <= most:
+            return value, rows
+        say(f"at most {most} of the numbers above, or Enter for none")
+    return value, []
+
+
+def typed_stack() -> str:
+    while text := typed(f"Keboola stack (Enter: {FIRST_STACK}): ").strip():
+        with contextlib.suppress(ValueError):
+            return clean_stack_url(text)
+        say(f"a stack is {FIRST_STACK} or another one, without a path")
+    return FIRST_STACK
+
+
+def first_jobs_file(
+    stack: str = FIRST_STACK, batches: Sequence[str] = (), target: Sequence[str] = ()
+) -> str:
+    """One job; an example behind # unless it is said what to watch and what to start."""
+    ids = ", ".join(batches or ["batch_abc123"])
+    component, configuration = target or ("kds-team.app-custom-python", "123456")
+    job = FIRST_JOB % (ids, stack, json.dumps(component), json.dumps(configuration))
+    return FIRST_JOBS_FILE + (job if batches and target else re.sub("(?m)^(?=.)", "#", job))
+
+
+def interview(settings: Settings) -> tuple[list[SecretBody], str]:
+    """What a person wants: the secrets to store, and a jobs.yaml. Nothing is written yet."""
+    say("Enter skips a question. Ctrl-C ends this, and nothing is made.")
+    ask = partial(batch_table, settings.openai_base_url)
+    key, batches = key_and_choice("OpenAI key", ask, "Batches to watch, like 1, 2", 10)
+    ask = partial(configuration_table, stack := typed_stack())
+    token, target = key_and_choice("Keboola token", ask, "Number of the one to start", 1)
+    kinds = (("openai", key), ("keboola", token))
+    given = [parse(SecretBody, {"name": f"{k}-prod", "type": k, "value": v}) for k, v in kinds if v]
+    chosen = [str(name) for row in target for name in row[1:3]]
+    return given, first_jobs_file(stack, [row[1] for row in batches], chosen)
+
+
+def make_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) -> Iterator[str]:
+    """Make key, database, secrets and jobs.yaml where they are not; what was made, as sentences."""
+    settings, vault = config.settings, Vault(config.settings)
+    key_file = vault.file
+    if key_file is not None and not key_file.exists():
+        write_private(key_file, new_master_key() + "\n")
+        yield f"made the master key {key_file} (back it up: without it no secret opens)"
+    vault.load(required=True)
+    if not settings.has_store:
+        asyncio.run(Store(settings.store).touch())
+        yield f"made the database {settings.shown_store}"
+    for body in given:
+        with_operations(config, partial(Operations.add_secret, body=body))
+        yield f"stored the secret {body.name!r}"
+    if not config.path.exists():
+        config.path.write_text(jobs_file)
+        yield f"wrote {config.path}"
+
+
+def cmd_init(args: argparse.Namespace, config: Config) -> int:
+    """On a terminal a first jobs.yaml is what a person says; nothing that exists is changed."""
+    settings, vault = config.settings, Vault(config.settings)
+    sealed = list[str]()
+    if settings.has_store:  # of a server, it makes the tables where they are missing
+        sealed = with_operations(config, lambda operations: operations.store.names("secrets"))
+    if sealed and vault.file is not None and not vault.file.exists() and not args.new_key:
+        raise SecretError(
+            f"{vault.file} is missing, and a new key would not open what"
+            f" {settings.shown_store} has sealed: {', '.join(sealed)}",
+            hint="put the key file back, or --new-key, and store these secrets again",
+        )
+    given, jobs_file = list[SecretBody](), first_jobs_file()
+    if sys.stdin.isatty() and not (config.path.exists() or sealed or args.json):
+        given, jobs_file = asked(partial(interview, settings), "nothing was made")
+    done = [*make_missing(config, given, jobs_file)]
+    config, stored = config_of(args), {*sealed, *(body.name for body in given)}
+    if given and config.jobs:
+        check = partial(every_problem, config, vault=vault)
+        if problems := with_operations(config, lambda operations: check(operations.store)):
+            raise Invalid(problems)
+        done.append(f"checked {config.path}: it is good")
+    lacks = [kind for kind in ("openai", "keboola") if f"{kind}-prod" not in stored]
+    steps = [f"{COMMAND} secret add --name {kind}-prod --type {kind}" for kind in lacks]
+    steps += [] if config.jobs else [f"edit {config.path}"]
+    steps += [f"{COMMAND} validate --online", f"{COMMAND} start"]
+    text = [*(done or ["everything is there already; nothing was changed"]), "", "Next:"]
+    return report(args, {"done": done, "next": steps}, "\n".join(text + [f"  {s}" for s in steps]))
 
 
 # ── Parser and main ───────────────────────────────────────────────────────────────────────────
@@ -11918,7 +12324,7 @@ def job_options(*, create: bool) -> Iterator[Argument]:
 
 JOB = arg("job", metavar="JOB", help="id or name")
 FORCE = arg("--force", action="store_true", help="do not ask")
-SOURCE = arg("--source", metavar="NAME", help="only of this ingest's job")
+SOURCE = arg("--source", metavar="SOURCE", help="only of this ingest's job")
 LIMIT = arg("--limit", type=whole_number, metavar="N", help="at most N")
 AS_CSV = arg("--csv", action="store_true", help="all of them, as CSV")
 SHOWN_LINES = arg("--logs", type=whole_number, default=20, metavar="N",
@@ -11958,9 +12364,14 @@ COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[
     ("stats", cmd_stats, config_of, "checks, triggers, delay and records, by day", (
         arg("--days", type=whole_number, default=30, metavar="N",
             help="how many, up to 90 (default: %(default)s)"),)),
+    ("import", cmd_import, config_of, "take over what the original program has", (
+        arg("file", type=Path, metavar="FILE", help="its SQLite database; stop it first"),
+        arg("--env", type=Path, metavar="FILE", help="its .env with its SECRET_KEY (default: the"
+            " one beside its database)"))),
     ("schema", cmd_schema, None, "print the JSON Schema of jobs.yaml", ()),
     ("completion", cmd_completion, None, "print a shell's completion script", (
-        arg("shell", choices=("bash", "zsh", "fish")),)),
+        arg("shell", choices=("bash", "zsh", "fish", *COMPLETED.values()),
+            metavar="bash|zsh|fish"),)),
     ("demo", cmd_demo, None, "the whole thing on this machine, without an account", (
         arg("--keep", action="store_true", help="go on until Ctrl-C"),)),
     ("secret add", cmd_secret_add, config_of, "store one, typed without echo or piped in", (
@@ -11971,7 +12382,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[
         arg("--replace", action="store_true", help="give a stored one a new value"))),
     ("secret list", cmd_secret_list, config_of, "names and types, never values", ()),
     ("secret delete", cmd_secret_delete, config_of, "delete one that no running job uses", (
-        arg("name", metavar="NAME"), FORCE)),
+        arg("name", metavar="SECRET"), FORCE)),
     ("secret rotate", cmd_secret_rotate, config_of,
      "new master key, every secret encrypted anew", ()),
     ("alert test", cmd_alert_test, config_of, "send each target of `alerts:` a message", ()),
@@ -12003,16 +12414,17 @@ EVERYWHERE = (
     arg("-v", "--verbose", action="store_true", help="log more"),
     arg("-q", "--quiet", action="store_true", help="log errors only"),
 )  # fmt: skip
-EPILOG = """\
-example: teckochecker.py job list --status failed
+EPILOG = f"""\
+example: {COMMAND} job list --status failed
 Options may also follow the command. While the service runs, /docs of its address (see `status`)
 describes its HTTP surface; README.md and jobs.yaml.example say the rest."""
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = COMMAND, completes: Any = None) -> argparse.ArgumentParser:
+    """`completes`: what gives shtab the completion of an argument that is one of COMPLETED."""
     late = Parser(add_help=False)
     top = Parser(
-        prog="teckochecker.py",
+        prog=prog,
         description="Watch OpenAI batches and start a Keboola job when they are done, once.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -12032,7 +12444,9 @@ def make_parser() -> argparse.ArgumentParser:
         parser = groups[group].add_parser(name, help=says, description=says, parents=[late])
         parser.set_defaults(run=run, configured=configured)
         for names, how in arguments:
-            parser.add_argument(*names, **how)
+            action = parser.add_argument(*names, **how)
+            if completes is not None and (what := COMPLETED.get(str(action.metavar))):
+                vars(action)["complete"] = completes(what)
     return top
 
 

@@ -12,7 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -165,11 +165,11 @@ TABLES = (
 )
 
 
-def dump(place: Place) -> dict[str, list[Any]]:
+def dump(place: Place, tables: Sequence[str] = TABLES) -> dict[str, list[Any]]:
     """All that is stored, as another process sees it; and that it can write at once."""
     with Holder(place):
         return {
-            table: sorted(execute(place, f"SELECT * FROM {table}"), key=repr) for table in TABLES
+            table: sorted(execute(place, f"SELECT * FROM {table}"), key=repr) for table in tables
         }
 
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -16,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import standins
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 import teckochecker as tecko
 
@@ -60,6 +66,7 @@ A-4,Cup,"Mon, 4 Mar 2024 10:30:00 GMT",4.10
 LATER = {"24.90": "22.90"}  # what changes in the file while the demo runs,
 MORE = "A-5,Saucer,2024-03-09,2.80\n"  # and what comes
 LIMIT = 45.0  # s; it takes about ten
+WIDTH = 80  # columns of a line at most
 ENDED = {"nightly": "completed", "three-parts": "completed_with_failures", "bad-input": "failed"}
 INGESTED = {"products": 4, "posts": 25}  # and one product is rejected
 
@@ -96,27 +103,95 @@ async def is_done(store: tecko.Store) -> bool:
     return ended and totals == [*INGESTED.values()]
 
 
-def show(text: str, indent: int) -> None:
-    """Print a line, on a terminal broken between words."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
-    print(textwrap.fill(text, max(width, indent + 20), subsequent_indent=" " * indent))
+def show(text: str, indent: int = 0) -> None:
+    """Print a line, broken between words where it is longer than WIDTH or the terminal."""
+    width = min(WIDTH, shutil.get_terminal_size().columns)
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    print(textwrap.fill(text, max(width, indent + 20), subsequent_indent=" " * indent, **how))
 
 
-async def watch(store: tecko.Store, started: float) -> None:
-    """Print every log row as it comes, until all is done."""
-    names: dict[int | None, str] = {}
-    seen = 0
-    while time.monotonic() - started < LIMIT:
-        done = await is_done(store)  # asked first, so that the last rows are printed, too
-        for row in await store.logs(None, 100, after=seen):
-            seen = row.id
-            names = names or {job.id: job.name for job in await store.jobs()}
-            at = time.monotonic() - started
-            who = names.get(row.job_id, "")
-            show(f"{at:5.1f} s  {who:12} {row.status:10} {row.message}", indent=33)
-        if done:
-            return
-        await asyncio.sleep(0.1)
+class Lines:
+    """What happens as lines that stay, for a pipe or a file."""
+
+    def __init__(self, store: tecko.Store, started: float) -> None:
+        self.store, self.started = store, started
+        self.seen = 0
+        self.names: dict[int | None, str] = {}
+
+    async def new_rows(self) -> list[tuple[str, tecko.LogRow]]:
+        """Log rows that were not there before, with the names of their jobs."""
+        rows = await self.store.logs(None, 100, after=self.seen)
+        if rows and not self.names:
+            self.names = {job.id: job.name for job in await self.store.jobs()}
+        self.seen = rows[-1].id if rows else self.seen
+        return [(self.names.get(row.job_id, ""), row) for row in rows]
+
+    async def update(self) -> None:
+        for name, row in await self.new_rows():
+            at = time.monotonic() - self.started
+            text = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{24}\b", r"\1", row.message)
+            show(f"{at:5.1f} s  {name:11}  {row.status:9}  {text}", indent=32)
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Screen(Lines):
+    """What happens as one line a job, which is drawn anew, for a terminal."""
+
+    def __init__(self, store: tecko.Store, started: float) -> None:
+        super().__init__(store, started)
+        self.said: dict[str, str] = {}
+        console = Console(file=sys.stdout, highlight=False, emoji=False, markup=False)
+        console.width = min(WIDTH, console.width)
+        self.live = Live(console=console, auto_refresh=False)
+
+    async def update(self) -> None:
+        for name, row in await self.new_rows():
+            self.said[name] = row.message
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        for width in (11, 12, 14, None):
+            table.add_column(width=width, no_wrap=True, overflow="ellipsis")
+        for job in await self.store.jobs():
+            sign, colour = tecko.SIGNS[job.status]
+            state = Text(f"{sign} {job.status.partition('_')[0]}", colour)
+            done, total = await self.progress(job)
+            bar = ProgressBar(total, done, width=14, complete_style=colour or "white")
+            table.add_row(job.name, state, bar, self.said.get(job.name, ""))
+        self.live.update(table, refresh=True)
+
+    async def progress(self, job: tecko.Job) -> tuple[int, int]:
+        """Requests of its batches, or records, that are done; and all."""
+        if job.name in INGESTED:
+            return (await self.store.totals(job.name))["records"], INGESTED[job.name]
+        done = sum(batch.requests_completed for batch in job.batches)
+        return done, sum(batch.requests_total for batch in job.batches) or 1
+
+    def __enter__(self) -> Screen:
+        self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+
+async def watch(store: tecko.Store, started: float, products: Path) -> None:
+    """Show what happens until all is done. Once the products have come, their file changes."""
+    changed = False
+    kind = Screen if sys.stdout.isatty() else Lines
+    with kind(store, started) as shown:
+        while time.monotonic() - started < LIMIT:
+            done = await is_done(store)  # asked first, so that the last rows are shown, too
+            await shown.update()
+            if done:
+                return
+            if not changed and (await store.totals("products"))["records"]:
+                changed = True
+                change(products)
+            await asyncio.sleep(0.1)
 
 
 def verdict(jobs: dict[str, str], keboola: standins.Keboola) -> list[str]:
@@ -174,13 +249,12 @@ async def run(folder: Path, keep: bool, told: dict[str, Any]) -> int:
             "MIN_POLL_INTERVAL": "1",
         }
         config = tecko.load_config(folder / "jobs.yaml", environ)
-        print(f"stand-ins: OpenAI at {openai.url}, Keboola at {keboola.url}; store in {folder}\n")
+        print("OpenAI, Keboola, an API and a file, all played on this machine:\n")
         play(openai)
         started = time.monotonic()
-        asyncio.get_running_loop().call_later(3.5, change, folder / "products.csv")
         async with tecko.make_service(config, lambda: config) as service:  # noqa: SIM117
             async with tecko.serving(service) as admin:
-                await watch(service.store, started)
+                await watch(service.store, started, folder / "products.csv")
                 jobs = {job.name: str(job.status) for job in await service.store.jobs()}
                 wrong = verdict(jobs, keboola) + await wrong_data(service.store)
                 received = [keboola.variables(job) for job in keboola.created]
@@ -200,11 +274,12 @@ async def run(folder: Path, keep: bool, told: dict[str, Any]) -> int:
                     print("\nWhile it runs, look further:")
                     for path in ("/health", "/stats", "/data"):
                         print(f"  curl {admin.url}{path}")
-                    key = f"-H 'Authorization: Bearer {standins.OPENAI_KEY}'"
-                    print(f"  curl {openai.base_url}/batches {key}")
+                    print(f"  curl {openai.base_url}/batches \\")
+                    print(f"    -H 'Authorization: Bearer {standins.OPENAI_KEY}'")
                     print("\nCtrl-C ends it.", flush=True)
                     await asyncio.Event().wait()
-                print("\n`demo --keep` goes on after that, to be looked at over HTTP.")
+                print("\n`demo --keep` goes on after this, to be looked at over HTTP.")
+                print(f"Next, with your own keys and batches:\n  {tecko.COMMAND} init")
     return 1 if wrong else 0
 
 
@@ -219,7 +294,7 @@ def main(*, keep: bool, as_json: bool = False) -> int:
                 code = asyncio.run(run(Path(folder), keep, told))
         except KeyboardInterrupt:
             if not keep or not told:
-                print("\nThe demo was stopped before its end.", file=sys.stderr)
+                print("\nstopped", file=sys.stderr)
             code = 0 if keep and told else 130
     if as_json and told:
         print(json.dumps(told, indent=2))

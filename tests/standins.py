@@ -1256,6 +1256,8 @@ class Keboola(StandIn):
                 return self._index()
             case "GET", "/v2/storage/tokens/verify":
                 return self._refuses(request) or self._token_detail()
+            case "GET", "/v2/storage/components":
+                return self._refuses(request) or self._components()
         if found := re.fullmatch(r"/v2/storage/components/([^/]+)/configs/([^/]+)", request.path):
             return self._refuses(request) or self._configuration(unquote(found[1]), found[2])
         return self.error(404, f"No route found for {request.method} {request.path}")
@@ -1269,6 +1271,14 @@ class Keboola(StandIn):
             "services": [{"id": name, "url": url} for name, url in services.items()],
         }
         return Answer(200, as_json(index))
+
+    def _components(self) -> Answer:
+        there = self.only_configurations or [("keboola.ex-stand-in", "1")]
+        configured = [
+            {"id": component, "configurations": [{"id": number, "name": f"Load {number}"}]}
+            for component, number in there
+        ]
+        return Answer(200, as_json(configured))
 
     def _configuration(self, component: str, configuration: str) -> Answer:
         there = self.only_configurations

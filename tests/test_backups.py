@@ -753,6 +753,7 @@ def drills(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Future[Non
     folder = tmp_path_factory.mktemp("drills")
     with ThreadPoolExecutor(DRILLS_AT_ONCE) as pool:
         yield [pool.submit(drill, folder / str(n), n) for n in range(DRILLS)]
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("number", range(DRILLS))

@@ -203,7 +203,7 @@ ROWS: tuple[tuple[Any, ...], ...] = (
     (Told("job delete from-file --force"), "jobs.yaml", "hint: "),
     (Told("job delete active"), "without a terminal", "--force"),
     (Told("secret delete openai"), "without a terminal", "--force"),
-    (Told("secret delete openai --force"), "secret 'openai' is in use by", "'active'"),
+    (Told("secret delete openai --force"), "it is referenced by active jobs: 'active'"),
     (Told("secret delete nothing --force"), "Secret 'nothing' not found"),
     (Told("job show 99"), "Job with ID 99 not found", "hint: "),
     (Told("job show nothing"), "'nothing'", "not found"),
@@ -223,7 +223,7 @@ ROWS: tuple[tuple[Any, ...], ...] = (
     (Told(f"{CREATE} --variable batch_count_total=1"), "variables", "batch_count_total"),
     (Told(f"{CREATE} --openai-secret nothing"), "no secret 'nothing'", "hint: "),
     (Told(f"{CREATE} --openai-secret keboola"), "of type keboola", "needed: openai"),
-    (Told("secret add --name openai --type openai", {}, "value-x"), "'openai' already"),
+    (Told("secret add --name openai --type openai", {}, "value-x"), "'openai' already exists"),
     (Told("secret add --name x --type openai --replace", {}, "value-x"), "no secret 'x'"),
     (Told("secret add --name x --type openai", {}, " \n"), "empty"),
     (Told("secret add --name x --type openai", {}, "one\ntwo"), "control characters"),
@@ -509,10 +509,10 @@ def test_rotation_replaces_the_key(story: Story) -> None:
 
 def test_the_first_jobs_file_is_good(story: Story, tmp_path: Path) -> None:
     """What init writes validates as it is, and with the # taken away."""
-    assert (story.folder / "jobs.yaml").read_text() == tecko.FIRST_JOBS_FILE
+    assert (story.folder / "jobs.yaml").read_text() == tecko.first_jobs_file()
     assert story.said["validate"].document["valid"] is True
     assert story.said["validate"].document["secrets"] == ["keboola", "openai"]
-    text = tecko.FIRST_JOBS_FILE.replace("\n#  ", "\n  ")
+    text = tecko.first_jobs_file().replace("\n#  ", "\n  ")
     (tmp_path / "jobs.yaml").write_text(text)
     env = {"OPENAI_API_KEY": "sk-of-tests", "KEBOOLA_TOKEN": "1-2-of-tests"}
     [bare, uncommented], _ = run_many(
@@ -625,10 +625,14 @@ class Terminal:
     stdout_too: bool = False
 
     def run(
-        self, typed: bytes, after: bytes = b"", number: int | None = None
+        self,
+        typed: bytes,
+        after: bytes = b"",
+        number: int | None = None,
+        before: Sequence[tuple[bytes, bytes]] = (),
     ) -> tuple[int, str, str]:
-        """Type, or send the signal `number`, once the screen shows `after`; exit code, the screen,
-        stdout."""
+        """Type, or send the signal `number`, once the screen shows `after`; `before` that, type
+        what belongs to other words. Exit code, the screen, stdout."""
         here, there = pty.openpty()
         process = subprocess.Popen(
             [sys.executable, str(PROGRAM), *shlex.split(self.line)],
@@ -640,10 +644,13 @@ class Terminal:
             start_new_session=True,  # else /dev/tty would be the terminal of who runs the tests
         )
         os.close(there)
-        screen = b""
+        screen, seen = b"", 0
         try:
-            while after not in screen:
-                screen += self.read(here)
+            for word, answer in (*before, (after, b"")):
+                while (found := screen.find(word, seen)) < 0:
+                    screen += self.read(here)
+                seen = found + len(word)
+                os.write(here, answer)
             if number is not None:
                 process.send_signal(number)
             os.write(here, typed)
@@ -1338,7 +1345,8 @@ def test_a_missing_package_is_one_line(tmp_path: Path, line: str) -> None:
     command = [sys.executable, "-S", str(PROGRAM), *line.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "is missing; run: python -m pip install -r requirements.txt" in done.stderr
+    packages = PROGRAM.with_name("requirements.txt")
+    assert f"is missing; run: {sys.executable} -m pip install -r {packages}\n" in done.stderr
 
 
 # ── The daemon, and one round by hand ─────────────────────────────────────────────────────────

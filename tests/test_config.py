@@ -902,7 +902,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(tecko.Invalid) as refused:
         tecko.load_config(tmp_path / "jobs.yaml", {}, must_exist=True)
     assert str(refused.value) == f"{tmp_path}/jobs.yaml: there is no such file"
-    assert refused.value.hint == "teckochecker.py init writes a first one"
+    assert refused.value.hint == f"{tecko.COMMAND} init writes a first one"
 
 
 def test_two_thousand_jobs(tmp_path: Path) -> None:
@@ -1208,8 +1208,8 @@ def test_the_example_has_every_key(model: type[BaseModel]) -> None:
 
 def test_the_first_file_loads_and_its_comments_are_good_too(tmp_path: Path) -> None:
     """What `init` writes names no jobs; with nothing but its # taken away it has one."""
-    assert load(tmp_path, tecko.FIRST_JOBS_FILE).jobs is None
-    text = re.sub(r"^#(?=  )", "", tecko.FIRST_JOBS_FILE, flags=re.MULTILINE)
+    assert load(tmp_path, tecko.first_jobs_file()).jobs is None
+    text = re.sub(r"^#(?=  )", "", tecko.first_jobs_file(), flags=re.MULTILINE)
     env = {"OPENAI_API_KEY": "an-openai-key-of-tests", "KEBOOLA_TOKEN": "a-keboola-token-of-tests"}
     assert problems(tmp_path, text, env) == []
     assert [job.name for job in load(tmp_path, text, env).jobs or []] == ["nightly-classification"]

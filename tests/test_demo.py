@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import PROGRAM, clean_environment
+from test_cli import Terminal
 
 LIMIT = 60.0  # s in which the demo promises to end; it takes about eight
 
@@ -24,12 +25,14 @@ class Demo:
 
     def __init__(self, folder: Path, *args: str) -> None:
         self.folder, self.output = folder / "cwd", folder / "output"
+        self.temporary = folder / "tmp"
         self.folder.mkdir()
+        self.temporary.mkdir()
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, str(PROGRAM), "demo", *args],
                 cwd=self.folder,
-                env=clean_environment({}),
+                env=clean_environment({"TMPDIR": str(self.temporary)}),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.DEVNULL if "--json" in args else subprocess.STDOUT,
@@ -76,19 +79,19 @@ def test_the_demo_ends_by_itself_and_shows_what_happened(demos: tuple[Demo, Demo
     assert re.search(r"^ *[\d.]+ s +three-parts +completed ", said, re.MULTILINE)
     assert re.search(r"^ *[\d.]+ s +bad-input +failed ", said, re.MULTILINE)
     assert "ingested: 25 inserted" in said and "ingested: 1 inserted, 1 updated" in said
-    received = re.findall(r"^ *job \d+: .*teckochecker_job=(\S+),.*$", said, re.MULTILINE)
+    received = re.findall(r"^ *job \d+: teckochecker_job=(\S+),", said, re.MULTILINE)
     assert sorted(received) == ["nightly", "three-parts"]
     assert "OK: 2 Keboola jobs started" in said and "Traceback" not in said
     assert "curl " not in said, "its addresses are gone when it has ended"
+    assert max(map(len, said.partition("Next, ")[0].splitlines())) <= 80
+    assert said.endswith(f"{PROGRAM} init\n")
 
 
 def test_the_demo_leaves_nothing_behind(demos: tuple[Demo, Demo, Demo]) -> None:
     """Its throw-away store is gone, and nothing was written where it was called."""
     demo, _, _ = demos
     demo.process.wait(LIMIT)
-    found = re.search(r"store in (/\S+)", demo.output.read_text())
-    assert found is not None and not Path(found[1]).exists()
-    assert list(demo.folder.iterdir()) == []
+    assert [*demo.temporary.iterdir()] == [*demo.folder.iterdir()] == []
 
 
 def test_the_demo_as_a_document(demos: tuple[Demo, Demo, Demo]) -> None:
@@ -117,3 +120,14 @@ def test_ctrl_c_ends_a_kept_demo(demos: tuple[Demo, Demo, Demo]) -> None:
     demo.process.send_signal(signal.SIGINT)
     assert demo.process.wait(15) == 0
     assert "Traceback" not in demo.output.read_text()
+
+
+def test_a_terminal_shows_one_line_a_job(tmp_path: Path) -> None:
+    """It is drawn anew, with bars, within 80 columns; Ctrl-C ends it with 130 and a word."""
+    terminal = Terminal(tmp_path, "demo", {"COLUMNS": "100"}, stdout_too=True)
+    code, screen, _ = terminal.run(b"", b"in_progress", signal.SIGINT)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
+    rows = [row.rstrip() for row in plain.replace("\r", "\n").splitlines() if row.strip()]
+    assert max(map(len, rows)) <= 80
+    assert any(re.match("nightly +● active +[━╸╺ ]+batch_nightly in_progress", row) for row in rows)
+    assert (code, rows[-1], "Traceback" in screen) == (130, "stopped", False)

@@ -6,15 +6,20 @@ import argparse
 import ast
 import contextlib
 import io
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import standins
+from conftest import clean_environment
+from test_cli import until
 
 import teckochecker as tecko
 
@@ -37,6 +42,7 @@ MODELS = (
     tecko.Since,
 )
 YAML_KEYS = sorted({name for model in MODELS for name in model.model_fields})
+MADE_ELSEWHERE = {"tests/page.png", "Dockerfile", "compose.yaml"}  # until they are there
 PACKAGE_OF = {"yaml": "pyyaml", "dotenv": "python-dotenv"}  # where import and package differ
 
 
@@ -149,19 +155,25 @@ def shell_words(line: str) -> list[list[str]]:
     return commands
 
 
+def blocks(language: str) -> list[str]:
+    """The README's blocks of a language, in their order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", readme(), re.DOTALL | re.MULTILINE)
+
+
+STARTERS = {"sudo", "uv", "uvx", "run", "--from", ".", "python"}
+
+
 def readme_commands() -> list[str]:
-    """Every call of teckochecker.py in a ```sh block, as its arguments."""
-    blocks = re.findall(r"^ *```sh\n(.*?)^ *```", readme(), re.DOTALL | re.MULTILINE)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    """Every call of TeckoChecker in a ```sh block, as its arguments."""
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
     found = []
     for line in lines:
-        for words in shell_words(line.removeprefix("$ ")):
+        for words in shell_words(line):
             names = [Path(word).name for word in words if not re.match(r"[A-Z_]+=", word)]
-            if "teckochecker.py" in names[:1] or re.match(
-                r"python\S* teckochecker", " ".join(names)
-            ):
-                place = [Path(word).name for word in words].index("teckochecker.py")
-                found.append(shlex.join(words[place + 1 :]))
+            while names and names[0] in STARTERS:
+                names.pop(0)
+            if names and names[0] in ("teckochecker", "teckochecker.py"):
+                found.append(shlex.join(words[len(words) - len(names) + 1 :]))
     return found
 
 
@@ -179,7 +191,7 @@ def usage_error(arguments: str) -> str:
 def test_the_readme_shows_commands() -> None:
     """The blocks are found: else the next test could not fail."""
     shown = {line.split()[0] for line in readme_commands() if line}
-    assert {"init", "start", "secret", "job"} <= shown
+    assert {"init", "start", "secret", "job", "demo", "data", "doctor"} <= shown
 
 
 def test_the_parser_takes_every_command_line_of_the_readme() -> None:
@@ -191,7 +203,7 @@ def test_the_parser_takes_every_command_line_of_the_readme() -> None:
 # ── Requirements ──────────────────────────────────────────────────────────────────────────────
 
 
-OPTIONAL = {"psycopg", "apprise"}  # imported where DATABASE_URL or `alerts:` asks for it
+OPTIONAL = {"psycopg", "apprise", "obstore"}  # imported where the configuration asks for it
 
 
 def required() -> set[str]:
@@ -229,6 +241,162 @@ def test_every_requirement_is_explained(package: str) -> None:
     assert len(line.partition("#")[2].split()) >= 3
 
 
+def test_the_readme_can_be_read_in_some_minutes() -> None:
+    """At most 250 lines; its links lead somewhere."""
+    assert len(readme().splitlines()) <= 250
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", readme())
+    missing = {link for link in links if not (ROOT / link).exists()}
+    assert links and missing <= MADE_ELSEWHERE
+
+
+# ── A stranger's path ─────────────────────────────────────────────────────────────────────────
+
+
+PLACES = ("/opt/teckochecker", "/etc/", "/var/lib/teckochecker", "/usr/local/bin")
+SUDO = """\
+set -e
+sudo() { "$@"; }
+systemctl() { echo "$*" >> "$ROOT/systemctl"; }
+python3() { "$PYTHON" "$@"; }
+"""
+
+
+@dataclass
+class Stranger:
+    """Who follows the README in a clone, on a machine whose root folder is `root`."""
+
+    root: Path
+    clone: Path
+    keys: Mapping[str, str]
+    env: dict[str, str]
+
+    def placed(self, text: str) -> str:
+        """A text with the places of the machine beneath the root folder."""
+        for place in PLACES:
+            text = re.sub(rf"(?<![\w.}}/]){place}", f"{self.root}{place}", text)
+        return text
+
+    def runs(self, script: str, typed: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+        """Run lines of the README in the clone."""
+        pip = {"PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
+        given = {"PYTHON": sys.executable, "ROOT": str(self.root)}
+        path = f"{self.root}/usr/local/bin{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "--norc", "-c", SUDO + self.placed(script)],
+            cwd=self.clone,
+            env=clean_environment(pip | given | {"PATH": path} | self.env | env),
+            input=typed,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def installs(self) -> None:
+        """The block under "systemd", line by line: a key is typed where one is asked for."""
+        unit = self.placed(UNIT.read_text())
+        (self.clone / UNIT.name).write_text(unit)
+        [block] = [block for block in blocks("sh") if "systemctl enable" in block]
+        lines = re.sub(r"(<<'END'.*?\nEND)\n", r"\1\0", block, flags=re.DOTALL)
+        for line in re.split(r"(?<!\0)\n(?!#!|export|exec|END)", lines.replace("\0", "\n")):
+            name = line.partition("#")[0].strip().rpartition("/")[2]
+            self.runs(line, self.keys.get(name, "") if "/dev/stdin" in line else "")
+
+    def starts(self) -> subprocess.Popen[bytes]:
+        """What systemd does with the unit: the command, the settings, copies of the keys."""
+        unit = (self.root / "etc/systemd/system" / UNIT.name).read_text()
+        private, env = self.root / "run", dict(re.findall(r"^Environment=(\w+)=(.*)$", unit, re.M))
+        private.mkdir(exist_ok=True)
+        for name, file in re.findall(r"^LoadCredential=(\w+):(.*)$", unit, re.M):
+            (private / name).write_text(Path(file).read_text())
+        (self.root / "var/lib/teckochecker").mkdir(parents=True, exist_ok=True)
+        [command] = re.findall(r"^ExecStart=(.*)$", unit, re.M)
+        env |= {"CREDENTIALS_DIRECTORY": str(private)} | self.env
+        process = subprocess.Popen(
+            shlex.split(command), cwd="/", env=clean_environment(env), stderr=subprocess.PIPE
+        )
+        assert process.stderr is not None
+        for line in process.stderr:
+            if b"admin surface at" in line:
+                return process
+        raise AssertionError(f"ended with {process.wait()}")
+
+
+@pytest.fixture
+def stranger(tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola) -> Stranger:
+    """With a batch that is done, and a jobs.yaml out of the README's: the service's head above the
+    job of "Configuration"."""
+    clone = tmp_path / "clone"
+    (clone / "tests").mkdir(parents=True)
+    parts = ("teckochecker.py", "pyproject.toml", "README.md", "requirements.txt")
+    for name in (*parts, "tests/demo.py", "tests/standins.py"):
+        shutil.copy(ROOT / name, clone / name)
+    keys = {"openai": standins.OPENAI_KEY, "keboola": standins.KEBOOLA_TOKEN}
+    here = [path for path in sys.path if path.endswith("site-packages")]  # no need to download
+    env = {"OPENAI_BASE_URL": openai.base_url, "PYTHONPATH": os.pathsep.join(here)}
+    made = Stranger(tmp_path / "root", clone, keys, env)
+    for folder in ("etc/systemd/system", "usr/local/bin", "var/lib"):
+        (made.root / folder).mkdir(parents=True)
+    [head] = [text for text in blocks("yaml") if "/var/lib/" in text]
+    [whole] = [text for text in blocks("yaml") if "\njobs:" in text]
+    jobs = re.sub("https://connection[^,]*", f'"{keboola.url}"', whole[whole.index("jobs:") :])
+    (clone / "jobs.yaml").write_text(f"{made.placed(head)}admin: {{port: 0}}\n{jobs}")
+    openai.batch("batch_abc123", "completed")
+    return made
+
+
+def test_a_stranger_sees_the_demo_and_checks_own_batches(
+    stranger: Stranger, keboola: standins.Keboola
+) -> None:
+    """The first block installs and runs the demo; with the jobs.yaml of "Configuration" and the
+    keys where it says, the next block finds everything good, and a check starts the Keboola job."""
+    demo, own, *_ = blocks("sh")
+    assert stranger.runs(demo).stdout.splitlines()[-1].endswith("teckochecker init")
+    [whole] = [text for text in blocks("yaml") if "\njobs:" in text]
+    key = stranger.root / "run/keys/keboola"
+    key.parent.mkdir(parents=True)
+    key.write_text(standins.KEBOOLA_TOKEN)
+    jobs = re.sub("https://connection[^,]*", f'"{keboola.url}"', whole)
+    (stranger.clone / "jobs.yaml").write_text(jobs.replace("/run/keys/keboola", str(key)))
+    path = f"{stranger.clone}/.venv/bin{os.pathsep}{os.environ['PATH']}"
+    script = own.replace("teckochecker start", "teckochecker check")  # which ends
+    said = stranger.runs(script, OPENAI_API_KEY=standins.OPENAI_KEY, PATH=path).stdout
+    assert "BAD" not in said and said.count("good  ") == 3
+    assert len(keboola.created) == 1
+
+
+def test_a_stranger_installs_the_service(stranger: Stranger, keboola: standins.Keboola) -> None:
+    """The service runs out of the README's block; commands find its database and its keys; a
+    rotation as printed keeps every secret; the command to uninstall names all that was made."""
+    stranger.installs()
+    assert (stranger.root / "systemctl").read_text() == "enable --now teckochecker\n"
+    service = stranger.starts()
+    try:
+        said = stranger.runs("sudo teckochecker status; sudo teckochecker job list").stdout
+        assert "running, pid" in said and "nightly" in said
+        until(lambda: keboola.created, "the Keboola job", 20)
+        stranger.runs("sudo teckochecker secret add --name more --type api", "a-secret-0123")
+    finally:
+        service.terminate()
+        assert service.wait(15) == 0
+    stranger.runs("sudo teckochecker secret rotate")
+    again = stranger.starts()
+    try:
+        assert (
+            "more" in stranger.runs("sudo teckochecker validate; teckochecker secret list").stdout
+        )
+    finally:
+        again.terminate()
+        assert again.wait(15) == 0
+    assert len(keboola.created) == 1
+    made = [path for path in stranger.root.rglob("*teckochecker*") if path.parent.name != "run"]
+    named = re.findall(r"/[\w./]*teckochecker[\w.]*", readme().partition("**Uninstall**")[2])
+    gone = tuple(f"{stranger.root}{name.rstrip('.')}".replace("/private", "") for name in named)
+    assert [path for path in made if not str(path).startswith(gone)] == []
+
+
 # ── The unit ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -240,7 +408,7 @@ def test_the_unit_starts_what_there_is() -> None:
     """ExecStart is a command line that the parser takes, the settings are known ones, and the
     port that may be bound is the default one."""
     [start] = unit_values("ExecStart")
-    assert usage_error(start.partition("teckochecker.py ")[2]) == ""
+    assert usage_error(start.partition("bin/teckochecker ")[2]) == ""
     names = {value.partition("=")[0] for value in unit_values("Environment")}
     assert names <= {*tecko.ENVIRONMENT, "DATABASE_URL", "PYTHONFAULTHANDLER"}
     assert unit_values("SocketBindAllow") == [

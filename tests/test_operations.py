@@ -320,7 +320,7 @@ def plain(path: Path) -> Any:
 @pytest.mark.parametrize("name", ["example", "first", "tests"])
 def test_the_schema_takes_good_files(schema: Any, tmp_path: Path, name: str) -> None:
     """The example, what `init` writes, and what these tests run."""
-    texts = {"example": EXAMPLE.read_text(), "first": tecko.FIRST_JOBS_FILE}
+    texts = {"example": EXAMPLE.read_text(), "first": tecko.first_jobs_file()}
     path = tmp_path / "jobs.yaml"
     path.write_text(texts.get(name, JOB_YAML.format(stack=STACK)))
     schema.validate(plain(path))
@@ -421,7 +421,7 @@ def test_the_example_names_its_schema() -> None:
     first, *rest = EXAMPLE.read_text().splitlines()
     found = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", first)
     assert found and found[1] == "jobs.schema.json"
-    assert f"teckochecker.py schema > {found[1]}" in "\n".join(rest)
+    assert f"teckochecker schema > {found[1]}" in "\n".join(rest)
 
 
 @pytest.mark.parametrize("command", [("schema",), ("completion", "bash")])
@@ -501,8 +501,8 @@ def test_bash_completes(scripts: dict[str, Path], line: str, replies: set[str]) 
     """What TAB brings after a line, out of bash itself."""
     script = f"""
         source {scripts["bash"]}
-        COMP_WORDS=(teckochecker.py "$@") COMP_CWORD=$#
-        $(complete -p teckochecker.py | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        COMP_WORDS=(teckochecker "$@") COMP_CWORD=$#
+        $(complete -p teckochecker | sed 's/.*-F \\([^ ]*\\).*/\\1/')
         printf '%s\\n' "${{COMPREPLY[@]}}"
     """
     run = ["bash", "--norc", "-c", script, "bash", *line.split(" ")]

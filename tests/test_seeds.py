@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import standins
 from conftest import JOB_YAML, World, flat_job, program_environment, run_program
 from standins import Fault
+from test_rest import Rest, open_rest
 from test_steps import posts, serving, status, trigger_of, until
 
 import teckochecker as tecko
@@ -247,3 +249,73 @@ async def test_a_service_without_its_key_says_so_and_goes_on(world: World, tmp_p
     job = await world.get(job_id)
     assert (job.status, "no master key" in (job.last_error or "")) == ("active", True)
     assert posts(world.keboola) == []
+
+
+# ── The original's clients ────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rest]:
+    with open_rest(tmp_path_factory.mktemp("rest")) as made:
+        yield made
+
+
+def test_its_clients_find_the_way(rest: Rest) -> None:
+    """What GET / names for health answers."""
+    root = rest("GET", "/").body
+    assert (root["docs"], root["health"]) == ("/docs", "/api/health")
+    assert rest("GET", root["health"]).body["database"] == "connected"
+
+
+REFUSALS: dict[str, tuple[str, str, dict[str, Any], int, str, str]] = {
+    "a secret twice": (
+        *(
+            "POST",
+            "/api/admin/secrets",
+            {"name": "openai", "type": "openai", "value": "sk-12345678"},
+        ),
+        *(409, "Secret with name 'openai' already exists", "1003"),
+    ),
+    "a secret in use": (
+        *("DELETE", "/api/admin/secrets/{openai}", {}, 409, "referenced by active jobs", "1003"),
+    ),
+    "no such OpenAI secret": (
+        *("POST", "/api/jobs", {"openai_secret_id": 7007}, 404),
+        *("OpenAI secret with ID 7007 not found", "1001"),
+    ),
+    "no such Keboola secret": (
+        *("POST", "/api/jobs", {"keboola_secret_id": 7007}, 404),
+        *("Keboola secret with ID 7007 not found", "1001"),
+    ),
+    "no such job": ("GET", "/api/jobs/99999", {}, 404, "Job with ID 99999 not found", "1002"),
+}
+
+
+@Given("case", REFUSALS.values(), ids=list(REFUSALS))
+def test_its_clients_read_the_details_that_they_look_for(
+    rest: Rest, case: tuple[str, str, dict[str, Any], int, str, str]
+) -> None:
+    """The words that they search in `detail`, the status, and the code in a header."""
+    method, path, body, status, words, code = case
+    job = rest.create()
+    sent = rest.flat(**body) if path == "/api/jobs" else body or None
+    answer = rest(method, path.replace("{openai}", str(job["openai_secret_id"])), sent)
+    assert (answer.status, answer.headers["X-Error-Code"]) == (status, code)
+    assert words in answer.body["detail"]
+
+
+@Given("raw", [b"no JSON", b'{"name": "x"', b"", b'{"name": 5}', b"[]"])
+def test_its_clients_get_422_for_whatever_is_wrong_with_a_body(rest: Rest, raw: bytes) -> None:
+    """With `message` beside `detail`, and the wrong fields in `details` where there are any."""
+    answer = rest("POST", "/api/jobs", raw=raw)
+    assert (answer.status, answer.body["error"]) == (422, "validation_error")
+    assert answer.body["message"] == "Request validation failed" and answer.body["detail"]
+
+
+def test_its_clients_see_new_batches_in_progress(rest: Rest) -> None:
+    """Until OpenAI has answered, which is held up here."""
+    gate = rest.openai.gate("GET /v1/batches/batch_new", after_acting=False)
+    job = rest.create(batch_id=..., batch_ids=["batch_new", "batch_also"])
+    assert [batch["status"] for batch in job["batches"]] == ["in_progress"] * 2
+    assert (job["status"], job["batch_count"], job["completed_count"]) == ("active", 2, 0)
+    gate.release()

@@ -192,14 +192,15 @@ async def test_an_older_schema_is_brought_up_to_date(path: Place) -> None:
     """Looking at it says what to do and changes nothing; whoever writes makes it the newest, with
     all its rows, and as a new one is."""
     first_version(path)
-    before = dump(path)
+    tables = [name for name in TABLES if f"CREATE TABLE {name} " in tecko.SCHEMA]
+    before = dump(path, tables)
     with pytest.raises(tecko.StoreError, match="older TeckoChecker") as e:
         await tecko.Store(path, read_only=True).touch()
-    assert "init" in e.value.hint and dump(path) == before
+    assert "init" in e.value.hint and dump(path, tables) == before
     await tecko.Store(path).touch()
     version = 1 + len(tecko.MIGRATIONS)
     assert execute(path, "SELECT version FROM schema_version") == [(version,)]
-    assert dump(path) == before and execute(path, "SELECT count(*) FROM backups") == [(0,)]
+    assert dump(path, tables) == before and dump(path, ["alerts"]) == {"alerts": []}
     async with tecko.Store(path, read_only=True) as store:
         assert [row.message for row in await store.logs(None, 10)] == ["b"]
 
@@ -1017,7 +1018,9 @@ async def test_a_secret_in_use_is_not_deleted(store: tecko.Store, status: str, n
         await store.add_secret(secret, "openai", lambda: (b"x", "k"), 1.0)
     await job_in(store, status)
     if status in (*OPEN, "active", "paused"):
-        with pytest.raises(tecko.Conflict, match=f"secret '{name}' is in use by 'job'"):
+        with pytest.raises(
+            tecko.Conflict, match=f"'{name}': it is referenced by active jobs: 'job'"
+        ):
             await store.delete_secret(name, 9.0)
         assert (await store.counts())["secrets"] == 2
     else:
@@ -1028,7 +1031,7 @@ async def test_a_secret_in_use_is_not_deleted(store: tecko.Store, status: str, n
 async def test_secrets_are_added_replaced_and_deleted(store: tecko.Store) -> None:
     """By name, one each; replacing keeps id and type; what is not there is 1001."""
     first = await store.add_secret("s", "openai", lambda: (b"one", "k1"), 1.0)
-    with pytest.raises(tecko.Conflict, match="a secret 's' already"):
+    with pytest.raises(tecko.Conflict, match="Secret with name 's' already exists"):
         await store.add_secret("s", "keboola", lambda: (b"two", "k1"), 2.0)
     await store.replace_secret("s", "openai", lambda: (b"three", "k2"), 3.0)
     for work in (
