@@ -5092,30 +5092,34 @@ class Backups:
     last: float | None = None  # when the last one was made; None: never
     error: str | None = None  # why the last attempt failed; None: it did not
 
-    async def look(self, settings: Settings, now: float) -> None:
-        """Make one where it is time, or where the last one was made under another master key."""
+    def look(self, settings: Settings, now: float) -> None:
+        """Make one where it is time, or where the last one was made under another master key; for
+        a thread."""
+        try:
+            if self._is_due(settings, now):
+                self._make(settings, now)
+        except (TeckoError, OSError) as e:
+            if str(e) != self.error and not self.ends():
+                log.error("a backup failed, and is tried again: %s", e)
+            self.error = str(e)
+
+    def _is_due(self, settings: Settings, now: float) -> bool:
         times = [file.stat().st_mtime for file in backups_in(settings.backups)]
         self.last = max((at for at in times if at <= now), default=None)  # by no clock ahead
         key = self.vault.file
         since = key.stat().st_mtime if key is not None and key.exists() else 0.0
         good = self.last if self.last is not None and self.last > since else 0.0
-        if now - good >= settings.backup.every:
-            await asyncio.to_thread(self._make, settings, now)
+        return now - good >= settings.backup.every
 
     def _make(self, settings: Settings, now: float) -> None:
         file = settings.backups / f"{compact(now)}.db"
-        try:
-            for draft in file.parent.glob(".*.db.*"):
-                if now - draft.stat().st_mtime > LEFT_OVER:
-                    draft.unlink()
-            make_backup(settings.database, file, self.vault, now, self.ends)
-            for old in backups_in(file.parent)[: -settings.backup.keep]:
-                old.unlink()
-            self.last, self.error = now, None
-        except (TeckoError, OSError) as e:
-            if str(e) != self.error and not self.ends():
-                log.error("a backup failed, and is tried again: %s", e)
-            self.error = str(e)
+        for draft in file.parent.glob(".*.db.*"):
+            if now - draft.stat().st_mtime > LEFT_OVER:
+                draft.unlink()
+        make_backup(settings.database, file, self.vault, now, self.ends)
+        for old in backups_in(file.parent)[: -settings.backup.keep]:
+            old.unlink()
+        self.last, self.error = now, None
 
 
 # ── Asking over HTTP ──────────────────────────────────────────────────────────────────────────
@@ -9378,7 +9382,8 @@ class Timers:
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("internal error in a step", exc_info=error)
+            what = f"this machine refused it: {error}" if isinstance(error, OSError) else ""
+            log.error(what or "internal error in a step", exc_info=None if what else error)
 
     async def _take_up(self, ids: Sequence[int]) -> None:
         """Steps for jobs that fell due together: by a list of their batches where one may answer,
@@ -9706,7 +9711,7 @@ class Service(Timers):
                 await self.alerts.look(await self.health(ALERTED))
 
     async def _back_up(self) -> None:
-        await self.backups.look(self.settings, time.time())
+        await asyncio.to_thread(self.backups.look, self.settings, time.time())
 
     # figures
 
@@ -10327,7 +10332,7 @@ def json_body(body: bytes) -> Any:
         return json.loads(body, parse_constant=finite, parse_float=finite, object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
         said = f": {e}" if isinstance(e, UnclearJson) else ""
-        raise Invalid([f"the body is not JSON{said}"]) from None
+        raise Invalid([Problem("body", f"it is not JSON{said}")]) from None
 
 
 # ── OpenAPI ───────────────────────────────────────────────────────────────────────────────────

@@ -149,7 +149,7 @@ async def test_a_backup_that_fails(world: World, what: str) -> None:
     settings, now = settings_of(world, backup=block(every=60, keep=1)), world.clock.now
     await world.store.close()
     backups = tecko.Backups(world.vault, lambda: False)
-    await backups.look(settings, now)
+    backups.look(settings, now)
     [first] = tecko.backups_in(settings.backups)
     os.utime(first, (now, now))
     limits, kept = resource.getrlimit(resource.RLIMIT_FSIZE), settings.database.read_bytes()
@@ -162,13 +162,13 @@ async def test_a_backup_that_fails(world: World, what: str) -> None:
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20 * PAGE, limits[1]))
     try:
-        await backups.look(settings, now + 61)
+        backups.look(settings, now + 61)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert backups.error is not None
     assert [*first.parent.iterdir()] == [first]
     settings.database.write_bytes(kept)
-    await backups.look(replace_folder(settings, None), now + 62)
+    backups.look(replace_folder(settings, None), now + 62)
     assert backups.error is None
     [second] = first.parent.iterdir()
     assert second != first and backups.last == now + 62
@@ -185,7 +185,7 @@ async def test_when_a_backup_is_due(world: World) -> None:
     settings, now = settings_of(world, backup=block(every=3600, keep=2)), 1.7e9
     made = list[str]()
     for at in (0, 60, 3599, 3600, 3700, 7200, 10_800):
-        await tecko.Backups(world.vault, lambda: False).look(settings, now + at)
+        tecko.Backups(world.vault, lambda: False).look(settings, now + at)
         files = tecko.backups_in(settings.backups)
         if files[-1].name not in made:
             made.append(files[-1].name)
@@ -193,7 +193,7 @@ async def test_when_a_backup_is_due(world: World) -> None:
     assert made == [tecko.compact(now + at) + ".db" for at in (0, 3600, 7200, 10_800)]
     assert [file.name for file in files] == made[-2:]
     os.utime(files[-1], (now + 10**6, now + 10**6))
-    await tecko.Backups(world.vault, lambda: False).look(settings, now + 10_801)
+    tecko.Backups(world.vault, lambda: False).look(settings, now + 10_801)
     assert tecko.backups_in(settings.backups)[-1].name == tecko.compact(now + 10_801) + ".db"
 
 
@@ -204,13 +204,13 @@ async def test_a_new_master_key_makes_a_backup_due(tmp_path: Path) -> None:
     config = tecko.load_config(tmp_path / "jobs.yaml", {"SECRET_KEY_FILE": str(key)})
     await tecko.Store(config.settings.database).touch()
     backups, now = tecko.Backups(tecko.Vault(config.settings), lambda: False), key.stat().st_mtime
-    await backups.look(config.settings, now + 10)
+    backups.look(config.settings, now + 10)
     [file] = tecko.backups_in(config.settings.backups)
     os.utime(file, (now + 10, now + 10))
-    await backups.look(config.settings, now + 20)
+    backups.look(config.settings, now + 20)
     assert backups.last == now + 10
     os.utime(key, (now + 15, now + 15))
-    await backups.look(config.settings, now + 20)
+    backups.look(config.settings, now + 20)
     assert backups.last == now + 20
 
 
@@ -223,7 +223,7 @@ async def test_never_and_servers_make_no_backups(tmp_path: Path) -> None:
     ):
         file.write_text(f"{text}\njobs: []\n")
         settings = tecko.load_config(file, env).settings
-        await tecko.Backups(tecko.Vault(settings), lambda: False).look(settings, 1.8e9)
+        tecko.Backups(tecko.Vault(settings), lambda: False).look(settings, 1.8e9)
     assert os.listdir(tmp_path) == ["jobs.yaml"]
 
 

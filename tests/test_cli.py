@@ -203,7 +203,7 @@ ROWS: tuple[tuple[Any, ...], ...] = (
     (Told("job delete from-file --force"), "jobs.yaml", "hint: "),
     (Told("job delete active"), "without a terminal", "--force"),
     (Told("secret delete openai"), "without a terminal", "--force"),
-    (Told("secret delete openai --force"), "it is referenced by active jobs: 'active'"),
+    (Told("secret delete openai --force"), "it is referenced by active jobs: 'from-file', "),
     (Told("secret delete nothing --force"), "Secret 'nothing' not found"),
     (Told("job show 99"), "Job with ID 99 not found", "hint: "),
     (Told("job show nothing"), "'nothing'", "not found"),

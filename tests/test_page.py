@@ -160,6 +160,7 @@ def test_without_the_token_nothing_is_shown(browser: Browser, guarded: str, give
         page.on("response", lambda answer: statuses.add(answer.status))
         with contextlib.suppress(playwright.Error):  # it has nobody to ask
             page.goto(guarded)
+        page.wait_for_load_state()  # of the browser's own page that says so
         expect(page.locator("table")).to_have_count(0)
         assert statuses <= {401}
 
