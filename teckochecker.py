@@ -4076,13 +4076,13 @@ def spec_columns(spec: Spec) -> dict[str, Any]:
 
 
 def changes(old: Spec, new: Spec) -> str:
-    """Which fields differ, for the log."""
+    """What differs, for people."""
     before, after = old.model_dump(), new.model_dump()
     parts = [
         f"{k} {before[k]} -> {after[k]}" for k in ("name", "poll_interval") if before[k] != after[k]
     ]
     for block in after.keys() - {"name", "poll_interval"}:
-        was = before[block]
+        was = before.get(block, {})
         parts += [f"{block}.{k} changed" for k, v in after[block].items() if v != was.get(k)]
     return ", ".join(sorted(parts))
 
@@ -8955,7 +8955,7 @@ def slots(interval: float, first: float) -> IntervalTrigger:
 
 PLANNED: dict[FileStep, str] = {
     "created": "job {name!r} is new",
-    "changed": "job {name!r} changes: {fields}",
+    "changed": "job {name!r} changes: {changes}",
     "renamed": "job {old!r} is called {name!r} now, and keeps its history",
     "returned": "job {name!r} is back",
     "removed": "job {name!r} has left jobs.yaml: it is checked no more",
@@ -8967,9 +8967,9 @@ async def planned(specs: Sequence[Spec], store: Store) -> list[str]:
     that are new or watch other batches, whether they will fire."""
     said: list[str] = []
     for what, name, job, spec in await store.file_changes(specs):
-        names = differing(job.spec, spec) if job and spec and not job.damage else []
+        differs = changes(job.spec, spec) if job and spec and not job.damage else ""
         old = job.name if job else ""
-        said.append(PLANNED[what].format(name=name, old=old, fields=", ".join(names)))
+        said.append(PLANNED[what].format(name=name, old=old, changes=differs))
         known = job is not None and not job.damage and isinstance(job.spec, JobSpec)
         if isinstance(spec, JobSpec) and not (known and job and aim(job.watches) == aim(spec)):
             fired = next(iter(await store.fired(aim(spec))), None)
@@ -8981,12 +8981,6 @@ async def planned(specs: Sequence[Spec], store: Store) -> list[str]:
                 then = f"fires again only by `job retry`, for these batches have fired: {when}"
             said.append(f"job {name!r} {then}")
     return said
-
-
-def differing(old: Spec, new: Spec) -> list[str]:
-    """The names of the fields that differ."""
-    was, now = (flat_fields(s) | {"ingest": getattr(s, "ingest", None)} for s in (old, new))
-    return [name for name in was | now if was.get(name) != now.get(name)]
 
 
 async def every_problem(

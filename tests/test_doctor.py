@@ -31,11 +31,12 @@ OTHERS = ["batch_9"]
     [
         ([spec()], [spec()], []),
         ([spec()], [], NEW),
-        ([spec(poll_interval_seconds=60)], [spec()], ["changes: poll_interval_seconds"]),
-        ([spec(batch_ids=OTHERS)], [spec()], ["changes: batch_ids", FIRES]),
+        ([spec(poll_interval_seconds=60)], [spec()], ["changes: poll_interval 120 -> 60"]),
+        ([spec(batch_ids=OTHERS)], [spec()], ["changes: watch.batch_ids changed", FIRES]),
         ([spec(name="x")], [spec()], ["job 'nightly' is called 'x' now, and keeps its history"]),
         ([], [spec()], ["job 'nightly' has left jobs.yaml: it is checked no more"]),
-        ([ingest(id="sku")], [ingest()], ["job 'products' changes: ingest"]),
+        ([ingest(id="sku")], [ingest()], ["job 'products' changes: ingest.id changed"]),
+        ([ingest()], [spec(name="products")], ["job 'products' changes: ingest.fields changed"]),
         ([ingest()], [spec()], ["'products' is new", "'nightly' has left"]),
     ],
 )
