@@ -6807,8 +6807,6 @@ class Files:
     ) -> AsyncGenerator[Fetched]:
         """A file behind a URL is fetched whole before it is read: a server that breaks off then
         costs nothing but a retry. It has no name, so that no crash leaves it behind."""
-        for left in self.means.folder.glob(".download-*"):  # by an older version, which named them
-            left.unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=self.means.folder) as sink:
             limit = min(4 << 30, shutil.disk_usage(self.means.folder).free // 2)
             got = await self.means.fetch(url, state=state, sink=sink, limit=limit)

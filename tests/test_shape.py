@@ -10,8 +10,8 @@ from conftest import PROGRAM
 
 SOURCE = PROGRAM.read_text()
 TREE = ast.parse(SOURCE)
-LINES = 12_501  # in all
-SECTION = 502  # lines from a banner to the next
+LINES = 12_493  # in all
+SECTION = 500  # lines from a banner to the next
 FUNCTION = 40  # lines of a body without its docstring
 MEDIAN = 7  # of these
 UPWARD = 0.95  # of the names of the file that are used stand above where they are used
