@@ -12086,9 +12086,13 @@ def cmd_completion(args: argparse.Namespace) -> int:
 
     what = args.shell
     if what not in COMPLETED.values():
-        ask = "teckochecker completion {} 2>/dev/null"
-        parser = make_parser("teckochecker", lambda names: shtab.cmd(ask.format(names)))
-        print(shtab.complete(parser, what))
+
+        def asking(names: str) -> Any:
+            """At each completion; shtab's own way for zsh asks once, when the script is loaded."""
+            ask = f"teckochecker completion {names} 2>/dev/null"
+            return shtab.cmd(ask) | {"zsh": f"{{compadd -- \\$({ask})}}"}
+
+        print(shtab.complete(make_parser("teckochecker", asking), what))
         return 0
 
     async def stored(operations: Operations) -> Iterable[str]:
