@@ -11581,7 +11581,7 @@ def cmd_restore(args: argparse.Namespace, config: Config) -> int:
     if args.file is None:
         raise Invalid(["which backup? name its FILE"])
     with RunLock(database, "restore"):
-        said = restore([args.file], config.settings, "restored by hand", time.time())
+        said = restore([args.file], config.settings, "restore by hand", time.time())
     return report(args, {"restored": str(args.file), "said": said}, said)
 
 
