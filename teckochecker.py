@@ -103,7 +103,6 @@ import logging.handlers
 import math
 import random
 import re
-import secrets as randomness
 import shlex
 import shutil
 import socket
@@ -139,6 +138,7 @@ from functools import cache, lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
+from secrets import token_bytes
 from types import MappingProxyType
 from typing import (
     IO,
@@ -159,7 +159,7 @@ from typing import (
 from urllib.parse import parse_qs, quote, quote_plus, unquote, urljoin, urlsplit
 
 
-def missing(error: ImportError) -> str:
+def install_hint(error: ImportError) -> str:
     """What to do about a module that is not there."""
     if error.name == "fcntl":
         return "TeckoChecker needs Linux, macOS or another Unix; this is none"
@@ -194,7 +194,7 @@ try:
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
         raise
-    sys.exit(f"teckochecker: {missing(e)}")
+    sys.exit(f"teckochecker: {install_hint(e)}")
 
 if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK nor scheduler
     import aiosqlite
@@ -272,7 +272,7 @@ class SecretValue:
         there = SecretValue.known.get(place or value, {})
         if value not in there and len(value) >= SHORTEST:
             before = list(there.items())[-1:]
-            SecretValue.known[place or value] = dict([*before, (value, forms_of(value))])
+            SecretValue.known[place or value] = dict([*before, (value, written_forms(value))])
             kept = [f for values in SecretValue.known.values() for f in values.values()]
             SecretValue.forms = sorted(set().union(*kept), key=len, reverse=True)
 
@@ -285,7 +285,7 @@ class SecretValue:
     __str__ = __repr__
 
 
-def forms_of(value: str) -> set[str]:
+def written_forms(value: str) -> set[str]:
     """What a value looks like as it is, in JSON, in a URL, and as repr has it, whichever quotes it
     chooses."""
     doubled = value.replace("\\", "\\\\")
@@ -536,7 +536,7 @@ def iso(at: float) -> str:
     return datetime.fromtimestamp(shown, UTC).isoformat(timespec="seconds")[:19] + "Z"
 
 
-def compact(at: float) -> str:
+def file_timestamp(at: float) -> str:
     """The same as it stands in the name of a file."""
     return iso(at).replace(":", "").replace("-", "")
 
@@ -564,7 +564,7 @@ def within_bounds(value: int, info: ValidationInfo) -> int:
     return value
 
 
-def a_name(value: str) -> str:
+def valid_name(value: str) -> str:
     if CONTROL.search(value) or value.isdigit():
         raise ValueError("control characters, or digits only")
     return value
@@ -576,16 +576,16 @@ def secret_name(value: object) -> str | int:
         return value
     if not isinstance(value, str) or not 1 <= len(value.strip()) <= 255:
         raise ValueError
-    return a_name(value.strip())
+    return valid_name(value.strip())
 
 
-def not_bool(value: object) -> object:
+def reject_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError
     return value
 
 
-def without_twins(value: list[str]) -> list[str]:
+def reject_duplicates(value: list[str]) -> list[str]:
     if len(set(value)) < len(value):
         raise ValueError("a batch id stands twice in batch_ids")
     return value
@@ -655,14 +655,14 @@ def known_encoding(value: str) -> str:
     return value
 
 
-def texts(value: object) -> object:
+def booleans_as_text(value: object) -> object:
     """Booleans as YAML writes them, since Keboola takes only strings."""
     if not isinstance(value, dict):
         return value
     return {k: str(v).lower() if isinstance(v, bool) else v for k, v in value.items()}
 
 
-def not_reserved(value: dict[str, str]) -> dict[str, str]:
+def reject_reserved(value: dict[str, str]) -> dict[str, str]:
     if taken := sorted(RESERVED_VARIABLES & value.keys()):
         raise ValueError(f"{', '.join(taken)} set by TeckoChecker itself")
     return value
@@ -677,18 +677,18 @@ RESERVED_VARIABLES = frozenset(
 )
 
 
-Letters = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+Text255 = Annotated[str, StringConstraints(min_length=1, max_length=255)]
 Label = Annotated[  # a name or an id
     str,
     StringConstraints(min_length=1, max_length=255, strip_whitespace=True),
     # configuration_id: 123 is taken as well, see StrictModel
-    BeforeValidator(lambda value: value, json_schema_input_type=Letters | float),
+    BeforeValidator(lambda value: value, json_schema_input_type=Text255 | float),
 ]
 Location = Annotated[  # a URL or a path; a presigned URL of S3 has some 1,500 characters
     str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True)
 ]
 Name = Annotated[
-    Label, AfterValidator(a_name), Field(description="1 to 255 characters, not only digits")
+    Label, AfterValidator(valid_name), Field(description="1 to 255 characters, not only digits")
 ]
 SecretType = Annotated[
     Literal["openai", "keboola", "api"], Field(description="openai, keboola or api")
@@ -696,7 +696,7 @@ SecretType = Annotated[
 BatchId = Annotated[str, StringConstraints(pattern=f"^{BATCH_ID.pattern}$")]
 BatchIds = Annotated[
     list[BatchId],
-    AfterValidator(without_twins),
+    AfterValidator(reject_duplicates),
     Field(
         min_length=1,
         max_length=10,
@@ -705,17 +705,17 @@ BatchIds = Annotated[
         "Another set of ids is a new round: the job fires again when those are done.",
     ),
 ]
-Written = Annotated[str, StringConstraints(pattern=r"^\s*\d{1,6}\s*[smhd]?\s*$")]
-WrittenPace = Annotated[str, StringConstraints(pattern=r"^(\s*\d{1,6}\s*[smhd]?\s*|auto)$")]
-Seconds = Annotated[int, BeforeValidator(parse_interval, json_schema_input_type=int | Written)]
+IntervalText = Annotated[str, StringConstraints(pattern=r"^\s*\d{1,6}\s*[smhd]?\s*$")]
+PaceText = Annotated[str, StringConstraints(pattern=r"^(\s*\d{1,6}\s*[smhd]?\s*|auto)$")]
+Seconds = Annotated[int, BeforeValidator(parse_interval, json_schema_input_type=int | IntervalText)]
 Interval = Annotated[
     Seconds, AfterValidator(within_bounds), Field(description="seconds, or 30s, 2m, 1h")
 ]
-Pace = Annotated[  # of a watch
+PollInterval = Annotated[  # of a watch
     int | Literal["auto"],
     BeforeValidator(
         lambda value: value if value == "auto" else parse_interval(value),
-        json_schema_input_type=int | WrittenPace,
+        json_schema_input_type=int | PaceText,
     ),
     AfterValidator(lambda value, info: value if value == "auto" else within_bounds(value, info)),
     Field(
@@ -723,10 +723,10 @@ Pace = Annotated[  # of a watch
         "How often the batches are checked; auto: often while a batch is young, then less."
     ),
 ]
-SecretName = Annotated[str | int, PlainValidator(secret_name, json_schema_input_type=Letters | int)]
+SecretName = Annotated[str | int, PlainValidator(secret_name, json_schema_input_type=Text255 | int)]
 SecretId = Annotated[SecretName, Field(description="the id of a stored secret, not its name")]
-Whole = Annotated[int, BeforeValidator(not_bool)]
-Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(not_bool)]
+Integer = Annotated[int, BeforeValidator(reject_bool)]
+Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(reject_bool)]
 StackUrl = Annotated[
     str,
     AfterValidator(clean_stack_url),
@@ -738,8 +738,10 @@ StackUrl = Annotated[
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Variables = Annotated[
     dict[Label, NonEmpty],
-    BeforeValidator(texts, json_schema_input_type=dict[Letters, NonEmpty | float | bool]),
-    AfterValidator(not_reserved),
+    BeforeValidator(
+        booleans_as_text, json_schema_input_type=dict[Text255, NonEmpty | float | bool]
+    ),
+    AfterValidator(reject_reserved),
     Field(
         description="names with non-empty values, none of TeckoChecker's own names\n"
         "Sent to Keboola beside the outcome of the batches. Variables that are sent replace all"
@@ -844,10 +846,10 @@ class Paging(ShortForm):
         description="where the answer has the cursor, dotted, or with last the last record; default"
         " next_cursor, or the id",
     )
-    start: Whole | None = Field(
+    start: Integer | None = Field(
         None, ge=0, le=10**9, description="the first page's number; default 1, for offset 0"
     )
-    size: Whole | None = Field(None, ge=1, le=100_000, description="records a page, 1 to 100000")
+    size: Integer | None = Field(None, ge=1, le=100_000, description="records a page, 1 to 100000")
     size_param: Label | None = Field(
         None, description="the query parameter of `size`; default per_page, for offset limit"
     )
@@ -914,7 +916,7 @@ class Source(StrictModel):
     header: Annotated[str, StringConstraints(pattern=HEADER_LINE)] = Field(
         "Authorization: Bearer {secret}", description="a header like X-Token: {secret}"
     )
-    max_requests_per_minute: Whole | None = Field(
+    max_requests_per_minute: Integer | None = Field(
         None, ge=1, le=100_000, description="1 to 100000, for all jobs on that host"
     )
     timeout: Annotated[int, BeforeValidator(parse_interval), Field(ge=1, le=3600)] | None = Field(
@@ -959,7 +961,7 @@ class CsvSource(Source):
     columns: list[Label] | None = Field(
         None, min_length=1, description="the names of the columns, for files without a header row"
     )
-    skip: Whole = Field(0, ge=0, le=10_000, description="lines before the header, 0 to 10000")
+    skip: Integer = Field(0, ge=0, le=10_000, description="lines before the header, 0 to 10000")
     comment: Annotated[Label, StringConstraints(max_length=10)] | None = Field(
         None, description="what lines that are no records begin with, like #; default: nothing"
     )
@@ -988,7 +990,7 @@ class ApiSource(Source):
 
     type: Literal["api"] = Field(description="csv or api")
     url: Annotated[Location, AfterValidator(clean_url)] = Field(description="an https:// URL")
-    params: Annotated[dict[Label, str], BeforeValidator(texts)] = Field(
+    params: Annotated[dict[Label, str], BeforeValidator(booleans_as_text)] = Field(
         {}, description="names and values of query parameters"
     )
     items: Label | None = Field(
@@ -1021,7 +1023,7 @@ class AnyJob(StrictModel):
 class JobSpec(AnyJob):
     """A job that watches batches, as its author wrote it."""
 
-    poll_interval: Pace = Field(120, validation_alias=POLL_INTERVAL)
+    poll_interval: PollInterval = Field(120, validation_alias=POLL_INTERVAL)
     watch: OpenAIBatches = Field(description="a block with type, secret and batch_ids")
     trigger: KeboolaTrigger = Field(
         description="a block with type, secret, stack_url, component_id and configuration_id"
@@ -1040,7 +1042,7 @@ class IngestSpec(AnyJob):
 Spec = JobSpec | IngestSpec
 
 
-def absent(**said: str) -> Any:
+def optional_field(**said: str) -> Any:
     """A field that may be left out, and has then no value that could be given as well."""
     return Field(default_factory=lambda: None, **cast(Any, said))
 
@@ -1048,19 +1050,19 @@ def absent(**said: str) -> Any:
 class FlatJob(AnyJob):
     """A watching job on one level, as the REST API and the command line have it."""
 
-    batch_ids: BatchIds = absent()
-    batch_id: BatchId = absent(description="one batch, in place of batch_ids")
-    openai_secret: SecretName = absent(description="the name of a secret of type openai")
-    openai_secret_id: SecretId = absent()
+    batch_ids: BatchIds = optional_field()
+    batch_id: BatchId = optional_field(description="one batch, in place of batch_ids")
+    openai_secret: SecretName = optional_field(description="the name of a secret of type openai")
+    openai_secret_id: SecretId = optional_field()
     trigger_when: TriggerWhen = "all_completed"
-    keboola_secret: SecretName = absent(description="the name of a secret of type keboola")
-    keboola_secret_id: SecretId = absent()
+    keboola_secret: SecretName = optional_field(description="the name of a secret of type keboola")
+    keboola_secret_id: SecretId = optional_field()
     keboola_stack_url: StackUrl
     keboola_component_id: Component
     keboola_configuration_id: Configuration
     variables: Variables = {}
     on_ambiguous: OnAmbiguous = "resend"
-    poll_interval_seconds: Pace = Field(120, validation_alias=POLL_INTERVAL_SECONDS)
+    poll_interval_seconds: PollInterval = Field(120, validation_alias=POLL_INTERVAL_SECONDS)
 
     EITHER: ClassVar = (
         ("batch_ids", "batch_id"),
@@ -1113,15 +1115,15 @@ def flat_fields(spec: Spec) -> dict[str, Any]:
 class JobChanges(FlatJob):
     """What can be changed of a job that did not come from jobs.yaml."""
 
-    name: Name = absent()
-    keboola_stack_url: StackUrl = absent()
-    keboola_component_id: Component = absent()
-    keboola_configuration_id: Configuration = absent()
+    name: Name = optional_field()
+    keboola_stack_url: StackUrl = optional_field()
+    keboola_component_id: Component = optional_field()
+    keboola_configuration_id: Configuration = optional_field()
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
 
-def changed(spec: Spec, changes: Mapping[str, Any]) -> dict[str, Any]:
+def with_changes(spec: Spec, changes: Mapping[str, Any]) -> dict[str, Any]:
     """A job with some fields of FlatJob changed, for `job_spec`. What `changes` names stands under
     that name, so that an error says it as its author did."""
     said = {other for ways in FlatJob.EITHER for name in ways if name in changes for other in ways}
@@ -1130,7 +1132,7 @@ def changed(spec: Spec, changes: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flat_fields(spec).items() if k not in said} | dict(changes)
 
 
-def form_of(data: object) -> type[JobSpec | IngestSpec | FlatJob]:
+def job_form(data: object) -> type[JobSpec | IngestSpec | FlatJob]:
     """Which of the three forms of a job was meant."""
     if not isinstance(data, dict):
         return JobSpec
@@ -1205,7 +1207,7 @@ Between = Annotated[
     int,
     BeforeValidator(
         lambda value: NEVER if value == "never" else parse_interval(value),
-        json_schema_input_type=int | Written | Literal["never"],
+        json_schema_input_type=int | IntervalText | Literal["never"],
     ),
 ]
 
@@ -1214,7 +1216,7 @@ class BackupBlock(StrictModel):
     """The service's own backups of an SQLite database."""
 
     every: Between = Field(86400, ge=60, description="at least 60 seconds, like 6h, 1d; or never")
-    keep: Whole = Field(7, ge=1, description="how many, at least 1")
+    keep: Integer = Field(7, ge=1, description="how many, at least 1")
     folder: Location | None = Field(None, description="default: the database's path and .backups")
 
 
@@ -1319,7 +1321,7 @@ class AlertTarget(ShortForm):
     secret: SecretName | None = Field(
         None, description="the name of a secret of type api: the bearer token of a webhook"
     )
-    command: Annotated[list[Letters], Field(min_length=1)] | None = Field(
+    command: Annotated[list[Text255], Field(min_length=1)] | None = Field(
         None, description="a list: a program, which reads JSON from stdin, and its arguments"
     )
     remind: Seconds = Field(86400, ge=60, description="at least 60 seconds, or 90m, 4h, 1d")
@@ -1418,11 +1420,11 @@ class Trigger:
 
 
 @lru_cache(maxsize=1024)
-def spec_of(text: str) -> Spec:
+def parse_spec(text: str) -> Spec:
     """A job's definition from its row; it was validated when it came in, under the bounds of
     then, and is the same at each check."""
     data = json.loads(text)
-    spec = form_of(data).model_validate(data, context={"bounds": (0, sys.maxsize)})
+    spec = job_form(data).model_validate(data, context={"bounds": (0, sys.maxsize)})
     return cast(Spec, spec)
 
 
@@ -1455,7 +1457,7 @@ class Job:
     def spec(self) -> Spec:
         """Raises TeckoError where today's model refuses it, or it is damaged."""
         try:
-            return spec_of(self.text)
+            return parse_spec(self.text)
         except ValueError as e:  # pydantic's is one
             reason = " ".join(str(e).split())
             raise TeckoError(
@@ -1662,7 +1664,7 @@ KEBOOLA_STATUSES = (  # of a job, as its queue's description lists them
     *("error", "terminating", "terminated", "cancelled"),
 )
 BAD_KEY = (401, 403)
-CONFIRM = 10  # checks of a batch by a list, at least, to each that asks for it singly
+CONFIRM_EVERY = 10  # checks of a batch by a list, at least, to each that asks for it singly
 MANY_BATCHES = 1000  # of a key: from there on so many checks, or that would cost more than lists
 
 
@@ -1673,7 +1675,7 @@ def next_state(table: dict[S, dict[Event, S]], state: S, event: Event) -> S:
     return table[state][event]
 
 
-def moved(trigger: Trigger, event: Event, now: float, **facts: Any) -> Trigger:
+def trigger_after(trigger: Trigger, event: Event, now: float, **facts: Any) -> Trigger:
     """The trigger after `event`, with the times and counts that belong to it."""
     after = replace(trigger, state=next_state(TRIGGER_STEPS, trigger.state, event), **facts)
     if event == "claim":
@@ -1719,18 +1721,20 @@ def describe_end(batch: BatchSeen) -> str:
     return f"{batch.batch_id} {batch.status}: {batch.error or done}"
 
 
-SEEN: Callable[[BatchSeen], tuple[Any, ...]] = attrgetter(*(f.name for f in fields(BatchSeen)))
+seen_fields: Callable[[BatchSeen], tuple[Any, ...]] = attrgetter(
+    *(f.name for f in fields(BatchSeen))
+)
 
 
-def merged(known: Batch, seen: BatchSeen, now: float) -> Batch:
+def batch_after_answer(known: Batch, seen: BatchSeen, now: float) -> Batch:
     """What we know of a batch after an answer about it; `changed_at` moves with any progress."""
-    news = SEEN(seen)
-    if (same := news == SEEN(known)) and known.missing_since is None:
+    news = seen_fields(seen)
+    if (same := news == seen_fields(known)) and known.missing_since is None:
         return known
     return Batch(*(*news, known.changed_at if same else now))
 
 
-def denied(known: Batch, now: float) -> Batch:
+def batch_after_404(known: Batch, now: float) -> Batch:
     """What we know of a batch after OpenAI said 404."""
     since = known.missing_since if known.missing_since is not None else now
     return replace(known, missing_since=since, missing_checks=known.missing_checks + 1)
@@ -1780,11 +1784,13 @@ def remarks(batches: Sequence[Batch], now: float) -> list[str]:
         elif b.expires_at is not None and now > b.expires_at:
             said.append(f"{b.batch_id} is past its expires_at and still {b.status}")
         elif b.status and now - b.changed_at >= STALLED_SECONDS:
-            said.append(f"{b.batch_id} has made no progress for {span(now - b.changed_at)}")
+            said.append(
+                f"{b.batch_id} has made no progress for {duration_text(now - b.changed_at)}"
+            )
     return said
 
 
-def span(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """A duration for people: 45 s, 12 min, 3 h, 2 d."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
@@ -1824,7 +1830,7 @@ def request_body(spec: JobSpec, outcome_of_batches: Mapping[str, str]) -> str:
     return json.dumps(body)
 
 
-def intent(
+def new_trigger(
     job: Job, batches: Sequence[Batch], verdict: Verdict, trigger_id: str, now: float
 ) -> Trigger:
     """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
@@ -1900,14 +1906,14 @@ def settle_wait(waited: float, window: float) -> float:
     return left if 0 < left < step else step
 
 
-def backoff(attempt: int, longest: float, luck: float) -> float:
+def backoff(attempt: int, longest: float, jitter: float) -> float:
     """Seconds before retry number `attempt` (from 1): 1, 2, 4, ... at most `longest`, of which
-    `luck` (0 to 1) takes away up to half, so that clients that failed together part ways."""
-    return min(BACKOFF_FIRST * 2.0 ** min(attempt - 1, 30), longest) * (1 - luck / 2)
+    `jitter` (0 to 1) takes away up to half, so that clients that failed together part ways."""
+    return min(BACKOFF_FIRST * 2.0 ** min(attempt - 1, 30), longest) * (1 - jitter / 2)
 
 
 def wait_after_error(
-    error: TeckoError, errors_in_row: int, interval: float, settings: Settings, luck: float
+    error: TeckoError, errors_in_row: int, interval: float, settings: Settings, jitter: float
 ) -> float:
     """Seconds until the next try, after the `errors_in_row`-th failure in a row."""
     if isinstance(error, UpstreamError) and error.retry_after is not None:
@@ -1916,7 +1922,7 @@ def wait_after_error(
         return min(interval * 2.0 ** min(errors_in_row, 10), max(LONGEST_WAIT, interval))
     if error.permanent or errors_in_row > settings.max_retries:
         return interval
-    return min(backoff(errors_in_row, settings.retry_delay, luck), interval)
+    return min(backoff(errors_in_row, settings.retry_delay, jitter), interval)
 
 
 def auto_interval(batches: Sequence[Batch], now: float, low: float, high: float) -> float:
@@ -1952,11 +1958,11 @@ def auto_wait(batch: Batch, now: float) -> float:
     return min(waits)
 
 
-def is_turn(job_id: int, interval: float, batches: int, now: float) -> bool:
+def is_turn_to_confirm(job_id: int, interval: float, batches: int, now: float) -> bool:
     """Whether a job's batches are to be asked for singly this time, of those that a list of so many
     shows: each at least once in CONFIRM checks or in an hour, unless there are so many that this
     would cost more than the list. Jobs take turns."""
-    period = max(CONFIRM, min(batches // 2, int(3600 / interval)))
+    period = max(CONFIRM_EVERY, min(batches // 2, int(3600 / interval)))
     period = MANY_BATCHES if batches >= MANY_BATCHES else period
     return batches > 0 and (job_id + int(now / interval)) % period == 0
 
@@ -2025,7 +2031,7 @@ def parse_master_key(text: str) -> bytes:
 
 
 def new_master_key() -> str:
-    return base64.urlsafe_b64encode(randomness.token_bytes(32)).decode()
+    return base64.urlsafe_b64encode(token_bytes(32)).decode()
 
 
 def clean_secret(value: str) -> str:
@@ -2042,7 +2048,7 @@ def clean_secret(value: str) -> str:
 
 
 @contextlib.contextmanager
-def drafted(path: Path) -> Iterator[Path]:
+def atomic_replacement(path: Path) -> Iterator[Path]:
     """An empty file that takes the place of `path` at the end, durably; where its writing fails,
     `path` stays what it was. It is for its owner alone (0600), or for those who could read `path`
     before, but never for everybody."""
@@ -2064,10 +2070,10 @@ def drafted(path: Path) -> Iterator[Path]:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write the file that `path` leads to at once or not at all, see `drafted`."""
+    """Write the file that `path` leads to at once or not at all, see `atomic_replacement`."""
     path = path.resolve()
     try:
-        with drafted(path) as draft:
+        with atomic_replacement(path) as draft:
             draft.write_text(text)
     except OSError as e:
         raise SecretError(f"cannot write {path}: {e.strerror}") from None
@@ -2128,7 +2134,7 @@ class Vault:
         """Nonce, ciphertext and tag (AES-256-GCM, NIST SP 800-38D), and the id of the key. Name,
         type and key id are authenticated: a row moved to another name does not decrypt."""
         self.load(required=True)  # another process may have rotated while a value was typed
-        key_id, nonce = self.key_id, randomness.token_bytes(12)
+        key_id, nonce = self.key_id, token_bytes(12)
         bound = json.dumps([name, kind, key_id]).encode()
         box = self._cipher(key_id).encrypt(nonce, value.reveal().encode(), bound)
         return nonce + box, key_id
@@ -2220,27 +2226,27 @@ class Fault(NamedTuple):
     allowed: str = ""
 
 
-def trimmed(value: object, depth: int = 3) -> object:
+def bounded(value: object, depth: int = 3) -> object:
     """A value without what a message has no room for: a structure of aliases can be small in
     memory and endless when it is printed."""
     if isinstance(value, dict):
         some = itertools.islice(value.items(), 12)
-        return {k: trimmed(v, depth - 1) for k, v in some} if depth else ...
+        return {k: bounded(v, depth - 1) for k, v in some} if depth else ...
     if isinstance(value, list):
-        return [trimmed(v, depth - 1) for v in itertools.islice(value, 12)] if depth else ...
+        return [bounded(v, depth - 1) for v in itertools.islice(value, 12)] if depth else ...
     return value[:12_000] if isinstance(value, str) else value
 
 
-def cut(value: object) -> str:
+def repr_excerpt(value: object) -> str:
     """What was found, short enough for a message, and without what looks like a key."""
-    return excerpt(repr(trimmed(value)), 80)
+    return excerpt(repr(bounded(value)), 80)
 
 
 def dotted(at: Place) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
 
 
-def meant(word: object, names: Iterable[str], closeness: float = 0.65) -> str:
+def did_you_mean(word: object, names: Iterable[str], closeness: float = 0.65) -> str:
     """A question after a word that nobody knows, where a known one is close to it."""
     close = difflib.get_close_matches(str(word)[:80], names, 1, closeness)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -2404,7 +2410,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in get_args(annotation) for model in models_in(part)]
 
 
-def located(model: type[BaseModel], path: Place) -> tuple[Place, type[BaseModel], str]:
+def locate_error(model: type[BaseModel], path: Place) -> tuple[Place, type[BaseModel], str]:
     """pydantic's path to an error as a place in what was given, the innermost model on it, and
     what the innermost field allows. Of a union the path has the tag, which nobody wrote."""
     needed = [name for name, info in model.model_fields.items() if info.is_required()]
@@ -2433,16 +2439,16 @@ def unknown_key(place: Place, model: type[BaseModel]) -> Fault:
         return Fault(place, "does not go with ingest; a job has watch and trigger, or ingest")
     others = ("watch", "trigger", "ingest") if issubclass(model, AnyJob) else ()
     known = sorted({*model.model_fields, *others})
-    return Fault(place, f"{UNKNOWN_KEY}{meant(place[-1], known)}", ", ".join(known))
+    return Fault(place, f"{UNKNOWN_KEY}{did_you_mean(place[-1], known)}", ", ".join(known))
 
 
 def fault_of(model: type[BaseModel], error: Any) -> Fault:
     """One pydantic error as: what was found, and what is allowed. What stands where a secret
     could stand is not shown."""
-    place, inner, allowed = located(model, error["loc"])
+    place, inner, allowed = locate_error(model, error["loc"])
     if error["type"].startswith("union_tag") and isinstance(error["input"], dict):
         tag = error["ctx"].get("tag")
-        return Fault((*place, "type"), cut(tag) if tag else MISSING, " or ".join(SOURCES))
+        return Fault((*place, "type"), repr_excerpt(tag) if tag else MISSING, " or ".join(SOURCES))
     if error["type"] == "extra_forbidden":
         return unknown_key(place, inner)
     if error["type"] == "missing":
@@ -2455,7 +2461,7 @@ def fault_of(model: type[BaseModel], error: Any) -> Fault:
     hidden = inner in (SecretRef, SecretBody) or place[-1:] == ("header",)
     if hidden or (model is JobsFile and place[:1] and place[0] in PRIVATE):
         return Fault(place, "", allowed)
-    return Fault(place, cut(error["input"]), allowed)
+    return Fault(place, repr_excerpt(error["input"]), allowed)
 
 
 def validated(
@@ -2483,7 +2489,7 @@ def invalid(faults: Iterable[Fault]) -> Invalid:
 
 def read_job(data: Any, context: Mapping[str, Any]) -> tuple[Spec | None, list[Fault]]:
     """A job in any of its forms, or None and its faults by the names of the form it is in."""
-    form = form_of(data)
+    form = job_form(data)
     if isinstance(data, dict) and not {*POLL_INTERVAL.choices} & data.keys():
         data = {"poll_interval": context.get("default_interval", 120)} | data
     job, faults = validated(form, data, context)
@@ -2552,7 +2558,7 @@ def database_of(url: str, base: Path, where: str) -> dict[str, Any]:
     if path in ("", ":memory:"):
         raise Invalid([Problem(where, "no file", DATABASES)])
     if not local or "?" in path or "\0" in path:
-        raise Invalid([Problem(where, f"{scheme}://" if found else cut(url), DATABASES)])
+        raise Invalid([Problem(where, f"{scheme}://" if found else repr_excerpt(url), DATABASES)])
     return {"database": (base / path).resolve()}
 
 
@@ -2579,17 +2585,17 @@ def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name:
     problems = []
     for (field_name, *_), _, allowed in faults:  # what was found is shown as it was written
         name = str(field_name).upper()
-        found = cut(written.get(name, given.get(str(field_name))))
+        found = repr_excerpt(written.get(name, given.get(str(field_name))))
         problems.append(Problem(f"environment: {name}", found, allowed))
     if len(written.get("ADMIN_TOKEN", "enough for no token")) < 8:
         said = "fewer characters", "at least 8, for it is all that keeps others out"
         problems.append(Problem("environment: ADMIN_TOKEN", *said))
     if problems:
         raise Invalid(problems)
-    return consistent(cast(Settings, settings))
+    return check_consistency(cast(Settings, settings))
 
 
-def consistent(s: Settings) -> Settings:
+def check_consistency(s: Settings) -> Settings:
     """Raises Invalid where settings that are right by themselves contradict each other."""
     low, high = s.min_poll_interval, s.max_poll_interval
     if low > high:
@@ -2624,7 +2630,7 @@ def read_dot_env(path: Path) -> tuple[dict[str, str], list[str]]:
             warnings.append(f"{place}: ignored, for it is not NAME=value")
         elif name is not None and binding.value is not None:
             env[name] = binding.value
-            if name not in ENVIRONMENT and (question := meant(name, ENVIRONMENT, 0.85)):
+            if name not in ENVIRONMENT and (question := did_you_mean(name, ENVIRONMENT, 0.85)):
                 warnings.append(f"{place}: {name} is no setting of TeckoChecker{question}")
     return env, warnings
 
@@ -2637,14 +2643,14 @@ def register_references(secrets: Any, env: Mapping[str, str]) -> None:
             SecretValue(env[name].strip(), name)
 
 
-def texts_in(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
+def all_texts(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
     """Every text in a job or block, with its place, as deep as they can be."""
     if isinstance(value, str):
         yield at, value
     elif len(at) < 5 and isinstance(value, Mapping | list):
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
         for part, inner in itertools.islice(pairs, 1000):
-            yield from texts_in(inner, (*at, part))
+            yield from all_texts(inner, (*at, part))
 
 
 # In a URL: a password, and what looks like a token, which may be in any part of it.
@@ -2653,7 +2659,7 @@ TOKEN = re.compile(r"(?<=:)[^/:@]+(?=@)|[\w%+-]{16,}|\b(?=\w*\d)(?=\w*[A-Z])\w{8
 
 def register_urls(blocks: Any) -> None:
     """Make known what is secret in the URLs that alerts go to, and each as a whole."""
-    for _, text in texts_in(blocks):
+    for _, text in all_texts(blocks):
         for value in (text, *map(unquote, TOKEN.findall(text))) if "://" in text else ():
             SecretValue(value)
 
@@ -2747,21 +2753,21 @@ def secret_faults(
             names = sorted(
                 {*config.secrets, *(known for known in stored if isinstance(known, str))}
             )
-            there = f"{meant(name, names)} (there are: {', '.join(names) or 'none yet'})"
+            there = f"{did_you_mean(name, names)} (there are: {', '.join(names) or 'none yet'})"
             command = f"secret add --name {name} --type {kind}"
             said.append(Fault(place, f"there is no secret {name!r}{there}; `{command}` stores it"))
         elif found != kind:
             said.append(Fault(place, f"secret {name!r} is of type {found}; needed: {kind}"))
-        elif ref and (why := unreadable(str(name), ref, config)):
+        elif ref and (why := why_unreadable(str(name), ref, config)):
             said.append(Fault(place, why))
     held = "the value of a secret, which would be stored and shown; name it in `secret` instead"
-    for place, text in texts_in(job):
+    for place, text in all_texts(job):
         if any(form in text for form in SecretValue.forms):
             said.append(Fault(place, held))
     return said
 
 
-def unreadable(name: str, ref: SecretRef, config: Config) -> str:
+def why_unreadable(name: str, ref: SecretRef, config: Config) -> str:
     """Why the value of a reference cannot be read; nothing where it can."""
     try:
         read_reference(name, ref, config)
@@ -2811,7 +2817,7 @@ def all_problems(
             faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
     faults += alert_faults(config, stored)
     for name, ref in config.secrets.items():
-        if unused and name not in used and (why := unreadable(name, ref, config)):
+        if unused and name not in used and (why := why_unreadable(name, ref, config)):
             faults.append(Fault(("secrets", name), why))
     problems = dict.fromkeys([*config.problems, *config.text.problems(faults)])
     return sorted(problems, key=lambda problem: (problem.line, problem.column))
@@ -3022,15 +3028,15 @@ OPEN_TRIGGER = "finished_at IS NULL AND state <> 'held'"
 #   COMMIT would leave the database locked.
 # - SQLite: synchronous = FULL, since NORMAL may lose the last commits at a power loss. A file that
 #   was deleted or replaced under us takes no more writes: they would be gone at the next start.
-# - PostgreSQL: whoever works alone (`sole`) holds a session's advisory lock on the very connection
-#   that writes. A node that lost its connection has lost both, and writes again only if it gets the
-#   lock back. So of two nodes only one can claim a trigger, and the other takes over once the
-#   server has seen the first one's connection end: at once when its process dies, after
+# - PostgreSQL: whoever works alone (`hold_exclusively`) holds a session's advisory lock on the very
+#   connection that writes. A node that lost its connection has lost both, and writes again only if
+#   it gets the lock back. So of two nodes only one can claim a trigger, and the other takes over
+#   once the server has seen the first one's connection end: at once when its process dies, after
 #   KEEPALIVES when its machine does.
 # Not promised: that a transaction whose connection broke while it was committed was not committed.
 # Each change starts from the state that it expects, so trying it again does nothing twice.
 PATIENCE = 5.0  # s that a transaction waits for another process's lock
-TURN = 0.05  # s that it waits at a time, so that the end of the program need not wait for longer
+LOCK_TURN = 0.05  # s that it waits at a time: the end of the program need not wait for longer
 WAL_BYTES = 8 << 20  # to which the log is cut after a reader has kept it from being written back
 SOLE_SECONDS = 1.0  # s between attempts to get the lock of a node that has gone
 KEEPALIVES = {"idle": 10, "interval": 5, "count": 2}  # s; both ends give up a silent peer after 20
@@ -3064,19 +3070,19 @@ class Sqlite:
         import aiosqlite
 
         self._db = await aiosqlite.connect(self._uri, uri=True, isolation_level=None)
-        patience = TURN if self._writes else PATIENCE  # who begins a transaction tries again
+        patience = LOCK_TURN if self._writes else PATIENCE  # who begins a transaction tries again
         await self.run(f"PRAGMA busy_timeout = {int(1000 * patience)}")
         if not self._writes:
             await self.run("PRAGMA query_only = ON")
             return
-        for turns_left in reversed(range(int(PATIENCE / TURN))):
+        for turns_left in reversed(range(int(PATIENCE / LOCK_TURN))):
             try:  # of two processes that make the file at once, one is told at once: locked
                 await self.run("PRAGMA journal_mode = WAL")
                 break
             except sqlite3.OperationalError:
                 if not turns_left:
                     raise
-                await asyncio.sleep(TURN)
+                await asyncio.sleep(LOCK_TURN)
         await self.run("PRAGMA synchronous = FULL")
         await self.run("PRAGMA foreign_keys = ON")
         await self.run(f"PRAGMA journal_size_limit = {WAL_BYTES}")
@@ -3125,7 +3131,7 @@ class Sqlite:
 
 
 @lru_cache(maxsize=1024)
-def spoken(sql: str) -> str:
+def psycopg_sql(sql: str) -> str:
     """A statement with psycopg's marks for its parameters."""
     return re.sub(r"(?<!:):([a-z]\w*)", r"%(\1)s", sql.replace("%", "%%"))
 
@@ -3142,7 +3148,7 @@ class Postgres:
     # Advisory locks are told apart by two numbers: ours, and the schema's, since two programs may
     # share a database.
     begin_sql = (
-        f"BEGIN; SET LOCAL lock_timeout = {int(1000 * TURN)};"
+        f"BEGIN; SET LOCAL lock_timeout = {int(1000 * LOCK_TURN)};"
         " SELECT pg_advisory_xact_lock(7238, hashtext(current_schema()));"
         " SET LOCAL lock_timeout = 0"
     )
@@ -3207,7 +3213,7 @@ class Postgres:
                 await self._db.close()
                 await self.open()
 
-    async def _steady(self, work: Callable[[], Awaitable[T]]) -> T:
+    async def _with_reconnect(self, work: Callable[[], Awaitable[T]]) -> T:
         """`work`, and once more on a new connection where this one was lost; for what may be done
         twice: a read, or the beginning of a transaction."""
         db = self._db
@@ -3222,18 +3228,18 @@ class Postgres:
     async def _execute(self, sql: str, values: Values | None = None) -> list[Any]:
         if self._db is None:
             raise StoreError("the database is closed")
-        cursor = await self._db.execute(spoken(sql) if values else sql, values)
+        cursor = await self._db.execute(psycopg_sql(sql) if values else sql, values)
         return await cursor.fetchall() if cursor.description else []
 
     async def run(self, sql: str, values: Values = MappingProxyType({})) -> list[Any]:
         if INSIDE.get() is not None:  # a transaction that lost its connection is over
             return await self._execute(sql, values or None)
-        return await self._steady(partial(self._execute, sql, values or None))
+        return await self._with_reconnect(partial(self._execute, sql, values or None))
 
     async def many(self, sql: str, rows: Sequence[Values]) -> None:
         assert self._db is not None
         async with self._db.cursor() as cursor:
-            await cursor.executemany(spoken(sql), rows)
+            await cursor.executemany(psycopg_sql(sql), rows)
 
     async def upsert(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
@@ -3256,7 +3262,7 @@ class Postgres:
         )
 
     async def begin(self) -> None:
-        await self._steady(partial(self._execute, self.begin_sql))
+        await self._with_reconnect(partial(self._execute, self.begin_sql))
 
     async def commit(self) -> None:
         await self._execute("UPDATE schema_version SET changes = changes + 1; COMMIT")
@@ -3329,8 +3335,8 @@ class Database:
         try:
             self._reader, self._writer = self._engines()
             if self._writer is not None:
-                await self._told(self._writer.open())
-            await self._told(self._reader.open())
+                await self._translate_errors(self._writer.open())
+            await self._translate_errors(self._reader.open())
             await self._check_schema()
         except BaseException:
             await self.close()
@@ -3396,7 +3402,9 @@ class Database:
         self._end = time.monotonic() + seconds
 
     @contextlib.asynccontextmanager
-    async def sole(self, in_reserve: Callable[[], None] = lambda: None) -> AsyncIterator[None]:
+    async def hold_exclusively(
+        self, in_reserve: Callable[[], None] = lambda: None
+    ) -> AsyncIterator[None]:
         """Work on this database alone, which may take until another node has gone: `in_reserve` is
         called before each pause. On SQLite the run lock sees to that. When the lock is lost, and
         another node has it, `superseded` is true and every write fails."""
@@ -3408,7 +3416,7 @@ class Database:
     async def _claimed(self) -> bool:
         assert self._writer is not None
         try:
-            return await self._told(self._writer.claim())
+            return await self._translate_errors(self._writer.claim())
         except StoreError as e:  # who waits in reserve waits for the server, too
             log.warning("%s", e)
             return False
@@ -3439,7 +3447,7 @@ class Database:
                 await self._begin()
                 try:
                     result = await work()
-                    await self._told(self._engine().commit())
+                    await self._translate_errors(self._engine().commit())
                 except BaseException:
                     with contextlib.suppress(StoreError):  # it may have been rolled back already
                         await self._sql("ROLLBACK")
@@ -3485,7 +3493,7 @@ class Database:
             raise StoreError(f"the database is {'open for reading only' if only else 'closed'}")
         return engine
 
-    async def _told(self, answer: Awaitable[T]) -> T:
+    async def _translate_errors(self, answer: Awaitable[T]) -> T:
         """An engine's answer, its errors as ours."""
         engine = self._reader
         assert engine is not None
@@ -3505,9 +3513,9 @@ class Database:
     async def _sql(self, sql: str, values: Values = MappingProxyType({})) -> list[Any]:
         """Run one statement, in this task's transaction or for reading; all its rows."""
         given = {n: min(v, LARGEST) if type(v) is int else v for n, v in values.items()}
-        return await self._told(self._engine().run(sql, given))
+        return await self._translate_errors(self._engine().run(sql, given))
 
-    async def _named(self, sql: str, values: Values) -> list[dict[str, Any]]:
+    async def _select_dicts(self, sql: str, values: Values) -> list[dict[str, Any]]:
         """What a SELECT finds, by the names of its columns."""
         names = sql.removeprefix("SELECT ").partition(" FROM ")[0].split(", ")
         return [dict(zip(names, row, strict=True)) for row in await self._sql(sql, values)]
@@ -3520,14 +3528,14 @@ class Database:
 
     async def _many(self, sql: str, rows: Sequence[Values]) -> None:
         """Run one statement for each of `rows`, inside of a transaction."""
-        await self._told(self._engine().many(sql, rows))
+        await self._translate_errors(self._engine().many(sql, rows))
 
     async def _upsert(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
     ) -> None:
         """Insert rows, once a transaction for each table; `conflict` says what becomes of those
         that are there."""
-        await self._told(self._engine().upsert(table, columns, rows, conflict))
+        await self._translate_errors(self._engine().upsert(table, columns, rows, conflict))
 
     async def _check_schema(self) -> None:
         version, newest = await self._schema_version(), 1 + len(MIGRATIONS)
@@ -3561,7 +3569,7 @@ class Database:
         """Changes whenever another process has committed something. While a transaction of our own
         goes on, or waits for another's lock, the last one known: readers never wait."""
         if not self._lock.locked():
-            self._version = await self._told((self._writer or self._engine()).changes())
+            self._version = await self._translate_errors((self._writer or self._engine()).changes())
         return self._version
 
     async def _insert(self, table: str, row: Values) -> Any:
@@ -3585,12 +3593,12 @@ def columns_of(kind: type) -> str:
     return ", ".join(field.name for field in fields(kind))
 
 
-def numbers(ids: Iterable[int]) -> str:
+def number_list(ids: Iterable[int]) -> str:
     """The list of an IN with these numbers."""
     return f"({', '.join(map(str, ids)) or 'NULL'})"
 
 
-def among(name: str, values: Collection[str]) -> tuple[str, dict[str, str]]:
+def text_list(name: str, values: Collection[str]) -> tuple[str, dict[str, str]]:
     """The list of an IN with these texts, and its parameters."""
     given = {f"{name}{at}": value for at, value in enumerate(values)}
     return f"({', '.join(':' + key for key in given) or 'NULL'})", given
@@ -3653,7 +3661,7 @@ class Records(Database):
 
     async def hashes(self, run: Run, ids: Sequence[str]) -> dict[str, tuple[bytes, bool]]:
         """Of those records that are there already, by id: the hash, and whether `run` wrote it."""
-        known, values = among("id", ids)
+        known, values = text_list("id", ids)
         rows = await self._sql(
             "SELECT source_id, hash, updated_at FROM normalized_data WHERE source = :source"
             f" AND source_id IN {known}",
@@ -3845,7 +3853,7 @@ class Records(Database):
         """Unified records with ids beyond `after`, by id: found by key, at the same cost however
         deep; `offset` skips some, which costs what reading them would."""
         where = "id > :after" + ("" if source is None else " AND source = :source")
-        return await self._named(
+        return await self._select_dicts(
             "SELECT id, data, created_at, updated_at FROM normalized_data"
             f" WHERE {where} ORDER BY id LIMIT :limit OFFSET :offset",
             {"limit": limit, "after": after, "offset": offset, "source": source},
@@ -3854,7 +3862,7 @@ class Records(Database):
     async def rejects(self, source: str | None, limit: int) -> list[Any]:
         """The rejected records met last, of a source or of all (None), newest first."""
         where = "" if source is None else "WHERE source = :source"
-        return await self._named(
+        return await self._select_dicts(
             "SELECT source, place, reason, record, created_at FROM etl_reject"
             f" {where} ORDER BY id DESC LIMIT :limit",
             {"limit": limit, "source": source},
@@ -4015,7 +4023,7 @@ MATCHING = (  # the shown status, and a part of the name; empty: any
 COLUMNS_OF_JOB = len(fields(Job)) - 1  # but for its batches
 
 
-class Plan(NamedTuple):
+class TimerPlan(NamedTuple):
     """What a job's timer depends on; a changed job is due at once."""
 
     interval: int  # s; 0: each check says when the next one is due
@@ -4037,7 +4045,7 @@ class FileChange(NamedTuple):
     spec: Spec | None  # None: it has left the file
 
 
-class Fired(NamedTuple):
+class FiredRound(NamedTuple):
     """A round that has started a Keboola job, or may have."""
 
     job_id: int
@@ -4057,7 +4065,7 @@ def aim_of(stack_url: str, body: str) -> str:
     return digest_of(json.dumps(target)).hex()
 
 
-def aim(spec: JobSpec) -> str:
+def aim_of_spec(spec: JobSpec) -> str:
     """The same of a job that has not fired yet."""
     unseen = [Batch(batch_id, "") for batch_id in spec.watch.batch_ids]
     return aim_of(spec.trigger.stack_url, trigger_body(spec, unseen, ""))
@@ -4075,7 +4083,7 @@ def spec_columns(spec: Spec) -> dict[str, Any]:
     }
 
 
-def changes(old: Spec, new: Spec) -> str:
+def describe_changes(old: Spec, new: Spec) -> str:
     """What differs, for people."""
     before, after = old.model_dump(), new.model_dump()
     parts = [
@@ -4102,7 +4110,7 @@ class Jobs(Secrets):
 
     # reading jobs
 
-    def _current(self, job: Job) -> Job:
+    def _with_unflushed(self, job: Job) -> Job:
         """A job as it was read, with what is not yet flushed."""
         quiet = self._quiet.get(job.id)
         if quiet and (job.status, job.revision, job.round) == ("active", *quiet[1:3]):
@@ -4120,7 +4128,7 @@ class Jobs(Secrets):
         found = dict[int, Job]()
         for row in rows:
             if (job := found.get(row[0])) is None:
-                found[row[0]] = job = self._current(Job(*row[:COLUMNS_OF_JOB]))
+                found[row[0]] = job = self._with_unflushed(Job(*row[:COLUMNS_OF_JOB]))
             if row[COLUMNS_OF_JOB] is not None:  # an ingest has no batches
                 job.batches.append(Batch(*row[COLUMNS_OF_JOB:]))
         return list(found.values())
@@ -4150,18 +4158,18 @@ class Jobs(Secrets):
 
     async def jobs_among(self, ids: Iterable[int]) -> list[Job]:
         """Of these jobs, those that are there, by id."""
-        return await self._jobs(f"j.id IN {numbers(ids)}")
+        return await self._jobs(f"j.id IN {number_list(ids)}")
 
     async def job(self, job_id: int) -> Job | None:
         return next(iter(await self.jobs_among([job_id])), None)
 
-    async def watched(
+    async def watched_batches(
         self, secrets: Collection[str], until: float
     ) -> tuple[dict[str, float | None], int]:
         """The unfinished batches of active jobs that use one of these secrets, with when each was
         created (None: not seen yet), and how many looks at them fall due before `until`."""
-        names, given = among("name", secrets)
-        ended, ends = among("end", FINISHED_BATCH)
+        names, given = text_list("name", secrets)
+        ended, ends = text_list("end", FINISHED_BATCH)
         rows = await self._sql(
             "SELECT b.batch_id, b.created_at, coalesce(j.next_check_at, 0) < :until"
             " FROM polling_jobs j JOIN polling_batches b ON b.job_id = j.id"
@@ -4170,10 +4178,12 @@ class Jobs(Secrets):
         )
         return {row[0]: row[1] for row in rows}, sum(bool(row[2]) for row in rows)
 
-    async def watchers(self, secrets: Collection[str], batch_ids: Collection[str]) -> list[int]:
+    async def jobs_watching(
+        self, secrets: Collection[str], batch_ids: Collection[str]
+    ) -> list[int]:
         """The active jobs that watch one of these batches with one of these secrets."""
-        names, given = among("name", secrets)
-        batches, ids = among("batch", batch_ids)
+        names, given = text_list("name", secrets)
+        batches, ids = text_list("batch", batch_ids)
         rows = await self._sql(
             "SELECT DISTINCT j.id FROM polling_batches b JOIN polling_jobs j ON j.id = b.job_id"
             f" WHERE b.batch_id IN {batches} AND j.openai_secret IN {names} AND {ACTIVE}",
@@ -4181,15 +4191,15 @@ class Jobs(Secrets):
         )
         return [row[0] for row in rows]
 
-    async def schedule(self, ids: Collection[int] | None = None) -> dict[int, Plan]:
+    async def schedule(self, ids: Collection[int] | None = None) -> dict[int, TimerPlan]:
         """The jobs that have something left to do: all (None), or those of `ids`."""
-        some = "" if ids is None else f" AND j.id IN {numbers(ids)}"
+        some = "" if ids is None else f" AND j.id IN {number_list(ids)}"
         rows = await self._sql(  # two looks at indexes, however many jobs have ended
             "SELECT j.id, j.poll_interval_seconds, j.revision, j.round, j.openai_secret"
             f" FROM polling_jobs j WHERE j.id IN (SELECT j.id FROM polling_jobs j WHERE {ACTIVE}"
             f" UNION SELECT job_id FROM triggers WHERE {OPEN_TRIGGER}){some}"
         )
-        return {row[0]: Plan(row[1], row[2], row[3], sys.intern(row[4])) for row in rows}
+        return {row[0]: TimerPlan(row[1], row[2], row[3], sys.intern(row[4])) for row in rows}
 
     # changing jobs
 
@@ -4271,7 +4281,7 @@ class Jobs(Secrets):
         if (interval := columns["poll_interval_seconds"]) != job.interval:
             columns["pace"] = interval or AUTO_PACE
         await self._set_job(job, revision=job.revision + 1, **columns)
-        said = "what it was could not be read" if job.damage else changes(job.spec, spec)
+        said = "what it was could not be read" if job.damage else describe_changes(job.spec, spec)
         await self._log(job.id, "updated", said, now)
         if isinstance(spec, IngestSpec):
             return
@@ -4310,11 +4320,15 @@ class Jobs(Secrets):
         if names - known.keys():
             last = sorted(gone.values(), key=lambda job: job.removed_at is None)
             watching = (job for job in last if not job.is_ingest and not job.damage)
-            lost = {aim(job.watches): job for job in watching}
+            lost = {aim_of_spec(job.watches): job for job in watching}
         found: list[FileChange] = []
         for spec in specs:
             spec, job = await self._with_secret_names(spec), known.get(spec.name)
-            if job is None and isinstance(spec, JobSpec) and (job := lost.pop(aim(spec), None)):
+            if (
+                job is None
+                and isinstance(spec, JobSpec)
+                and (job := lost.pop(aim_of_spec(spec), None))
+            ):
                 del gone[job.id]
             if job is None:
                 found.append(FileChange("created", spec.name, None, spec))
@@ -4373,7 +4387,7 @@ class Jobs(Secrets):
         held = await self._triggers(job.id, "state = 'held'")
         if held and held[-1].round == job.round:
             what = "asks Keboola once more for its trigger, then sends it again"
-            after = moved(held[-1], "resettle", now, on_ambiguous="resend")
+            after = trigger_after(held[-1], "resettle", now, on_ambiguous="resend")
             await self._save_trigger(held[-1], after)
             await self._move_job(job, "resettle", None, now)
         else:
@@ -4425,7 +4439,7 @@ class Jobs(Secrets):
         return await self._triggers(job_id, OPEN_TRIGGER)
 
     async def _triggers(self, job_id: int, condition: str) -> list[Trigger]:
-        found = await self._named(
+        found = await self._select_dicts(
             f"SELECT {columns_of(Trigger)} FROM triggers"
             f" WHERE job_id = :job_id AND {condition} ORDER BY round",
             {"job_id": job_id},
@@ -4444,7 +4458,7 @@ class Jobs(Secrets):
             body0=before.body,
         )
 
-    async def fired(self, aim: str) -> list[Fired]:
+    async def fired(self, aim: str) -> list[FiredRound]:
         """Which rounds of which jobs have started, or may have, a Keboola job with this aim; the
         last one first."""
         rows = await self._sql(
@@ -4454,7 +4468,7 @@ class Jobs(Secrets):
             " ORDER BY t.created_at DESC, t.round DESC",
             {"aim": aim},
         )
-        return [Fired(*row) for row in rows]
+        return [FiredRound(*row) for row in rows]
 
 
 # ── Checks and triggers ───────────────────────────────────────────────────────────────────────
@@ -4472,7 +4486,7 @@ LOG_STATUS: dict[Event, str] = {  # what a log row calls a step of a trigger; ot
     "hold": "failed",
     "fail": "failed",
 }
-DOUBT = 86400.0  # s that OpenAI's clock and ours may differ at most
+CLOCK_DOUBT = 86400.0  # s that OpenAI's clock and ours may differ at most
 AS_CHECKED = f"j.id = :id AND revision = :revision AND round = :round AND {ACTIVE}"
 SUMS = ("checks", "triggers", "delay_ms", "records")
 DAYS_KEPT = 90  # of daily_sums
@@ -4545,10 +4559,10 @@ class Checks(Jobs):
         quiet = UnchangedCheck(job.id, job.revision, job.round, now, now + check.wait, check.pace)
         found = await self._sql(f"SELECT 1 FROM polling_jobs j WHERE {AS_CHECKED}", quiet._asdict())
         if found:
-            self.note(quiet)
+            self.keep_quiet(quiet)
         return bool(found)
 
-    def note(self, quiet: UnchangedCheck) -> None:
+    def keep_quiet(self, quiet: UnchangedCheck) -> None:
         """Keep a quiet check until the next `flush`."""
         self._quiet[quiet.id] = quiet
 
@@ -4566,7 +4580,7 @@ class Checks(Jobs):
     async def daily_sums(self, days: int) -> list[Any]:
         """The last days on which anything was done, the oldest first."""
         sql = f"SELECT day, {', '.join(SUMS)} FROM daily_sums ORDER BY day DESC LIMIT :days"
-        return (await self._named(sql, {"days": days}))[::-1]
+        return (await self._select_dicts(sql, {"days": days}))[::-1]
 
     async def _add_to_day(self, sums: Counter[str]) -> None:
         now, names = time.time(), ("day", *SUMS)
@@ -4598,8 +4612,8 @@ class Checks(Jobs):
     async def _record(self, check: CheckResult) -> bool:
         if earlier := self._quiet.get(check.job.id):
             await self._write_quiet([earlier])
-        check = await self._once(check)
-        if not await self._stamp(check):
+        check = await self._refuse_second_firing(check)
+        if not await self._update_checked_job(check):
             return False
         job, now = check.job, check.now
         for old, new in zip(job.batches, check.batches, strict=True):
@@ -4619,17 +4633,17 @@ class Checks(Jobs):
             await self._log(job.id, "error", check.error, now)
         return True
 
-    async def doubted(self, trigger: Trigger, batches: Sequence[Batch]) -> Trigger:
+    async def unknown_if_restored(self, trigger: Trigger, batches: Sequence[Batch]) -> Trigger:
         """The trigger; where it may have been sent before this database was restored, with an
         unknown outcome. A younger batch was in no trigger then; DOUBT is for clocks that differ."""
-        youngest = max(batch.created_at or 0.0 for batch in batches) - DOUBT
+        youngest = max(batch.created_at or 0.0 for batch in batches) - CLOCK_DOUBT
         sql = "SELECT min(taken_at) FROM backups WHERE restored_at > :youngest"
         [[since]] = await self._sql(sql, {"youngest": youngest})
         if since is None:
             return trigger
         return replace(trigger, state="unknown", sent_at=since, unknown_at=trigger.created_at)
 
-    async def _once(self, check: CheckResult) -> CheckResult:
+    async def _refuse_second_firing(self, check: CheckResult) -> CheckResult:
         """The check; or, where it would start a Keboola job that was started before, one that ends
         its job and says so."""
         if check.trigger is None or await self._sql(
@@ -4645,7 +4659,7 @@ class Checks(Jobs):
                 return replace(check, trigger=None, verdict=verdict, error=reason)
         return check
 
-    async def _stamp(self, check: CheckResult) -> bool:
+    async def _update_checked_job(self, check: CheckResult) -> bool:
         event, job = check.verdict.event, check.job
         status: JobStatus = next_state(JOB_STEPS, "active", event) if event else "active"
         rows = await self._sql(
@@ -4672,7 +4686,7 @@ class Checks(Jobs):
         await self._insert("triggers", asdict(trigger) | {"aim": aim})
 
     @transactional
-    async def take_over(
+    async def import_history(
         self, job: Job, trigger: Trigger | None, logs: Sequence[Values], **columns: Any
     ) -> None:
         """Give a new job what it was in another program: columns, batches, log, and what fired."""
@@ -4690,7 +4704,7 @@ class Checks(Jobs):
     ) -> Trigger | None:
         """Move a trigger, and its job with it where `JOB_STEPS` says so and the job is still in
         the same round. None, and nothing written, when the trigger is not as we thought."""
-        after = moved(trigger, event, now, **facts)
+        after = trigger_after(trigger, event, now, **facts)
         if not await self._save_trigger(trigger, after):
             return None
         job = await self.find_job(trigger.job_id)
@@ -4701,7 +4715,7 @@ class Checks(Jobs):
         if job.round == trigger.round and job_event in JOB_STEPS[job.status]:
             await self._move_job(job, job_event, said, now)
         elif job.round == trigger.round and said:
-            await self._say(job, said)
+            await self._set_error(job, said)
         if said:
             await self._log(trigger.job_id, LOG_STATUS.get(event, "error"), said, now)
         return after
@@ -4718,9 +4732,9 @@ class Checks(Jobs):
         if job.round == trigger.round:
             if error and error != job.last_error:
                 await self._log(job.id, "error", error, now)
-            await self._say(job, error)
+            await self._set_error(job, error)
 
-    async def _say(self, job: Job, error: str | None) -> None:
+    async def _set_error(self, job: Job, error: str | None) -> None:
         row = 0 if error is None else job.errors_in_row + 1
         await self._set_job(job, last_error=error, errors_in_row=row)
 
@@ -4947,16 +4961,16 @@ class Store(Checks):
 # that they were sent. So the copy is marked before it becomes the database:
 # - The outcome of each trigger that it has, and that is not settled, is unknown.
 # - One that it has not is decided on again, with an unknown outcome, too, if its batches are not
-#   younger than the restore (`doubted`). Keboola's search is asked for what was started since the
-#   backup under the same name for the same batches. That is adopted, unless the store knows it,
-#   for `job retry` asks for a new one. Only after the settle window is a trigger sent.
+#   younger than the restore (`unknown_if_restored`). Keboola's search is asked for what was started
+#   since the backup under the same name for the same batches. That is adopted, unless the store
+#   knows it, for `job retry` asks for a new one. Only after the settle window is a trigger sent.
 # Not promised: what only the lost part knew. A job that was paused or deleted then comes back; one
 # that got another name or target may fire again. And a log of SQLite (-wal) whose end somebody has
 # cut off looks as it does after a crash: the transactions in it are missing, and nothing tells.
 BACKUP_SECONDS = 60.0  # s between looks whether one is due
 LEFT_OVER = 86400.0  # s after which a draft was left by a program that was killed
 IDS_LOST = 10**9  # of records, at most, given since the backup
-Ends = Callable[[], bool]  # whether the program ends
+ShouldEnd = Callable[[], bool]  # whether the program ends
 
 
 def backups_in(folder: Path) -> list[Path]:
@@ -4965,7 +4979,7 @@ def backups_in(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def sqlite_at(file: Path, mode: str = "rw", ends: Ends | None = None) -> Iterator[Any]:
+def open_sqlite(file: Path, mode: str = "rw", ends: ShouldEnd | None = None) -> Iterator[Any]:
     """A connection of this thread's own, whose statements fail once the program `ends`."""
     uri = f"file:{quote(str(file))}?mode={mode}"
     try:
@@ -4983,10 +4997,10 @@ def rows_of_tables(db: sqlite3.Connection) -> str:
     return json.dumps({t: db.execute(f"SELECT count(*) FROM {t}").fetchone()[0] for t in tables})
 
 
-def verified(file: Path, vault: Vault, ends: Ends | None = None) -> float:
+def verify_backup(file: Path, vault: Vault, ends: ShouldEnd | None = None) -> float:
     """When a backup was made. Raises StoreError where it is none, or not whole, and SecretError
     where its secrets do not open."""
-    with sqlite_at(file, "ro&immutable=1", ends) as db:
+    with open_sqlite(file, "ro&immutable=1", ends) as db:
         found = [said for (said,) in db.execute("PRAGMA integrity_check(3)") if said != "ok"]
         found += [f"{row} refers to nothing" for row in db.execute("PRAGMA foreign_key_check")]
         if found:
@@ -5005,18 +5019,18 @@ def verified(file: Path, vault: Vault, ends: Ends | None = None) -> float:
 
 
 def make_backup(
-    database: Path, file: Path, vault: Vault, now: float, ends: Ends | None = None
+    database: Path, file: Path, vault: Vault, now: float, ends: ShouldEnd | None = None
 ) -> None:
     """Copy the database to `file`, which is there only if the copy was verified."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with drafted(file) as draft:
-        with sqlite_at(database, ends=ends) as db, sqlite_at(draft) as copy:
+    with atomic_replacement(file) as draft:
+        with open_sqlite(database, ends=ends) as db, open_sqlite(draft) as copy:
             db.execute("BEGIN")
             counts = rows_of_tables(db)
             db.backup(copy)
             copy.execute("PRAGMA journal_mode = DELETE")  # one file, without a log beside it
             copy.execute("INSERT INTO backups (taken_at, counts) VALUES (?, ?)", (now, counts))
-        verified(draft, vault, ends)
+        verify_backup(draft, vault, ends)
 
 
 def restore(files: Iterable[Path], settings: Settings, why: str, now: float) -> str:
@@ -5026,15 +5040,15 @@ def restore(files: Iterable[Path], settings: Settings, why: str, now: float) -> 
     for file in files:
         try:
             try:
-                taken_at = verified(file, vault)
+                taken_at = verify_backup(file, vault)
             except SecretError:
                 if not (key := Path(f"{file}.key")).exists():
                     raise
                 other = {"secret_key": None, "secret_key_file": key}
-                taken_at = verified(file, Vault(settings.model_copy(update=other)))
+                taken_at = verify_backup(file, Vault(settings.model_copy(update=other)))
                 vault.add_keys(key)
                 why += f"; {vault.file} has the keys of {key} now, too"
-            return put_back(file, taken_at, settings.database, why, now)
+            return install_backup(file, taken_at, settings.database, why, now)
         except (StoreError, SecretError) as e:
             refused.append(str(e))
     refused = refused or [f"there is no backup in {settings.backups}"]
@@ -5042,14 +5056,14 @@ def restore(files: Iterable[Path], settings: Settings, why: str, now: float) -> 
     raise StoreError(f"{why}; {'; '.join(refused)}", hint=hint)
 
 
-def put_back(file: Path, taken_at: float, database: Path, why: str, now: float) -> str:
+def install_backup(file: Path, taken_at: float, database: Path, why: str, now: float) -> str:
     """Mark a backup as said above, and let it take the place of the database, which is kept."""
-    kept = f"{database}.{compact(now)}"
+    kept = f"{database}.{file_timestamp(now)}"
     said = f"{why}; the backup {file} of {iso(taken_at)} took its place (what was there: {kept})."
     said += " What was done later is missing. `restore --acknowledge` says that you know"
-    with drafted(database) as draft:
+    with atomic_replacement(database) as draft:
         shutil.copyfile(file, draft)
-        with sqlite_at(draft) as db:
+        with open_sqlite(draft) as db:
             db.execute(
                 "UPDATE triggers SET state = 'unknown', sent_at = coalesce(sent_at, ?),"
                 " unknown_at = ?, searches = 0 WHERE state IN ('pending', 'sending', 'unknown')",
@@ -5065,14 +5079,14 @@ def put_back(file: Path, taken_at: float, database: Path, why: str, now: float) 
     return said
 
 
-def ensure_sound(settings: Settings, now: float) -> None:
+def ensure_usable_database(settings: Settings, now: float) -> None:
     """See that the database can be used; else the newest good backup takes its place. To be called
     under the run lock, before the store is opened. What is damaged is only read."""
     database, files = settings.database, backups_in(settings.backups)
     found = ["it is gone"] if files else []
     if database.exists() and database.stat().st_size:
         try:
-            with sqlite_at(database, "ro") as db:
+            with open_sqlite(database, "ro") as db:
                 found = [said for (said,) in db.execute("PRAGMA quick_check(3)") if said != "ok"]
         except StoreError as e:  # another error is for its opening to tell
             damages = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -5088,11 +5102,11 @@ class Backups:
     """The backups that a service makes by itself, and how the last one went."""
 
     vault: Vault
-    ends: Ends
+    ends: ShouldEnd
     last: float | None = None  # when the last one was made; None: never
     error: str | None = None  # why the last attempt failed; None: it did not
 
-    def look(self, settings: Settings, now: float) -> None:
+    def run_if_due(self, settings: Settings, now: float) -> None:
         """Make one where it is time, or where the last one was made under another master key; for
         a thread."""
         try:
@@ -5112,7 +5126,7 @@ class Backups:
         return now - good >= settings.backup.every
 
     def _make(self, settings: Settings, now: float) -> None:
-        file = settings.backups / f"{compact(now)}.db"
+        file = settings.backups / f"{file_timestamp(now)}.db"
         for draft in file.parent.glob(".*.db.*"):
             if now - draft.stat().st_mtime > LEFT_OVER:
                 draft.unlink()
@@ -5139,7 +5153,7 @@ OWN_ERROR = {  # keys of an error that the API itself answers; other bodies are 
 }
 
 
-def short(text: object, most: int = 300) -> str:
+def one_line(text: object, most: int = 300) -> str:
     """What another server said, in one line that fits a log."""
     return re.sub(r"\s+", " ", excerpt(str(text), CUT)).strip()[:most]
 
@@ -5151,7 +5165,7 @@ def origin_of(url: str) -> tuple[str, str, int]:
     return parts.scheme, (parts.hostname or "").lower(), port
 
 
-def detached(work: Callable[[], Any]) -> futures.Future[Any]:
+def run_in_daemon_thread(work: Callable[[], Any]) -> futures.Future[Any]:
     """What comes of `work` in a thread of its own, for which the program's end does not wait. Who
     waits may give up, the work cannot. Raises RuntimeError where no thread is left."""
     answer = futures.Future[Any]()
@@ -5167,20 +5181,22 @@ def detached(work: Callable[[], Any]) -> futures.Future[Any]:
     return answer
 
 
-look_ups: dict[tuple[Any, ...], futures.Future[Any]] = {}  # under way
+lookups_under_way: dict[tuple[Any, ...], futures.Future[Any]] = {}  # under way
 
 
-async def look_up(host: Any, port: Any, **hints: int) -> Any:
+async def resolve_host(host: Any, port: Any, **hints: int) -> Any:
     """The event loop's `getaddrinfo`, in a thread for each name: a zone whose servers never answer
     would fill the loop's own pool, which files and the store need, and hold up the program's end.
     """
     query = (host, port, *hints.items())
-    if (answer := look_ups.get(query)) is None:
+    if (answer := lookups_under_way.get(query)) is None:
         try:
-            answer = look_ups[query] = detached(partial(socket.getaddrinfo, host, port, **hints))
+            answer = lookups_under_way[query] = run_in_daemon_thread(
+                partial(socket.getaddrinfo, host, port, **hints)
+            )
         except RuntimeError as e:  # no thread is left
             raise OSError(f"{host} cannot be looked up: {e}") from e
-        answer.add_done_callback(lambda _: look_ups.pop(query))
+        answer.add_done_callback(lambda _: lookups_under_way.pop(query))
     return await asyncio.wrap_future(answer)
 
 
@@ -5203,9 +5219,9 @@ def make_client(error: type[UpstreamError], connections: int | None = None) -> h
             follow_redirects=False,
         )
     except (ImportError, OSError, ValueError, httpx2.InvalidURL) as e:
-        said = f"no HTTP client can be made: {short(e) or type(e).__name__}"
+        said = f"no HTTP client can be made: {one_line(e) or type(e).__name__}"
         raise error(f"{said} (HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE)", sent=False) from e
-    asyncio.get_running_loop().getaddrinfo = look_up  # type: ignore[method-assign]
+    asyncio.get_running_loop().getaddrinfo = resolve_host  # type: ignore[method-assign]
     return client
 
 
@@ -5218,7 +5234,7 @@ async def client_problems() -> list[str]:
     return []
 
 
-async def ask(
+async def http_request(
     client: httpx2.AsyncClient,
     error: type[UpstreamError],
     who: str,
@@ -5254,7 +5270,7 @@ async def ask(
         async with asyncio.timeout(deadline):
             for _ in range(redirects + 1):
                 asked = partial(client.stream, method, url, **request)
-                answer = await exchange(asked, limit, too_long, sink)
+                answer = await read_response(asked, limit, too_long, sink)
                 status, target = answer.status_code, answer.headers.get("location")
                 if status not in REDIRECTS or not target:
                     break
@@ -5262,19 +5278,19 @@ async def ask(
                 if not anywhere and origin_of(clean_url(url)) != origin_of(home):
                     break
     except unsent as e:
-        said = f"{who} cannot be reached: {short(e) or type(e).__name__}"
+        said = f"{who} cannot be reached: {one_line(e) or type(e).__name__}"
         raise error(said, sent=False) from e
     except (httpx2.TimeoutException, TimeoutError) as e:
         raise error(f"{who} did not answer{what} in time") from e
     except (httpx2.HTTPError, ValueError, OSError) as e:
-        said = f"{type(e).__name__}: {short(e)}".rstrip(": ")
+        said = f"{type(e).__name__}: {one_line(e)}".rstrip(": ")
         raise error(f"{who} gave no answer{what}: {said}") from e
     if 200 <= status < 300 or status in good:
         return answer
-    raise refusal(answer, error, f"{who} said {status}{what}")
+    raise error_of_response(answer, error, f"{who} said {status}{what}")
 
 
-async def exchange(
+async def read_response(
     request: Callable[[], Any], limit: int, too_long: UpstreamError, sink: IO[bytes] | None
 ) -> httpx2.Response:
     """One request and its answer, unpacked as it comes. More than `limit` is an error; where the
@@ -5302,16 +5318,20 @@ async def exchange(
     )
 
 
-def refusal(answer: httpx2.Response, error: type[UpstreamError], said: str) -> UpstreamError:
+def error_of_response(
+    answer: httpx2.Response, error: type[UpstreamError], said: str
+) -> UpstreamError:
     """An answer that is no good as an error, with the reason that it gives, and the wait."""
     status, data = answer.status_code, None
     with contextlib.suppress(UpstreamError):
-        data = read_answer(answer, error, said)
+        data = parse_json_answer(answer, error, said)
     own = isinstance(data, dict) and OWN_ERROR.get(error, set()) <= data.keys()
     kept = own or error not in OWN_ERROR or status < 400 or status == 429 or status >= 500
-    reason = reason_in(data) or page_in(answer, error) or http.client.responses.get(status, "")
+    reason = (
+        reason_in(data) or describe_body(answer, error) or http.client.responses.get(status, "")
+    )
     if 300 <= status < 400:
-        target = short(answer.headers.get("location", "nowhere"))
+        target = one_line(answer.headers.get("location", "nowhere"))
         reason = f"a redirect to {target}, not followed: a secret goes to no other host"
     if not kept:
         reason += " (a proxy's or router's answer, by its form)"
@@ -5322,31 +5342,31 @@ def refusal(answer: httpx2.Response, error: type[UpstreamError], said: str) -> U
 def reason_in(data: Any) -> str:
     """The message of an error as OpenAI, Keboola and most others write it."""
     found = data.get("error") or data.get("message") if isinstance(data, dict) else None
-    said = short(found.get("message", "") if isinstance(found, dict) else found or "", REASON)
+    said = one_line(found.get("message", "") if isinstance(found, dict) else found or "", REASON)
     number = data.get("exceptionId") if found is not None else None  # Keboola's support asks for it
-    return f"{said} (exceptionId {short(number, REASON)})" if number else said
+    return f"{said} (exceptionId {one_line(number, REASON)})" if number else said
 
 
 MESSAGE_IN_XML = re.compile("<Message>(.*?)</Message>", re.DOTALL)  # of S3
 
 
-def page_in(answer: httpx2.Response, error: type[UpstreamError]) -> str:
+def describe_body(answer: httpx2.Response, error: type[UpstreamError]) -> str:
     """The beginning of a body that is no JSON; a web page is called one."""
     text = answer.content[: 4 * CUT].decode(errors="replace")
     xml = MESSAGE_IN_XML.search(text)
-    said = short(xml[1] if xml else text, REASON)
+    said = one_line(xml[1] if xml else text, REASON)
     html = "html" in answer.headers.get("content-type", "") or said.startswith("<")
     return f"a web page; is {SET_BY.get(error, 'the address')} right?" if html else said
 
 
-def read_answer(answer: httpx2.Response, error: type[UpstreamError], who: str) -> Any:
+def parse_json_answer(answer: httpx2.Response, error: type[UpstreamError], who: str) -> Any:
     """What an answer says, called `who` in errors. What orjson refuses, a lone surrogate or a
     number, json may take."""
     with contextlib.suppress(ValueError):
         return orjson.loads(answer.content)
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(answer.content.decode())
-    raise error(f"{who} cannot be read: {page_in(answer, error) or 'it is empty'}")
+    raise error(f"{who} cannot be read: {describe_body(answer, error) or 'it is empty'}")
 
 
 # ── Upstreams: OpenAI ─────────────────────────────────────────────────────────────────────────
@@ -5392,14 +5412,14 @@ def value_at(data: Any, path: str) -> Any:
     return data
 
 
-def fact(name: str, value: Any) -> Any:
+def batch_field(name: str, value: Any) -> Any:
     """What a field of BatchSeen becomes: a time of this or the next century, a count, or a text."""
     if name.endswith("_at") or name.startswith("requests_"):
         known = isinstance(value, int | float) and not isinstance(value, bool)
         if name.endswith("_at"):  # milliseconds are none
             return value if known and 0 <= value < 4_102_444_800 else None
         return int(value) if known and 0 <= value < 1e15 else 0  # nor NaN
-    return short(value) or None if isinstance(value, str) else None
+    return one_line(value) or None if isinstance(value, str) else None
 
 
 def parse_batch(batch_id: str, data: Any) -> BatchSeen:
@@ -5407,12 +5427,12 @@ def parse_batch(batch_id: str, data: Any) -> BatchSeen:
     answer: the SDK does not validate, so that any JSON with 200 would pass for a batch."""
     status, given = value_at(data, "status"), value_at(data, "id")
     if given != batch_id or not isinstance(status, str):
-        said = f"it is about {short(given, 80)!r}" if isinstance(given, str) else "it has no id"
+        said = f"it is about {one_line(given, 80)!r}" if isinstance(given, str) else "it has no id"
         said = "it has no status" if given == batch_id else said
         raise OpenAIError(f"OpenAI's answer is not batch {batch_id}: {said}")
     names = [f.name for f in fields(BatchSeen)][2:]
-    facts = (fact(name, value_at(data, BATCH_PATHS.get(name, name))) for name in names)
-    return BatchSeen(batch_id, status if status in KNOWN_BATCH else short(status), *facts)
+    facts = (batch_field(name, value_at(data, BATCH_PATHS.get(name, name))) for name in names)
+    return BatchSeen(batch_id, status if status in KNOWN_BATCH else one_line(status), *facts)
 
 
 def parse_page(data: Any) -> tuple[list[BatchSeen], str | None]:
@@ -5429,7 +5449,7 @@ def parse_page(data: Any) -> tuple[list[BatchSeen], str | None]:
     return page, last if more else None
 
 
-def budget(per_minute: int | None) -> AsyncLimiter | None:
+def rate_limiter(per_minute: int | None) -> AsyncLimiter | None:
     """At most so many a minute, whichever minute one looks at: a tenth at once, the rest evenly."""
     if per_minute is None:
         return None
@@ -5448,7 +5468,7 @@ class Pause(NamedTuple):
 
 
 @dataclass(slots=True)
-class Listing:
+class BatchListing:
     """What a list of a key's batches showed of those that were wanted. Of what is not in it, it
     says nothing."""
 
@@ -5458,7 +5478,7 @@ class Listing:
 
 
 @dataclass(slots=True)
-class Key:
+class KeyState:
     """One key: what it may do, and what its list showed. Times are monotonic seconds."""
 
     batches: Any  # the SDK's, made once: a fresh one costs as much as a request
@@ -5466,7 +5486,7 @@ class Key:
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT_PER_KEY))
     names: set[str] = field(default_factory=set)  # of the secrets with this value
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # the list
-    list: Listing = field(default_factory=Listing)
+    list: BatchListing = field(default_factory=BatchListing)
     pages: int = 1  # that the list took
     list_from: float = -math.inf  # no list is read before
     finished: deque[str] = field(default_factory=lambda: deque(maxlen=PAGE))  # seen so singly
@@ -5476,32 +5496,34 @@ class Key:
     error: OpenAIError | None = None  # why
     trial: asyncio.Event | None = None  # set when the call that tries is over
 
-    def learn(self, about: str, error: OpenAIError | None, now: float, *, trial: bool) -> None:
+    def record_outcome(
+        self, about: str, error: OpenAIError | None, now: float, *, trial: bool
+    ) -> None:
         """Take in how a call went. Of those that were under way when a rest began, how they end
         says nothing new; whatever OpenAI itself says of one thing (404, 500), it is there."""
         if error is not None and error.status == 429:
-            self._rest(now, min(error.retry_after or BACKOFF_FIRST, LONGEST_WAIT), error)
+            self._pause_for(now, min(error.retry_after or BACKOFF_FIRST, LONGEST_WAIT), error)
         elif self.pause and not trial:
             return
         elif error is not None and error.status in NOBODY_THERE:
             self.failed[about] = None
             if trial or len(self.failed) >= OUTAGE_FAILURES:
                 longer = min(max(OUTAGE_PAUSE, 2 * self.pause), OUTAGE_LONGEST)
-                self._rest(now, longer, error)
+                self._pause_for(now, longer, error)
         else:
             if self.failed and self.pause:  # nor was the list there
                 self.list_from = -math.inf
             self.failed, self.pause, self.error = {}, 0.0, None
 
-    def _rest(self, now: float, seconds: float, error: OpenAIError) -> None:
+    def _pause_for(self, now: float, seconds: float, error: OpenAIError) -> None:
         self.pause, self.until, self.error = seconds, now + seconds, error
 
 
 class OpenAI:
     """OpenAI's batches through the official SDK: one client and one pool for all keys.
 
-    The SDK knows the API; bounds and errors are `ask`'s, retries the scheduler's, and an answer is
-    believed only as far as `parse_batch` does.
+    The SDK knows the API. Bounds and errors are those of `http_request`, retries are the
+    scheduler's, and an answer is believed only as far as `parse_batch` does.
     """
 
     def __init__(
@@ -5515,40 +5537,40 @@ class OpenAI:
         self._sdk: openai.AsyncOpenAI | None = None
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self.on_request: Callable[[str], None] = lambda kind: None  # told: retrieve or list
-        self._keys: dict[str, Key] = {}
+        self._keys: dict[str, KeyState] = {}
 
     def set_budget(self, per_minute: int | None) -> None:
         """From now on each key has so many requests a minute."""
         if per_minute != self._per_minute:
             self._per_minute = per_minute
             for key in self._keys.values():
-                key.budget = budget(per_minute)
+                key.budget = rate_limiter(per_minute)
 
-    def _key(self, key: SecretValue) -> Key:
+    def _key(self, key: SecretValue) -> KeyState:
         if (found := self._keys.get(key.reveal())) is None:
             try:
                 import httpx2
                 import openai
             except (ImportError, OSError) as e:  # no file descriptor left, for one
-                raise OpenAIError(f"the SDK cannot be loaded: {short(e)}", sent=False) from e
+                raise OpenAIError(f"the SDK cannot be loaded: {one_line(e)}", sent=False) from e
             self._client = self._client or make_client(OpenAIError)
             self._sdk = self._sdk or openai.AsyncOpenAI(
                 api_key="set for each key",
                 base_url=self._base_url,
                 max_retries=0,
                 # a transport that is a function, whatever the name of its class
-                http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(self._carry)),
+                http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(self._transport)),
             )
             batches = self._sdk.with_options(api_key=key.reveal()).batches.with_raw_response
-            found = self._keys[key.reveal()] = Key(batches, budget(self._per_minute))
+            found = self._keys[key.reveal()] = KeyState(batches, rate_limiter(self._per_minute))
         return found
 
-    async def _carry(self, request: httpx2.Request) -> httpx2.Response:
+    async def _transport(self, request: httpx2.Request) -> httpx2.Response:
         """Ask what the SDK wants asked. Of its headers only the key goes along: it would add what
         OPENAI_ORG_ID and the like say, which is not meant for every key."""
         assert self._client is not None
         last = request.url.path.rpartition("/")[2]
-        return await ask(
+        return await http_request(
             self._client,
             OpenAIError,
             "OpenAI",
@@ -5560,7 +5582,7 @@ class OpenAI:
             headers={"Authorization": request.headers["Authorization"]},
         )
 
-    def known_as(self, key: SecretValue, name: str) -> Collection[str]:
+    def register_secret(self, key: SecretValue, name: str) -> Collection[str]:
         """Say which secret this is the value of; all that have it. A value that no secret has any
         more is forgotten."""
         if name not in (mine := self._key(key)).names:
@@ -5591,7 +5613,7 @@ class OpenAI:
             mine.list.seen[batch_id] = seen  # which is newer
         return seen
 
-    def listing(self, key: SecretValue) -> tuple[float, Listing]:
+    def listing(self, key: SecretValue) -> tuple[float, BatchListing]:
         """How many seconds ago the key's batches were listed, and what that showed."""
         found = self._key(key).list
         return self._clock() - found.at, found
@@ -5634,18 +5656,18 @@ class OpenAI:
                 log.info("batches are asked for singly, since their list fails: %s", e)
             return [i for i, seen in mine.list.seen.items() if outcome(seen) is not None]
 
-    async def _read_list(self, mine: Key, left: set[str], checks: int) -> None:
+    async def _read_list(self, mine: KeyState, left: set[str], checks: int) -> None:
         at, wanted, seen, pages, bare = self._clock(), len(left), dict[str, BatchSeen](), 0, 0
         query: dict[str, Any] = {"limit": PAGE}
         while left and bare < BARE_PAGES and 2 * pages < checks:
             page, after = parse_page(await self._call(mine, "list", THE_LIST, **query))
             if any(b.batch_id in mine.finished and outcome(b) is None for b in page):
-                mine.list = Listing()
+                mine.list = BatchListing()
                 raise OpenAIError("it shows a finished batch as unfinished")
             here = {batch.batch_id: batch for batch in page if batch.batch_id in left}
             left, pages, bare = left - here.keys(), pages + 1, 0 if here else bare + 1
             seen |= here
-            mine.list = Listing(at, seen, wanted)  # what came counts where a later page fails
+            mine.list = BatchListing(at, seen, wanted)  # what came counts where a later page fails
             if after is None:
                 break
             query["after"] = after
@@ -5654,7 +5676,12 @@ class OpenAI:
             mine.list_from = at + LIST_AGAIN
 
     async def _call(
-        self, mine: Key, kind: Literal["retrieve", "list"], about: str, *args: str, **query: Any
+        self,
+        mine: KeyState,
+        kind: Literal["retrieve", "list"],
+        about: str,
+        *args: str,
+        **query: Any,
     ) -> Any:
         """The JSON that a call brings, within what its key may do: so many at once and a minute,
         none while it rests, and then one alone. Raises OpenAIError."""
@@ -5662,31 +5689,31 @@ class OpenAI:
 
         async with mine.slots:
             if mine.budget is not None:
-                self._admit(mine, about)
+                self._refuse_while_paused(mine, about)
                 await mine.budget.acquire()
             while mine.trial is not None:
                 await mine.trial.wait()
-            self._admit(mine, about)
+            self._refuse_while_paused(mine, about)
             mine.trial = trial = asyncio.Event() if mine.pause else None
             try:
                 async with self._slots:
                     self.on_request(kind)
                     answer = await getattr(mine.batches, kind)(*args, **query)
                 said = f"OpenAI's answer about {about}"
-                data = read_answer(answer.http_response, OpenAIError, said)
+                data = parse_json_answer(answer.http_response, OpenAIError, said)
             except (openai.OpenAIError, OpenAIError) as e:
                 found = [x for x in (e, e.__cause__) if isinstance(x, OpenAIError)]
-                error = found[0] if found else OpenAIError(f"OpenAI about {about}: {short(e)}")
-                mine.learn(about, error, self._clock(), trial=trial is not None)
+                error = found[0] if found else OpenAIError(f"OpenAI about {about}: {one_line(e)}")
+                mine.record_outcome(about, error, self._clock(), trial=trial is not None)
                 raise error from e
             finally:
                 if trial is not None:
                     mine.trial = None
                     trial.set()
-            mine.learn(about, None, self._clock(), trial=trial is not None)
+            mine.record_outcome(about, None, self._clock(), trial=trial is not None)
             return data
 
-    def _admit(self, mine: Key, about: str) -> None:
+    def _refuse_while_paused(self, mine: KeyState, about: str) -> None:
         """Raises OpenAIError while the key rests, which for what failed is twice as long."""
         wait = mine.until - self._clock() + mine.pause * (about in mine.failed)
         if mine.pause and wait > 0:
@@ -5708,7 +5735,7 @@ class OpenAI:
 # monotonic clock. Before a trigger is sent again, one search more looks without that bound. The
 # index lags: that it shows nothing proves something only after the settle window (`Steps`).
 
-AT_ONCE = 8  # calls to a stack: one that hangs costs no other anything
+CALLS_PER_STACK = 8  # calls to a stack: one that hangs costs no other anything
 SEARCH_SLACK = 300.0  # s before the first POST that a search begins
 SEARCH_PAGE = 200  # jobs in one page of a search; of these ANSWER_BYTES hold 20 KB each
 SEARCH_PAGES = 20  # of one search
@@ -5738,15 +5765,15 @@ class Action(Protocol):
         ...
 
 
-def keboola_job(data: Any) -> KeboolaJob:
+def parse_keboola_job(data: Any) -> KeboolaJob:
     """A Job of the queue's description; one without id, status and isFinished is unreadable."""
     given, status, ended = (value_at(data, name) for name in ("id", "status", "isFinished"))
     known = type(given) is int or (isinstance(given, str) and given.isprintable() and given)
     if not known or not isinstance(status, str) or not isinstance(ended, bool):
         raise KeboolaError("Keboola's answer is not a job: it has no id, status and isFinished")
     message = value_at(data, "result.message")
-    listed = status if status in KEBOOLA_STATUSES else short(status)
-    return KeboolaJob(str(given), listed, ended, short(message) if message else None)
+    listed = status if status in KEBOOLA_STATUSES else one_line(status)
+    return KeboolaJob(str(given), listed, ended, one_line(message) if message else None)
 
 
 def purpose_of(job: Any) -> tuple[str | None, tuple[str | None, list[str]]]:
@@ -5775,7 +5802,7 @@ def queue_url(stack: str, index: Any) -> str:
         local = parts.hostname in LOOPBACK and stack.startswith("http:")
         if not parts.query and (parts.scheme == "https" or local):
             return found.rstrip("/")
-    said = f"found {short(urls[0], 100)!r}" if urls else "found no service with the id queue"
+    said = f"found {one_line(urls[0], 100)!r}" if urls else "found no service with the id queue"
     raise KeboolaError(f"{stack} names no job queue that a token may go to: {said}", sent=False)
 
 
@@ -5795,14 +5822,18 @@ class Keboola:
         return None if ahead is None else ahead + self._clock()
 
     async def send(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
-        return keboola_job(await self._call("POST", trigger, "jobs", secret, content=trigger.body))
+        return parse_keboola_job(
+            await self._call("POST", trigger, "jobs", secret, content=trigger.body)
+        )
 
     async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
         wanted = str(trigger.keboola_job_id)
         path = f"jobs/{quote(wanted, safe='')}"
-        job = keboola_job(await self._call("GET", trigger, path, secret))
+        job = parse_keboola_job(await self._call("GET", trigger, path, secret))
         if job.id != wanted:
-            raise KeboolaError(f"Keboola's answer about job {wanted} is about {short(job.id, 80)}")
+            raise KeboolaError(
+                f"Keboola's answer about job {wanted} is about {one_line(job.id, 80)}"
+            )
         return job
 
     async def storage(self, stack: str, token: SecretValue, path: str) -> Any:
@@ -5836,7 +5867,7 @@ class Keboola:
                 found, purpose = purpose_of(job)
                 same = found and purpose == wanted and str(value_at(job, "id")) not in known
                 if found == trigger.id or same:
-                    return keboola_job(job)
+                    return parse_keboola_job(job)
             oldest = str(value_at(jobs[-1], "createdTime")) if jobs else ""
             if len(jobs) < SEARCH_PAGE or (anytime and oldest < keboola_time(since - UNBOUNDED)):
                 return None
@@ -5871,7 +5902,7 @@ class Keboola:
         about = f"{method} {urlsplit(url).path}"
         bounds: dict[str, Any] = {"deadline": CALL_DEADLINE, "limit": ANSWER_BYTES, "about": about}
         try:
-            answer = await ask(
+            answer = await http_request(
                 self._client, KeboolaError, "Keboola", method, url, **bounds | request
             )
         except KeboolaError as e:
@@ -5880,7 +5911,7 @@ class Keboola:
             raise
         if (date := unix_time(answer.headers.get("date"))) is not None:
             self._ahead[stack] = date - self._clock()
-        return read_answer(answer, KeboolaError, f"Keboola's answer about {about}")
+        return parse_json_answer(answer, KeboolaError, f"Keboola's answer about {about}")
 
     async def close(self) -> None:
         for asked in self._queues.values():
@@ -5897,7 +5928,7 @@ SOURCE_DEADLINE = 120.0  # s for one answer of a source
 DOWNLOAD_DEADLINE = 3600.0  # s for a file behind a URL
 
 
-def shown_url(url: str) -> str:
+def without_query(url: str) -> str:
     """A URL without its query, which may hold what is nobody's business."""
     return url.partition("?")[0]
 
@@ -5946,7 +5977,7 @@ async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[S3Ob
     except (obstore.exceptions.BaseError, OSError) as e:  # which says pages
         said = str(e)
         why = MESSAGE_IN_XML.search(said) or re.search('message: "(.*?)"', said)
-        text = f"{source.path}: {short(why[1] if why else said.partition(chr(10))[0])}"
+        text = f"{source.path}: {one_line(why[1] if why else said.partition(chr(10))[0])}"
         status = re.search(r"status code: (\d+)", said)
         raise SourceError(text, status=int(status[1]) if status else None) from None
     if not found:
@@ -5983,10 +6014,10 @@ class Web:
             secret = None  # which has signed the URL
         await self._turn(origin_of(url), source.max_requests_per_minute)
         patience = float(source.timeout or SOURCE_DEADLINE)
-        return await ask(
+        return await http_request(
             self._client,
             SourceError,
-            shown_url(url),
+            without_query(url),
             "GET",
             url,
             deadline=patience if sink is None else max(patience, DOWNLOAD_DEADLINE),
@@ -6047,7 +6078,7 @@ def read_json(body: bytes) -> Any:
             parse_int=lambda text: int(text) if len(text) <= DIGITS else Decimal(text),
         )
     except (ValueError, RecursionError) as e:
-        raise SourceError(f"the answer is not JSON: {short(e)}: {short(body[:80])}") from e
+        raise SourceError(f"the answer is not JSON: {one_line(e)}: {one_line(body[:80])}") from e
 
 
 def to_json(value: Any) -> bytes:
@@ -6062,7 +6093,7 @@ def to_json(value: Any) -> bytes:
         raise BadRecord(said) from None
 
 
-def any_json(value: Any) -> bytes:
+def lenient_json(value: Any) -> bytes:
     """JSON also of what `to_json` refuses, to keep it with the rejected records."""
     try:
         return json.dumps(value, separators=(",", ":"), default=str).encode()
@@ -6126,7 +6157,7 @@ UNIX_RANGE = range(946_684_800, 4_102_444_800)  # from 2000 to 2100; the units d
 
 
 @lru_cache(maxsize=4096)
-def moment(text: str, order: str | None = None) -> datetime:
+def parse_datetime(text: str, order: str | None = None) -> datetime:
     """The moment that a text says, in its own zone; without one it is UTC. `order` (dmy or mdy)
     says how 03/04/2024 is meant. Raises ValueError, and OverflowError beyond the calendar."""
     if len(text) > 100:  # characters; JavaScript's has some 60
@@ -6148,7 +6179,7 @@ def moment(text: str, order: str | None = None) -> datetime:
             zone = timezone(-offset if found[7] == "-" else offset)
         text = f"{text[: found.start()]} {text[found.end() :]}"
     day = re.sub(rf"^{WEEKDAY}[\s,]+", "", " ".join(text.replace(",", " ").split()), flags=re.I)
-    return day_of(day, order).replace(tzinfo=zone) + clock
+    return parse_day(day, order).replace(tzinfo=zone) + clock
 
 
 def unix_unit(text: str) -> int | None:
@@ -6157,7 +6188,7 @@ def unix_unit(text: str) -> int | None:
     return next((unit for unit in UNIX_UNITS if int(number) // unit in UNIX_RANGE), None)
 
 
-def day_of(text: str, order: str | None) -> datetime:
+def parse_day(text: str, order: str | None) -> datetime:
     """The day that a text without a time says. Raises ValueError."""
     if re.fullmatch(r"\d{8}|\d{4}(-W\d\d-|W\d\d)\d", text, re.ASCII):
         return datetime.fromisoformat(text)
@@ -6187,7 +6218,7 @@ def utc_text(value: Any, order: str | None = None) -> str:
         if USUAL_DATE.fullmatch(text):
             datetime.fromisoformat(text)
             return text
-        return moment(text, order).astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
+        return parse_datetime(text, order).astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
     except (OverflowError, ValueError) as e:
         raise ValueError(str(e) if str(e).startswith("a date") else "a date") from None
 
@@ -6233,7 +6264,7 @@ class Mapper:
                 dated = name == "published_at"
                 made[name] = utc_text(value, self.source.dates) if dated else plain_text(value)
             except ValueError as e:
-                raise BadRecord(f"{name}: found {cut(value)}; allowed: {e}") from None
+                raise BadRecord(f"{name}: found {repr_excerpt(value)}; allowed: {e}") from None
         whole = {"source": self.name, "source_id": source_id, **made, "metadata": metadata}
         return to_json(whole)
 
@@ -6261,7 +6292,7 @@ def id_text(field: str, value: Any) -> str:
     try:
         text = plain_text(value)
     except ValueError as e:
-        raise BadRecord(f"{field}: found {cut(value)}; allowed: {e}") from None
+        raise BadRecord(f"{field}: found {repr_excerpt(value)}; allowed: {e}") from None
     if not text.strip():
         raise BadRecord(f"no id: {field} is empty")
     return text
@@ -6274,44 +6305,44 @@ def drift(known: Mapping[str, Any], seen: Fields) -> list[str]:
     """What is new or gone in the fields `seen`; nothing where none are known."""
     if not known or not seen:
         return []
-    notes = [f"new field {cut(name)}" for name in seen if name not in known]
+    notes = [f"new field {repr_excerpt(name)}" for name in seen if name not in known]
     gone = (name for name, always in known.items() if always is True and name not in seen)
-    return notes + [f"field {cut(name)} is gone" for name in gone]
+    return notes + [f"field {repr_excerpt(name)} is gone" for name in gone]
 
 
-def learned(known: Mapping[str, Any], seen: Fields) -> dict[str, Any]:
+def learn_fields(known: Mapping[str, Any], seen: Fields) -> dict[str, Any]:
     """What is known of the fields after some more records."""
     both = dict.fromkeys([*known, *seen]) if seen else known
     return {n: known.get(n, not known) is True and (not seen or seen.get(n, False)) for n in both}
 
 
-LAST = 1 << 53  # the number of no record
+BEYOND_ALL_RECORDS = 1 << 53  # the number of no record
 Row = tuple[int, str, Any, bytes, bytes]  # its number, id, itself, itself as JSON, hash of that
 Known = Mapping[str, tuple[bytes, bool]]  # by id: hash, and whether this run has written it
 
 
-def prepare(mapper: Mapper, fetched: Fetched) -> tuple[list[Row], list[Rejected], Fields]:
+def identify_records(mapper: Mapper, fetched: Fetched) -> tuple[list[Row], list[Rejected], Fields]:
     """Identify and hash; for a thread."""
     rows, rejects = list[Row](), [*fetched.rejects]
     for number, record in fetched.records:
         try:
             if not isinstance(record, dict):
-                raise BadRecord(f"found {cut(record)}; allowed: an object")
+                raise BadRecord(f"found {repr_excerpt(record)}; allowed: an object")
             text = to_json(record)
             if is_deeper(record, NESTED):
                 raise BadRecord(f"nested more than {NESTED} deep")
             rows.append((number, mapper.identify(record), record, text, mapper.hash(text)))
         except BadRecord as e:
-            rejects.append(rejected(fetched, number, e, any_json(record)))
+            rejects.append(reject_record(fetched, number, e, lenient_json(record)))
     found = Counter(itertools.chain.from_iterable(row[2] for row in rows))
     return rows, rejects, {name: count == len(rows) for name, count in found.items()}
 
 
-def rejected(fetched: Fetched, number: int, error: BadRecord, record: bytes) -> Rejected:
+def reject_record(fetched: Fetched, number: int, error: BadRecord, record: bytes) -> Rejected:
     return Rejected(f"{fetched.label} {number}", str(error), record.decode(), number)
 
 
-def finish(
+def normalize_records(
     mapper: Mapper, fetched: Fetched, rows: Sequence[Row], rejects: list[Rejected], known: Known
 ) -> tuple[Chunk, list[str]]:
     """Normalize what is not `known` by its hash, and tell which ids came twice with other values;
@@ -6330,7 +6361,7 @@ def finish(
             unified[key] = key, mapper.unify(record, key).decode(), digest
             now[key] = digest, True
         except BadRecord as e:
-            rejects.append(rejected(fetched, number, e, text))
+            rejects.append(reject_record(fetched, number, e, text))
             now[key] = b"", True
         raws[key] = key, text.decode(), bool(now[key][0])
     rejects.sort(key=lambda rejected: rejected.number)
@@ -6340,7 +6371,7 @@ def finish(
     return Chunk(fetched, [*raws.values()], [*unified.values()], rejects, counts), twice
 
 
-def failed_too_many(limit: str | None, failed: int, processed: int, *, ended: bool) -> bool:
+def exceeds_max_failed(limit: str | None, failed: int, processed: int, *, ended: bool) -> bool:
     """Whether the rejected records are more than `max_failed` allows; a share is judged from
     CHUNK_ROWS records on, and at the end."""
     if limit is None:
@@ -6393,7 +6424,7 @@ def column_names(row: Sequence[str]) -> list[str]:
     return [*names]
 
 
-def natural(path: str) -> list[tuple[int, str]]:
+def natural_order(path: str) -> list[tuple[int, str]]:
     """What sorts export-9 before export-10."""
     return [(int(t), t) if t.isdecimal() else (0, t) for t in re.split(r"(\d+)", path)]
 
@@ -6426,12 +6457,12 @@ class LongLine(str):
 
 
 @contextlib.contextmanager
-def readable(part: str) -> Iterator[None]:
+def reading_errors(part: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error, UnicodeError) as e:
         why = (e.strerror if isinstance(e, OSError) else None) or str(e)
-        raise SourceError(f"{part} cannot be read: {short(why)}", status=400) from e
+        raise SourceError(f"{part} cannot be read: {one_line(why)}", status=400) from e
 
 
 def validators_of(got: httpx2.Response) -> dict[str, str] | None:
@@ -6510,7 +6541,7 @@ class CsvFile:
         self.columns = column_names([name.encode(errors="replace").decode() for name in row])
         self._begin = len(self._taken)
         self.notes += [
-            f"column {place} {cut(text)} of {self.part} is called {cut(name)}"
+            f"column {place} {repr_excerpt(text)} of {self.part} is called {repr_excerpt(name)}"
             for place, (text, name) in enumerate(zip(row, self.columns, strict=True), 1)
             if text.strip() != name
         ]
@@ -6637,7 +6668,7 @@ class CsvFile:
                 continue
             records.append((self._line + begin + 1, dict(zip(columns, row, strict=True))))
         self._settle()
-        span = first, LAST if self.ended else self._line
+        span = first, BEYOND_ALL_RECORDS if self.ended else self._line
         state: dict[str, Any] = dict(zip(("position", "line"), self._safe, strict=True))
         state |= {"digest": self._digest.hexdigest(), "done": self.ended}
         share = min(self._file.tell() / self._size, 1.0) if self._size else 1.0
@@ -6695,7 +6726,7 @@ class CsvFile:
         return Rejected(f"{self.part} line {number}", reason, shown, number)
 
 
-class Means(NamedTuple):
+class SourceTools(NamedTuple):
     """What a reader of a source works with. A reader is an object whose `read(states)` yields
     Fetched, one after the other, from where `states` say that its parts were left."""
 
@@ -6715,7 +6746,7 @@ class Files:
     rewritten or is gone, or changed records, those that may have to win over it are read again."""
 
     def __init__(
-        self, source: CsvSource, means: Means, base: Path, allowed: Callable[[Path], bool]
+        self, source: CsvSource, means: SourceTools, base: Path, allowed: Callable[[Path], bool]
     ) -> None:
         self.source, self.means, self.base, self.allowed = source, means, base, allowed
         self.parts: Collection[str] | None = None  # those that there are
@@ -6724,12 +6755,12 @@ class Files:
         """From where `states` say that parts were left. Raises SourceError, for a file that cannot
         be read once the others are."""
         if self.source.remote:
-            url, part = self.source.path, shown_url(self.source.path)
+            url, part = self.source.path, without_query(self.source.path)
             async for fetched in self._download(url, part, states.get(part, {})):
                 yield fetched
             return
         find = self._find_objects() if self.source.in_s3 else self.means.work(self._find)
-        files, failures = sorted(await find, key=lambda file: natural(file[1])), list[str]()
+        files, failures = sorted(await find, key=lambda file: natural_order(file[1])), list[str]()
         self.parts = {part for _, part in files}
         gone = states.keys() - {part for _, part in files}
         if gone or (len(files) > 1 and await self.means.work(self._rewritten, files, states)):
@@ -6744,9 +6775,9 @@ class Files:
             if self.means.counts["updated"] > before:
                 states = {}
         for part in gone:
-            yield Fetched(f"{part} line", [], [], (0, LAST), part)
+            yield Fetched(f"{part} line", [], [], (0, BEYOND_ALL_RECORDS), part)
         if failures:
-            raise SourceError(short("; ".join(failures)), status=400)
+            raise SourceError(one_line("; ".join(failures)), status=400)
 
     async def _find_objects(self) -> list[tuple[S3Object, str]]:
         return [(each, each.name) for each in await self.means.objects()]
@@ -6772,7 +6803,7 @@ class Files:
         """Whether one of the files did not only grow; of an object, whether it is another one."""
         now = self.means.clock()
         for path, part in files:
-            with contextlib.suppress(SourceError), readable(part):
+            with contextlib.suppress(SourceError), reading_errors(part):
                 if part in states and not is_unchanged(path, states[part], now):
                     if isinstance(path, S3Object):
                         if states[part].get("done"):
@@ -6788,7 +6819,7 @@ class Files:
         self, path: Path | S3Object, part: str, state: Mapping[str, Any]
     ) -> AsyncGenerator[Fetched]:
         now = self.means.clock()
-        with readable(part):
+        with reading_errors(part):
             if await self.means.work(is_unchanged, path, state, now):
                 return
             if isinstance(path, S3Object):
@@ -6813,7 +6844,7 @@ class Files:
             if got.status_code == 304:
                 return
             sink.seek(0)
-            with readable(part):
+            with reading_errors(part):
                 async for fetched in self._read(sink, part, state, told or validators_of(got)):
                     yield fetched
 
@@ -6846,9 +6877,9 @@ class Files:
         if not self.means.checkpoint.fields:  # later on it is drift that one is gone
             wanted |= {*self.source.fields.values()}
         if missing := sorted(wanted - {*file.columns}):
-            there = ", ".join(map(cut, file.columns))
-            said = f"{file.part} has no column {', '.join(map(cut, missing))}; there are: {there}"
-            raise SourceError(said, status=400)
+            lists = (missing, file.columns)
+            lacks, there = (", ".join(map(repr_excerpt, names)) for names in lists)
+            raise SourceError(f"{file.part} has no column {lacks}; there are: {there}", status=400)
 
 
 # ── Ingest: pages ─────────────────────────────────────────────────────────────────────────────
@@ -6892,12 +6923,12 @@ LINK = re.compile(
 )
 
 
-def signs_in(answer: Any, path: str = "", depth: int = 3) -> Iterator[tuple[str, str, Any]]:
+def scalars_in(answer: Any, path: str = "", depth: int = 3) -> Iterator[tuple[str, str, Any]]:
     """The single values of an answer: their dotted paths, names as letters alone, and they."""
     for key, value in answer.items() if isinstance(answer, dict) and depth else ():
         where = f"{path}.{key}".lstrip(".")
         if isinstance(value, dict):
-            yield from signs_in(value, where, depth - 1)
+            yield from scalars_in(value, where, depth - 1)
         name = re.sub("[^a-z]", "", str(key).lower())
         yield where, name, value.get("href") if isinstance(value, dict) else value
 
@@ -6907,7 +6938,7 @@ class Pages:
 
     parts: Collection[str] | None = None  # what they are is known after a whole run
 
-    def __init__(self, source: ApiSource, means: Means, since: str | None) -> None:
+    def __init__(self, source: ApiSource, means: SourceTools, since: str | None) -> None:
         self.source, self.means, self.since = source, means, since
         self.paging = source.next or Paging.model_validate("link")
         self.numbered = self.paging.type in ("page", "offset")
@@ -6944,7 +6975,7 @@ class Pages:
             for fetched in self._fetched(items, number):
                 yield fetched
             link = self._next(got, answer, items)
-            url = resolved(str(got.url), link) if link else None
+            url = next_page_url(str(got.url), link) if link else None
             if stale >= SAME_PAGES or (not items and self.numbered):
                 if url and not self.numbered:
                     self._in_circles(f"pages {number - 1} and {number}", items)
@@ -6966,8 +6997,8 @@ class Pages:
     def _open(self, body: bytes, number: int) -> tuple[Any, list[Any], bytes]:
         answer = read_json(body)
         items = self._list_in(answer, may_lack=number > 1 or self.since is not None)
-        self._signs = [*signs_in(answer)]
-        return answer, items, digest_of(any_json(items))
+        self._signs = [*scalars_in(answer)]
+        return answer, items, digest_of(lenient_json(items))
 
     def _list_in(self, answer: Any, *, may_lack: bool) -> list[Any]:
         """The list of records in an answer. Without a path the answer itself, or the only list in
@@ -6983,9 +7014,13 @@ class Pages:
         if may_lack and not lists and (found is None or found is block):
             return []
         if self._items is not None:
-            said = f"there is no list at {self._items!r} in the answer: {cut(answer)}"
+            said = f"there is no list at {self._items!r} in the answer: {repr_excerpt(answer)}"
         else:
-            there = f"lists are at: {short(', '.join(lists))}" if lists else f"found {cut(answer)}"
+            there = (
+                f"lists are at: {one_line(', '.join(lists))}"
+                if lists
+                else f"found {repr_excerpt(answer)}"
+            )
             said = f"the answer is no list; `items` says where it is; {there}"
         raise SourceError(said, status=400)
 
@@ -6999,7 +7034,11 @@ class Pages:
         for start in range(0, len(items), CHUNK_ROWS):
             some = [*enumerate(items[start : start + CHUNK_ROWS], start + 1)]
             last = start + CHUNK_ROWS >= len(items)
-            span = (start, LAST if last else start + CHUNK_ROWS) if self.since is None else None
+            span = (
+                (start, BEYOND_ALL_RECORDS if last else start + CHUNK_ROWS)
+                if self.since is None
+                else None
+            )
             yield Fetched(f"page {number} record", some, [], span)
 
     def _url(self, query: Mapping[str, str]) -> str:
@@ -7045,7 +7084,7 @@ class Pages:
         if cursor in (None, "", False):
             return None
         if not isinstance(cursor, str):
-            cursor = any_json(cursor).decode()
+            cursor = lenient_json(cursor).decode()
         elif re.match("https?://" if paging.param else "https?://|[/?]", cursor):
             return cursor
         name = paging.param or ("starting_after" if last else "cursor")
@@ -7072,8 +7111,10 @@ class Pages:
         path = paging.path or "next_cursor"
         more = self._says_more(answer, got) if got is not None and not self.numbered else ""
         if not self._met and paging.type == "cursor" and self._taken:
-            there = ", ".join(map(str, answer)) if isinstance(answer, dict) else cut(answer)
-            said = f"there is no {path} in the answer; there are {short(there)}"
+            there = (
+                ", ".join(map(str, answer)) if isinstance(answer, dict) else repr_excerpt(answer)
+            )
+            said = f"there is no {path} in the answer; there are {one_line(there)}"
             self._complain(said, mistake=bool(more) or not self.means.checkpoint.records)
         elif more and not url:
             said = f"the answer says by {more} that there is more; `next` says how to ask for it"
@@ -7109,11 +7150,11 @@ class Pages:
         self.means.note(said)
 
 
-def resolved(base: str, link: str) -> str:
+def next_page_url(base: str, link: str) -> str:
     try:
         return clean_url(urljoin(base, link))
     except ValueError as e:
-        said = f"the next page cannot be asked for: {short(link)} is no URL"
+        said = f"the next page cannot be asked for: {one_line(link)} is no URL"
         raise SourceError(said, status=400) from e
 
 
@@ -7130,20 +7171,20 @@ SINCE_FORMS = (
 )
 
 
-def latest(records: Iterable[Any], path: str) -> tuple[str, float] | None:
+def greatest_timestamp(records: Iterable[Any], path: str) -> tuple[str, float] | None:
     """The greatest time stamp among records: as it came, and in unix seconds."""
     pick, found = picker(path), list[tuple[str, float]]()
     for value in (pick(record) for record in records if isinstance(record, dict)):
         with contextlib.suppress(ValueError, OverflowError):
             if type(value) in (str, int, float):
-                found.append((str(value), moment(str(value).strip()).timestamp()))
+                found.append((str(value), parse_datetime(str(value).strip()).timestamp()))
     return max(found, key=lambda mark: mark[1], default=None)
 
 
 def since_text(text: str, at: float, since: Since) -> str:
     """The moment `at`, less the overlap, in the form that `text` has, or in the one that was
     asked for; rounded down."""
-    own = moment(text.strip())
+    own = parse_datetime(text.strip())
     if at < own.timestamp():  # of a clock that is ahead
         kept = re.search(r":\d\d[.,]\d", text) is not None  # a fraction, which is sent as it is
         own = datetime.fromtimestamp(math.floor(at) - kept, own.tzinfo)
@@ -7157,7 +7198,7 @@ def since_text(text: str, at: float, since: Since) -> str:
     for pattern, directive in SINCE_FORMS:
         form = re.sub(pattern, directive, form, count=1)
     known = "%d" in form and not re.search(r"\d\s*[ap]\.?m", text, re.IGNORECASE)
-    same = known and moment(text.strip()).strftime(form) == text.strip()
+    same = known and parse_datetime(text.strip()).strftime(form) == text.strip()
     return before.strftime(form) if same else iso(math.floor(before.timestamp()))
 
 
@@ -7253,8 +7294,8 @@ class Metrics:
 # ── Steps ─────────────────────────────────────────────────────────────────────────────────────
 
 FIX_IT = "fix the cause, then run `job retry`"
-HELD = "on hold: run `job retry` to search again and resend if missing"
-TOGETHER_NEWS = 20  # checks with news that are written in one transaction, which takes some 5 ms
+ON_HOLD = "on hold: run `job retry` to search again and resend if missing"
+NEWS_PER_TRANSACTION = 20  # checks with news: to write so many takes some 5 ms
 OUTPUT_AGAIN = 15.0  # s until a batch without its output file is looked at again
 REFUSED_LONG = 4 * 3600.0  # s that Keboola may refuse to search for a trigger before it is held
 
@@ -7287,23 +7328,25 @@ class Steps:
         keboola: Keboola,
         web: Web,
         clock: Callable[[], float] = time.time,
-        luck: Callable[[], float] = random.random,
-        steady: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.store, self.vault = config, store, vault
         self.openai, self.keboola, self.web = openai, keboola, web
         self._actions: Mapping[str, Action] = {"keboola": keboola}  # by Trigger.kind
         # Places among the calls to a stack, taken before a claim: what waits for one is not sent.
-        self._turns = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(AT_ONCE))
+        self._turns = defaultdict[str, asyncio.Semaphore](
+            partial(asyncio.Semaphore, CALLS_PER_STACK)
+        )
         self.ingesting: set[int] = set()  # ids of jobs whose run goes on
         self.stopping = False  # runs end at their next chunk
         self._ingest_slots = asyncio.Semaphore(INGESTS_AT_ONCE)
-        self.clock, self.luck, self._steady = clock, luck, steady
+        self.clock, self.jitter, self.monotonic = clock, jitter, monotonic
         self.metrics = Metrics()
         openai.on_request = lambda kind: self.metrics.openai_requests.labels(kind).inc()
         self.on_finished: Callable[[Collection[int]], None] = lambda job_ids: None
         self._first_used: dict[int, SealedSecret] = {}  # still to be noted
-        self._unknown: dict[str, float] = {}  # triggers, and since when on the steady clock
+        self._unknown: dict[str, float] = {}  # triggers, and since when on the monotonic clock
         self._singly: set[int] = set()  # jobs whose batches are to be asked for without a list
 
     async def step(self, job_id: int, *, asked: bool = False) -> StepResult:
@@ -7357,7 +7400,7 @@ class Steps:
         low, high = s.min_poll_interval, s.max_poll_interval
         return auto_interval(batches, now, low, high) if auto else None
 
-    def usual(self, job: Job | None) -> float:
+    def interval_of(self, job: Job | None) -> float:
         """A job's interval, or the default where it has none of its own."""
         own = job.spec.poll_interval if job is not None else "auto"
         return float(self.config.settings.default_poll_interval if own == "auto" else own)
@@ -7383,31 +7426,34 @@ class Steps:
         asked for singly."""
         try:
             key = await self._secret(secret)
-            names = self.openai.known_as(key, secret)
+            names = self.openai.register_secret(key, secret)
         except (SecretError, OpenAIError):
             return {}  # each tells it in its own step
         count, now = self.openai.listing(key)[1].wanted, self.clock()
-        self._singly.update(row.id for row in rows if is_turn(row.id, row.pace, count, now))
+        self._singly.update(
+            row.id for row in rows if is_turn_to_confirm(row.id, row.pace, count, now)
+        )
         rows = [row for row in rows if row.id not in self._singly]
         error = await self._refresh_list(key, names, rows)
         done, news, now = dict[int, StepResult](), list[CheckResult](), self.clock()
         for row in rows:
-            batches = self._listed(key, row, now)
+            batches = self._batches_from_list(key, row, now)
             if batches == row.batches and not row.last_error and not remarks(batches, now):
                 pace = self._pace(not row.interval, batches, now)
                 at = now + (wait := pace or row.pace)
-                self.store.note(UnchangedCheck(row.id, row.revision, row.round, now, at, pace))
+                quiet = UnchangedCheck(row.id, row.revision, row.round, now, at, pace)
+                self.store.keep_quiet(quiet)
                 done[row.id] = StepResult(wait, "no news")
             elif (batches is not None or error is not None) and not row.damage:
                 errors = [error] if batches is None and error is not None else []
-                news.append(self._concluded(row, batches or row.batches, errors))
+                news.append(self._conclude(row, batches or row.batches, errors))
         self.metrics.checks.labels("waiting").inc(len(done))
         self.store.sums["checks"] += len(done)
         news = [check for check in news if check.verdict.event is None]
-        for at in range(0, len(news), TOGETHER_NEWS):  # others take their turns in between
-            some = news[at : at + TOGETHER_NEWS]
+        for at in range(0, len(news), NEWS_PER_TRANSACTION):  # others take their turns in between
+            some = news[at : at + NEWS_PER_TRANSACTION]
             recorded = await self.store.record_checks(some)
-            done |= {c.job.id: self._told(c, c.job.id in recorded) for c in some}
+            done |= {c.job.id: self._count_check(c, c.job.id in recorded) for c in some}
         await self._note_uses()
         return done
 
@@ -7417,21 +7463,21 @@ class Steps:
         """Read the list of the key's batches, unless the last one will do, or single requests are
         fewer; the error, if these would meet it too."""
         now = self.clock()
-        stale = [row for row in rows if self._listed(key, row, now) is None]
+        stale = [row for row in rows if self._batches_from_list(key, row, now) is None]
         checks = sum(len(open_batches(row.batches, now)) for row in stale)
         if checks <= 2 or not self.openai.may_list(key):  # two single ones cost no more than a page
             return None
         until = now + min(row.pace for row in stale) / 2
-        wanted, worth = await self.store.watched(names, until)
+        wanted, worth = await self.store.watched_batches(names, until)
         try:
             finished = await self.openai.read_list(key, wanted, max(checks, worth))
         except OpenAIError as e:
             return e
         if finished:  # their jobs need not wait until they are due
-            self.on_finished(await self.store.watchers(names, finished))
+            self.on_finished(await self.store.jobs_watching(names, finished))
         return None
 
-    def _listed(self, key: SecretValue, row: Job, now: float) -> list[Batch] | None:
+    def _batches_from_list(self, key: SecretValue, row: Job, now: float) -> list[Batch] | None:
         """The batches as the last list has them; None where it is too old, or does not show that
         all of them go on."""
         age, listing = self.openai.listing(key)
@@ -7440,17 +7486,19 @@ class Steps:
             return None
         if any(s is None or outcome(s) is not None for s in seen.values()):
             return None
-        return [merged(b, s, now) if (s := seen.get(b.batch_id)) else b for b in row.batches]
+        return [
+            batch_after_answer(b, s, now) if (s := seen.get(b.batch_id)) else b for b in row.batches
+        ]
 
     async def _check(self, row: Job, asked: bool) -> StepResult:
         batches, errors = await self._ask(row, asked or row.id in self._singly)
         self._singly.discard(row.id)
-        check = self._concluded(row, batches, errors)
+        check = self._conclude(row, batches, errors)
         if check.trigger is not None:
-            trigger = await self.store.doubted(check.trigger, batches)
+            trigger = await self.store.unknown_if_restored(check.trigger, batches)
             check = replace(check, trigger=trigger)
         recorded = await self.store.record_check(check)
-        result = self._told(check, recorded)
+        result = self._count_check(check, recorded)
         if recorded and check.trigger is not None:
             row.errors_in_row = 0
             return await self._advance(row, check.trigger)
@@ -7461,7 +7509,7 @@ class Steps:
         found, errors = dict[str, Batch](), list[TeckoError]()
         try:
             key = await self._secret(row.secret)
-            self.openai.known_as(key, row.secret)
+            self.openai.register_secret(key, row.secret)
             age, listing = self.openai.listing(key)
         except (SecretError, OpenAIError) as e:
             return row.batches, [e]
@@ -7471,25 +7519,25 @@ class Steps:
             try:
                 if seen is None or outcome(seen) is not None:
                     seen = await self.openai.retrieve(key, batch.batch_id)
-                found[batch.batch_id] = merged(batch, seen, self.clock())
+                found[batch.batch_id] = batch_after_answer(batch, seen, self.clock())
             except OpenAIError as e:
                 errors.append(e)
                 if e.status == 404:  # `decide` says when to believe it
-                    found[batch.batch_id] = denied(batch, self.clock())
+                    found[batch.batch_id] = batch_after_404(batch, self.clock())
 
         await asyncio.gather(*map(ask, open_batches(row.batches, self.clock())))
         return [found.get(batch.batch_id, batch) for batch in row.batches], errors
 
-    def _concluded(
+    def _conclude(
         self, row: Job, batches: Sequence[Batch], errors: Sequence[TeckoError]
     ) -> CheckResult:
         """What follows from how the batches are now."""
         now, trigger = self.clock(), None
         verdict = decide(row.watches.watch, batches, now)
         if verdict.event == "fire":
-            trigger = intent(row, batches, verdict, uuid.uuid4().hex, now)
+            trigger = new_trigger(row, batches, verdict, uuid.uuid4().hex, now)
         pace = self._pace(not row.interval, batches, now)
-        interval = pace or self.usual(row)
+        interval = pace or self.interval_of(row)
         wait = max((self._retry(row, e, interval) for e in errors), default=interval)
         if not errors and any(lacks_output(batch, now) for batch in batches):
             wait = min(wait, OUTPUT_AGAIN)
@@ -7497,7 +7545,7 @@ class Steps:
         error = "; ".join(dict.fromkeys(filter(None, said))) or None
         return CheckResult(row, batches, verdict, trigger, error, errors, wait, now, pace)
 
-    def _told(self, check: CheckResult, recorded: bool) -> StepResult:
+    def _count_check(self, check: CheckResult, recorded: bool) -> StepResult:
         """Count a check, and say what came of it."""
         if not recorded:
             self.metrics.checks.labels("dropped").inc()
@@ -7531,8 +7579,8 @@ class Steps:
 
     def _retry(self, job: Job, error: TeckoError, interval: float | None = None) -> float:
         """Seconds until what failed is tried again, after `interval` usually, or the job's own."""
-        usual, settings = interval or self.usual(job), self.config.settings
-        return wait_after_error(error, job.errors_in_row + 1, usual, settings, self.luck())
+        usual, settings = interval or self.interval_of(job), self.config.settings
+        return wait_after_error(error, job.errors_in_row + 1, usual, settings, self.jitter())
 
     async def _record(
         self, trigger: Trigger, event: Event, said: str, **facts: Any
@@ -7568,10 +7616,12 @@ class Steps:
         try:
             job = await self._actions[trigger.kind].send(claimed, token)
         except KeboolaError as e:
-            return await self._not_accepted(row, claimed, e)
-        return await self._accepted(row, claimed, job, f"Keboola job {job.id} started")
+            return await self._record_not_accepted(row, claimed, e)
+        return await self._record_accepted(row, claimed, job, f"Keboola job {job.id} started")
 
-    async def _not_accepted(self, row: Job, trigger: Trigger, error: KeboolaError) -> StepResult:
+    async def _record_not_accepted(
+        self, row: Job, trigger: Trigger, error: KeboolaError
+    ) -> StepResult:
         self._count_error(error)
         event = after_post(error)
         said = str(error)
@@ -7584,35 +7634,37 @@ class Steps:
             return StepResult(self._retry(row, error), said, error)
         return StepResult(None if event == "reject" else 0.0, said, error)
 
-    async def _accepted(self, row: Job, trigger: Trigger, job: KeboolaJob, said: str) -> StepResult:
+    async def _record_accepted(
+        self, row: Job, trigger: Trigger, job: KeboolaJob, said: str
+    ) -> StepResult:
         facts = {"keboola_job_id": job.id, "keboola_status": job.status, "message": None}
         running = await self._record(trigger, "accept", said, **facts)
         if running is not None and job.is_finished:
             return await self._finish(running, job)
-        return StepResult(FOLLOW_FACTOR * self.usual(row), said)
+        return StepResult(FOLLOW_FACTOR * self.interval_of(row), said)
 
     async def _settle(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         """Ask Keboola's search whether a trigger arrived; one that fails counts for nothing. The
-        window is counted on the steady clock, from when this process first saw the trigger so: a
+        window is counted on the monotonic clock, from when this process first saw the trigger so: a
         wall clock that is set would end it early, or never."""
         window, searches = float(self.config.settings.trigger_settle_seconds), trigger.searches + 1
-        since = self._unknown.setdefault(trigger.id, self._steady())
+        since = self._unknown.setdefault(trigger.id, self.monotonic())
         try:
             known = {str(t.keboola_job_id) for t in await self.store.triggers(trigger.job_id)}
             find = partial(self._actions[trigger.kind].find, trigger, token, known)
             job = await find()
-            waited = self._steady() - since
+            waited = self.monotonic() - since
             event = after_search(trigger, waited, window)
             if job is None and event is not None:
                 job = await find(anytime=True)
         except KeboolaError as e:
-            if not is_refusal(e) or self._steady() - since < REFUSED_LONG:
+            if not is_refusal(e) or self.monotonic() - since < REFUSED_LONG:
                 raise
-            said = f"{e}, for {span(REFUSED_LONG)}; {HELD}"
+            said = f"{e}, for {duration_text(REFUSED_LONG)}; {ON_HOLD}"
             await self._record(trigger, "hold", said, message=str(e))
             return StepResult(None, said, e)
         if job is not None:
-            return await self._accepted(
+            return await self._record_accepted(
                 row, trigger, job, f"found Keboola job {job.id} of this trigger"
             )
         if event is None:
@@ -7620,7 +7672,7 @@ class Steps:
             await self.store.note_trigger(trigger, self.clock(), error=said, searches=searches)
             return StepResult(settle_wait(waited, window), said)
         said = f"Keboola's search did not show the trigger in {searches} searches; "
-        said += HELD if event == "hold" else "sending it again"
+        said += ON_HOLD if event == "hold" else "sending it again"
         await self._record(trigger, event, said, searches=searches)
         return StepResult(None if event == "hold" else 0.0, said)
 
@@ -7629,7 +7681,7 @@ class Steps:
         if after_follow(job) is not None:
             return await self._finish(trigger, job)
         await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)
-        wait = FOLLOW_FACTOR * self.usual(row)
+        wait = FOLLOW_FACTOR * self.interval_of(row)
         return StepResult(wait, f"Keboola job {job.id} is {job.status}")
 
     async def _finish(self, trigger: Trigger, job: KeboolaJob) -> StepResult:
@@ -7645,7 +7697,7 @@ class Steps:
     async def _ingest(self, job: Job) -> StepResult:
         """One run of an ingest, from its checkpoint to the end of its source."""
         if job.id in self.ingesting:
-            return StepResult(self.usual(job), "a run goes on already")
+            return StepResult(self.interval_of(job), "a run goes on already")
         self.ingesting.add(job.id)
         try:
             checkpoint = await self.store.checkpoint(job.name)
@@ -7670,7 +7722,7 @@ class Steps:
         except Exception as e:
             error = IngestFailed(f"internal error, see the log: {type(e).__name__}: {e}")
             log.exception("job %s: internal error", job.id)
-        wait = BACKOFF_FIRST if isinstance(error, Interrupted) else self.usual(job)
+        wait = BACKOFF_FIRST if isinstance(error, Interrupted) else self.interval_of(job)
         wait = self._retry(job, error) if isinstance(error, TeckoError) else wait
         said = str(error) or "the program was told to end" if error else None
         end = RunEnd(
@@ -7683,7 +7735,7 @@ class Steps:
             there=ingesting.reader.parts if status == "success" else None,
             forget=isinstance(error, IngestFailed) and error.forget,
         )
-        run = await self.patiently(self.store.end_run, ingesting.run, end, self.clock())
+        run = await self.retry_store(self.store.end_run, ingesting.run, end, self.clock())
         self.metrics.ingest_runs.labels(status).inc()
         for what in COUNTED:
             self.metrics.records.labels(what).inc(getattr(run, f"records_{what}"))
@@ -7693,12 +7745,12 @@ class Steps:
         failure = error if isinstance(error, TeckoError) else None
         return StepResult(wait, f"{said}; {run.summary}" if said else run.summary, failure)
 
-    async def busy(self, work: Callable[..., T], *args: Any) -> T:
-        """Call something that keeps a processor busy, in a thread: one of a few at once."""
+    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        """Call something that keeps a processor in_thread, in a thread: one of a few at once."""
         async with self._ingest_slots:
             return await asyncio.to_thread(work, *args)
 
-    async def patiently(self, ask_store: Callable[..., Awaitable[T]], *args: Any) -> T:
+    async def retry_store(self, ask_store: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Ask the store, however long it stays locked; StoreError once the service stops."""
         for attempt in itertools.count(1):
             try:
@@ -7707,7 +7759,7 @@ class Steps:
                 if self.stopping:
                     raise
                 log.error("an ingest waits for the store: %s", e)
-                await asyncio.sleep(backoff(attempt, STORE_PATIENCE, self.luck()))
+                await asyncio.sleep(backoff(attempt, STORE_PATIENCE, self.jitter()))
         raise AssertionError("counting ended")
 
     async def fetch(
@@ -7719,7 +7771,7 @@ class Steps:
             try:
                 return await self.web.get(source, url, secret, sink=sink, **request)
             except SourceError as e:
-                wait = backoff(attempt, settings.retry_delay, self.luck())
+                wait = backoff(attempt, settings.retry_delay, self.jitter())
                 wait = e.retry_after if e.retry_after is not None else wait
                 passes = not e.permanent or (e.status == 403 and e.retry_after is not None)
                 if not passes or attempt > settings.max_retries or wait > settings.retry_delay:
@@ -7791,10 +7843,12 @@ class Ingesting:
         self._latest: tuple[str, float] | None = None
         folder = steps.config.settings.database.parent
         asks = partial(steps.fetch, self.source), partial(steps.objects, self.source)
-        means = Means(*asks, steps.busy, self.note, steps.clock, self.counts, checkpoint, folder)
+        means = SourceTools(
+            *asks, steps.in_thread, self.note, steps.clock, self.counts, checkpoint, folder
+        )
         self.reader = self._reader(means)
 
-    def _reader(self, means: Means) -> Files | Pages:
+    def _reader(self, means: SourceTools) -> Files | Pages:
         config = self.steps.config
         if isinstance(self.source, CsvSource):
             trusted = self.job.origin == "file"
@@ -7821,11 +7875,12 @@ class Ingesting:
     async def _take(self, fetched: Fetched) -> None:
         steps, (chunk, twice) = self.steps, await self._normalized(fetched)
         save = partial(steps.store.save_chunk, self.run, self.job.revision, self.source.type)
-        if not await steps.patiently(save, chunk, self.fields, steps.clock()):
+        if not await steps.retry_store(save, chunk, self.fields, steps.clock()):
             raise Interrupted("the job was paused, changed or removed while it ran")
         if twice and not self._moved:
             self._moved = True
-            self.note(f"an id came twice with other values, {cut(twice[0])} for one: the last wins")
+            which = repr_excerpt(twice[0])
+            self.note(f"an id came twice with other values, {which} for one: the last wins")
         self._reason = self._reason or next((reject.reason for reject in chunk.rejects), "")
         self.counts.update(chunk.counts)
         self._judge(ended=False)
@@ -7835,23 +7890,23 @@ class Ingesting:
     async def _normalized(self, fetched: Fetched) -> tuple[Chunk, list[str]]:
         """What is to be written, and the ids that came twice with other values."""
         steps, store = self.steps, self.steps.store
-        rows, rejects, fields = await steps.busy(prepare, self.mapper, fetched)
+        rows, rejects, fields = await steps.in_thread(identify_records, self.mapper, fetched)
         self._check_drift(fields)
         if isinstance(self.source, ApiSource) and self.source.since is not None:
             records = [record for _, record in fetched.records]
-            found = await steps.busy(latest, records, self.source.since.field)
+            found = await steps.in_thread(greatest_timestamp, records, self.source.since.field)
             marks = filter(None, (self._latest, found))
             self._latest = max(marks, key=lambda mark: mark[1], default=None)
         ids = {row[1] for row in rows}
-        known = await steps.patiently(store.hashes, self.run, [*ids]) if ids else {}
+        known = await steps.retry_store(store.hashes, self.run, [*ids]) if ids else {}
         if not self.checkpoint.records:  # all that is there came in this run
             known = {key: (digest, True) for key, (digest, _) in known.items()}
-        return await steps.busy(finish, self.mapper, fetched, rows, rejects, known)
+        return await steps.in_thread(normalize_records, self.mapper, fetched, rows, rejects, known)
 
     def _judge(self, *, ended: bool) -> None:
         failed, processed = self.counts["failed"], self.counts["processed"]
         limit = self.source.max_failed
-        if failed_too_many(limit, failed, processed, ended=ended):
+        if exceeds_max_failed(limit, failed, processed, ended=ended):
             said = f"{failed} of {processed} records were rejected"
             raise IngestFailed(f"{said}; allowed: max_failed {limit}", forget=True)
         if ended and 0 < processed == failed:
@@ -7865,7 +7920,7 @@ class Ingesting:
             self.note(note)
         if notes and self.source.on_drift == "freeze":
             raise IngestFailed(f"the fields drifted, and on_drift is freeze: {'; '.join(notes)}")
-        self.fields = learned(self.fields, fields)
+        self.fields = learn_fields(self.fields, fields)
 
     def note(self, text: str) -> None:
         if text not in self.notes and len(self.notes) < MAX_NOTES:
@@ -7908,7 +7963,7 @@ class Finding(NamedTuple):
     said: str  # and, where it is not good, whose fault it is
 
 
-async def found(subject: str, call: Callable[[], Awaitable[str]], missing: str) -> Finding:
+async def probe(subject: str, call: Callable[[], Awaitable[str]], missing: str) -> Finding:
     """What a call says, or what its failure means; `missing`: what a 404 means."""
     try:
         return Finding(subject, True, await call())
@@ -7923,7 +7978,7 @@ async def found(subject: str, call: Callable[[], Awaitable[str]], missing: str) 
         return Finding(subject, False, str(e))
 
 
-Check = tuple[str, Callable[[], Awaitable[str]], str]  # of what, the call, what a 404 means
+Probe = tuple[str, Callable[[], Awaitable[str]], str]  # of what, the call, what a 404 means
 
 
 class Doctor:
@@ -7935,16 +7990,16 @@ class Doctor:
 
     async def examine(self, specs: Sequence[Spec]) -> list[Finding]:
         once = {check[0]: check for spec in specs for check in self._checks(spec)}
-        return list(await asyncio.gather(*(found(*check) for check in once.values())))
+        return list(await asyncio.gather(*(probe(*check) for check in once.values())))
 
-    def _checks(self, spec: Spec) -> Iterator[Check]:
+    def _checks(self, spec: Spec) -> Iterator[Probe]:
         if isinstance(spec, IngestSpec):
             source = spec.ingest
             remote = isinstance(source, ApiSource) or source.remote or source.in_s3
             path = str(self._steps.config.base / source.place)
             files = partial(asyncio.to_thread, readable_files, path)
             ask = partial(self._url, source) if remote else files
-            yield f"source {shown_url(source.place)}", ask, "nothing is there"
+            yield f"source {without_query(source.place)}", ask, "nothing is there"
             return
         key, target = str(spec.watch.secret), spec.trigger
         for batch_id in spec.watch.batch_ids:
@@ -7968,7 +8023,7 @@ class Doctor:
         token = await self._steps._secret(str(target.secret))
         told = await self._steps.keboola.storage(target.stack_url, token, path)
         record = told if isinstance(told, dict) else {}
-        return ", ".join(f"{name}: {short(picker(at)(record))}" for name, at in shown.items())
+        return ", ".join(f"{name}: {one_line(picker(at)(record))}" for name, at in shown.items())
 
     async def _url(self, source: CsvSource | ApiSource) -> str:
         secret = await self._steps.secret_of(source)
@@ -8149,12 +8204,12 @@ class Health(Answer):
         return self.model_copy(update={name: [] for name in named} | dict.fromkeys(errors))
 
 
-def counted(count: int, one: str, many: str = "") -> str:
+def count_of(count: int, one: str, many: str = "") -> str:
     """`1 job`, `2 jobs`."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def judged(health: Health, file_problem: str | None, store_error: str | None) -> Health:
+def with_status(health: Health, file_problem: str | None, store_error: str | None) -> Health:
     """Health with its status: `unhealthy` where nothing can go on, `degraded` where something
     does not. A store that is only locked by another process will be free again."""
     overdue, undelivered = len(health.overdue_jobs), len(health.undelivered_jobs)
@@ -8167,9 +8222,9 @@ def judged(health: Health, file_problem: str | None, store_error: str | None) ->
     }
     hindering = {
         "another process has locked the database": locked,
-        f"{counted(overdue, 'active job')} without a successful check for three poll intervals":
+        f"{count_of(overdue, 'active job')} without a successful check for three poll intervals":
             overdue > 0,
-        f"{counted(undelivered, 'trigger')} not delivered, or not followed, for long":
+        f"{count_of(undelivered, 'trigger')} not delivered, or not followed, for long":
             undelivered > 0,
         "the last reload was refused; see the log": not health.config_last_reload_successful,
         "a backup took the database's place, and what was done later is missing; see `status`":
@@ -8279,7 +8334,7 @@ def job_fields(job: Job, secrets: Mapping[str, int]) -> dict[str, Any]:
 
 
 def rejects_of(source: str, n: int) -> str:
-    return f"{counted(n, 'record')} rejected: data rejects --source {source}"
+    return f"{count_of(n, 'record')} rejected: data rejects --source {source}"
 
 
 WAITS = {  # what a job without an error waits for, by its state
@@ -8290,20 +8345,20 @@ WAITS = {  # what a job without an error waits for, by its state
 }
 
 
-def done_of(job: JobAnswer, brought: tuple[int, int]) -> str:
+def progress_text(job: JobAnswer, brought: tuple[int, int]) -> str:
     """What a job has done, in its own terms."""
     if job.ingest is not None:
         rejects = f", {brought[1]:,} rejected" if brought[1] else ""
-        return counted(brought[0], "record") + rejects
+        return count_of(brought[0], "record") + rejects
     if total := sum(batch.requests_total for batch in job.batches):
         done = sum(batch.requests_completed + batch.requests_failed for batch in job.batches)
         return f"{done}/{total}"
     return (
-        f"{job.completed_count + job.failed_count}/{counted(job.batch_count, 'batch', 'batches')}"
+        f"{job.completed_count + job.failed_count}/{count_of(job.batch_count, 'batch', 'batches')}"
     )
 
 
-def why_of(job: JobAnswer, brought: tuple[int, int]) -> str | None:
+def reason_text(job: JobAnswer, brought: tuple[int, int]) -> str | None:
     """Why a job is where it is: its last error, or what it waits for."""
     if job.last_error or job.status in WAITS:
         return job.last_error or WAITS[job.status]
@@ -8312,7 +8367,7 @@ def why_of(job: JobAnswer, brought: tuple[int, int]) -> str | None:
     left = [batch.batch_id for batch in job.batches if outcome(batch) is None]
     if job.status != "active" or not left:
         return None
-    return f"waits for {left[0] if len(left) == 1 else counted(len(left), 'batch', 'batches')}"
+    return f"waits for {left[0] if len(left) == 1 else count_of(len(left), 'batch', 'batches')}"
 
 
 def stored_record(row: Any) -> StoredRecord:
@@ -8365,9 +8420,12 @@ def explain_trigger(trigger: Trigger, now: float) -> list[str]:
         which=f", which is {status}" if status else "",
         end=f" with {status}" if status else "",
         why=f": {message}" if message else "",
-        searches=counted(trigger.searches, "search", "searches"),
+        searches=count_of(trigger.searches, "search", "searches"),
     )
-    return [f"It fired {span(now - trigger.created_at)} ago, as trigger {trigger.id}.", means]
+    return [
+        f"It fired {duration_text(now - trigger.created_at)} ago, as trigger {trigger.id}.",
+        means,
+    ]
 
 
 def explain_ingest(
@@ -8377,7 +8435,7 @@ def explain_ingest(
     if not runs:
         return [*said, "It has not run yet."]
     run = runs[0]
-    when, status = span(now - run.start_time), run.status.replace("_", " ")
+    when, status = duration_text(now - run.start_time), run.status.replace("_", " ")
     return [*said, f"Its last run began {when} ago: {status}; {run.summary}.", *run.notes]
 
 
@@ -8392,10 +8450,10 @@ def explain_watch(job: Job, now: float) -> list[str]:
     if job.last_check_at is None:
         return [said, "It has not been checked yet."]
     ends = Counter(outcome(batch) for batch in batches)
-    seen = f"{ends['completed']} of {counted(len(batches), 'batch', 'batches')} completed"
+    seen = f"{ends['completed']} of {count_of(len(batches), 'batch', 'batches')} completed"
     rest = {"still running": ends[None], "failed": ends["failed"]}
     figures = ", ".join([seen, *(f"{n} {what}" for what, n in rest.items() if n)])
-    checked = f"It was last checked {span(now - job.last_check_at)} ago: {figures}."
+    checked = f"It was last checked {duration_text(now - job.last_check_at)} ago: {figures}."
     return [said, checked, *(f"  {describe_progress(b)}" for b in batches if b.status)]
 
 
@@ -8409,7 +8467,7 @@ def next_step(job: Job, trigger: Trigger | None, now: float) -> str:
     if job.status != "active":
         return NEXT[job.status]
     left, pace = (job.next_check_at or now) - now, job.spec.poll_interval
-    when = f" in {span(left)}" if left > 0 else ""
+    when = f" in {duration_text(left)}" if left > 0 else ""
     every = "as often as its progress asks for" if pace == "auto" else f"every {pace} s"
     does = "it runs" if isinstance(job.spec, IngestSpec) else "it is checked"
     return f"{does}{when}, {every}, while the service runs"
@@ -8491,7 +8549,7 @@ class Operations:
         base = self.config().base
         if not source.in_s3 and not may_be_read(base / source.path, self.config()):
             allowed = f"beneath {base.name}, ending in {', '.join(DATA_FILES)}"
-            text = f"found {cut(source.path)}; allowed: {allowed} (in jobs.yaml: any)"
+            text = f"found {repr_excerpt(source.path)}; allowed: {allowed} (in jobs.yaml: any)"
             raise Invalid([Problem("ingest.path", text)])
 
     async def update_job(self, ref: str, changes: Mapping[str, Any]) -> JobDetail:
@@ -8506,7 +8564,7 @@ class Operations:
             if unknown and isinstance(job.spec, IngestSpec):
                 said = "an ingest has no such field; allowed: name, poll_interval_seconds"
                 raise Invalid([Problem(name, said) for name in sorted(unknown)])
-            data = changed(job.spec, changes)
+            data = with_changes(job.spec, changes)
             self._check_secrets(data, stored)
             return job_spec(data, self.config().settings.job_context)
 
@@ -8536,8 +8594,8 @@ class Operations:
         brought = (await self.store.ingested(job.name)).get(job.name, (0, 0))
         runs = await self.store.runs(job.name, 20) if job.ingest else []
         return Recent(
-            done=done_of(job, brought),
-            why=why_of(job, brought),
+            done=progress_text(job, brought),
+            why=reason_text(job, brought),
             trigger=next(reversed(await self.store.triggers(job.id)), None),
             runs=[
                 "rejected" if run.status == "success" and run.records_failed else run.status
@@ -8623,7 +8681,7 @@ LOGS_THERE = (
 
 
 @contextlib.contextmanager
-def original(file: Path) -> Iterator[Ask]:
+def open_original(file: Path) -> Iterator[Ask]:
     """What answers questions to the original's database, as it is at this moment."""
     try:
         place = f"{file.resolve(strict=True).as_uri()}?mode=ro"
@@ -8687,7 +8745,7 @@ class Import:
         sent = [log["message"] for log in logs if log["status"] == "keboola_triggered"]
         status = "completed" if sent and row["status"] in ("active", "paused") else row["status"]
         if status not in ("active", "paused", *ENDED):
-            raise Invalid([f"status: found {cut(status)}"])
+            raise Invalid([f"status: found {repr_excerpt(status)}"])
         job_id = await self._store.create_job(spec, "store", self._operations.clock())
         job, trigger = await self._store.find_job(job_id), None
         columns = {"status": status, "created_at": row["made"]}
@@ -8701,11 +8759,11 @@ class Import:
             columns["last_error"] = errors[-1] if errors else None
         elif status in ENDED:
             verdict = Verdict("fire", partial=status != "completed")
-            fired = intent(job, job.batches, verdict, uuid.uuid4().hex, row["ended"])
+            fired = new_trigger(job, job.batches, verdict, uuid.uuid4().hex, row["ended"])
             its_id = sent[-1].split()[-1] if sent else "unknown"
             done = replace(fired, state="succeeded", finished_at=row["ended"])
             trigger = replace(done, keboola_job_id=its_id, message="started by the original")
-        await self._store.take_over(job, trigger, logs, **columns)
+        await self._store.import_history(job, trigger, logs, **columns)
         return f"ID {job_id}, {status}"
 
     def _spec(self, row: Mapping[str, Any], batch_ids: Sequence[str]) -> JobSpec:
@@ -8960,17 +9018,19 @@ PLANNED: dict[FileStep, str] = {
 }
 
 
-async def planned(specs: Sequence[Spec], store: Store) -> list[str]:
+async def describe_plan(specs: Sequence[Spec], store: Store) -> list[str]:
     """What would become of the store's jobs if jobs.yaml had these, a sentence each; and of those
     that are new or watch other batches, whether they will fire."""
     said: list[str] = []
     for what, name, job, spec in await store.file_changes(specs):
-        differs = changes(job.spec, spec) if job and spec and not job.damage else ""
+        differs = describe_changes(job.spec, spec) if job and spec and not job.damage else ""
         old = job.name if job else ""
         said.append(PLANNED[what].format(name=name, old=old, changes=differs))
         known = job is not None and not job.damage and isinstance(job.spec, JobSpec)
-        if isinstance(spec, JobSpec) and not (known and job and aim(job.watches) == aim(spec)):
-            fired = next(iter(await store.fired(aim(spec))), None)
+        if isinstance(spec, JobSpec) and not (
+            known and job and aim_of_spec(job.watches) == aim_of_spec(spec)
+        ):
+            fired = next(iter(await store.fired(aim_of_spec(spec))), None)
             then = "will fire when its batches are done"
             if fired is not None:
                 when = (
@@ -9018,7 +9078,7 @@ SEND_SECONDS = 20.0  # s that a target may take
 ALERTED = 10_000  # jobs of each kind
 LISTED = 10  # conditions that the text of a message names
 SERVICE_KINDS = ("backup", "reload", "database", "scheduler")  # words of the problems in /health
-Told = Mapping[str, float]  # conditions, and when they were last told
+ToldAt = Mapping[str, float]  # conditions, and when they were last told
 News = Mapping[str, str]  # conditions, and whether they are firing, a reminder or resolved
 FAILED_WORK = ("error", "dropped", "failed", "interrupted")  # outcomes of checks and runs
 
@@ -9041,10 +9101,10 @@ def conditions(health: Health) -> dict[str, str]:
     for said in health.problems:
         if not said[0].isdigit():  # how many jobs there are of a kind that is told one by one
             wrong[next((word for word in SERVICE_KINDS if word in said), "other")] = said
-    return {redact(key): short(said) for key, said in wrong.items()}
+    return {redact(key): one_line(said) for key, said in wrong.items()}
 
 
-def news_for(wrong: Collection[str], steady: Collection[str], told: Told, due: float) -> News:
+def news_for(wrong: Collection[str], steady: Collection[str], told: ToldAt, due: float) -> News:
     """What a target is to be told: `steady` conditions are there, or gone, for long enough; those
     that it was told before `due` it is reminded of."""
     news = {key: "firing" for key in wrong if key in steady and key not in told}
@@ -9056,26 +9116,26 @@ def news_for(wrong: Collection[str], steady: Collection[str], told: Told, due: f
     return news
 
 
-def told_after(told: Told, news: News, now: float) -> Told:
+def told_after(told: ToldAt, news: News, now: float) -> ToldAt:
     """What a target was told that is not over, when it has taken the news."""
     after = {**told, **dict.fromkeys(news, now)}
     return {key: at for key, at in after.items() if news.get(key) != "resolved"}
 
 
-def message(news: News, wrong: Mapping[str, str]) -> dict[str, Any]:
+def alert_message(news: News, wrong: Mapping[str, str]) -> dict[str, Any]:
     """A title, some lines, and all of it for programs."""
     alerts = []
     for key, state in news.items():
         kind, _, subject = key.partition(" ")
         said = wrong.get(key, "it is over")
         alerts.append({"state": state, "kind": kind, "subject": subject or kind, "said": said})
-    lines = [f"{a['state']}: {a['subject']}: {short(a['said'], 150)}" for a in alerts[:LISTED]]
+    lines = [f"{a['state']}: {a['subject']}: {one_line(a['said'], 150)}" for a in alerts[:LISTED]]
     lines += [f"and {len(news) - LISTED:,} more"] if len(news) > LISTED else []
     counts = ", ".join(f"{n} {state}" for state, n in Counter(news.values()).items())
     return {"title": f"TeckoChecker: {counts}", "text": "\n".join(lines), "alerts": alerts}
 
 
-def tell_command(command: Sequence[str], text: bytes) -> None:
+def run_alert_command(command: Sequence[str], text: bytes) -> None:
     """Run a program, without a shell, that reads `text` from its stdin."""
     apart: Any = {"stdout": subprocess.DEVNULL, "start_new_session": True}
     killed_after = SEND_SECONDS + 1  # when nobody waits for it any more
@@ -9084,7 +9144,7 @@ def tell_command(command: Sequence[str], text: bytes) -> None:
         raise TeckoError(f"it ended with exit code {done.returncode}")
 
 
-def tell_apprise(url: str, title: str, text: str) -> None:
+def send_by_apprise(url: str, title: str, text: str) -> None:
     if not apprise_of(url).notify(body=text, title=title, notify_type="warning"):
         raise TeckoError("Apprise could not send it; the log says why")
 
@@ -9095,29 +9155,29 @@ class Alerts:
     def __init__(self, steps: Steps) -> None:
         self._steps, self._store = steps, steps.store
         self._client: httpx2.AsyncClient | None = None
-        self._told: dict[str, Told] | None = None  # by target; None: not read yet
+        self._told: dict[str, ToldAt] | None = None  # by target; None: not read yet
         self._unsaved: set[str] = set()  # targets
         self._since: dict[tuple[str, bool], float] = {}  # when a condition came, or went
         self._failures: dict[str, tuple[int, float]] = {}  # in a row; until when it is left alone
         self._worked, self._ping_failed = 0, False
 
-    async def look(self, health: Health) -> None:
+    async def update(self, health: Health) -> None:
         """Tell each target what is new to it. Raises StoreError where the store cannot say what it
         was told before."""
         self._told = told = await self._store.alerts() if self._told is None else self._told
         targets = {target_name(target): target for target in self._steps.config.alerts}
         wrong = await asyncio.to_thread(conditions, health)  # 10,000 texts are redacted
-        now = self._steps._steady()
+        now = self._steps.monotonic()
         known = {key for name in targets for key in told.get(name, {})}
-        gone = known - wrong.keys() - await self._unsure(health, known)
+        gone = known - wrong.keys() - await self._possibly_ongoing(health, known)
         seen = [*((key, True) for key in wrong), *((key, False) for key in gone)]
         self._since = {change: self._since.get(change, now) for change in seen}
         lasts = {key: now - since for (key, _), since in self._since.items()}
         steady = {k for k, s in lasts.items() if s >= LASTING.get(k.partition(" ")[0], LASTING[""])}
-        tell = partial(self._tell, told, wrong, steady)
+        tell = partial(self._notify_target, told, wrong, steady)
         await asyncio.gather(*(tell(*named) for named in targets.items()))
 
-    async def _unsure(self, health: Health, known: Collection[str]) -> set[str]:
+    async def _possibly_ongoing(self, health: Health, known: Collection[str]) -> set[str]:
         """What may go on though /health does not say so: all that the store would tell if it
         answered, and what a new process has not met yet."""
         if not health.db_connected:
@@ -9127,20 +9187,20 @@ class Alerts:
         limited = {key for key in known if young and key.startswith("limited ")}
         return limited | {redact(f"overdue job {name}") for name in late}
 
-    async def _tell(
+    async def _notify_target(
         self,
-        told: dict[str, Told],
+        told: dict[str, ToldAt],
         wrong: Mapping[str, str],
         steady: Collection[str],
         name: str,
         target: AlertTarget,
     ) -> None:
-        now, passed = self._steps.clock(), self._steps._steady()
+        now, passed = self._steps.clock(), self._steps.monotonic()
         mine, (failures, until) = told.get(name, {}), self._failures.get(name, (0, 0.0))
         news = news_for(wrong, steady, mine, now - target.remind)
         if news and passed >= until:
             try:
-                await self._send(target, message(news, wrong))
+                await self._send(target, alert_message(news, wrong))
                 told[name] = told_after(mine, news, now)
                 self._unsaved.add(name)
                 self._failures.pop(name, None)
@@ -9156,15 +9216,15 @@ class Alerts:
     async def _send(self, target: AlertTarget, said: Mapping[str, Any]) -> str:
         """Raises TeckoError, also where the target hangs. What blocks is done in a thread."""
         text = orjson.dumps(said)
-        work = partial(tell_apprise, str(target.apprise), said["title"], said["text"])
+        work = partial(send_by_apprise, str(target.apprise), said["title"], said["text"])
         if target.command is not None:
-            work = partial(tell_command, target.command, text)
+            work = partial(run_alert_command, target.command, text)
         try:
             async with asyncio.timeout(SEND_SECONDS):
                 if target.webhook is not None:
                     await self._ask("POST", target.webhook, target.secret, content=text)
                 else:
-                    await asyncio.wrap_future(detached(work))
+                    await asyncio.wrap_future(run_in_daemon_thread(work))
         except TimeoutError:
             raise TeckoError(f"no answer within {SEND_SECONDS:.0f} s") from None
         except TeckoError:
@@ -9182,7 +9242,9 @@ class Alerts:
             value = await self._steps._secret(str(secret))
             headers["Authorization"] = f"Bearer {value.reveal()}"
         request |= {"headers": headers, "deadline": SEND_SECONDS, "limit": ERROR_BYTES}
-        await ask(self._client, UpstreamError, urlsplit(url).netloc, method, url, **request)
+        await http_request(
+            self._client, UpstreamError, urlsplit(url).netloc, method, url, **request
+        )
 
     async def ping(self) -> None:
         """Ask the URL of `ping:`, if any work was done since the last time."""
@@ -9200,9 +9262,9 @@ class Alerts:
 
     async def test(self) -> list[Finding]:
         """Send each target a message; whether it went."""
-        said = message({"test": "test"}, {"test": "this is what `alert test` sends"})
+        said = alert_message({"test": "test"}, {"test": "this is what `alert test` sends"})
         targets = self._steps.config.alerts
-        asked = (found(t.shown, partial(self._send, t, said), "nothing is there") for t in targets)
+        asked = (probe(t.shown, partial(self._send, t, said), "nothing is there") for t in targets)
         findings = await asyncio.gather(*asked)
         await self.close()
         return findings
@@ -9235,10 +9297,10 @@ READ_TOGETHER = 500  # jobs read by one query of those due in one tick
 class JobTimer:
     """All that the service remembers of a job. Its step is under way while `task` is not done."""
 
-    plan: Plan | None = None  # None: nothing is left to do; kept while a step is under way
+    plan: TimerPlan | None = None  # None: nothing is left to do; kept while a step is under way
     timer: Any = None  # APScheduler's job
     task: asyncio.Task[None] | None = None  # owns the present step, alone or with those of a group
-    began_with: Plan | None = None  # the plan when that step began
+    began_with: TimerPlan | None = None  # the plan when that step began
     since: float = 0.0  # unix time at which that step fell due
     asked: bool = False  # somebody wants it checked for itself, and at once
     ended: bool = False  # the last step left nothing to do; the next tick looks whether that holds
@@ -9263,7 +9325,7 @@ class Timers:
         self._epoch = time.time()  # from which slots count
         self._stale = True  # the timers may differ from the store
         self._draining = self._woken = False
-        steps.on_finished = self._hasten
+        steps.on_finished = self._make_due_now
 
     @property
     def settings(self) -> Settings:
@@ -9299,7 +9361,7 @@ class Timers:
         if not timer.busy:
             del self._timers[job_id]
 
-    def _schedule(self, job_id: int, timer: JobTimer, plan: Plan, jobs: int) -> None:
+    def _schedule(self, job_id: int, timer: JobTimer, plan: TimerPlan, jobs: int) -> None:
         """Give a job its timer. A new job, or a changed one, is due soon."""
         interval = plan.interval or self.settings.min_poll_interval
         first = slot(plan.secret, job_id, interval, jobs)
@@ -9330,7 +9392,7 @@ class Timers:
         if self._scheduler.running:
             self._scheduler.wakeup()
 
-    def _hasten(self, job_ids: Collection[int]) -> None:
+    def _make_due_now(self, job_ids: Collection[int]) -> None:
         """A list showed that these have a finished batch: let them confirm that at once. Those
         with a step under way do so already."""
         for job_id in job_ids:
@@ -9359,7 +9421,7 @@ class Timers:
             timer.since, timer.began_with = due[job_id], timer.plan
         for start in range(0, len(ids), READ_TOGETHER):
             some = ids[start : start + READ_TOGETHER]
-            self._spawn(self._take_up(some), some)
+            self._spawn(self._run_due(some), some)
 
     def _spawn(self, work: Coroutine[Any, Any, Any], ids: Iterable[int] = ()) -> asyncio.Task[None]:
         """Run something in a task that owns the steps of `ids` until it reports them, or passes
@@ -9377,14 +9439,14 @@ class Timers:
             what = f"this machine refused it: {error}" if isinstance(error, OSError) else ""
             log.error(what or "internal error in a step", exc_info=None if what else error)
 
-    async def _take_up(self, ids: Sequence[int]) -> None:
+    async def _run_due(self, ids: Sequence[int]) -> None:
         """Steps for jobs that fell due together: by a list of their batches where one may answer,
         else one by one."""
         ACTOR.set(None)  # a timer inherits the context of whoever set it
         if self.store_error is not None:
             error = StoreError(self.store_error)
             for job_id in ids:
-                self._stepped(job_id, StepResult(STORE_PAUSE, str(error), error))
+                self._finish_step(job_id, StepResult(STORE_PAUSE, str(error), error))
             return
         by_key: dict[str, list[Job]] = {}
         with self._one_by_one_instead(len(ids)):
@@ -9414,7 +9476,7 @@ class Timers:
         self.metrics.steps.observe(time.perf_counter() - began)
         for row in rows:
             if row.id in done:
-                self._stepped(row.id, done[row.id])
+                self._finish_step(row.id, done[row.id])
             else:
                 self._spawn(self._step(row.id), [row.id])
 
@@ -9433,11 +9495,11 @@ class Timers:
             timer.failures += 1
             stepped = StepResult(min(STORE_PAUSE * 2**timer.failures, LONGEST_WAIT), str(e), e)
         except Exception as e:
-            stepped = await self._broke(job_id, timer, e)
+            stepped = await self._internal_error(job_id, timer, e)
         self.metrics.steps.observe(time.perf_counter() - began)
-        self._stepped(job_id, stepped)
+        self._finish_step(job_id, stepped)
 
-    async def _broke(self, job_id: int, timer: JobTimer, error: Exception) -> StepResult:
+    async def _internal_error(self, job_id: int, timer: JobTimer, error: Exception) -> StepResult:
         """A step met what nobody expected: told in the log and in the job's last_error, of which
         all but the words of our own errors may name what no caller may read."""
         timer.failures += 1
@@ -9452,7 +9514,7 @@ class Timers:
             await self.store.note_failure(job_id, said, time.time(), wait)
         return StepResult(wait, said, TeckoError(said))
 
-    def _stepped(self, job_id: int, stepped: StepResult) -> None:
+    def _finish_step(self, job_id: int, stepped: StepResult) -> None:
         """A step has ended: count it, and see to the next one."""
         log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
         timer, now = self._timers[job_id], time.time()
@@ -9541,7 +9603,7 @@ class Service(Timers):
         store's lock is waited for."""
         self.store.patience = LOCK_WAIT
         await self.store.clamp_times(time.time())
-        await self._adopt(self.steps.config)
+        await self._apply_config(self.steps.config)
         self.store.patience = PATIENCE
         if not timers:
             return
@@ -9569,7 +9631,7 @@ class Service(Timers):
                 self.reload.clear()
                 await self._reload()
 
-    def look_again(self) -> None:
+    def sync_soon(self) -> None:
         """Something changed in the store that did not come from a step: the next tick takes it
         up."""
         self._stale = True
@@ -9597,7 +9659,7 @@ class Service(Timers):
 
     # configuration
 
-    async def _adopt(self, config: Config) -> None:
+    async def _apply_config(self, config: Config) -> None:
         if problems := await every_problem(config, self.store, self.steps.vault):
             raise Invalid(problems)
         for warning in config.warnings:
@@ -9607,7 +9669,7 @@ class Service(Timers):
             raise Invalid([f"{config.path} {said}"], hint="`jobs: []` removes them all")
         done = Counter[str]()
         if config.jobs is not None:
-            for said in await planned(config.jobs, self.store):
+            for said in await describe_plan(config.jobs, self.store):
                 log.info("%s: %s", config.path, said)
             done = await self.store.sync_file_jobs(config.jobs, time.time())
         self.steps.config = config
@@ -9624,7 +9686,9 @@ class Service(Timers):
             config = self._load()
             kept = {name: getattr(old, name) for name in BOUND_AT_START}
             changed = [n for n, value in kept.items() if getattr(config.settings, n) != value]
-            await self._adopt(replace(config, settings=config.settings.model_copy(update=kept)))
+            await self._apply_config(
+                replace(config, settings=config.settings.model_copy(update=kept))
+            )
             self.steps.openai.set_budget(config.settings.max_requests_per_minute)
             if changed:
                 log.warning("changed, but taken up only by a restart: %s", ", ".join(changed))
@@ -9652,7 +9716,7 @@ class Service(Timers):
         feed the watchdog."""
         ACTOR.set(None)
         try:
-            await self._look_at_store()
+            await self._check_store()
             version = await self.store.data_version()
             if self._stale or version != self._seen_version:
                 await self._sync()
@@ -9667,7 +9731,7 @@ class Service(Timers):
         except Exception:
             log.exception("internal error in a tick; the next one follows in %s s", TICK)
 
-    async def _look_at_store(self) -> None:
+    async def _check_store(self) -> None:
         """See that the database is ours, and that it can be written."""
         if self.lock is not None:
             self.lock.hold()
@@ -9700,10 +9764,10 @@ class Service(Timers):
         """Tell who is to know it what is wrong."""
         if self.steps.config.alerts:
             with contextlib.suppress(StoreError):  # the next look follows
-                await self.alerts.look(await self.health(ALERTED))
+                await self.alerts.update(await self.health(ALERTED))
 
     async def _back_up(self) -> None:
-        await asyncio.to_thread(self.backups.look, self.settings, time.time())
+        await asyncio.to_thread(self.backups.run_if_due, self.settings, time.time())
 
     # figures
 
@@ -9739,7 +9803,7 @@ class Service(Timers):
             backup_overdue=now - (last or self.started_at) > 2 * self.settings.backup.every,
             **seen,
         )
-        return judged(health, self.store.file_problem(), self.store_error)
+        return with_status(health, self.store.file_problem(), self.store_error)
 
     async def ready(self) -> Done:
         health = await self.health()
@@ -9822,7 +9886,7 @@ async def make_service(
     """The service with its store and upstreams, started; drained and closed at the end."""
     async with (
         Store(config.settings.store) as store,
-        store.sole(in_reserve),
+        store.hold_exclusively(in_reserve),
         make_steps(config, store) as steps,
     ):
         service = Service(steps, load)
@@ -10669,13 +10733,13 @@ class Admin:
 
     def __init__(self, service: Service, url: str) -> None:
         self.service, self.url = service, url
-        self._talks: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
+        self._connections: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
         # those whose client we wait for, the longest first; whether to take its answer
         self._waiting: dict[asyncio.StreamWriter, bool] = {}
         self._late: set[asyncio.Task[Any]] = set()  # work that goes on after its caller's answer
         self._stopping = False
         self._hurry = asyncio.get_running_loop().create_future()  # done when no one waits longer
-        service.connections = lambda: len(self._talks)
+        service.connections = lambda: len(self._connections)
 
     async def listen(self, listener: socket.socket) -> None:
         """Accept connections, until cancelled."""
@@ -10687,15 +10751,19 @@ class Admin:
                 log.warning("cannot accept a connection: %s", e)
                 await asyncio.sleep(ACCEPT_PAUSE)
             else:
-                self._talks[streams[1]] = asyncio.create_task(self._talk(*streams))
+                self._connections[streams[1]] = asyncio.create_task(
+                    self._serve_connection(*streams)
+                )
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve_connection(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         """One connection, until either side has enough. One more than there may be is heard out,
         since it may ask for health."""
         most = self.service.settings.api_max_connections
-        while len(self._talks) > most and self._waiting:
+        while len(self._connections) > most and self._waiting:
             self._drop(next(iter(self._waiting)))
-        spare, full = len(self._talks) > most, len(self._talks) > 2 * most
+        spare, full = len(self._connections) > most, len(self._connections) > 2 * most
         writer.transport.set_write_buffer_limits(0)  # so that drain() waits for all of it
         try:
             while not (full or self._stopping) and await self._exchange(reader, writer, spare):
@@ -10708,7 +10776,7 @@ class Admin:
             self._drop(writer)
 
     def _drop(self, writer: asyncio.StreamWriter) -> None:
-        self._talks.pop(writer, None)
+        self._connections.pop(writer, None)
         self._waiting.pop(writer, None)
         writer.transport.abort()
 
@@ -10766,7 +10834,7 @@ class Admin:
                 raise Refused(401, "this needs ADMIN_TOKEN, as Bearer token or as Basic password")
             route = self._route(exchange, found)
             request = self._request(exchange, route, body, trusted)
-            done = await self._carry_out(route, request)
+            done = await self._run_route(route, request)
             exchange.close_connection |= self._stopping
             self._answer(exchange, route, done)
         except TeckoError as e:
@@ -10784,7 +10852,9 @@ class Admin:
         address = re.fullmatch(r"\[[0-9a-f:.]+\]|[0-9.]+", name)
         known = bool(address or (name and name in map(bare_host, ours)))
         if not known and not public:
-            said = f"Host header {cut(exchange.host)} is not allowed; add it to ADMIN_HOSTS"
+            said = (
+                f"Host header {repr_excerpt(exchange.host)} is not allowed; add it to ADMIN_HOSTS"
+            )
             raise Refused(421, said)
         return known
 
@@ -10797,7 +10867,9 @@ class Admin:
             exchange.more_headers |= CORS_HEADERS | {"Access-Control-Allow-Origin": origin}
             return True
         if "Origin" in exchange.headers and not same_place(origin, exchange.host):
-            raise Refused(403, f"Origin {cut(origin)} is not allowed; add it to CORS_ORIGINS")
+            raise Refused(
+                403, f"Origin {repr_excerpt(origin)} is not allowed; add it to CORS_ORIGINS"
+            )
         elsewhere = exchange.header("Sec-Fetch-Site").lower() == "cross-site"
         if elsewhere and exchange.command not in ("GET", "HEAD"):
             raise Refused(403, "pages of other sites may change nothing here")
@@ -10810,7 +10882,9 @@ class Admin:
 
     def _route(self, exchange: Exchange, found: Mapping[str, Route]) -> Route:
         if not found:
-            raise Refused(404, f"there is no {cut(exchange.path)} here; /docs lists the routes")
+            raise Refused(
+                404, f"there is no {repr_excerpt(exchange.path)} here; /docs lists the routes"
+            )
         found = {**found, "HEAD": found["GET"]} if "GET" in found else found
         if exchange.command not in found:
             allowed = ", ".join(sorted(found))
@@ -10837,7 +10911,7 @@ class Admin:
         accept = exchange.header("Accept")
         return Request(self.service, ref, query, data, request_id, trusted, address, accept)
 
-    async def _carry_out(self, route: Route, request: Request) -> Any:
+    async def _run_route(self, route: Route, request: Request) -> Any:
         """What the route's function returns within HTTP_ANSWER seconds. A change that takes longer
         goes on, since half of one would be worse, and its caller is told Accepted."""
 
@@ -10848,7 +10922,7 @@ class Admin:
                 return await answer if isinstance(answer, Awaitable) else answer
             finally:
                 if route.method != "GET":
-                    self.service.look_again()
+                    self.service.sync_soon()
 
         work = asyncio.create_task(run(), name=f"request {request.request_id}")
         first = asyncio.FIRST_COMPLETED
@@ -10891,11 +10965,11 @@ class Admin:
         for writer in [w for w, answering in self._waiting.items() if not answering]:
             self._drop(writer)
         for share in (0.8, 0.2):
-            if under_way := {*self._talks.values(), *self._late}:
+            if under_way := {*self._connections.values(), *self._late}:
                 await asyncio.wait(under_way, timeout=share * HTTP_STOP)
             if not self._hurry.done():
                 self._hurry.set_result(None)
-        for writer in list(self._talks):
+        for writer in list(self._connections):
             self._drop(writer)
 
 
@@ -11015,11 +11089,11 @@ def say(text: str) -> None:
 
 
 def ago(at: float, now: float) -> str:
-    return "just now" if now - at < 1 else f"{span(now - at)} ago"
+    return "just now" if now - at < 1 else f"{duration_text(now - at)} ago"
 
 
 def due_in(at: float, now: float) -> str:
-    return "now" if at - now < 1 else f"in {span(at - now)}"
+    return "now" if at - now < 1 else f"in {duration_text(at - now)}"
 
 
 GAP = 2  # blanks between two columns
@@ -11055,7 +11129,7 @@ class Table(NamedTuple):
         return columns
 
 
-def fitted(table: Table, room: int) -> Iterator[tuple[list[str], int | None]]:
+def fit_columns(table: Table, room: int) -> Iterator[tuple[list[str], int | None]]:
     """The columns that fit, and the width of those that are not to be narrowed: times become short
     first, then columns go, then lines break between words, and only then within one."""
     from rich.cells import cell_len
@@ -11077,7 +11151,7 @@ def fitted(table: Table, room: int) -> Iterator[tuple[list[str], int | None]]:
         yield columns[i], width if max(map(cell_len, columns[i])) == width else None
 
 
-def draw(table: Table) -> None:
+def print_table(table: Table) -> None:
     """Print a table: on a terminal so that it fits, else whole, each row on a line of its own."""
     if not sys.stdout.isatty():
         columns = table.texts()
@@ -11091,7 +11165,7 @@ def draw(table: Table) -> None:
     from rich.text import Text
 
     console = Console(highlight=False, emoji=False, markup=False)
-    shown, colours = [*fitted(table, console.width)], dict(SIGNS.values())
+    shown, colours = [*fit_columns(table, console.width)], dict(SIGNS.values())
     drawn = RichTable(box=None, pad_edge=False, padding=(0, 0, 0, GAP))
     drawn.show_header = any(table.columns)
     for column, width in shown:
@@ -11119,7 +11193,7 @@ def report(args: argparse.Namespace, document: Any, *shown: str | Table) -> int:
         return 0
     for item in shown:
         if isinstance(item, Table):
-            draw(item)
+            print_table(item)
         else:
             print(redact(item))
     return 0
@@ -11130,7 +11204,7 @@ PRIVATE_LINE = re.compile(
 )  # is not shown, whatever it has
 
 
-def pointed_at(problem: Problem) -> Iterator[str]:
+def source_lines(problem: Problem) -> Iterator[str]:
     """The line that a problem is about, with a mark below its place."""
     line, column = CONTROL.sub(" ", problem.source), problem.column
     if line.strip() and column and not PRIVATE_LINE.search(line + problem.where):
@@ -11138,13 +11212,13 @@ def pointed_at(problem: Problem) -> Iterator[str]:
         yield f"{'':5} | {' ' * (column - 1)}^"
 
 
-def complain(error: TeckoError, args: argparse.Namespace | None = None) -> None:
+def print_error(error: TeckoError, args: argparse.Namespace | None = None) -> None:
     """Say what is wrong and what to do, one line each; with --json also as a document on stdout."""
     problems = error.problems if isinstance(error, Invalid) else [Problem("", str(error))]
     for problem in problems:
         place = f"{problem.file}:{problem.line}:"
         exact = f"{place}{problem.column}:" if problem.column else place
-        for line in (str(problem).replace(place, exact, 1), *pointed_at(problem)):
+        for line in (str(problem).replace(place, exact, 1), *source_lines(problem)):
             say(line if line.startswith(" ") else f"teckochecker: {line}")
     if error.hint:
         say(f"hint: {error.hint}")
@@ -11162,12 +11236,12 @@ def complain(error: TeckoError, args: argparse.Namespace | None = None) -> None:
         report(args, {"valid": False, "errors": errors} if args.command == "validate" else document)
 
 
-def typed(prompt: str) -> str:
+def prompt_line(prompt: str) -> str:
     print(prompt, end="", file=sys.stderr, flush=True)
     return input()
 
 
-def asked(prompt: Callable[[], T], nothing: str) -> T:
+def prompt_or_exit(prompt: Callable[[], T], nothing: str) -> T:
     """What a person types; who leaves with Ctrl-C or Ctrl-D is told that `nothing` was done."""
     try:
         return prompt()
@@ -11183,7 +11257,7 @@ def confirmed(args: argparse.Namespace, question: str) -> bool:
     if not sys.stdin.isatty():
         raise Conflict("without a terminal to ask on, nothing is deleted", hint="add --force")
 
-    answer = asked(partial(typed, f"{redact(question)} [y/N]: "), "nothing deleted")
+    answer = prompt_or_exit(partial(prompt_line, f"{redact(question)} [y/N]: "), "nothing deleted")
     sure = answer.strip().lower() in ("y", "yes")
     if not sure:
         say("nothing deleted")
@@ -11226,18 +11300,18 @@ def no_jobs_file(config: Config) -> Invalid:
 
 
 @contextlib.asynccontextmanager
-async def guessing(store: Store) -> AsyncIterator[None]:
+async def suggesting_names(store: Store) -> AsyncIterator[None]:
     """A job or secret that is not there is met with the one that was probably meant."""
     try:
         yield
     except NotFound as e:
         names = await store.names("secrets" if e.code == 1001 else "polling_jobs")
-        question = meant(str(e).partition("'")[2].partition("'")[0], names)
+        question = did_you_mean(str(e).partition("'")[2].partition("'")[0], names)
         e.hint = question.strip(" ()") or e.hint
         raise
 
 
-def with_operations(
+def run_operation(
     config: Config, work: Callable[[Operations], Awaitable[T]], *, looks: bool = False
 ) -> T:
     """What comes of an operation; no loop is left when a person is asked next. Who only `looks`
@@ -11245,7 +11319,7 @@ def with_operations(
     vault = Vault(config.settings)
 
     async def asking() -> T:
-        async with Store(config.settings.store, read_only=looks) as store, guessing(store):
+        async with Store(config.settings.store, read_only=looks) as store, suggesting_names(store):
             return await work(Operations(store, vault, lambda: config))
 
     if not looks:
@@ -11253,14 +11327,14 @@ def with_operations(
     return asyncio.run(asking())
 
 
-def looking(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
+def run_read_only(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
     """What who only looks finds; in an empty database where there is none yet."""
     if config.settings.has_store:
-        return with_operations(config, work, looks=True)
+        return run_operation(config, work, looks=True)
     with tempfile.TemporaryDirectory() as folder:
         settings = config.settings.model_copy(update={"database": Path(folder) / "empty.db"})
         asyncio.run(Store(settings.store).touch())
-        return with_operations(replace(config, settings=settings), work, looks=True)
+        return run_operation(replace(config, settings=settings), work, looks=True)
 
 
 def cmd_validate(args: argparse.Namespace, config: Config) -> int:
@@ -11282,12 +11356,12 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
         if args.online:
             async with make_steps(config, store) as steps:
                 findings = await Doctor(steps).examine(jobs)
-        return await store.names("secrets"), await planned(jobs, store), findings
+        return await store.names("secrets"), await describe_plan(jobs, store), findings
 
-    stored, changes, findings = looking(config, look)
+    stored, changes, findings = run_read_only(config, look)
     names = sorted({*config.secrets, *stored})
-    text = f"{config.path} is good: {counted(len(jobs), 'job')},"
-    lines = [f"{text} {counted(len(names), 'secret')}", *changes]
+    text = f"{config.path} is good: {count_of(len(jobs), 'job')},"
+    lines = [f"{text} {count_of(len(names), 'secret')}", *changes]
     lines += shown_findings(findings)
     document = {
         "valid": True,
@@ -11334,12 +11408,12 @@ def cmd_start(args: argparse.Namespace, config: Config) -> int:
         return start_daemon(args, config)
     waiting = RunLock(database, "start", wait=START_WAIT)
     with waiting as lock, contextlib.suppress(asyncio.CancelledError):
-        ensure_sound(config.settings, time.time())
+        ensure_usable_database(config.settings, time.time())
         asyncio.run(serve(config, lambda: config_of(args), lock))
     return 0
 
 
-def in_reserve(lock: RunLock) -> Iterator[None]:
+def report_reserve(lock: RunLock) -> Iterator[None]:
     """What each second brings in which another node works on the database. Neither systemd nor
     `start --daemon` waits for its end."""
     said = "in reserve: another node works on this database"
@@ -11362,7 +11436,7 @@ async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> No
     for number in ends:
         loop.add_signal_handler(number, starting.cancel)
     loop.add_signal_handler(signal.SIGHUP, reload.set)
-    waits = partial(next, in_reserve(lock))
+    waits = partial(next, report_reserve(lock))
     async with make_service(config, load, in_reserve=waits) as service:
         service.lock, service.reload = lock, reload
         for number in ends:
@@ -11414,7 +11488,7 @@ def start_daemon(args: argparse.Namespace, config: Config) -> int:
     raise TeckoError(f"the service did not start: {why}", hint=f"the log is {log_file}")
 
 
-def signalled(config: Config, number: signal.Signals) -> Holder:
+def signal_holder(config: Config, number: signal.Signals) -> Holder:
     """Send a signal to the process that holds the lock, and to no other: who that is."""
     found = holder(config.settings.database)
     if found is None:
@@ -11430,7 +11504,7 @@ def signalled(config: Config, number: signal.Signals) -> Holder:
 
 
 def cmd_stop(args: argparse.Namespace, config: Config) -> int:
-    stopped = signalled(config, signal.SIGTERM)
+    stopped = signal_holder(config, signal.SIGTERM)
     until = time.monotonic() + DRAIN_SECONDS + 7  # the service's own 10 s, and some for the machine
     while (found := holder(config.settings.database)) and found.pid == stopped.pid:
         if time.monotonic() > until:
@@ -11446,7 +11520,7 @@ def cmd_reload(args: argparse.Namespace, config: Config) -> int:
     before = ask_service(found.address, "GET", "/health", config.settings)["config_last_reload_at"]
     while iso(time.time()) == before:  # which counts whole seconds
         time.sleep(0.05)
-    signalled(config, signal.SIGHUP)
+    signal_holder(config, signal.SIGHUP)
     until, health = time.monotonic() + START_WAIT, {"config_last_reload_at": before}
     while health["config_last_reload_at"] == before:
         if time.monotonic() > until:
@@ -11502,7 +11576,7 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
         counts, due = (await operations.store.counts())["jobs"], await operations.store.due_next(5)
         return counts, due, await operations.store.attention(10)
 
-    counts, due, needs = looking(config, look)
+    counts, due, needs = run_read_only(config, look)
     needs += refused_reload(found.address, settings) if found and serves else []
     up = round(now - found.started_at, 1) if found and found.started_at else None
     document = {
@@ -11520,7 +11594,7 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
     does = "in reserve" if up and not serves else does
     what = f"{does}, pid {found.pid or 'unknown'}" if found else "not running"
     rows = [
-        ("Service", what + (f", for {span(up)}" if up else "")),
+        ("Service", what + (f", for {duration_text(up)}" if up else "")),
         ("Admin surface", document["admin"]),
         ("Database", settings.shown_store + " (not there yet)" * (not settings.has_store)),
         ("Jobs", ", ".join(f"{n:,} {status}" for status, n in sorted(counts.items())) or "none"),
@@ -11531,7 +11605,7 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_stats(args: argparse.Namespace, config: Config) -> int:
-    found = with_operations(config, lambda operations: operations.history(args.days), looks=True)
+    found = run_operation(config, lambda operations: operations.history(args.days), looks=True)
     rows = [day.model_dump() for day in found]
     columns = ("Day (UTC)", "Checks", "Triggers", "Done to POST, ms", "Records")
     return report(args, {"history": rows}, Table(columns, [(*row.values(),) for row in rows]))
@@ -11560,8 +11634,8 @@ def file_of(settings: Settings, command: str) -> Path:
 def cmd_backup(args: argparse.Namespace, config: Config) -> int:
     settings, now, vault = config.settings, time.time(), Vault(config.settings)
     database = file_of(settings, "pg_dump")
-    with_operations(config, lambda operations: operations.store.counts(), looks=True)
-    file = args.file or settings.backups / f"{compact(now)}.db"
+    run_operation(config, lambda operations: operations.store.counts(), looks=True)
+    file = args.file or settings.backups / f"{file_timestamp(now)}.db"
     if file.exists() or (args.with_key and vault.file is None):
         there = f"{file} is there already" if file.exists() else "the key is in SECRET_KEY alone"
         raise Conflict(f"{there}; nothing was written")
@@ -11576,7 +11650,7 @@ def cmd_backup(args: argparse.Namespace, config: Config) -> int:
 def cmd_restore(args: argparse.Namespace, config: Config) -> int:
     database = file_of(config.settings, "pg_restore")
     if args.acknowledge:
-        noted = with_operations(config, lambda operations: operations.store.acknowledge())
+        noted = run_operation(config, lambda operations: operations.store.acknowledge())
         return report(args, {"acknowledged": noted}, "noted" if noted else "nothing was restored")
     if args.file is None:
         raise Invalid(["which backup? name its FILE"])
@@ -11589,7 +11663,7 @@ def cmd_restore(args: argparse.Namespace, config: Config) -> int:
 
 
 @dataclass
-class Turn:
+class JobRound:
     """A job in a round, and how it stands."""
 
     before: Job
@@ -11600,7 +11674,7 @@ class Turn:
     bad: bool = False  # an error, or the round has failed the job
     over: bool = False  # what was asked for has been done
 
-    async def look(self, store: Store) -> bool:
+    async def refresh(self, store: Store) -> bool:
         """See how the job stands; whether its turn is over."""
         job = self.job = await store.job(self.before.id) or self.before
         if isinstance(job.spec, IngestSpec):
@@ -11618,7 +11692,7 @@ class Turn:
         return self.over
 
 
-async def show_progress(store: Store, turns: Sequence[Turn]) -> None:
+async def show_progress(store: Store, turns: Sequence[JobRound]) -> None:
     """How far the runs of ingests are: on a terminal, a line that the next one overwrites."""
     for turn in turns if sys.stderr.isatty() else ():
         for run in await store.runs(turn.job.name, 1) if turn.job.is_ingest else ():
@@ -11627,7 +11701,7 @@ async def show_progress(store: Store, turns: Sequence[Turn]) -> None:
             print(text * (run.status == "in_progress"), end="", file=sys.stderr, flush=True)
 
 
-async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
+async def rounds_of(store: Store, args: argparse.Namespace) -> list[JobRound]:
     """The jobs of a round: those that are named, else all that have something left to do."""
     ready, verb = await store.schedule(), "run" if args.command == "job" else "check"
     jobs = [await store.find_job(ref) for ref in args.jobs]
@@ -11639,7 +11713,7 @@ async def turns_of(store: Store, args: argparse.Namespace) -> list[Turn]:
     if not args.jobs:
         jobs.extend(await store.jobs_among(ready))
     last = {run.source: run.id for job in jobs for run in await store.runs(job.name, 1)}
-    return [Turn(job, last.get(job.name, 0), job) for job in jobs]
+    return [JobRound(job, last.get(job.name, 0), job) for job in jobs]
 
 
 def cmd_check(args: argparse.Namespace, config: Config) -> int:
@@ -11665,25 +11739,25 @@ def report_run(args: argparse.Namespace, run: Run) -> int:
     times = {"start_time": iso(run.start_time), "end_time": iso(run.end_time or run.start_time)}
     report(args, asdict(run) | times, "\n".join(text))
     if run.status != "success":
-        complain(IngestFailed(f"{run.source}: {run.error_message}"))
+        print_error(IngestFailed(f"{run.source}: {run.error_message}"))
     elif run.records_failed:
         say(f"hint: {COMMAND} data rejects --source {run.source} lists what was rejected")
     return int(run.status != "success")
 
 
-async def check_here(args: argparse.Namespace, config: Config) -> list[Turn]:
+async def check_here(args: argparse.Namespace, config: Config) -> list[JobRound]:
     with RunLock(config.settings.database, "check"):
         alone = partial(make_service, timers=False, in_reserve=not_beside_another)
         async with alone(config, lambda: config) as service:
-            async with guessing(service.store):
-                turns = await turns_of(service.store, args)
-            await until_signal(service, turns)
+            async with suggesting_names(service.store):
+                turns = await rounds_of(service.store, args)
+            await run_rounds(service, turns)
             for turn in turns:
-                await turn.look(service.store)
+                await turn.refresh(service.store)
             return turns
 
 
-async def until_signal(service: Service, turns: Sequence[Turn]) -> None:
+async def run_rounds(service: Service, turns: Sequence[JobRound]) -> None:
     """The steps of a round. Ctrl-C or SIGTERM ends them: nothing new is begun, what is in flight
     may end; time or a second signal cuts it off, which is recorded. Then SystemExit."""
     loop, caught = asyncio.get_running_loop(), list[int]()
@@ -11692,7 +11766,7 @@ async def until_signal(service: Service, turns: Sequence[Turn]) -> None:
 
     async def steps() -> None:
         first = await service.steps.step_all(ids)
-        await asyncio.gather(*(check_once(service, job_id, first[job_id]) for job_id in ids))
+        await asyncio.gather(*(follow_up_steps(service, job_id, first[job_id]) for job_id in ids))
 
     def stop(number: int) -> None:
         service.steps.stopping = True
@@ -11710,11 +11784,11 @@ async def until_signal(service: Service, turns: Sequence[Turn]) -> None:
     work.result()
 
 
-async def check_once(service: Service, job_id: int, stepped: StepResult) -> None:
+async def follow_up_steps(service: Service, job_id: int, stepped: StepResult) -> None:
     """The steps that follow a job's first one at once."""
     while not service.steps.stopping:
         job = await service.store.job(job_id)
-        if job is None or stepped.wait is None or stepped.wait >= service.steps.usual(job):
+        if job is None or stepped.wait is None or stepped.wait >= service.steps.interval_of(job):
             return
         if stepped.error is None and stepped.wait > 0:  # a search, or a look at a running job
             return
@@ -11722,11 +11796,11 @@ async def check_once(service: Service, job_id: int, stepped: StepResult) -> None
         stepped = await service.steps.step(job_id)
 
 
-async def check_there(args: argparse.Namespace, config: Config, found: Holder) -> list[Turn]:
+async def check_there(args: argparse.Namespace, config: Config, found: Holder) -> list[JobRound]:
     """Have the running service do it, and wait until the store shows that it did."""
     async with Store(config.settings.store, read_only=True) as store:
-        async with guessing(store):
-            turns = await turns_of(store, args)
+        async with suggesting_names(store):
+            turns = await rounds_of(store, args)
         for turn in turns:
             path = f"/api/jobs/{turn.job.id}/check"
             try:
@@ -11737,21 +11811,21 @@ async def check_there(args: argparse.Namespace, config: Config, found: Holder) -
                 turn.said, turn.bad, turn.over = str(e), True, True
         for turn in turns:
             if not turn.over:
-                await await_turn(store, turn, config)
+                await await_round(store, turn, config)
     return turns
 
 
-async def await_turn(store: Store, turn: Turn, config: Config) -> None:
+async def await_round(store: Store, turn: JobRound, config: Config) -> None:
     """Until the service has done what it was asked for. A trigger may be on its way for long."""
     until = time.monotonic() + CHECK_WAIT
     gone = False
-    while not await turn.look(store):
+    while not await turn.refresh(store):
         if gone:
             text = f"job {turn.job.name!r} did not run to its end: the service has ended"
             raise Conflict(text)
         if isinstance(turn.job.spec, JobSpec) and time.monotonic() > until:
             if turn.job.status == "active":
-                turn.said, turn.bad = f"not checked within {span(CHECK_WAIT)}", True
+                turn.said, turn.bad = f"not checked within {duration_text(CHECK_WAIT)}", True
             return
         await show_progress(store, [turn])
         await asyncio.sleep(FOLLOW_SECONDS)
@@ -11766,11 +11840,11 @@ def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
     if args.value is not None:
         say("warning: --value shows the secret to all who list processes")
     elif sys.stdin.isatty():
-        args.value = asked(partial(getpass.getpass, "Secret value: "), "nothing stored")
+        args.value = prompt_or_exit(partial(getpass.getpass, "Secret value: "), "nothing stored")
     else:
         args.value = sys.stdin.read()
     body = parse(SecretBody, {name: getattr(args, name) for name in ("name", "type", "value")})
-    answer = with_operations(
+    answer = run_operation(
         config, lambda operations: operations.add_secret(body, replace=args.replace)
     )
     done = "replaced" if args.replace else "stored"
@@ -11778,7 +11852,7 @@ def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
-    answer = looking(config, lambda operations: operations.secrets())
+    answer = run_read_only(config, lambda operations: operations.secrets())
     rows: list[tuple[object, ...]]
     rows = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
     for name, ref in config.secrets.items():
@@ -11788,20 +11862,20 @@ def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
-    found = with_operations(config, lambda operations: operations.secret(args.name), looks=True)
+    found = run_operation(config, lambda operations: operations.secret(args.name), looks=True)
     if not confirmed(args, f"Delete secret {found.name!r} of type {found.type}, for good?"):
         return 1
-    answer = with_operations(config, lambda operations: operations.delete_secret(args.name))
+    answer = run_operation(config, lambda operations: operations.delete_secret(args.name))
     return report(args, answer, answer.message)
 
 
 def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
     count, vault = (
-        with_operations(config, lambda operations: operations.rotate()),
+        run_operation(config, lambda operations: operations.rotate()),
         Vault(config.settings),
     )
     place = config.settings.shown_store
-    text = f"sealed {counted(count, 'secret')} of {place} with a new master key"
+    text = f"sealed {count_of(count, 'secret')} of {place} with a new master key"
     if vault.file is not None:
         text += f": back up {vault.file} (the one before is in {vault.old_file()})"
     return report(args, {"resealed": count}, text)
@@ -11814,10 +11888,10 @@ def cmd_import(args: argparse.Namespace, config: Config) -> int:
     SecretValue(secret_key, "the original's SECRET_KEY")
 
     async def work(operations: Operations) -> list[tuple[str, bool, str]]:
-        with original(args.file) as ask:
+        with open_original(args.file) as ask:
             return await operations.store.transact(Import(ask, secret_key, operations).run)
 
-    done = with_operations(config, work)
+    done = run_operation(config, work)
     shown = [{"what": what, "here": here, "said": said} for what, here, said in done]
     lines = [f"{'here' if here else 'NOT '}  {what}: {said}" for what, here, said in done]
     report(args, {"imported": shown}, "\n".join(lines) or "there is nothing to import")
@@ -11840,7 +11914,7 @@ JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by fl
 
 
 @contextlib.contextmanager
-def by_option() -> Iterator[None]:
+def named_by_option() -> Iterator[None]:
     """Name what is wrong by the option that was typed in place of the field that it became."""
     names = {"poll_interval": "--poll-interval"} | {f: o for f, (o, _) in JOB_OPTIONS.items()}
 
@@ -11863,15 +11937,15 @@ def flat_job(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
-    with by_option():
+    with named_by_option():
         spec = job_spec(flat_job(args), config.settings.job_context)
-        answer = with_operations(config, lambda operations: operations.create_job(spec))
+        answer = run_operation(config, lambda operations: operations.create_job(spec))
     return report(args, answer, f"created job {answer.name!r} (ID {answer.id})")
 
 
 def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
-    with by_option():
-        answer = with_operations(
+    with named_by_option():
+        answer = run_operation(
             config, lambda operations: operations.update_job(args.job, flat_job(args))
         )
     return report(args, answer, f"updated job {answer.name!r}")
@@ -11881,30 +11955,32 @@ def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
     async def look(operations: Operations) -> tuple[JobList, dict[str, tuple[int, int]]]:
         return await operations.jobs(args.status, 10**9, 0), await operations.store.ingested()
 
-    (found, brought), now = with_operations(config, look, looks=True), time.time()
+    (found, brought), now = run_operation(config, look, looks=True), time.time()
     rows = []
     for job in found.jobs:
         mine, pace = brought.get(job.name, (0, 0)), job.poll_interval_seconds
-        every = pace if pace == "auto" else span(pace)
+        every = pace if pace == "auto" else duration_text(pace)
         last = job.last_check_at and ago(job.last_check_at, now)
         following = job.next_check_at and job.status == "active" and due_in(job.next_check_at, now)
         times = (every, last or None, following or None)
-        rows.append((job.id, job.name, job.status, done_of(job, mine), why_of(job, mine), *times))
+        rows.append(
+            (job.id, job.name, job.status, progress_text(job, mine), reason_text(job, mine), *times)
+        )
     columns = ("ID", "Name", "State", "Done", "Why", "Every", "Checked", "Next")
     return report(args, found, Table(columns, rows, (5, 6, 7, 0, 3, 4)))
 
 
-def plain(value: object) -> str:
+def as_written(value: object) -> str:
     """A value of a job's definition, as its author could have written it."""
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {plain(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key}: {as_written(inner)}" for key, inner in value.items())
     if isinstance(value, list):
-        return ", ".join(map(plain, value))
+        return ", ".join(map(as_written, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
-    answer = with_operations(
+    answer = run_operation(
         config, lambda operations: operations.job(args.job, args.logs), looks=True
     )
     document = answer.model_dump(mode="json")
@@ -11912,7 +11988,9 @@ def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
     apart |= {"recent"}
     apart |= {"batch_count", "completed_count", "failed_count"} if answer.ingest else set()
     facts = {k: v for k, v in document.items() if k not in apart and v not in (None, {})}
-    head = [(k.replace("_", " "), plain(v)) for k, v in (facts | (answer.totals or {})).items()]
+    head = [
+        (k.replace("_", " "), as_written(v)) for k, v in (facts | (answer.totals or {})).items()
+    ]
     batches = [
         (b.batch_id, b.status or "not seen yet", f"{b.requests_completed}/{b.requests_total}")
         for b in answer.batches
@@ -11937,8 +12015,8 @@ def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
 
 def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
     """pause, resume, retry: one change of state each."""
-    before = with_operations(config, lambda operations: operations.job(args.job, None), looks=True)
-    answer = with_operations(config, lambda operations: operations.step_job(args.job, args.action))
+    before = run_operation(config, lambda operations: operations.job(args.job, None), looks=True)
+    answer = run_operation(config, lambda operations: operations.step_job(args.job, args.action))
     report(args, answer, f"job {answer.name!r} is {answer.status} now")
     lost = [b.batch_id for b in before.batches if outcome(b) == "failed"]
     if args.action == "retry" and lost and before.trigger_when == "all_completed":
@@ -11949,17 +12027,17 @@ def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_job_delete(args: argparse.Namespace, config: Config) -> int:
-    job = with_operations(config, lambda operations: operations.job(args.job, None), looks=True)
-    records = counted(job.totals["records"], "record") if job.totals else ""
+    job = run_operation(config, lambda operations: operations.job(args.job, None), looks=True)
+    records = count_of(job.totals["records"], "record") if job.totals else ""
     what = f"its history and its {records} in /data" if records else "its history"
     if not confirmed(args, f"Delete job {job.name!r} (ID {job.id}) with {what}?"):
         return 1
-    answer = with_operations(config, lambda operations: operations.delete_job(str(job.id)))
+    answer = run_operation(config, lambda operations: operations.delete_job(str(job.id)))
     return report(args, answer, answer.message + (f", with {records}" if records else ""))
 
 
 def cmd_explain(args: argparse.Namespace, config: Config) -> int:
-    said = with_operations(config, lambda operations: operations.explain(args.job), looks=True)
+    said = run_operation(config, lambda operations: operations.explain(args.job), looks=True)
     if holder(config.settings.database) is None:
         said.append("The service does not run at the moment.")
     return report(args, {"job": args.job, "said": said}, "\n".join(said))
@@ -11981,7 +12059,7 @@ def cmd_logs(args: argparse.Namespace, config: Config) -> int:
 
     try:
         while True:
-            rows = with_operations(config, look, looks=True)
+            rows = run_operation(config, look, looks=True)
             if args.json and not args.follow:
                 return report(args, rows)
             for row in rows:
@@ -12021,21 +12099,21 @@ def cmd_data(args: argparse.Namespace, config: Config) -> int:
             return await export(args, RejectAnswer if rejects else StoredRecord, each(operations))
         found = [row async for row in each(operations)]
         if rejects:
-            return draw(reject_table(found))
+            return print_table(reject_table(found))
         rows = [(r.source, r.source_id, r.title, r.published_at, r.url) for r in found]
-        draw(Table(("Source", "ID", "Title", "Published", "URL"), rows, (4, 3, 0)))
+        print_table(Table(("Source", "ID", "Title", "Published", "URL"), rows, (4, 3, 0)))
         total = (await operations.store.totals(args.source or ""))["records"]
         if total > len(found):
             print(f"{len(found)} of {total:,}; --limit shows more, --csv and --json all")
         return None
 
-    with_operations(config, show, looks=True)
+    run_operation(config, show, looks=True)
     return 0
 
 
 async def check_source(store: Store, source: str | None) -> None:
     known = await store.ingested()
-    if source and source not in known and (question := meant(source, known)):
+    if source and source not in known and (question := did_you_mean(source, known)):
         say(f"hint: there is no source {source!r}{question}")
 
 
@@ -12103,7 +12181,7 @@ def cmd_completion(args: argparse.Namespace) -> int:
     config = config_despite_mistakes(args)
     names = {*config.secrets} if what == "secrets" else set[str]()
     if config.settings.has_store:
-        names |= {*with_operations(config, stored, looks=True)}
+        names |= {*run_operation(config, stored, looks=True)}
     print(*sorted(name for name in names if re.fullmatch(r"[\w.@/+-]+", name)), sep="\n")
     return 0
 
@@ -12170,7 +12248,7 @@ async def configuration_table(stack: str, token: SecretValue) -> Table:
     return Table(("", "Component", "Configuration", "Name"), rows)
 
 
-def key_and_choice(
+def prompt_key_and_choice(
     name: str, listing: Callable[[SecretValue], Coroutine[Any, Any, Table]], what: str, most: int
 ) -> tuple[str, list[Sequence[Any]]]:
     """A key that was typed, and the rows that a person chooses of what it lists; "" and no rows
@@ -12181,11 +12259,11 @@ def key_and_choice(
             table = asyncio.run(listing(SecretValue(clean_secret(text))))
             value = text
         except TeckoError as e:
-            complain(e)
+            print_error(e)
     if not table.rows:
         return value, []
-    draw(table)
-    while words := {*typed(f"{what}: ").replace(",", " ").split()}:
+    print_table(table)
+    while words := {*prompt_line(f"{what}: ").replace(",", " ").split()}:
         rows = [row for row in table.rows if str(row[0]) in words]
         if len(rows) == len(words) <= most:
             return value, rows
@@ -12193,8 +12271,8 @@ def key_and_choice(
     return value, []
 
 
-def typed_stack() -> str:
-    while text := typed(f"Keboola stack (Enter: {FIRST_STACK}): ").strip():
+def prompt_stack() -> str:
+    while text := prompt_line(f"Keboola stack (Enter: {FIRST_STACK}): ").strip():
         with contextlib.suppress(ValueError):
             return clean_stack_url(text)
         say(f"a stack is {FIRST_STACK} or another one, without a path")
@@ -12215,16 +12293,16 @@ def interview(settings: Settings) -> tuple[list[SecretBody], str]:
     """What a person wants: the secrets to store, and a jobs.yaml. Nothing is written yet."""
     say("Enter skips a question. Ctrl-C ends this, and nothing is made.")
     ask = partial(batch_table, settings.openai_base_url)
-    key, batches = key_and_choice("OpenAI key", ask, "Batches to watch, like 1, 2", 10)
-    ask = partial(configuration_table, stack := typed_stack())
-    token, target = key_and_choice("Keboola token", ask, "Number of the one to start", 1)
+    key, batches = prompt_key_and_choice("OpenAI key", ask, "Batches to watch, like 1, 2", 10)
+    ask = partial(configuration_table, stack := prompt_stack())
+    token, target = prompt_key_and_choice("Keboola token", ask, "Number of the one to start", 1)
     kinds = (("openai", key), ("keboola", token))
     given = [parse(SecretBody, {"name": f"{k}-prod", "type": k, "value": v}) for k, v in kinds if v]
     chosen = [str(name) for row in target for name in row[1:3]]
     return given, first_jobs_file(stack, [row[1] for row in batches], chosen)
 
 
-def make_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) -> Iterator[str]:
+def create_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) -> Iterator[str]:
     """Make key, database, secrets and jobs.yaml where they are not; what was made, as sentences."""
     settings, vault = config.settings, Vault(config.settings)
     key_file = vault.file
@@ -12236,7 +12314,7 @@ def make_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) ->
         asyncio.run(Store(settings.store).touch())
         yield f"made the database {settings.shown_store}"
     for body in given:
-        with_operations(config, partial(Operations.add_secret, body=body))
+        run_operation(config, partial(Operations.add_secret, body=body))
         yield f"stored the secret {body.name!r}"
     if not config.path.exists():
         config.path.write_text(jobs_file)
@@ -12248,7 +12326,7 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
     settings, vault = config.settings, Vault(config.settings)
     sealed = list[str]()
     if settings.has_store:  # of a server, it makes the tables where they are missing
-        sealed = with_operations(config, lambda operations: operations.store.names("secrets"))
+        sealed = run_operation(config, lambda operations: operations.store.names("secrets"))
     if sealed and vault.file is not None and not vault.file.exists() and not args.new_key:
         raise SecretError(
             f"{vault.file} is missing, and a new key would not open what"
@@ -12257,12 +12335,12 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
         )
     given, jobs_file = list[SecretBody](), first_jobs_file()
     if sys.stdin.isatty() and not (config.path.exists() or sealed or args.json):
-        given, jobs_file = asked(partial(interview, settings), "nothing was made")
-    done = [*make_missing(config, given, jobs_file)]
+        given, jobs_file = prompt_or_exit(partial(interview, settings), "nothing was made")
+    done = [*create_missing(config, given, jobs_file)]
     config, stored = config_of(args), {*sealed, *(body.name for body in given)}
     if given and config.jobs:
         check = partial(every_problem, config, vault=vault)
-        if problems := with_operations(config, lambda operations: check(operations.store)):
+        if problems := run_operation(config, lambda operations: check(operations.store)):
             raise Invalid(problems)
         done.append(f"checked {config.path}: it is good")
     lacks = [kind for kind in ("openai", "keboola") if f"{kind}-prod" not in stored]
@@ -12285,7 +12363,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            message += meant(found[1], re.findall(r"'(.*?)'", found[2]))
+            message += did_you_mean(found[1], re.findall(r"'(.*?)'", found[2]))
         super().error(message)
 
 
@@ -12476,18 +12554,18 @@ def run_command(args: argparse.Namespace) -> int:
         set_up_logging(config.settings, level, to_file=args.command == "start")
         return int(args.run(args, config))
     except TeckoError as e:
-        complain(e, args)
+        print_error(e, args)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `... | head`
         pass
     except ModuleNotFoundError as e:
-        complain(TeckoError(missing(e)), args)
+        print_error(TeckoError(install_hint(e)), args)
     except (OSError, UnicodeError) as e:
-        complain(TeckoError(f"{type(e).__name__}: {e}"), args)
+        print_error(TeckoError(f"{type(e).__name__}: {e}"), args)
     except Exception as e:
         text = f"internal error: {type(e).__name__}: {e}"
-        complain(TeckoError(text, hint="-v shows where"), args)
+        print_error(TeckoError(text, hint="-v shows where"), args)
         if args.verbose:
             log.exception("internal error")  # the handler redacts it
     return 1

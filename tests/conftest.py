@@ -294,8 +294,8 @@ async def make_world(
     vault.load(required=True)
     openai_client = tecko.OpenAI(config.settings.openai_base_url, clock=clock.steady)
     upstreams = openai_client, tecko.Keboola(clock.steady), tecko.Web()
-    clocks: Any = {"clock": clock, "steady": clock.steady}
-    steps = tecko.Steps(config, store, vault, *upstreams, **clocks, luck=lambda: 0.0)
+    clocks: Any = {"clock": clock, "monotonic": clock.steady}
+    steps = tecko.Steps(config, store, vault, *upstreams, **clocks, jitter=lambda: 0.0)
 
     async def close() -> None:
         for upstream in upstreams:

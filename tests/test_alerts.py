@@ -42,7 +42,7 @@ def health(**seen: Any) -> tecko.Health:
     usual: dict[str, Any] = {"timestamp": 0.0, "version": "1", "uptime_seconds": 1e6}
     usual |= {"db_connected": True, "scheduler": "running", "config_last_reload_successful": True}
     usual |= {"config_last_reload_at": 0.0, "config_last_reload_error": None}
-    return tecko.judged(tecko.Health(**usual | seen), None, None)
+    return tecko.with_status(tecko.Health(**usual | seen), None, None)
 
 
 def failed(*jobs: str, what: Any = "failed", reason: str = "it failed") -> tecko.Health:
@@ -59,7 +59,7 @@ def alerting(world: World, *targets: Any) -> tecko.Alerts:
 
 async def look(world: World, alerts: tecko.Alerts, seen: tecko.Health, times: int = 1) -> None:
     for _ in range(times):
-        await alerts.look(seen)
+        await alerts.update(seen)
         world.clock.turn(LOOK)
 
 
@@ -89,8 +89,8 @@ KEY_RESTS = [tecko.PausedKey(secret="openai", reason="OpenAI said 429", until=0.
         (health(undelivered_jobs=["a"]), ["undelivered job a"]),
         (health(paused_keys=KEY_RESTS), ["limited key openai"]),
         (health(config_last_reload_successful=False), ["reload"]),
-        (tecko.judged(health(), "deleted", None), ["database"]),
-        (tecko.judged(health(), None, "it is locked"), ["database"]),
+        (tecko.with_status(health(), "deleted", None), ["database"]),
+        (tecko.with_status(health(), None, "it is locked"), ["database"]),
         (health(db_connected=False), ["database"]),
         (health().model_copy(update={"problems": ["the last backup failed"]}), ["backup"]),
     ],
@@ -166,7 +166,7 @@ async def test_a_store_that_cannot_be_written_is_told_once(
 ) -> None:
     """From memory; once it can be written, a new process knows of it."""
     where = {"webhook": f"{inbox.url}/in"}
-    alerts, wrong = alerting(world, where), tecko.judged(health(), None, "it is locked")
+    alerts, wrong = alerting(world, where), tecko.with_status(health(), None, "it is locked")
     world.store.patience = 0.05
     with Holder(world.store.path):
         await look(world, alerts, wrong, times=5)
@@ -217,7 +217,7 @@ async def live(
                 inbox.fault("POST /other", standins.Fault.status(503), times=None)
             for _ in range(looks):
                 inbox.requests.clear()
-                await alerts.look(failed(*wrong) if wrong else health())
+                await alerts.update(failed(*wrong) if wrong else health())
                 for path in ("/in", "/other") if event != "mute" else ("/in",):
                     for state, _, subject in inbox.states(path):
                         follows(heard, (path, subject), state, world.clock.now, remind)

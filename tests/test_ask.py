@@ -40,7 +40,7 @@ async def client() -> AsyncIterator[httpx2.AsyncClient]:
 async def ask(client: httpx2.AsyncClient, url: str, **options: Any) -> httpx2.Response:
     given: dict[str, Any] = {"deadline": 20, "limit": LIMIT, "error": tecko.SourceError} | options
     error = given.pop("error")
-    return await tecko.ask(client, error, "the host", "GET", url, **given)
+    return await tecko.http_request(client, error, "the host", "GET", url, **given)
 
 
 @contextlib.asynccontextmanager
@@ -150,7 +150,7 @@ async def test_a_web_page_is_called_one(
     """And the setting named that leads there."""
     other.fault("*", Fault.status(status, body="<!DOCTYPE html><p>Welcome"))
     with pytest.raises(error, match=f"a web page; is {tecko.SET_BY[error]} right?"):
-        tecko.read_answer(await ask(client, other.url, error=error), error, "the host")
+        tecko.parse_json_answer(await ask(client, other.url, error=error), error, "the host")
 
 
 @Given(
@@ -159,14 +159,14 @@ async def test_a_web_page_is_called_one(
 async def test_json_that_one_reader_refuses_another_takes(json: bytes) -> None:
     """One odd value is no reason to lose all that came with it."""
     answer = httpx2.Response(200, content=json)
-    assert set(tecko.read_answer(answer, tecko.OpenAIError, "it")) == {"a"}
+    assert set(tecko.parse_json_answer(answer, tecko.OpenAIError, "it")) == {"a"}
 
 
 @Given("body", [b"", b"nothing", b"[" * 2_000_000, b'{"a":' * 200_000, b"\xff\xfe"])
 async def test_what_cannot_be_read_is_an_error(body: bytes) -> None:
     """However deep it goes."""
     with pytest.raises(tecko.OpenAIError, match="cannot be read"):
-        tecko.read_answer(httpx2.Response(200, content=body), tecko.OpenAIError, "it")
+        tecko.parse_json_answer(httpx2.Response(200, content=body), tecko.OpenAIError, "it")
 
 
 async def test_redirects_are_followed_within_the_origin_or_where_it_is_allowed(

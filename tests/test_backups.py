@@ -134,7 +134,7 @@ async def test_what_is_no_good_backup_is_refused(world: World, how: str) -> None
     """Whatever is wrong with it is said, and the database stays as it is."""
     await world.job()
     file, (spoil, said) = backed_up(world), SPOILT[how]
-    tecko.verified(file, world.vault)
+    tecko.verify_backup(file, world.vault)
     spoil(file)
     database = world.config.settings.database
     before = database.read_bytes()
@@ -149,7 +149,7 @@ async def test_a_backup_that_fails(world: World, what: str) -> None:
     settings, now = settings_of(world, backup=block(every=60, keep=1)), world.clock.now
     await world.store.close()
     backups = tecko.Backups(world.vault, lambda: False)
-    backups.look(settings, now)
+    backups.run_if_due(settings, now)
     [first] = tecko.backups_in(settings.backups)
     os.utime(first, (now, now))
     limits, kept = resource.getrlimit(resource.RLIMIT_FSIZE), settings.database.read_bytes()
@@ -162,13 +162,13 @@ async def test_a_backup_that_fails(world: World, what: str) -> None:
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20 * PAGE, limits[1]))
     try:
-        backups.look(settings, now + 61)
+        backups.run_if_due(settings, now + 61)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert backups.error is not None
     assert [*first.parent.iterdir()] == [first]
     settings.database.write_bytes(kept)
-    backups.look(replace_folder(settings, None), now + 62)
+    backups.run_if_due(replace_folder(settings, None), now + 62)
     assert backups.error is None
     [second] = first.parent.iterdir()
     assert second != first and backups.last == now + 62
@@ -185,16 +185,16 @@ async def test_when_a_backup_is_due(world: World) -> None:
     settings, now = settings_of(world, backup=block(every=3600, keep=2)), 1.7e9
     made = list[str]()
     for at in (0, 60, 3599, 3600, 3700, 7200, 10_800):
-        tecko.Backups(world.vault, lambda: False).look(settings, now + at)
+        tecko.Backups(world.vault, lambda: False).run_if_due(settings, now + at)
         files = tecko.backups_in(settings.backups)
         if files[-1].name not in made:
             made.append(files[-1].name)
             os.utime(files[-1], (now + at, now + at))
-    assert made == [tecko.compact(now + at) + ".db" for at in (0, 3600, 7200, 10_800)]
+    assert made == [tecko.file_timestamp(now + at) + ".db" for at in (0, 3600, 7200, 10_800)]
     assert [file.name for file in files] == made[-2:]
     os.utime(files[-1], (now + 10**6, now + 10**6))
-    tecko.Backups(world.vault, lambda: False).look(settings, now + 10_801)
-    assert tecko.backups_in(settings.backups)[-1].name == tecko.compact(now + 10_801) + ".db"
+    tecko.Backups(world.vault, lambda: False).run_if_due(settings, now + 10_801)
+    assert tecko.backups_in(settings.backups)[-1].name == tecko.file_timestamp(now + 10_801) + ".db"
 
 
 async def test_a_new_master_key_makes_a_backup_due(tmp_path: Path) -> None:
@@ -204,13 +204,13 @@ async def test_a_new_master_key_makes_a_backup_due(tmp_path: Path) -> None:
     config = tecko.load_config(tmp_path / "jobs.yaml", {"SECRET_KEY_FILE": str(key)})
     await tecko.Store(config.settings.database).touch()
     backups, now = tecko.Backups(tecko.Vault(config.settings), lambda: False), key.stat().st_mtime
-    backups.look(config.settings, now + 10)
+    backups.run_if_due(config.settings, now + 10)
     [file] = tecko.backups_in(config.settings.backups)
     os.utime(file, (now + 10, now + 10))
-    backups.look(config.settings, now + 20)
+    backups.run_if_due(config.settings, now + 20)
     assert backups.last == now + 10
     os.utime(key, (now + 15, now + 15))
-    backups.look(config.settings, now + 20)
+    backups.run_if_due(config.settings, now + 20)
     assert backups.last == now + 20
 
 
@@ -223,7 +223,7 @@ async def test_never_and_servers_make_no_backups(tmp_path: Path) -> None:
     ):
         file.write_text(f"{text}\njobs: []\n")
         settings = tecko.load_config(file, env).settings
-        tecko.Backups(tecko.Vault(settings), lambda: False).look(settings, 1.8e9)
+        tecko.Backups(tecko.Vault(settings), lambda: False).run_if_due(settings, 1.8e9)
     assert os.listdir(tmp_path) == ["jobs.yaml"]
 
 
@@ -352,7 +352,7 @@ async def test_a_restore_keeps_what_it_replaces(home: Path) -> None:
     writer.execute("INSERT INTO etl_part VALUES ('late', 'b', 'c', 1)")  # still in the log
     said = tecko.restore([file], settings_in(home), "by hand", 1.8e9)
     writer.close()
-    kept = Path(f"{database}.{tecko.compact(1.8e9)}")
+    kept = Path(f"{database}.{tecko.file_timestamp(1.8e9)}")
     assert str(kept) in said and mode(database) == 0o600
     late = "SELECT source FROM etl_part"
     assert (execute(database, late), execute(kept, late)) == ([], [("late",)])
@@ -405,15 +405,15 @@ async def test_a_start_falls_back(
     """The newest good backup takes the place of a damaged or deleted database, which is kept as it
     is, and that is said; a second start finds nothing to do."""
     before, database = damaged(home, damage), home / "teckochecker.db"
-    tecko.ensure_sound(settings_in(home), 1.8e9)
+    tecko.ensure_usable_database(settings_in(home), 1.8e9)
     [said] = [record.message for record in caplog.records if record.levelname == "CRITICAL"]
     assert "cannot be used" in said and "20260102T000000Z.db" in said
-    assert contents(Path(f"{database}.{tecko.compact(1.8e9)}")) == before.get(database)
+    assert contents(Path(f"{database}.{tecko.file_timestamp(1.8e9)}")) == before.get(database)
     async with tecko.Store(database) as store:
         [waits] = await store.attention(10)
         assert waits == {"id": None, "job": "database", "what": "restored", "reason": said}
         assert [row.name for row in await store.secrets()] == ["openai"]
-    tecko.ensure_sound(settings_in(home), 1.9e9)
+    tecko.ensure_usable_database(settings_in(home), 1.9e9)
     assert len(caplog.records) == 1
 
 
@@ -425,7 +425,7 @@ def test_a_start_without_a_good_backup_is_refused(home: Path, damage: str) -> No
         before.pop(home / "teckochecker.db.backups" / f"2026010{day}T000000Z.db")
         (home / "teckochecker.db.backups" / f"2026010{day}T000000Z.db").unlink()
     with pytest.raises(tecko.StoreError, match=r"cannot be used.*20260103T000000Z\.db") as e:
-        tecko.ensure_sound(settings_in(home), 1.8e9)
+        tecko.ensure_usable_database(settings_in(home), 1.8e9)
     assert "`restore FILE`" in e.value.hint
     assert {path: path.read_bytes() for path in home.rglob("*.db")} == before
 
@@ -617,7 +617,7 @@ async def test_hold_leaves_a_lost_trigger_to_a_person(world: World, tmp_path: Pa
 async def test_younger_batches_fire_without_a_search(world: World, tmp_path: Path) -> None:
     """They were in no trigger that a restore could have lost."""
     again, close = await restored(world, backed_up(world), tmp_path)
-    created = int(again.clock() + 2 * tecko.DOUBT)
+    created = int(again.clock() + 2 * tecko.CLOCK_DOUBT)
     world.openai.batch("batch_1", "completed", created_at=created)
     await again.step_until_waiting(await again.job())
     assert len(world.keboola.created) == 1 and world.keboola.count("GET /search/jobs") == 0

@@ -1207,7 +1207,7 @@ def test_a_mistake_is_shown_in_its_line(capsys: pytest.CaptureFixture[str]) -> N
     at: dict[str, Any] = {"file": "jobs.yaml", "line": 8, "column": 5}
     shown = tecko.Problem("jobs", "'a'", "b", **at, source="    secret: a")
     hidden = tecko.Problem("secrets.x", "'value'", "env", **at, source="    value: hunter2")
-    tecko.complain(tecko.Invalid([shown, hidden], hint="do that"))
+    tecko.print_error(tecko.Invalid([shown, hidden], hint="do that"))
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("teckochecker: jobs.yaml:8:5: jobs: found 'a'")
     assert said[1:3] == ["    8 |     secret: a", "      |     ^"]
@@ -1218,7 +1218,10 @@ def test_a_mistake_is_shown_in_its_line(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_show_writes_a_definition_as_its_author_did(home: Path) -> None:
     """No brackets and quotes of Python, and no "None"."""
-    assert tecko.plain({"a": ["b", 1], "c": True, "d": {"e": 1.5}}) == "a: b, 1, c: true, d: e: 1.5"
+    assert (
+        tecko.as_written({"a": ["b", 1], "c": True, "d": {"e": 1.5}})
+        == "a: b, 1, c: true, d: e: 1.5"
+    )
     [done], _ = run_many(home, ["job show active"])
     assert not re.search(r"\bNone\b|\{|\[", done.out)
 

@@ -645,7 +645,7 @@ def test_what_aliases_share_is_not_printed_whole() -> None:
     shared: list[Any] = ["x"]
     for _ in range(40):
         shared = [shared] * 10
-    assert len(tecko.cut(shared)) <= 80
+    assert len(tecko.repr_excerpt(shared)) <= 80
 
 
 def test_a_pipe_in_place_of_a_file_blocks_nobody(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ async def test_an_end_waits_for_no_lock(store: tecko.Store, path: Place) -> None
         assert {type(end) for end in done} == {tecko.StoreError}
         with pytest.raises(tecko.StoreError, match="the program ends"):
             await made(store, "late")
-        store.note(tecko.UnchangedCheck(jobs[0].id, 1, 1, 5.0, 65.0))
+        store.keep_quiet(tecko.UnchangedCheck(jobs[0].id, 1, 1, 5.0, 65.0))
         await store.close()
 
 
@@ -235,7 +235,7 @@ async def test_a_clock_that_is_set_takes_the_times_along(store: tecko.Store, ste
     now = 1e9
     before, sent = await live(store, now)
     quiet = await made(store, "quiet", batch_ids=["batch_5"])
-    store.note(tecko.UnchangedCheck(quiet.id, quiet.revision, quiet.round, now, now + 60))
+    store.keep_quiet(tecko.UnchangedCheck(quiet.id, quiet.revision, quiet.round, now, now + 60))
     await store.shift_times(step, now + step)
     await store.flush()
     job, [trigger] = await store.find_job("checked"), await store.open_triggers(sent.job_id)
@@ -536,9 +536,9 @@ async def test_one_node_works_and_one_waits(server: postgres.Server, url: str) -
     says why, and works again only once the second has gone."""
     async with contextlib.AsyncExitStack() as stack:
         first = await stack.enter_async_context(tecko.Store(url))
-        await stack.enter_async_context(first.sole())
+        await stack.enter_async_context(first.hold_exclusively())
         second = await stack.enter_async_context(tecko.Store(url))
-        waiting = asyncio.ensure_future(second.sole().__aenter__())
+        waiting = asyncio.ensure_future(second.hold_exclusively().__aenter__())
         await made(first, "before")
         await asyncio.sleep(0.05)
         assert not waiting.done() and not first.superseded

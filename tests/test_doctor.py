@@ -45,7 +45,7 @@ async def test_what_a_file_would_change(
 ) -> None:
     """A sentence for what is new, changed, renamed or gone, and for what will fire."""
     await world.store.sync_file_jobs(before, 0.0)
-    found = await tecko.planned(now, world.store)
+    found = await tecko.describe_plan(now, world.store)
     assert len(found) == len(said)
     assert all(words in line for words, line in zip(said, found, strict=True))
 
@@ -57,7 +57,7 @@ async def test_what_has_fired_before_is_said(world: World) -> None:
     await world.steps.step(await world.store.create_job(one, "store", 0.0))
     [trigger] = await world.store.triggers(1)
     other = one.model_copy(update={"name": "other"})
-    [new, once] = await tecko.planned([other], world.store)
+    [new, once] = await tecko.describe_plan([other], world.store)
     assert "'other' is new" in new and trigger.id in once
     assert "fires again only by `job retry`" in once and "of job 'nightly'" in once
 

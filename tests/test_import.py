@@ -94,7 +94,7 @@ def there(tmp_path: Path) -> Original:
 async def take(world: World, there: Original, key: str = SECRET_KEY) -> dict[str, tuple[bool, str]]:
     """What became of each secret and job."""
     operations = tecko.Operations(world.store, world.vault, lambda: world.config, world.clock)
-    with tecko.original(there.file) as ask:
+    with tecko.open_original(there.file) as ask:
         done = await world.store.transact(tecko.Import(ask, key, operations).run)
     return {what: (here, said) for what, here, said in done}
 
@@ -137,7 +137,9 @@ async def test_what_has_fired_there_does_not_fire_here(world: World, there: Orig
     job = await world.store.find_job("job 1")
     [trigger] = await world.store.triggers(job.id)
     assert (trigger.state, trigger.keboola_job_id) == ("succeeded", "4711")
-    assert [fired.job for fired in await world.store.fired(tecko.aim(job.watches))] == ["job 1"]
+    assert [fired.job for fired in await world.store.fired(tecko.aim_of_spec(job.watches))] == [
+        "job 1"
+    ]
     watch = job.watches.watch.model_copy(update={"batch_ids": ["batch_2"]})
     other = job.watches.model_copy(update={"watch": watch})
     await world.store.update_job(job.id, lambda _: other, world.clock())

@@ -190,7 +190,7 @@ class Site:
     files: int = 1
     since: bool = False
     rows: Rows = field(default_factory=list)
-    luck: random.Random = field(default_factory=random.Random)
+    jitter: random.Random = field(default_factory=random.Random)
 
     def write(self, rows: Rows) -> None:
         self.rows = rows
@@ -251,7 +251,7 @@ class Site:
         if self.style is not None:
             return self._at_a_gate()
         before, ended_before = self.so_far()
-        wanted = self.luck.randrange(300_000, 2_000_000)  # the tables and the run take 250,000
+        wanted = self.jitter.randrange(300_000, 2_000_000)  # the tables and the run take 250,000
 
         def reached() -> bool:
             records, ended = self.so_far()
@@ -263,7 +263,7 @@ class Site:
 
     def _at_a_gate(self) -> Callable[[], Any]:
         gates: list[standins.Gate] = []
-        page, acted = self.luck.randrange(1, 9), self.luck.random() < 0.5
+        page, acted = self.jitter.randrange(1, 9), self.jitter.random() < 0.5
         self.source.after_page(page, lambda: gates.append(self.source.gate("GET /items", acted)))
 
         def reached() -> None:
@@ -347,7 +347,7 @@ def tell(folder: Path, name: str, seed: int) -> None:
         source.etags = True
         source.page_size = 20
         source.style = style or "plain"
-        site = Site(folder, source, style, luck=random.Random(seed))
+        site = Site(folder, source, style, jitter=random.Random(seed))
         site.begin_with(made_rows(count))
         before = [site.undisturbed()]
         for act in acts:

@@ -160,35 +160,39 @@ def test_a_refused_step_changes_nothing(state: tecko.TriggerState) -> None:
     before, same = trigger(state, sent_at=NOW), trigger(state, sent_at=NOW)
     for event in set(EVENTS) - tecko.TRIGGER_STEPS[state].keys():
         with pytest.raises(tecko.Conflict, match=f"^there is no step '{event}' from '{state}'$"):
-            tecko.moved(before, event, NOW + 1, keboola_job_id="9")
+            tecko.trigger_after(before, event, NOW + 1, keboola_job_id="9")
     assert before == same
 
 
 def test_the_times_of_a_trigger_that_was_lost_and_sent_again() -> None:
     """A second POST counts, the first one's time stays, and a new window begins with no search."""
-    first = tecko.moved(trigger(), "claim", NOW)
-    lost = tecko.moved(first, "lose", NOW + 15)
+    first = tecko.trigger_after(trigger(), "claim", NOW)
+    lost = tecko.trigger_after(first, "lose", NOW + 15)
     assert (first.attempts, first.sent_at) == (1, NOW)
     assert (lost.unknown_at, lost.searches, lost.sent_at) == (NOW + 15, 0, NOW)
-    again = tecko.moved(tecko.moved(lost, "resend", NOW + 135, searches=4), "claim", NOW + 136)
+    again = tecko.trigger_after(
+        tecko.trigger_after(lost, "resend", NOW + 135, searches=4), "claim", NOW + 136
+    )
     assert (again.attempts, again.sent_at) == (2, NOW)
-    assert tecko.moved(again, "lose", NOW + 150).searches == 0
-    found = tecko.moved(lost, "accept", NOW + 30, keboola_job_id="9", keboola_status="created")
+    assert tecko.trigger_after(again, "lose", NOW + 150).searches == 0
+    found = tecko.trigger_after(
+        lost, "accept", NOW + 30, keboola_job_id="9", keboola_status="created"
+    )
     assert (found.state, found.keboola_job_id, found.finished_at) == ("running", "9", None)
 
 
 def test_a_postponed_trigger_counts_as_sent_only_if_it_may_have_arrived_before() -> None:
     """A POST that surely did not arrive leaves no time; after a lost one the time stays."""
-    fresh = tecko.moved(tecko.moved(trigger(), "claim", NOW), "postpone", NOW + 1)
+    fresh = tecko.trigger_after(tecko.trigger_after(trigger(), "claim", NOW), "postpone", NOW + 1)
     assert (fresh.state, fresh.sent_at, fresh.attempts) == ("pending", None, 1)
     resent = trigger("sending", sent_at=NOW, unknown_at=NOW + 1)
-    assert tecko.moved(resent, "postpone", NOW + 200).sent_at == NOW
+    assert tecko.trigger_after(resent, "postpone", NOW + 200).sent_at == NOW
 
 
 def test_a_held_trigger_that_is_retried_is_searched_for_afresh() -> None:
     """`job retry` opens a new window: old searches prove nothing about now."""
     held = trigger("held", unknown_at=NOW, searches=5, sent_at=NOW)
-    after = tecko.moved(held, "resettle", NOW + HOUR, on_ambiguous="resend")
+    after = tecko.trigger_after(held, "resettle", NOW + HOUR, on_ambiguous="resend")
     assert (after.state, after.unknown_at, after.searches) == ("unknown", NOW + HOUR, 0)
 
 
@@ -203,7 +207,7 @@ def test_what_holds_for_every_history_of_a_trigger(events: list[tecko.Event]) ->
         if event not in tecko.TRIGGER_STEPS[state.state]:
             continue
         assert state.finished_at is None
-        state = tecko.moved(state, event, now)
+        state = tecko.trigger_after(state, event, now)
         claims, lost = claims + (event == "claim"), lost or event == "lose"
         assert state.attempts == claims
         assert (state.finished_at == now) == (state.state in TERMINAL)
@@ -306,14 +310,14 @@ def seen_of(known: tecko.Batch, **news: Any) -> tecko.BatchSeen:
 def test_an_answer_with_news_is_progress(news: dict[str, Any]) -> None:
     """Whatever has changed is taken over, and the time of the last progress moves."""
     known = batch("in_progress", requests_completed=3, changed_at=NOW)
-    after = tecko.merged(known, seen_of(known, **news), NOW + 60)
+    after = tecko.batch_after_answer(known, seen_of(known, **news), NOW + 60)
     assert after == replace(known, **news, changed_at=NOW + 60)
 
 
 def test_an_answer_without_news_is_no_progress() -> None:
     """The time of the last progress stays, and earlier denials are forgotten."""
     known = batch("in_progress", changed_at=NOW, missing_since=NOW, missing_checks=2)
-    after = tecko.merged(known, seen_of(known), NOW + 60)
+    after = tecko.batch_after_answer(known, seen_of(known), NOW + 60)
     assert after == batch("in_progress", changed_at=NOW)
 
 
@@ -336,16 +340,16 @@ def test_a_denied_batch_is_lost_after_three_checks_over_ten_minutes(
     """Neither many denials in a moment nor two far apart are believed."""
     known = batch("")
     for at in checks:
-        known = tecko.denied(known, NOW + at)
+        known = tecko.batch_after_404(known, NOW + at)
     assert tecko.is_lost(known, NOW + checks[-1]) is lost
     assert (known.missing_since, known.missing_checks) == (NOW, len(checks))
 
 
 def test_a_batch_that_was_found_again_is_denied_from_the_start() -> None:
     """An answer in between takes back what the denials before it proved."""
-    known = tecko.denied(tecko.denied(batch("validating"), NOW), NOW + 599)
-    known = tecko.merged(known, seen_of(known), NOW + 600)
-    known = tecko.denied(known, NOW + 660)
+    known = tecko.batch_after_404(tecko.batch_after_404(batch("validating"), NOW), NOW + 599)
+    known = tecko.batch_after_answer(known, seen_of(known), NOW + 600)
+    known = tecko.batch_after_404(known, NOW + 660)
     assert (known.missing_since, known.missing_checks) == (NOW + 660, 1)
     assert not tecko.is_lost(known, NOW + 660)
     assert not tecko.is_lost(known, NOW + 9999)
@@ -496,7 +500,7 @@ def test_remarks_name_each_batch() -> None:
 )
 def test_a_duration_for_people(seconds: float, text: str) -> None:
     """At least two of a unit, else the smaller unit."""
-    assert tecko.span(seconds) == text
+    assert tecko.duration_text(seconds) == text
 
 
 # ── What Keboola receives ─────────────────────────────────────────────────────────────────────

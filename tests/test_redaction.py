@@ -160,7 +160,7 @@ def test_what_looks_like_a_key_is_cut_out(text: str, left: str | None) -> None:
 def test_a_secret_is_not_cut_in_half(place: int) -> None:
     """What an upstream says is redacted before it is shortened: a half would not be known."""
     with known("Hunter2-is-not-a-good-one"):
-        said = tecko.short("x" * place + "Hunter2-is-not-a-good-one" + "y" * 100)
+        said = tecko.one_line("x" * place + "Hunter2-is-not-a-good-one" + "y" * 100)
         left = str(tecko.KeboolaError(said))
         assert "Hun" not in left and "-good-one" not in left and len(left) <= 303
 

@@ -164,7 +164,7 @@ class Brittle:
 AWAITED = {  # what the service and its steps ask on the way from a batch to its trigger, by part
     "store": "flush data_version schedule jobs_among job record_check secret prune open_triggers"
     " move_trigger",
-    "openai": "known_as listing retrieve",
+    "openai": "register_secret listing retrieve",
     "keboola": "prepare send",
     "steps": "by_key check step",
 }
@@ -193,7 +193,7 @@ async def test_the_unexpected_costs_a_step(
         steps._actions = {"keboola": steps.keboola}
     service = tecko.Service(cast(Any, brittle if part == "steps" else steps), lambda: world.config)
     service.store = cast(Any, brittle if part == "store" else world.store)
-    steps.clock, steps._steady = time.time, time.monotonic
+    steps.clock, steps.monotonic = time.time, time.monotonic
     quick = world.config.settings.model_copy(update={"trigger_settle_seconds": 1})
     world.config = steps.config = replace(world.config, settings=quick)
     await started(service)
@@ -684,7 +684,7 @@ def test_judged(
     facts: dict[str, Any], file: str | None, store: str | None, status: str, said: str
 ) -> None:
     """Unhealthy where nothing can go on, degraded where something does not; the worst first."""
-    health = tecko.judged(tecko.Health(**(GOOD | facts)), file, store)
+    health = tecko.with_status(tecko.Health(**(GOOD | facts)), file, store)
     assert (health.status, bool(health.problems)) == (status, status != "healthy")
     assert not said or health.problems[0].startswith(said)
     assert all(name not in "".join(health.problems) for name in ("'a'", "'b'"))

@@ -1240,10 +1240,10 @@ async def test_a_search_that_is_refused_for_hours_leaves_the_trigger_on_hold(wor
 async def test_a_stop_leaves_no_trigger_as_sending_that_never_left(world: World) -> None:
     """More triggers than a stack has connections: who waits for one is still to be sent."""
     ids = [await ready(world)]
-    ids += [await world.job(f"job-{n}") for n in range(2 * tecko.AT_ONCE)]
+    ids += [await world.job(f"job-{n}") for n in range(2 * tecko.CALLS_PER_STACK)]
     await asyncio.to_thread(world.keboola.fault, POST, Fault.hang(), None)
     steps = [asyncio.create_task(world.steps.step(job_id)) for job_id in ids]
-    await until(lambda: world.keboola.count(POST) == tecko.AT_ONCE)
+    await until(lambda: world.keboola.count(POST) == tecko.CALLS_PER_STACK)
     await until(lambda: world.openai.count(CHECK) == len(ids))
     for step in steps:
         step.cancel()

@@ -58,9 +58,11 @@ async def checked(
     known = [batch for row in await store.jobs_among([job.id]) for batch in row.batches]
     job = replace(job, batches=known)
     seen = tecko.BatchSeen("batch_1", "completed", requests_total=1, requests_completed=1)
-    batches = [tecko.merged(b, seen, 7.0) if b.batch_id == "batch_1" else b for b in known]
+    batches = [
+        tecko.batch_after_answer(b, seen, 7.0) if b.batch_id == "batch_1" else b for b in known
+    ]
     verdict = tecko.Verdict(event, "why" if event == "give_up" else "", partial)
-    trigger = tecko.intent(job, batches, verdict, uuid.uuid4().hex, 7.0)
+    trigger = tecko.new_trigger(job, batches, verdict, uuid.uuid4().hex, 7.0)
     facts: dict[str, Any] = {
         "error": verdict.reason or None,
         "errors": [],
@@ -164,7 +166,7 @@ async def test_what_the_connection_is_set_to(store: tecko.Store) -> None:
         "synchronous": full,
         "journal_mode": "wal",
         "foreign_keys": 1,
-        "busy_timeout": 1000 * tecko.TURN,
+        "busy_timeout": 1000 * tecko.LOCK_TURN,
     }
 
 
@@ -940,7 +942,7 @@ async def test_a_set_of_batches_fires_once(store: tecko.Store) -> None:
     await store.retry_job(job.id, 11.0)
     await fired(store, await get(store, job.id), "claim", "accept", "succeed")
     assert [t.round for t in await store.triggers(job.id)] == [1, 2, 4]
-    said = await store.fired(tecko.aim(spec()))
+    said = await store.fired(tecko.aim_of_spec(spec()))
     assert [(f.job, f.round) for f in said] == [("job", 4), ("job", 1)] and not said[0].removed
 
 

@@ -196,14 +196,14 @@ def test_each_batch_of_a_list_gets_its_turn(
     """To be asked for singly: once in ten checks, or in an hour, where they are not too many."""
     checks = max(10, 3600 // interval)
     times = [start + interval * n for n in range(checks)]
-    assert any(tecko.is_turn(job_id, interval, batches, now) for now in times)
+    assert any(tecko.is_turn_to_confirm(job_id, interval, batches, now) for now in times)
 
 
 def test_turns_cost_little_where_batches_are_many() -> None:
     """One of a thousand checks, evenly."""
     for now in range(0, 6000, 10):
         ids = range(1, 1001)
-        assert sum(tecko.is_turn(job_id, 10, 1000, now) for job_id in ids) == 1
+        assert sum(tecko.is_turn_to_confirm(job_id, 10, 1000, now) for job_id in ids) == 1
 
 
 async def test_a_snapshot_answers_who_is_due_a_little_later(world: World) -> None:
@@ -474,7 +474,7 @@ async def upstream(openai: standins.OpenAI) -> AsyncIterator[tuple[tecko.OpenAI,
     openai.many(KEY, [f"batch_{n}" for n in range(100)])
     clock = Clock()
     made = tecko.OpenAI(openai.base_url, clock=clock.steady)
-    made.known_as(tecko.SecretValue(KEY), "prod")
+    made.register_secret(tecko.SecretValue(KEY), "prod")
     yield made, clock
     await made.close()
 
@@ -600,9 +600,9 @@ async def test_the_values_that_a_secret_had_are_forgotten(
 ) -> None:
     """A secret in a file that is rewritten each minute keeps one key, whatever else is in use."""
     made, _ = upstream
-    made.known_as(tecko.SecretValue(OTHER), "other")
+    made.register_secret(tecko.SecretValue(OTHER), "other")
     for n in range(50):
-        made.known_as(tecko.SecretValue(f"sk-rewritten-{n}"), "prod")
+        made.register_secret(tecko.SecretValue(f"sk-rewritten-{n}"), "prod")
     assert set(made._keys) == {OTHER, "sk-rewritten-49"}
 
 
@@ -625,7 +625,7 @@ def test_a_budget_is_kept_in_every_minute(per_minute: int) -> None:
     """What is let through at once, and what flows in a minute after it."""
 
     async def rate() -> tuple[float, float]:
-        limiter = tecko.budget(per_minute)
+        limiter = tecko.rate_limiter(per_minute)
         assert limiter is not None
         return limiter.max_rate, limiter.max_rate / limiter.time_period * 60
 

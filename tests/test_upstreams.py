@@ -244,7 +244,7 @@ def test_any_json_is_a_batch_that_can_be_stored_or_an_openai_error(data: Any) ->
         seen = tecko.parse_batch("batch_1", data)
     except tecko.OpenAIError:
         return
-    assert (seen.batch_id, seen.status) == (data["id"], tecko.short(data["status"]))
+    assert (seen.batch_id, seen.status) == (data["id"], tecko.one_line(data["status"]))
     with contextlib.closing(sqlite3.connect(":memory:")) as db:
         values = dataclasses.astuple(seen)
         db.execute(f"SELECT {', '.join('?' * len(values))}", values)
@@ -272,11 +272,11 @@ job_like = st.fixed_dictionaries(
 def test_any_json_is_a_keboola_job_or_a_keboola_error(data: Any) -> None:
     """A job has an id, a status and an end only where they stand there."""
     try:
-        job = tecko.keboola_job(data)
+        job = tecko.parse_keboola_job(data)
     except tecko.KeboolaError:
         return
     assert job.id and not isinstance(data["id"], bool)
-    assert (job.id, job.status) == (str(data["id"]), tecko.short(data["status"]))
+    assert (job.id, job.status) == (str(data["id"]), tecko.one_line(data["status"]))
     assert job.is_finished is data["isFinished"]
 
 
@@ -372,7 +372,7 @@ def test_a_token_goes_to_plain_http_only_on_this_machine(
     else:
         with pytest.raises(tecko.KeboolaError) as raised:
             tecko.queue_url(stack, index)
-        assert tecko.short(repr(url)) in str(raised.value) and not raised.value.sent
+        assert tecko.one_line(repr(url)) in str(raised.value) and not raised.value.sent
 
 
 async def test_a_queue_with_a_path_is_used_with_it(
