@@ -8583,7 +8583,7 @@ class Operations:
         """A page of jobs, by id."""
         rows = await self.store.jobs(status, limit + 1, after, search)
         page, ids = rows[:limit], await self._secret_ids()
-        shown = [JobAnswer(**job_fields(job, ids)) for job in page]
+        shown = [JobAnswer.model_construct(**job_fields(job, ids)) for job in page]
         for job in shown if recent else ():
             job.recent = await self._recent(job)
         total = await self.store.count_jobs(status, search)
@@ -9595,6 +9595,7 @@ class Service(Timers):
         self.lock: RunLock | None = None
         self.reloaded_at, self.reload_error = self.started_at, cast(str | None, None)
         self._repeated: dict[Callable[..., Any], asyncio.Task[None]] = {}
+        self._health: asyncio.Task[Health] | None = None  # the last that was asked for
         self._seen_version = -1  # of the store
         self._ticked, self._lag = time.monotonic(), 0.0
 
@@ -9805,8 +9806,14 @@ class Service(Timers):
         )
         return with_status(health, self.store.file_problem(), self.store_error)
 
+    async def shared_health(self) -> Health:
+        """The same, made once for all who ask at one moment: monitors and balancers ask often."""
+        if self._health is None or self._health.done():
+            self._health = asyncio.create_task(self.health())
+        return await asyncio.shield(self._health)
+
     async def ready(self) -> Done:
-        health = await self.health()
+        health = await self.shared_health()
         said = f"database {health.database}, scheduler {health.scheduler}"
         return Done(success=health.status != "unhealthy", message=said)
 
@@ -10267,7 +10274,7 @@ async def show_root(request: Request) -> About | str:
 
 
 async def show_health(request: Request) -> Health:
-    health = await request.service.health()
+    health = await request.service.shared_health()
     return health if request.trusted else health.anonymous()
 
 
@@ -10564,6 +10571,7 @@ HTTP_DEADLINE = 8.0  # s from a request's first byte to its last, and for its an
 HTTP_STOP = 1.5  # s for requests under way when the surface closes; 8 of the 10 s are the steps'
 HTTP_HEAD = 1 << 16  # bytes before a request's body
 HTTP_BODY = 1 << 20  # bytes of a request's body
+READS_AT_ONCE = 2  # GETs worked on at once, so that checks take their turns at the event loop
 ACCEPT_PAUSE = 1.0  # s after a connection that could not be accepted, for lack of descriptors
 
 REQUEST_LINE = re.compile(rb"[!-~]+ [!-~]+ HTTP/\d\.\d\r\n")
@@ -10736,6 +10744,7 @@ class Admin:
         self._connections: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
         # those whose client we wait for, the longest first; whether to take its answer
         self._waiting: dict[asyncio.StreamWriter, bool] = {}
+        self._reads = asyncio.Semaphore(READS_AT_ONCE)
         self._late: set[asyncio.Task[Any]] = set()  # work that goes on after its caller's answer
         self._stopping = False
         self._hurry = asyncio.get_running_loop().create_future()  # done when no one waits longer
@@ -10915,11 +10924,14 @@ class Admin:
         """What the route's function returns within HTTP_ANSWER seconds. A change that takes longer
         goes on, since half of one would be worse, and its caller is told Accepted."""
 
+        reads = route.method == "GET" and not route.public  # health waits for nobody
+
         async def run() -> Any:
             ACTOR.set(f"HTTP {request.request_id}")
             try:
-                answer = route.run(request)
-                return await answer if isinstance(answer, Awaitable) else answer
+                async with self._reads if reads else contextlib.nullcontext():
+                    answer = route.run(request)
+                    return await answer if isinstance(answer, Awaitable) else answer
             finally:
                 if route.method != "GET":
                     self.service.sync_soon()

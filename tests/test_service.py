@@ -737,6 +737,14 @@ async def test_a_database_file_that_is_not_ours_any_more(world: World, what: str
         assert said.status == "unhealthy" and "deleted, replaced" in said.problems[0]
 
 
+async def test_who_asks_for_health_at_one_moment_shares_an_answer(world: World) -> None:
+    """Health is made once for all who ask together, and anew for who asks later."""
+    async with running(world) as service:
+        first, second = await asyncio.gather(service.shared_health(), service.shared_health())
+        assert first is second
+        assert await service.shared_health() is not first
+
+
 async def test_health_waits_for_no_writer(world: World) -> None:
     """Another process holds the store's lock and a write of ours waits for it: health answers
     meanwhile, and says that the database is connected."""
