@@ -134,10 +134,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
+from fnmatch import fnmatchcase
 from functools import cache, lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
 from operator import attrgetter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from secrets import token_bytes
 from types import MappingProxyType
 from typing import (
@@ -621,8 +622,8 @@ def clean_path(value: str) -> str:
 def clean_source(value: str) -> str:
     if not value.startswith("s3://"):
         return clean_path(value)
-    if "**" in value or not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/[^\x00-\x1f]+", value):
-        raise ValueError("allowed: s3://bucket/key, with * and ? that stop at a slash")
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/[^\x00-\x1f]+", value):
+        raise ValueError("allowed: s3://bucket/key, which may be a glob")
     if importlib.util.find_spec("obstore") is None:
         raise ValueError("allowed: s3:// once there is obstore: python -m pip install obstore")
     return value
@@ -5933,12 +5934,12 @@ def without_query(url: str) -> str:
     return url.partition("?")[0]
 
 
-class S3Object(NamedTuple):
-    """An object, with the URL under which it can be fetched, and what tells that it has changed."""
+class RemoteFile(NamedTuple):
+    """A file elsewhere."""
 
-    name: str  # s3://bucket/key
+    name: str  # s3://bucket/key, or the URL without its query
     url: str
-    tag: str
+    tag: str | None = None  # another one where it has changed; None: unknown until it is fetched
 
 
 SIGNED_FOR = timedelta(hours=12)  # a run that takes longer fails, and the next one goes on
@@ -5963,8 +5964,18 @@ def s3_store(source: CsvSource, secret: SecretValue | None) -> S3Store:
     )
 
 
-async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[S3Object]:
-    """What an s3:// path means; asked for once for a thousand objects. Raises SourceError."""
+def path_matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a glob; `**` stands for any number of folders."""
+    if not pattern or not names:
+        return not names and {*pattern} <= {"**"}
+    if pattern[0] == "**":
+        return path_matches(names, pattern[1:]) or path_matches(names[1:], pattern)
+    return fnmatchcase(names[0], pattern[0]) and path_matches(names[1:], pattern[1:])
+
+
+async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[RemoteFile]:
+    """The objects that an s3:// path names: itself, or all that match it as a glob. A list of them
+    is asked for once for a thousand objects. Raises SourceError."""
     import obstore.exceptions
 
     _, root, wanted = re.split("(s3://[^/]+/)", source.path, maxsplit=1)
@@ -5972,7 +5983,9 @@ async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[S3Ob
     try:
         store = await asyncio.to_thread(s3_store, source, secret)  # which reads all certificates
         every = [each async for page in store.list(prefix=folder) for each in page]
-        found = [e for e in every if PurePosixPath("/", e["path"]).match(f"/{wanted}")]
+        exact = [e for e in every if e["path"] == wanted]
+        parts = wanted.split("/")
+        found = exact or [e for e in every if path_matches(e["path"].split("/"), parts)]
         urls = await obstore.sign_async(store, "GET", [e["path"] for e in found], SIGNED_FOR)
     except (obstore.exceptions.BaseError, OSError) as e:  # which says pages
         said = str(e)
@@ -5984,7 +5997,7 @@ async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[S3Ob
         raise SourceError(f"there is no object {source.path}", status=404)
     tags = [f"{e['e_tag'] or e['last_modified']} {e['size']}" for e in found]
     names = [root + e["path"] for e in found]
-    return [*map(S3Object, names, urls, tags)]
+    return [*map(RemoteFile, names, urls, tags)]
 
 
 class Web:
@@ -6073,6 +6086,7 @@ def read_json(body: bytes) -> Any:
         body = body.removeprefix(codecs.BOM_UTF8)
         return json.loads(
             body.decode(json.detect_encoding(body), "surrogateescape"),
+            strict=False,  # a control character in a string costs nothing
             parse_constant=Decimal,
             parse_float=lambda text: float(text) if math.isfinite(float(text)) else Decimal(text),
             parse_int=lambda text: int(text) if len(text) <= DIGITS else Decimal(text),
@@ -6089,8 +6103,9 @@ def to_json(value: Any) -> bytes:
     try:  # integers beyond 64 bits, of which orjson knows nothing
         return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
     except (TypeError, UnicodeEncodeError, RecursionError) as e:
-        said = f"{e}; allowed: finite numbers, Unicode, nested at most {NESTED} deep"
-        raise BadRecord(said) from None
+        kind = {TypeError: "a number that is not finite", RecursionError: "endless nesting"}
+        found = kind.get(type(e), "half of a surrogate pair")
+        raise BadRecord(f"found {found}; allowed: finite numbers and whole characters") from None
 
 
 def lenient_json(value: Any) -> bytes:
@@ -6437,10 +6452,10 @@ def identity_of(stat: os.stat_result, now: float) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def is_unchanged(file: Path | S3Object, state: Mapping[str, Any], now: float) -> bool:
-    """Whether a file is surely the one that was read to its end."""
+def is_unchanged(file: Path | RemoteFile, state: Mapping[str, Any], now: float) -> bool:
+    """Whether a file is certainly the one that was read to its end."""
     known = state.get("identity") if state.get("done") else None
-    is_now = file.tag if isinstance(file, S3Object) else identity_of(file.stat(), now)
+    is_now = file.tag if isinstance(file, RemoteFile) else identity_of(file.stat(), now)
     return known is not None and known == is_now
 
 
@@ -6731,7 +6746,7 @@ class SourceTools(NamedTuple):
     Fetched, one after the other, from where `states` say that its parts were left."""
 
     fetch: Callable[..., Awaitable[httpx2.Response]]  # asks a URL
-    objects: Callable[[], Awaitable[list[S3Object]]]  # those of an s3:// path
+    objects: Callable[[], Awaitable[list[RemoteFile]]]  # those of an s3:// path
     work: Callable[..., Awaitable[Any]]  # calls something in a thread, when that is our turn
     note: Callable[[str], None]
     clock: Callable[[], float]
@@ -6750,40 +6765,45 @@ class Files:
     ) -> None:
         self.source, self.means, self.base, self.allowed = source, means, base, allowed
         self.parts: Collection[str] | None = None  # those that there are
+        self._downloads = dict[str, tuple[Any, Mapping[str, Any] | None]]()  # not yet read
 
     async def read(self, states: Mapping[str, Mapping[str, Any]]) -> AsyncGenerator[Fetched]:
         """From where `states` say that parts were left. Raises SourceError, for a file that cannot
         be read once the others are."""
-        if self.source.remote:
-            url, part = self.source.path, without_query(self.source.path)
-            async for fetched in self._download(url, part, states.get(part, {})):
-                yield fetched
-            return
-        find = self._find_objects() if self.source.in_s3 else self.means.work(self._find)
-        files, failures = sorted(await find, key=lambda file: natural_order(file[1])), list[str]()
-        self.parts = {part for _, part in files}
-        gone = states.keys() - {part for _, part in files}
-        if gone or (len(files) > 1 and await self.means.work(self._rewritten, files, states)):
+        files, failures = await self._find(), list[SourceError]()
+        self.parts = {part for part, _ in files}
+        gone = states.keys() - self.parts
+        if gone or (len(files) > 1 and await self._were_rewritten(files, states)):
             states = {}
-        for path, part in files:
+        for part, file in files:
             before = self.means.counts["updated"]
             try:
-                async for fetched in self._read_file(path, part, states.get(part, {})):
+                async for fetched in self._read(part, file, states.get(part, {})):
                     yield fetched
             except SourceError as e:
-                failures.append(str(e))
+                failures.append(e)
             if self.means.counts["updated"] > before:
                 states = {}
         for part in gone:
             yield Fetched(f"{part} line", [], [], (0, BEYOND_ALL_RECORDS), part)
-        if failures:
-            raise SourceError(one_line("; ".join(failures)), status=400)
+        if len(failures) > 1:
+            raise SourceError(one_line("; ".join(map(str, failures))), status=400)
+        for failure in failures:
+            raise failure
 
-    async def _find_objects(self) -> list[tuple[S3Object, str]]:
-        return [(each, each.name) for each in await self.means.objects()]
+    async def _find(self) -> list[tuple[str, Path | RemoteFile]]:
+        """The files to read in natural order, each with its name in the checkpoint."""
+        path = self.source.path
+        if self.source.remote:
+            return [(without_query(path), RemoteFile(without_query(path), path))]
+        found: list[tuple[str, Path | RemoteFile]]
+        if self.source.in_s3:
+            found = [(each.name, each) for each in await self.means.objects()]
+        else:
+            found = await self.means.work(self._find_here)
+        return sorted(found, key=lambda file: natural_order(file[0]))
 
-    def _find(self) -> list[tuple[Path, str]]:
-        """The files to read, each with its name in the checkpoint."""
+    def _find_here(self) -> list[tuple[str, Path]]:
         exact, path = self.base / self.source.path, self.source.path
         try:
             found = [exact] if exact.is_file() else map(Path, glob.glob(str(exact), recursive=True))
@@ -6795,64 +6815,74 @@ class Files:
             raise SourceError(f"there is no file {path}", status=404)
         names = (os.fsencode(os.path.relpath(file, self.base)) for file in files)
         parts = [name.decode(errors="backslashreplace") for name in names]
-        return list(zip(files, parts, strict=True))
+        return list(zip(parts, files, strict=True))
 
-    def _rewritten(
-        self, files: Sequence[tuple[Path | S3Object, str]], states: Mapping[str, Mapping[str, Any]]
+    async def _were_rewritten(
+        self,
+        files: Sequence[tuple[str, Path | RemoteFile]],
+        states: Mapping[str, Mapping[str, Any]],
     ) -> bool:
-        """Whether one of the files did not only grow; of an object, whether it is another one."""
-        now = self.means.clock()
-        for path, part in files:
+        """Whether one of the files did not only grow. What was downloaded for that is kept."""
+        for part, file in files:
             with contextlib.suppress(SourceError), reading_errors(part):
-                if part in states and not is_unchanged(path, states[part], now):
-                    if isinstance(path, S3Object):
-                        if states[part].get("done"):
-                            return True
-                        continue
-                    with path.open("rb") as file:
-                        csv_file = CsvFile(file, part, self.source, growing=False)
-                        if not csv_file.resume(states[part]):
-                            return True
+                state, now = states.get(part), self.means.clock()
+                if state is None or await self.means.work(is_unchanged, file, state, now):
+                    continue
+                opened, told = await self._open(part, file, {})
+                grew = await self.means.work(self._only_grew, opened, part, state)
+                if isinstance(file, RemoteFile):
+                    self._downloads[part] = opened, told
+                if not grew:
+                    return True
         return False
 
-    async def _read_file(
-        self, path: Path | S3Object, part: str, state: Mapping[str, Any]
-    ) -> AsyncGenerator[Fetched]:
-        now = self.means.clock()
-        with reading_errors(part):
-            if await self.means.work(is_unchanged, path, state, now):
-                return
-            if isinstance(path, S3Object):
-                tagged = {"identity": path.tag}
-                async for fetched in self._download(path.url, part, state, tagged):
-                    yield fetched
-                return
-            with path.open("rb") as file:
-                identity = identity_of(os.fstat(file.fileno()), now)
-                told = {"identity": identity} if identity else None
-                async for fetched in self._read(file, part, state, told):
-                    yield fetched
-
-    async def _download(
-        self, url: str, part: str, state: Mapping[str, Any], told: Mapping[str, Any] | None = None
-    ) -> AsyncGenerator[Fetched]:
-        """A file behind a URL is fetched whole before it is read: a server that breaks off then
-        costs nothing but a retry. It has no name, so that no crash leaves it behind."""
-        with tempfile.TemporaryFile(dir=self.means.folder) as sink:
-            limit = min(4 << 30, shutil.disk_usage(self.means.folder).free // 2)
-            got = await self.means.fetch(url, state=state, sink=sink, limit=limit)
-            if got.status_code == 304:
-                return
-            sink.seek(0)
-            with reading_errors(part):
-                async for fetched in self._read(sink, part, state, told or validators_of(got)):
-                    yield fetched
+    def _only_grew(self, file: Any, part: str, state: Mapping[str, Any]) -> bool:
+        with open(file.fileno(), "rb", closefd=False) as again:
+            grew = CsvFile(again, part, self.source, growing=False).resume(state)
+        file.seek(0)
+        return grew
 
     async def _read(
+        self, part: str, file: Path | RemoteFile, state: Mapping[str, Any]
+    ) -> AsyncGenerator[Fetched]:
+        with reading_errors(part):
+            if await self.means.work(is_unchanged, file, state, self.means.clock()):
+                return
+            opened, told = await self._open(part, file, state)
+            if opened is not None:
+                with opened:
+                    async for fetched in self._read_csv(opened, part, state, told):
+                        yield fetched
+
+    async def _open(
+        self, part: str, file: Path | RemoteFile, state: Mapping[str, Any]
+    ) -> tuple[Any, Mapping[str, Any] | None]:
+        """A file, and what tells that it is as it was: None where it may have changed since. The
+        file is None where it is still as `state` has it.
+
+        One that is elsewhere is fetched whole before it is read: a server that breaks off then
+        costs nothing but a retry. It has no name here, so that no crash leaves it behind."""
+        if isinstance(file, Path):
+            opened = file.open("rb")
+            identity = identity_of(os.fstat(opened.fileno()), self.means.clock())
+            return opened, {"identity": identity} if identity else None
+        if part in self._downloads:
+            return self._downloads.pop(part)
+        with contextlib.ExitStack() as unless_good:
+            folder = self.means.folder
+            sink = unless_good.enter_context(tempfile.TemporaryFile(dir=folder))
+            limit = min(4 << 30, shutil.disk_usage(folder).free // 2)
+            got = await self.means.fetch(file.url, state=state, sink=sink, limit=limit)
+            if got.status_code == 304:
+                return None, None
+            sink.seek(0)
+            unless_good.pop_all()
+            return sink, {"identity": file.tag} if file.tag else validators_of(got)
+
+    async def _read_csv(
         self, file: Any, part: str, state: Mapping[str, Any], told: Mapping[str, Any] | None
     ) -> AsyncGenerator[Fetched]:
-        """What one file holds. `told` is remembered once it was read whole; None: it may have
-        changed since."""
+        """The records of one file. `told` is remembered once it was read whole."""
         means = self.means
         csv_file = await means.work(CsvFile, file, part, self.source, told is None)
         if state:
@@ -6895,13 +6925,20 @@ SAME_PAGES = 2  # pages in a row without anything new: the paging goes in circle
 PAGE_REFUSED = (400, 404, 416, 422)  # what APIs answer to the number of a page that is not there
 HAS_MORE = re.compile(r"has(more|next(page)?)")
 MORE = re.compile(
-    r"(odata)?next(page|url|link|uri|cursor|token|offset|start|results?|records)*"
+    r"(odata)?next(page|url|link|uri|cursor|token|offset|start|results?|records|marker)*"
     r"|has(more|next(page)?)|more(results|items|pages)?|continuation(token)?|lastevaluatedkey"
+    r"|(is)?truncated"
 )
-TOTAL = re.compile(
-    r"(count|total)|total(count|results|items|records|elements|hits)|recordstotal|numfound"
-)
+LAST = re.compile(r"(is)?last(page)?")  # what is false where there is more
+TOTALS = {
+    "records": re.compile(
+        r"(count|total)|total(count|results|items|records|elements|hits)|recordstotal|numfound"
+        r"|contentrange"
+    ),
+    "pages": re.compile(r"total(number)?(of)?pages|pages?total|pagecount|num(ber)?(of)?pages"),
+}
 NO_LIST = ("errors", "warnings")  # lists that hold no records
+NO = ("false", "no", "0", "")
 
 
 def next_link(header: str) -> str | None:
@@ -6923,14 +6960,37 @@ LINK = re.compile(
 )
 
 
-def scalars_in(answer: Any, path: str = "", depth: int = 3) -> Iterator[tuple[str, str, Any]]:
-    """The single values of an answer: their dotted paths, names as letters alone, and they."""
+class Sign(NamedTuple):
+    """A value in an answer, or in its headers, that may tell about paging."""
+
+    path: str  # dotted, or the header's name
+    name: str  # its last part in lower case and letters alone
+    value: Any
+
+    @property
+    def number(self) -> int | None:
+        """The value as a whole number, where it is one."""
+        text = str(self.value) if type(self.value) in (int, float, str) else ""
+        found = re.fullmatch(r"(\d{1,15})(\.0)?", text, re.ASCII)
+        return int(found[1]) if found else None
+
+
+def signs_in(answer: Any, path: str = "", depth: int = 3) -> Iterator[Sign]:
+    """The values of an answer, down to a few levels; of a link that is an object its `href`."""
     for key, value in answer.items() if isinstance(answer, dict) and depth else ():
         where = f"{path}.{key}".lstrip(".")
         if isinstance(value, dict):
-            yield from scalars_in(value, where, depth - 1)
-        name = re.sub("[^a-z]", "", str(key).lower())
-        yield where, name, value.get("href") if isinstance(value, dict) else value
+            yield from signs_in(value, where, depth - 1)
+            value = value.get("href", value if any(value.values()) else None)
+        yield Sign(where, re.sub("[^a-z]", "", str(key).lower()), value)
+
+
+def signs_in_headers(headers: Mapping[str, str]) -> Iterator[Sign]:
+    """The same of headers like X-Total-Count; of a Content-Range the total behind its slash."""
+    for key, text in headers.items():
+        name = re.sub("^x-(wp-|ms-)?|[^a-z]", "", key.lower())
+        value = text.rpartition("/")[2] if name == "contentrange" else text
+        yield Sign(key, name, {"true": True, "false": False}.get(value.lower(), value))
 
 
 class Pages:
@@ -6946,10 +7006,13 @@ class Pages:
         self._at = start if start is not None else int(self.paging.type == "page")
         self._items = source.items  # where the list is
         self._taken = self._pages = 0
-        self._signs: list[tuple[str, str, Any]] = []  # in the last answer
-        self._met = False  # whether some answer had what `next` names
-        self._totals = dict[str, int]()  # that answers told
-        self.shrank = False  # whether such a total got less from page to page
+        self._signs: list[Sign] = []  # in the last answer
+        self._path = self.paging.path or "next_cursor"  # of a cursor
+        named = {self._path} if self.paging.type == "cursor" else set[str]()
+        self._unmet = named | ({source.more} if source.more else set())  # paths in no answer yet
+        self._has_link = False  # whether some answer had a Link header
+        self._totals: dict[str, dict[str, int]] = {what: {} for what in TOTALS}  # that answers told
+        self.shrank = False  # whether a total got less from page to page
         self.has_field = False  # whether some record has what `since` names
 
     async def read(self, states: Mapping[str, Mapping[str, Any]]) -> AsyncGenerator[Fetched]:
@@ -6969,7 +7032,7 @@ class Pages:
                     self.means.note(f"page {number}: {got.status_code}: taken for the end")
                 self._signs = []
                 break
-            answer, items, digest = await self.means.work(self._open, got.content, number)
+            answer, items, digest = await self.means.work(self._open, got, number)
             stale = stale + 1 if digest in seen or not items else 0
             seen.add(digest)
             for fetched in self._fetched(items, number):
@@ -6994,10 +7057,11 @@ class Pages:
                 raise SourceError(f"{e}; `next.size` asks for fewer records", status=400) from e
             raise
 
-    def _open(self, body: bytes, number: int) -> tuple[Any, list[Any], bytes]:
-        answer = read_json(body)
-        items = self._list_in(answer, may_lack=number > 1 or self.since is not None)
-        self._signs = [*scalars_in(answer)]
+    def _open(self, got: httpx2.Response, number: int) -> tuple[Any, list[Any], bytes]:
+        may_lack = number > 1 or self.since is not None
+        answer = read_json(got.content) if got.content.strip() or not may_lack else None
+        self._signs = [*signs_in(answer), *signs_in_headers(got.headers)]
+        items = self._list_in(answer, may_lack=may_lack)
         return answer, items, digest_of(lenient_json(items))
 
     def _list_in(self, answer: Any, *, may_lack: bool) -> list[Any]:
@@ -7011,7 +7075,10 @@ class Pages:
         found = answer if self._items is None else picker(self._items)(block)
         if isinstance(found, list):
             return found
-        if may_lack and not lists and (found is None or found is block):
+        if error := block.get("error") or block.get("errors"):
+            raise SourceError(f"the answer is an error: {repr_excerpt(error)}", status=400)
+        null = found is None and any(sign.path == self._items for sign in self._signs)
+        if null or (may_lack and not lists and (not found or found is block)):
             return []
         if self._items is not None:
             said = f"there is no list at {self._items!r} in the answer: {repr_excerpt(answer)}"
@@ -7061,26 +7128,23 @@ class Pages:
 
     def _next(self, got: httpx2.Response, answer: Any, items: Sequence[Any]) -> str | None:
         """The URL of the next page, relative perhaps, as far as this answer knows of one."""
-        for where, name, value in self._signs:
-            if TOTAL.fullmatch(name) and type(value) is int:
-                self.shrank |= name != "count" and value < self._totals.get(where, value)
-                self._totals[where] = value
+        self._note_signs()
+        self._has_link |= "link" in got.headers
         if self._has_more(answer) is False:
-            self._met = True
+            self._unmet.discard(self._path)
             return None
         paging = self.paging
         if self.numbered:
-            self._met = True
             self._at += len(items) if paging.type == "offset" else 1
             return self._url(self._number())
         if paging.type == "link":
-            self._met |= "link" in got.headers
             return next_link(got.headers.get("link", ""))
         last = paging.type == "last"
         holder = items[-1] if last and items else None if last else answer
-        path = paging.path or (self.source.ids[0] if last else "next_cursor")
+        path = paging.path or self.source.ids[0] if last else self._path
         cursor = picker(path)(holder) if isinstance(holder, dict) else None
-        self._met |= cursor is not None or any(path == where for where, *_ in self._signs)
+        if isinstance(cursor, dict):
+            cursor = cursor.get("href", cursor)
         if cursor in (None, "", False):
             return None
         if not isinstance(cursor, str):
@@ -7092,11 +7156,23 @@ class Pages:
             {**self._number(), name: cursor.encode(errors="backslashreplace").decode()}
         )
 
-    def _has_more(self, answer: Any) -> Any:
+    def _note_signs(self) -> None:
+        self._unmet -= {sign.path for sign in self._signs}
+        for sign in self._signs:
+            for what, names in TOTALS.items():
+                if names.fullmatch(sign.name) and (number := sign.number) is not None:
+                    less = number < self._totals[what].get(sign.path, number)
+                    self.shrank |= less and sign.name != "count"
+                    self._totals[what][sign.path] = number
+
+    def _has_more(self, answer: Any) -> bool | None:
+        """Whether the answer says that there is a next page; None: it does not say."""
         if self.source.more is not None:
-            return picker(self.source.more)(answer) if isinstance(answer, dict) else None
+            told = picker(self.source.more)(answer) if isinstance(answer, dict) else None
+            return None if told is None else str(told).lower() not in NO
         signs = self._signs if self.paging.type != "link" else ()
-        return next((v for _, n, v in signs if HAS_MORE.fullmatch(n) and type(v) is bool), None)
+        told = (s.value for s in signs if HAS_MORE.fullmatch(s.name) and type(s.value) is bool)
+        return next(told, None)
 
     def _in_circles(self, pages: str, items: Sequence[Any]) -> None:
         if not items:
@@ -7108,40 +7184,45 @@ class Pages:
     def _judge(self, answer: Any, got: httpx2.Response | None, url: str | None) -> None:
         """Say what the answers say of more than was taken."""
         first, paging = self._pages <= 1, self.paging
-        path = paging.path or "next_cursor"
+        known = self.means.checkpoint.records
         more = self._says_more(answer, got) if got is not None and not self.numbered else ""
-        if not self._met and paging.type == "cursor" and self._taken:
-            there = (
-                ", ".join(map(str, answer)) if isinstance(answer, dict) else repr_excerpt(answer)
-            )
-            said = f"there is no {path} in the answer; there are {one_line(there)}"
-            self._complain(said, mistake=bool(more) or not self.means.checkpoint.records)
+        if self._unmet and self._taken:
+            there = answer if isinstance(answer, dict) else [repr_excerpt(answer)]
+            said = f"there is no {', '.join(sorted(self._unmet))} in the answer; there are "
+            said += one_line(", ".join(map(str, there)))
+            self._complain(said, mistake=bool(more) or not known)
         elif more and not url:
             said = f"the answer says by {more} that there is more; `next` says how to ask for it"
             self._complain(said, mistake=first)
-        elif self.since is None and max(self._totals.values(), default=0) > self._taken:
-            total = max(self._totals.values())
-            said = f"{self._taken} records came of {total} that the answer tells of"
+        elif self.since is None and (short := self._falls_short()):
             asks_on = self.source.next is not None or self._pages > 1
-            self._complain(f"{said}; `next` says how to ask for more", mistake=not asks_on)
-        elif self.source.next is not None and paging.type == "link" and not self._met:
+            self._complain(f"{short}; `next` says how to ask for more", mistake=not asks_on)
+        elif self.source.next is not None and paging.type == "link" and not self._has_link:
             self.means.note("no answer had a Link header, which `next` names")
         if self.source.since is not None and self._taken and not self.has_field:
             self.means.note(f"no record has {self.source.since.field}, which `since` names")
-        if not self._taken and self.since is None and not self.means.checkpoint.records:
+        if not self._taken and self.since is None and not known:
             self.means.note("no records came")
+
+    def _falls_short(self) -> str:
+        """What came of all that the answers tell of; empty: nothing is missing."""
+        for what, came in (("records", self._taken), ("pages", self._pages)):
+            if came < (total := max(self._totals[what].values(), default=0)):
+                return f"{came} {what} came of {total} that the answer tells of"
+        return ""
 
     def _says_more(self, answer: Any, got: httpx2.Response) -> str:
         """What in the last answer says that there is a next page; empty: nothing does."""
-        if self.source.more is not None and self._has_more(answer) is True:
+        if (more := self._has_more(answer)) is False:
+            return ""
+        if self.source.more is not None and more:
             return self.source.more
-        for where, name, value in self._signs:
-            told = value is True or (type(value) in (str, int) and value not in ("", 0))
-            if MORE.fullmatch(name) and told:
-                return where
-        if self.paging.type != "link" and next_link(got.headers.get("link", "")):
-            return "Link"
-        return next((header for header in got.headers if "next-page" in header), "")
+        for path, name, value in self._signs:
+            told = type(value) in (bool, int, str, dict) and str(value).lower() not in NO
+            if (LAST.fullmatch(name) and value is False) or (MORE.fullmatch(name) and told):
+                return path
+        links = self.paging.type != "link" and next_link(got.headers.get("link", ""))
+        return "Link" if links else ""
 
     def _complain(self, said: str, *, mistake: bool) -> None:
         """A mistake fails the job until some run was whole; what is known is noted."""
@@ -7171,21 +7252,24 @@ SINCE_FORMS = (
 )
 
 
-def greatest_timestamp(records: Iterable[Any], path: str) -> tuple[str, float] | None:
+def greatest_timestamp(
+    records: Iterable[Any], path: str, order: str | None
+) -> tuple[str, float] | None:
     """The greatest time stamp among records: as it came, and in unix seconds."""
     pick, found = picker(path), list[tuple[str, float]]()
     for value in (pick(record) for record in records if isinstance(record, dict)):
         with contextlib.suppress(ValueError, OverflowError):
             if type(value) in (str, int, float):
-                found.append((str(value), parse_datetime(str(value).strip()).timestamp()))
+                found.append((str(value), parse_datetime(str(value).strip(), order).timestamp()))
     return max(found, key=lambda mark: mark[1], default=None)
 
 
-def since_text(text: str, at: float, since: Since) -> str:
+def since_text(text: str, at: float, since: Since, order: str | None) -> str:
     """The moment `at`, less the overlap, in the form that `text` has, or in the one that was
-    asked for; rounded down."""
-    own = parse_datetime(text.strip())
-    if at < own.timestamp():  # of a clock that is ahead
+    asked for; rounded down. A form that cannot be written here is sent as it came, in whole."""
+    own = parse_datetime(text.strip(), order)
+    ahead = at < own.timestamp()  # the source's clock
+    if ahead:
         kept = re.search(r":\d\d[.,]\d", text) is not None  # a fraction, which is sent as it is
         own = datetime.fromtimestamp(math.floor(at) - kept, own.tzinfo)
     before = own - timedelta(seconds=since.overlap)
@@ -7198,8 +7282,9 @@ def since_text(text: str, at: float, since: Since) -> str:
     for pattern, directive in SINCE_FORMS:
         form = re.sub(pattern, directive, form, count=1)
     known = "%d" in form and not re.search(r"\d\s*[ap]\.?m", text, re.IGNORECASE)
-    same = known and parse_datetime(text.strip()).strftime(form) == text.strip()
-    return before.strftime(form) if same else iso(math.floor(before.timestamp()))
+    if known and parse_datetime(text.strip(), order).strftime(form) == text.strip():
+        return before.strftime(form)
+    return iso(math.floor(before.timestamp())) if ahead else text
 
 
 # ── Metrics ───────────────────────────────────────────────────────────────────────────────────
@@ -7786,7 +7871,7 @@ class Steps:
     async def secret_of(self, source: Source) -> SecretValue | None:
         return None if source.secret is None else await self._secret(str(source.secret))
 
-    async def objects(self, source: Source) -> list[S3Object]:
+    async def objects(self, source: Source) -> list[RemoteFile]:
         return await s3_objects(cast(CsvSource, source), await self.secret_of(source))
 
 
@@ -7857,7 +7942,9 @@ class Ingesting:
             )
         mark, since, sent = self._known_mark(), self.source.since, None
         if since is not None and mark is not None and mark["at"] > since.overlap:
-            sent = since_text(mark["text"], mark["at"], since)
+            sent = since_text(mark["text"], mark["at"], since, self.source.dates)
+            if sent == mark["text"] and since.overlap:
+                self.note(f"`since` sends {sent} without its overlap; `format` names another form")
         return Pages(self.source, means, sent)
 
     async def go(self) -> None:
@@ -7894,7 +7981,8 @@ class Ingesting:
         self._check_drift(fields)
         if isinstance(self.source, ApiSource) and self.source.since is not None:
             records = [record for _, record in fetched.records]
-            found = await steps.in_thread(greatest_timestamp, records, self.source.since.field)
+            field, order = self.source.since.field, self.source.dates
+            found = await steps.in_thread(greatest_timestamp, records, field, order)
             marks = filter(None, (self._latest, found))
             self._latest = max(marks, key=lambda mark: mark[1], default=None)
         ids = {row[1] for row in rows}
@@ -7929,7 +8017,11 @@ class Ingesting:
     def watermark(self) -> str | None:
         """What to remember for `since` after a whole run; None: what is. Never later than the run
         began, since a clock that is ahead would hide what comes."""
-        if self._latest is None or not isinstance(self.reader, Pages):
+        if not isinstance(self.reader, Pages):
+            return None
+        if self._latest is None:
+            if self.reader.has_field:
+                self.note("what `since` names is no time that can be read; `dates` may help")
             return None
         if self.reader.numbered and (self._moved or self.reader.shrank):
             self.note("records moved between the pages: what `since` sends waits for the next run")
