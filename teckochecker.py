@@ -1558,7 +1558,7 @@ class Fetched:
     rejects: Sequence[Rejected]
     span: tuple[int, int] | None  # numbers read anew: what was rejected there before is forgotten
     part: str = ""  # its name in the checkpoint; empty: none is kept
-    state: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)  # of a part; empty: it is gone
     progress: float | None = None
 
 
@@ -1593,8 +1593,6 @@ class RunEnd:
     notes: Sequence[str]
     wait: float  # s until the next run
     watermark: str | None = None  # None: as it was
-    whole: bool = False  # every part was seen, so that others are gone
-    there: Collection[str] | None = None  # the parts that there are; None: as they were
     forget: bool = False  # what this run read has to be read again
 
 
@@ -3692,7 +3690,11 @@ class Records(Database):
             return False
         await self._save_records(run.source, kind, chunk, now)
         await self._save_rejects(run, chunk, now)
-        if part := chunk.fetched.part:
+        part = chunk.fetched.part
+        if part and not chunk.fetched.state:
+            mine = {"source": run.source, "part": part}
+            await self._sql("DELETE FROM etl_part WHERE source = :source AND part = :part", mine)
+        elif part:
             await self._upsert(
                 "etl_part",
                 ("source", "part", "state", "run_id"),
@@ -3776,26 +3778,16 @@ class Records(Database):
         )
         if not ended:
             return run
-        await self._forget_parts(run, end)
+        if end.forget:
+            mine = {"source": run.source, "run": run.id}
+            sql = "DELETE FROM etl_part WHERE source = :source AND run_id = :run"
+            await self._sql(sql, mine)
         if end.watermark is not None:
             mark = {"watermark": end.watermark}
             await self._change("etl_checkpoint", mark, "source = :source", source=run.source)
         done = run_of(ended[0])
         await self._tell_job(done, end, now)
         return done
-
-    async def _forget_parts(self, run: Run, end: RunEnd) -> None:
-        """Of parts that have to be read again, or that are no longer there."""
-        mine = {"source": run.source, "run": run.id}
-        if end.whole or end.forget:
-            which = "run_id = :run" if end.forget else "run_id <> :run"
-            await self._sql(f"DELETE FROM etl_part WHERE source = :source AND {which}", mine)
-        if end.there is not None:
-            rows = await self._sql("SELECT part FROM etl_part WHERE source = :source", mine)
-            await self._many(
-                "DELETE FROM etl_part WHERE source = :source AND part = :part",
-                [{"source": run.source, "part": p} for (p,) in rows if p not in end.there],
-            )
 
     async def _tell_job(self, run: Run, end: RunEnd, now: float) -> None:
         ok = end.status == "success"
@@ -6764,15 +6756,13 @@ class Files:
         self, source: CsvSource, means: SourceTools, base: Path, allowed: Callable[[Path], bool]
     ) -> None:
         self.source, self.means, self.base, self.allowed = source, means, base, allowed
-        self.parts: Collection[str] | None = None  # those that there are
         self._downloads = dict[str, tuple[Any, Mapping[str, Any] | None]]()  # not yet read
 
     async def read(self, states: Mapping[str, Mapping[str, Any]]) -> AsyncGenerator[Fetched]:
         """From where `states` say that parts were left. Raises SourceError, for a file that cannot
         be read once the others are."""
         files, failures = await self._find(), list[SourceError]()
-        self.parts = {part for part, _ in files}
-        gone = states.keys() - self.parts
+        gone = states.keys() - {part for part, _ in files}
         if gone or (len(files) > 1 and await self._were_rewritten(files, states)):
             states = {}
         for part, file in files:
@@ -6784,12 +6774,12 @@ class Files:
                 failures.append(e)
             if self.means.counts["updated"] > before:
                 states = {}
-        for part in gone:
-            yield Fetched(f"{part} line", [], [], (0, BEYOND_ALL_RECORDS), part)
         if len(failures) > 1:
             raise SourceError(one_line("; ".join(map(str, failures))), status=400)
         for failure in failures:
             raise failure
+        for part in gone:
+            yield Fetched(f"{part} line", [], [], (0, BEYOND_ALL_RECORDS), part)
 
     async def _find(self) -> list[tuple[str, Path | RemoteFile]]:
         """The files to read in natural order, each with its name in the checkpoint."""
@@ -6995,8 +6985,6 @@ def signs_in_headers(headers: Mapping[str, str]) -> Iterator[Sign]:
 
 class Pages:
     """An API as a stream of records, page after page."""
-
-    parts: Collection[str] | None = None  # what they are is known after a whole run
 
     def __init__(self, source: ApiSource, means: SourceTools, since: str | None) -> None:
         self.source, self.means, self.since = source, means, since
@@ -7425,7 +7413,7 @@ class Steps:
         )
         self.ingesting: set[int] = set()  # ids of jobs whose run goes on
         self.stopping = False  # runs end at their next chunk
-        self._ingest_slots = asyncio.Semaphore(INGESTS_AT_ONCE)
+        self.ingest_slots = asyncio.Semaphore(INGESTS_AT_ONCE)
         self.clock, self.jitter, self.monotonic = clock, jitter, monotonic
         self.metrics = Metrics()
         openai.on_request = lambda kind: self.metrics.openai_requests.labels(kind).inc()
@@ -7787,92 +7775,12 @@ class Steps:
         try:
             checkpoint = await self.store.checkpoint(job.name)
             run = await self.store.begin_run(job, self.clock())
-            return await self._run_ingest(job, Ingesting(self, job, run, checkpoint))
+            return await Ingesting(self, job, run, checkpoint).go()
         finally:
             self.ingesting.discard(job.id)
 
-    async def _run_ingest(self, job: Job, ingesting: Ingesting) -> StepResult:
-        status: RunStatus = "failed"
-        error: BaseException | None = None
-        try:
-            await ingesting.go()
-            status = "success"
-        except StoreError:
-            raise
-        except (SourceError, IngestFailed, SecretError) as e:
-            error = e
-            self._count_error(e)
-        except (Interrupted, asyncio.CancelledError) as e:
-            status, error = "interrupted", e
-        except Exception as e:
-            error = IngestFailed(f"internal error, see the log: {type(e).__name__}: {e}")
-            log.exception("job %s: internal error", job.id)
-        wait = BACKOFF_FIRST if isinstance(error, Interrupted) else self.interval_of(job)
-        wait = self._retry(job, error) if isinstance(error, TeckoError) else wait
-        said = str(error) or "the program was told to end" if error else None
-        end = RunEnd(
-            status=status,
-            error=said,
-            notes=ingesting.notes,
-            wait=wait,
-            watermark=ingesting.watermark() if status == "success" else None,
-            whole=status == "success" and ingesting.source.type == "api",
-            there=ingesting.reader.parts if status == "success" else None,
-            forget=isinstance(error, IngestFailed) and error.forget,
-        )
-        run = await self.retry_store(self.store.end_run, ingesting.run, end, self.clock())
-        self.metrics.ingest_runs.labels(status).inc()
-        for what in COUNTED:
-            self.metrics.records.labels(what).inc(getattr(run, f"records_{what}"))
-        self.store.sums["records"] += run.records_inserted + run.records_updated
-        if isinstance(error, asyncio.CancelledError):
-            raise error
-        failure = error if isinstance(error, TeckoError) else None
-        return StepResult(wait, f"{said}; {run.summary}" if said else run.summary, failure)
-
-    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        """Call something that keeps a processor in_thread, in a thread: one of a few at once."""
-        async with self._ingest_slots:
-            return await asyncio.to_thread(work, *args)
-
-    async def retry_store(self, ask_store: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Ask the store, however long it stays locked; StoreError once the service stops."""
-        for attempt in itertools.count(1):
-            try:
-                return await ask_store(*args)
-            except StoreError as e:
-                if self.stopping:
-                    raise
-                log.error("an ingest waits for the store: %s", e)
-                await asyncio.sleep(backoff(attempt, STORE_PATIENCE, self.jitter()))
-        raise AssertionError("counting ended")
-
-    async def fetch(
-        self, source: Source, url: str, *, sink: IO[bytes] | None = None, **request: Any
-    ) -> httpx2.Response:
-        """Ask a source, and again after what passes by itself. Raises SourceError."""
-        settings, secret = self.config.settings, await self.secret_of(source)
-        for attempt in itertools.count(1):
-            try:
-                return await self.web.get(source, url, secret, sink=sink, **request)
-            except SourceError as e:
-                wait = backoff(attempt, settings.retry_delay, self.jitter())
-                wait = e.retry_after if e.retry_after is not None else wait
-                passes = not e.permanent or (e.status == 403 and e.retry_after is not None)
-                if not passes or attempt > settings.max_retries or wait > settings.retry_delay:
-                    raise
-                log.info("%s; again in %.0f s", e, wait)
-                await asyncio.sleep(wait)
-                if sink is not None:
-                    sink.seek(0)
-                    sink.truncate()
-        raise AssertionError("counting ended")
-
     async def secret_of(self, source: Source) -> SecretValue | None:
         return None if source.secret is None else await self._secret(str(source.secret))
-
-    async def objects(self, source: Source) -> list[RemoteFile]:
-        return await s3_objects(cast(CsvSource, source), await self.secret_of(source))
 
 
 # ── Ingesting ─────────────────────────────────────────────────────────────────────────────────
@@ -7926,15 +7834,12 @@ class Ingesting:
         self._reason = ""  # why the first of the rejected was
         self._moved = False  # an id came twice with other values
         self._latest: tuple[str, float] | None = None
-        folder = steps.config.settings.database.parent
-        asks = partial(steps.fetch, self.source), partial(steps.objects, self.source)
-        means = SourceTools(
-            *asks, steps.in_thread, self.note, steps.clock, self.counts, checkpoint, folder
-        )
-        self.reader = self._reader(means)
+        self.reader = self._make_reader()
 
-    def _reader(self, means: SourceTools) -> Files | Pages:
-        config = self.steps.config
+    def _make_reader(self) -> Files | Pages:
+        config, run = self.steps.config, (self.counts, self.checkpoint)
+        calls = self.fetch, self.objects, self.in_thread, self.note, self.steps.clock
+        means = SourceTools(*calls, *run, config.settings.database.parent)
         if isinstance(self.source, CsvSource):
             trusted = self.job.origin == "file"
             return Files(
@@ -7947,7 +7852,46 @@ class Ingesting:
                 self.note(f"`since` sends {sent} without its overlap; `format` names another form")
         return Pages(self.source, means, sent)
 
-    async def go(self) -> None:
+    async def go(self) -> StepResult:
+        """Read the source to its end, and write down how that went. Raises StoreError."""
+        steps, job = self.steps, self.job
+        status: RunStatus = "failed"
+        error: BaseException | None = None
+        try:
+            await self._read_source()
+            status = "success"
+        except StoreError:
+            raise
+        except (SourceError, IngestFailed, SecretError) as e:
+            error = e
+            steps._count_error(e)
+        except (Interrupted, asyncio.CancelledError) as e:
+            status, error = "interrupted", e
+        except Exception as e:
+            error = IngestFailed(f"internal error, see the log: {type(e).__name__}: {e}")
+            log.exception("job %s: internal error", job.id)
+        wait = BACKOFF_FIRST if isinstance(error, Interrupted) else steps.interval_of(job)
+        wait = steps._retry(job, error) if isinstance(error, TeckoError) else wait
+        said = str(error) or "the program was told to end" if error else None
+        end = RunEnd(
+            status=status,
+            error=said,
+            notes=self.notes,
+            wait=wait,
+            watermark=self.watermark() if status == "success" else None,
+            forget=isinstance(error, IngestFailed) and error.forget,
+        )
+        run = await self.retry_store(steps.store.end_run, self.run, end, steps.clock())
+        steps.metrics.ingest_runs.labels(status).inc()
+        for what in COUNTED:
+            steps.metrics.records.labels(what).inc(getattr(run, f"records_{what}"))
+        steps.store.sums["records"] += run.records_inserted + run.records_updated
+        if isinstance(error, asyncio.CancelledError):
+            raise error
+        failure = error if isinstance(error, TeckoError) else None
+        return StepResult(wait, f"{said}; {run.summary}" if said else run.summary, failure)
+
+    async def _read_source(self) -> None:
         """Raises SourceError, SecretError, IngestFailed, Interrupted and StoreError."""
         form = digest_of(self.source.model_dump_json(exclude=LIMITS)).hex()
         known = self.checkpoint.parts.items()
@@ -7960,9 +7904,9 @@ class Ingesting:
         self._judge(ended=True)
 
     async def _take(self, fetched: Fetched) -> None:
-        steps, (chunk, twice) = self.steps, await self._normalized(fetched)
+        steps, (chunk, twice) = self.steps, await self._normalize(fetched)
         save = partial(steps.store.save_chunk, self.run, self.job.revision, self.source.type)
-        if not await steps.retry_store(save, chunk, self.fields, steps.clock()):
+        if not await self.retry_store(save, chunk, self.fields, steps.clock()):
             raise Interrupted("the job was paused, changed or removed while it ran")
         if twice and not self._moved:
             self._moved = True
@@ -7974,22 +7918,21 @@ class Ingesting:
         if steps.stopping:
             raise Interrupted("the service was stopped while it ran")
 
-    async def _normalized(self, fetched: Fetched) -> tuple[Chunk, list[str]]:
+    async def _normalize(self, fetched: Fetched) -> tuple[Chunk, list[str]]:
         """What is to be written, and the ids that came twice with other values."""
-        steps, store = self.steps, self.steps.store
-        rows, rejects, fields = await steps.in_thread(identify_records, self.mapper, fetched)
+        rows, rejects, fields = await self.in_thread(identify_records, self.mapper, fetched)
         self._check_drift(fields)
         if isinstance(self.source, ApiSource) and self.source.since is not None:
             records = [record for _, record in fetched.records]
             field, order = self.source.since.field, self.source.dates
-            found = await steps.in_thread(greatest_timestamp, records, field, order)
+            found = await self.in_thread(greatest_timestamp, records, field, order)
             marks = filter(None, (self._latest, found))
             self._latest = max(marks, key=lambda mark: mark[1], default=None)
         ids = {row[1] for row in rows}
-        known = await steps.retry_store(store.hashes, self.run, [*ids]) if ids else {}
+        known = await self.retry_store(self.steps.store.hashes, self.run, [*ids]) if ids else {}
         if not self.checkpoint.records:  # all that is there came in this run
             known = {key: (digest, True) for key, (digest, _) in known.items()}
-        return await steps.in_thread(normalize_records, self.mapper, fetched, rows, rejects, known)
+        return await self.in_thread(normalize_records, self.mapper, fetched, rows, rejects, known)
 
     def _judge(self, *, ended: bool) -> None:
         failed, processed = self.counts["failed"], self.counts["processed"]
@@ -8009,6 +7952,49 @@ class Ingesting:
         if notes and self.source.on_drift == "freeze":
             raise IngestFailed(f"the fields drifted, and on_drift is freeze: {'; '.join(notes)}")
         self.fields = learn_fields(self.fields, fields)
+
+    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        """Call something that keeps a processor busy, in a thread: one of a few at once."""
+        async with self.steps.ingest_slots:
+            return await asyncio.to_thread(work, *args)
+
+    async def retry_store(self, ask_store: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Ask the store, however long it stays locked. Raises StoreError once the service stops."""
+        for attempt in itertools.count(1):
+            try:
+                return await ask_store(*args)
+            except StoreError as e:
+                if self.steps.stopping:
+                    raise
+                log.error("an ingest waits for the store: %s", e)
+                await asyncio.sleep(backoff(attempt, STORE_PATIENCE, self.steps.jitter()))
+        raise AssertionError("counting ended")
+
+    async def fetch(
+        self, url: str, *, sink: IO[bytes] | None = None, **request: Any
+    ) -> httpx2.Response:
+        """Ask the source, and again after what passes by itself. Raises SourceError."""
+        steps, settings = self.steps, self.steps.config.settings
+        secret = await steps.secret_of(self.source)
+        for attempt in itertools.count(1):
+            try:
+                return await steps.web.get(self.source, url, secret, sink=sink, **request)
+            except SourceError as e:
+                wait = backoff(attempt, settings.retry_delay, steps.jitter())
+                wait = e.retry_after if e.retry_after is not None else wait
+                passes = not e.permanent or (e.status == 403 and e.retry_after is not None)
+                if not passes or attempt > settings.max_retries or wait > settings.retry_delay:
+                    raise
+                log.info("%s; again in %.0f s", e, wait)
+                await asyncio.sleep(wait)
+                if sink is not None:
+                    sink.seek(0)
+                    sink.truncate()
+        raise AssertionError("counting ended")
+
+    async def objects(self) -> list[RemoteFile]:
+        assert isinstance(self.source, CsvSource)
+        return await s3_objects(self.source, await self.steps.secret_of(self.source))
 
     def note(self, text: str) -> None:
         if text not in self.notes and len(self.notes) < MAX_NOTES:
