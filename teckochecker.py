@@ -6389,12 +6389,13 @@ def exceeds_max_failed(limit: str | None, failed: int, processed: int, *, ended:
     return failed * 100 > float(limit.removesuffix("%")) * (processed if share else 100)
 
 
-# ── Ingest: files ─────────────────────────────────────────────────────────────────────────────
+# ── Ingest: one CSV file ──────────────────────────────────────────────────────────────────────
 
 CHUNK_BYTES = 4 << 20  # characters of a file after which a chunk ends early, however few records
 RECORD_BYTES = 16 << 20  # characters of one line, or of one field; more is no record
 RACY_SECONDS = 5.0  # s for which a file that changed may still be written to
 BLOCK_BYTES = 1 << 20  # characters that are passed over at once
+LINE_BYTES = 60  # that Python needs for a line beside its characters
 NOT_CSV = {  # how files begin that may be taken for a CSV file and are none
     rb"PK\x03\x04": "a zip archive, or a workbook of Excel, which is one",
     rb"\xd0\xcf\x11\xe0": "an old workbook of Excel",
@@ -6606,8 +6607,28 @@ class CsvFile:
                     continue
             elif begun == CHUNK_ROWS and self._swallows(taken[self._begin :]):
                 raise csv.Error(OPEN_QUOTE)
+            elif begun % CHUNK_ROWS == 0 and self.source.quote != "none":
+                self._find_quote()
             if not line.isascii():
                 self._check(line)
+            yield line
+
+    def _find_quote(self) -> None:
+        """Look ahead for the quote that ends a long field. The csv module would find out as well
+        that there is none, but hold four bytes for each character meanwhile. Raises csv.Error."""
+        size = 0
+        for line in self._lines_ahead():
+            size += len(line) + LINE_BYTES
+            if self.source.quote in line or line[-1] not in "\r\n":
+                return
+            if size > 2 * RECORD_BYTES:
+                raise csv.Error(OPEN_QUOTE)
+
+    def _lines_ahead(self) -> Iterator[str]:
+        """The lines that come next; they stay where they are."""
+        yield from list(self._again)
+        while line := self._text.readline(RECORD_BYTES):
+            self._again.append(line)
             yield line
 
     def _odd_line(self, line: str) -> str:
@@ -6733,6 +6754,9 @@ class CsvFile:
         return Rejected(f"{self.part} line {number}", reason, shown, number)
 
 
+# ── Ingest: files ─────────────────────────────────────────────────────────────────────────────
+
+
 class SourceTools(NamedTuple):
     """What a reader of a source works with. A reader is an object whose `read(states)` yields
     Fetched, one after the other, from where `states` say that its parts were left."""
@@ -6774,10 +6798,9 @@ class Files:
                 failures.append(e)
             if self.means.counts["updated"] > before:
                 states = {}
-        if len(failures) > 1:
-            raise SourceError(one_line("; ".join(map(str, failures))), status=400)
-        for failure in failures:
-            raise failure
+        if failures:
+            said = one_line("; ".join(map(str, failures)))
+            raise failures[0] if len(failures) == 1 else SourceError(said, status=400)
         for part in gone:
             yield Fetched(f"{part} line", [], [], (0, BEYOND_ALL_RECORDS), part)
 
@@ -7028,8 +7051,12 @@ class Pages:
             link = self._next(got, answer, items)
             url = next_page_url(str(got.url), link) if link else None
             if stale >= SAME_PAGES or (not items and self.numbered):
-                if url and not self.numbered:
-                    self._in_circles(f"pages {number - 1} and {number}", items)
+                pages = f"pages {number - 1} and {number}"
+                if url and not self.numbered and items:
+                    said = f"the paging goes in circles: {pages} came before; is `next` right?"
+                    self._complain(said, mistake=True)
+                elif url and not self.numbered:
+                    self.means.note(f"{pages} are empty: taken for the end")
                 break
         self._judge(answer, got, url)
 
@@ -7161,13 +7188,6 @@ class Pages:
         signs = self._signs if self.paging.type != "link" else ()
         told = (s.value for s in signs if HAS_MORE.fullmatch(s.name) and type(s.value) is bool)
         return next(told, None)
-
-    def _in_circles(self, pages: str, items: Sequence[Any]) -> None:
-        if not items:
-            self.means.note(f"{pages} are empty: taken for the end")
-            return
-        said = f"the paging goes in circles: {pages} came before; is `next` right?"
-        self._complain(said, mistake=True)
 
     def _judge(self, answer: Any, got: httpx2.Response | None, url: str | None) -> None:
         """Say what the answers say of more than was taken."""

@@ -166,6 +166,26 @@ def test_an_open_quote_costs_its_line_and_little_memory(tmp_path: Path, line: st
     assert peak < (60e6 if "b" in line else 12e6)
 
 
+@Given(("line", "quote"), [("x" * 79 + "\n", ""), ("x\n", ""), ("x" * 79 + "\n", '"\n')])
+def test_prose_behind_an_open_quote_costs_little_memory(
+    tmp_path: Path, line: str, quote: str
+) -> None:
+    """It is not gathered in vain; if the quote is closed in the end, it is one record."""
+    count = 18_000_000 // (len(line) + 60) if quote else 45_000_000 // (len(line) + 60)
+    (tmp_path / "x").write_text('id,title,other\n1,a,"x\n' + line * count + quote)
+    with (tmp_path / "x").open("rb") as opened:
+        tracemalloc.start()
+        reader = tecko.CsvFile(opened, "x", SOURCE, growing=False)
+        found = list[tuple[int, int]]()
+        while not reader.ended:
+            fetched = reader.read()
+            found.append((len(fetched.records), len(fetched.rejects)))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert [sum(each) for each in zip(*found, strict=True)] == ([1, 0] if quote else [0, count + 1])
+    assert quote or peak < 55e6
+
+
 # ── A date ────────────────────────────────────────────────────────────────────────────────────
 
 TEN = "2024-01-15T10:00:00Z"
