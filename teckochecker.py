@@ -3736,19 +3736,15 @@ class Records(Database):
 
     async def _save_rejects(self, run: Run, chunk: Chunk, now: float) -> None:
         """Write down the rejects of a chunk, in place of those of the same lines or numbers."""
-        await self._many(
-            "INSERT INTO etl_reject (source, place, reason, record, digest, run_id, created_at)"
-            " VALUES (:source, :place, :reason, :record, :digest, :run, :now)"
-            " ON CONFLICT (source, place, digest) DO UPDATE SET reason = excluded.reason,"
-            " run_id = excluded.run_id",
+        await self._upsert(
+            "etl_reject",
+            ("source", "place", "reason", "record", "digest", "run_id", "created_at"),
             [
-                {
-                    **{"source": run.source, "place": r.place, "reason": r.reason},
-                    **{"record": r.record, "digest": digest_of(r.record)},
-                    **{"run": run.id, "now": now},
-                }
+                (run.source, r.place, r.reason, r.record, digest_of(r.record), run.id, now)
                 for r in chunk.rejects
             ],
+            "ON CONFLICT (source, place, digest) DO UPDATE SET reason = excluded.reason,"
+            " run_id = excluded.run_id",
         )
         label, span = chunk.fetched.label, chunk.fetched.span
         if span is not None:
@@ -6757,29 +6753,15 @@ class CsvFile:
 # ── Ingest: files ─────────────────────────────────────────────────────────────────────────────
 
 
-class SourceTools(NamedTuple):
-    """What a reader of a source works with. A reader is an object whose `read(states)` yields
-    Fetched, one after the other, from where `states` say that its parts were left."""
-
-    fetch: Callable[..., Awaitable[httpx2.Response]]  # asks a URL
-    objects: Callable[[], Awaitable[list[RemoteFile]]]  # those of an s3:// path
-    work: Callable[..., Awaitable[Any]]  # calls something in a thread, when that is our turn
-    note: Callable[[str], None]
-    clock: Callable[[], float]
-    counts: Counter[str]  # of this run so far, by COUNTED
-    checkpoint: Checkpoint  # as it was when this run began
-    folder: Path  # for what is downloaded
-
-
 class Files:
     """A CSV source as a stream of records: a file, all that a glob matches in natural order, or one
     behind a URL. The same files bring the same records, whatever came before: where one was
     rewritten or is gone, or changed records, those that may have to win over it are read again."""
 
     def __init__(
-        self, source: CsvSource, means: SourceTools, base: Path, allowed: Callable[[Path], bool]
+        self, source: CsvSource, run: Ingesting, base: Path, allowed: Callable[[Path], bool]
     ) -> None:
-        self.source, self.means, self.base, self.allowed = source, means, base, allowed
+        self.source, self.run, self.base, self.allowed = source, run, base, allowed
         self._downloads = dict[str, tuple[Any, Mapping[str, Any] | None]]()  # not yet read
 
     async def read(self, states: Mapping[str, Mapping[str, Any]]) -> AsyncGenerator[Fetched]:
@@ -6790,13 +6772,13 @@ class Files:
         if gone or (len(files) > 1 and await self._were_rewritten(files, states)):
             states = {}
         for part, file in files:
-            before = self.means.counts["updated"]
+            before = self.run.counts["updated"]
             try:
                 async for fetched in self._read(part, file, states.get(part, {})):
                     yield fetched
             except SourceError as e:
                 failures.append(e)
-            if self.means.counts["updated"] > before:
+            if self.run.counts["updated"] > before:
                 states = {}
         if failures:
             said = one_line("; ".join(map(str, failures)))
@@ -6811,9 +6793,9 @@ class Files:
             return [(without_query(path), RemoteFile(without_query(path), path))]
         found: list[tuple[str, Path | RemoteFile]]
         if self.source.in_s3:
-            found = [(each.name, each) for each in await self.means.objects()]
+            found = [(each.name, each) for each in await self.run.objects()]
         else:
-            found = await self.means.work(self._find_here)
+            found = await self.run.in_thread(self._find_here)
         return sorted(found, key=lambda file: natural_order(file[0]))
 
     def _find_here(self) -> list[tuple[str, Path]]:
@@ -6838,11 +6820,11 @@ class Files:
         """Whether one of the files did not only grow. What was downloaded for that is kept."""
         for part, file in files:
             with contextlib.suppress(SourceError), reading_errors(part):
-                state, now = states.get(part), self.means.clock()
-                if state is None or await self.means.work(is_unchanged, file, state, now):
+                state, now = states.get(part), self.run.clock()
+                if state is None or await self.run.in_thread(is_unchanged, file, state, now):
                     continue
                 opened, told = await self._open(part, file, {})
-                grew = await self.means.work(self._only_grew, opened, part, state)
+                grew = await self.run.in_thread(self._only_grew, opened, part, state)
                 if isinstance(file, RemoteFile):
                     self._downloads[part] = opened, told
                 if not grew:
@@ -6859,7 +6841,7 @@ class Files:
         self, part: str, file: Path | RemoteFile, state: Mapping[str, Any]
     ) -> AsyncGenerator[Fetched]:
         with reading_errors(part):
-            if await self.means.work(is_unchanged, file, state, self.means.clock()):
+            if await self.run.in_thread(is_unchanged, file, state, self.run.clock()):
                 return
             opened, told = await self._open(part, file, state)
             if opened is not None:
@@ -6877,15 +6859,15 @@ class Files:
         costs nothing but a retry. It has no name here, so that no crash leaves it behind."""
         if isinstance(file, Path):
             opened = file.open("rb")
-            identity = identity_of(os.fstat(opened.fileno()), self.means.clock())
+            identity = identity_of(os.fstat(opened.fileno()), self.run.clock())
             return opened, {"identity": identity} if identity else None
         if part in self._downloads:
             return self._downloads.pop(part)
         with contextlib.ExitStack() as unless_good:
-            folder = self.means.folder
+            folder = self.run.folder
             sink = unless_good.enter_context(tempfile.TemporaryFile(dir=folder))
             limit = min(4 << 30, shutil.disk_usage(folder).free // 2)
-            got = await self.means.fetch(file.url, state=state, sink=sink, limit=limit)
+            got = await self.run.fetch(file.url, state=state, sink=sink, limit=limit)
             if got.status_code == 304:
                 return None, None
             sink.seek(0)
@@ -6896,28 +6878,28 @@ class Files:
         self, file: Any, part: str, state: Mapping[str, Any], told: Mapping[str, Any] | None
     ) -> AsyncGenerator[Fetched]:
         """The records of one file. `told` is remembered once it was read whole."""
-        means = self.means
-        csv_file = await means.work(CsvFile, file, part, self.source, told is None)
+        run = self.run
+        csv_file = await run.in_thread(CsvFile, file, part, self.source, told is None)
         if state:
-            await means.work(csv_file.resume, state)
+            await run.in_thread(csv_file.resume, state)
         self._check_columns(csv_file)
         while not csv_file.ended:  # not ahead of the writing: threads in turns cost more than one
-            fetched = await means.work(csv_file.read)
+            fetched = await run.in_thread(csv_file.read)
             if csv_file.ended and not csv_file.waits:
                 fetched.state.update(told or {})
             yield fetched
         for note in csv_file.notes:
-            means.note(note)
+            run.note(note)
         if csv_file.waits:
-            means.note(f"the last line of {part} has no end yet, and waits for the next run")
+            run.note(f"the last line of {part} has no end yet, and waits for the next run")
 
     def _check_columns(self, file: CsvFile) -> None:
         if not file.columns:
             if not file.waits:
-                self.means.note(f"{file.part} is empty")
+                self.run.note(f"{file.part} is empty")
             return
         wanted = {*self.source.ids}
-        if not self.means.checkpoint.fields:  # later on it is drift that one is gone
+        if not self.run.checkpoint.fields:  # later on it is drift that one is gone
             wanted |= {*self.source.fields.values()}
         if missing := sorted(wanted - {*file.columns}):
             lists = (missing, file.columns)
@@ -7009,8 +6991,8 @@ def signs_in_headers(headers: Mapping[str, str]) -> Iterator[Sign]:
 class Pages:
     """An API as a stream of records, page after page."""
 
-    def __init__(self, source: ApiSource, means: SourceTools, since: str | None) -> None:
-        self.source, self.means, self.since = source, means, since
+    def __init__(self, source: ApiSource, run: Ingesting, since: str | None) -> None:
+        self.source, self.run, self.since = source, run, since
         self.paging = source.next or Paging.model_validate("link")
         self.numbered = self.paging.type in ("page", "offset")
         start = self.paging.start
@@ -7040,10 +7022,10 @@ class Pages:
             got = await self._get(url, number)
             if got.status_code in (204, *PAGE_REFUSED):
                 if got.status_code not in (204, 404):
-                    self.means.note(f"page {number}: {got.status_code}: taken for the end")
+                    self.run.note(f"page {number}: {got.status_code}: taken for the end")
                 self._signs = []
                 break
-            answer, items, digest = await self.means.work(self._open, got, number)
+            answer, items, digest = await self.run.in_thread(self._open, got, number)
             stale = stale + 1 if digest in seen or not items else 0
             seen.add(digest)
             for fetched in self._fetched(items, number):
@@ -7056,7 +7038,7 @@ class Pages:
                     said = f"the paging goes in circles: {pages} came before; is `next` right?"
                     self._complain(said, mistake=True)
                 elif url and not self.numbered:
-                    self.means.note(f"{pages} are empty: taken for the end")
+                    self.run.note(f"{pages} are empty: taken for the end")
                 break
         self._judge(answer, got, url)
 
@@ -7066,7 +7048,7 @@ class Pages:
             raise SourceError(said, status=400)
         good = PAGE_REFUSED if self.numbered and number > 1 else ()
         try:
-            return await self.means.fetch(url, good=good)
+            return await self.run.fetch(url, good=good)
         except SourceError as e:
             if e.permanent and e.status is None:  # too long an answer
                 raise SourceError(f"{e}; `next.size` asks for fewer records", status=400) from e
@@ -7099,11 +7081,9 @@ class Pages:
             said = f"there is no list at {self._items!r} in the answer: {repr_excerpt(answer)}"
         else:
             there = (
-                f"lists are at: {one_line(', '.join(lists))}"
-                if lists
-                else f"found {repr_excerpt(answer)}"
+                f"lists are at: {', '.join(lists)}" if lists else f"found {repr_excerpt(answer)}"
             )
-            said = f"the answer is no list; `items` says where it is; {there}"
+            said = f"the answer is no list; `items` says where it is; {one_line(there)}"
         raise SourceError(said, status=400)
 
     def _fetched(self, items: Sequence[Any], number: int) -> Iterator[Fetched]:
@@ -7115,13 +7095,9 @@ class Pages:
             self.has_field = any(isinstance(r, dict) and pick(r) is not None for r in items)
         for start in range(0, len(items), CHUNK_ROWS):
             some = [*enumerate(items[start : start + CHUNK_ROWS], start + 1)]
-            last = start + CHUNK_ROWS >= len(items)
-            span = (
-                (start, BEYOND_ALL_RECORDS if last else start + CHUNK_ROWS)
-                if self.since is None
-                else None
-            )
-            yield Fetched(f"page {number} record", some, [], span)
+            end = start + CHUNK_ROWS
+            span = start, end if end < len(items) else BEYOND_ALL_RECORDS
+            yield Fetched(f"page {number} record", some, [], span if self.since is None else None)
 
     def _url(self, query: Mapping[str, str]) -> str:
         import httpx2
@@ -7145,7 +7121,9 @@ class Pages:
         """The URL of the next page, relative perhaps, as far as this answer knows of one."""
         self._note_signs()
         self._has_link |= "link" in got.headers
-        if self._has_more(answer) is False:
+        if (more := self._has_more(answer)) is not None:
+            self._unmet.discard(self.source.more or "")
+        if more is False:
             self._unmet.discard(self._path)
             return None
         paging = self.paging
@@ -7160,6 +7138,8 @@ class Pages:
         cursor = picker(path)(holder) if isinstance(holder, dict) else None
         if isinstance(cursor, dict):
             cursor = cursor.get("href", cursor)
+        if cursor is not None:
+            self._unmet.discard(path)
         if cursor in (None, "", False):
             return None
         if not isinstance(cursor, str):
@@ -7192,7 +7172,7 @@ class Pages:
     def _judge(self, answer: Any, got: httpx2.Response | None, url: str | None) -> None:
         """Say what the answers say of more than was taken."""
         first, paging = self._pages <= 1, self.paging
-        known = self.means.checkpoint.records
+        known = self.run.checkpoint.records
         more = self._says_more(answer, got) if got is not None and not self.numbered else ""
         if self._unmet and self._taken:
             there = answer if isinstance(answer, dict) else [repr_excerpt(answer)]
@@ -7206,11 +7186,11 @@ class Pages:
             asks_on = self.source.next is not None or self._pages > 1
             self._complain(f"{short}; `next` says how to ask for more", mistake=not asks_on)
         elif self.source.next is not None and paging.type == "link" and not self._has_link:
-            self.means.note("no answer had a Link header, which `next` names")
+            self.run.note("no answer had a Link header, which `next` names")
         if self.source.since is not None and self._taken and not self.has_field:
-            self.means.note(f"no record has {self.source.since.field}, which `since` names")
+            self.run.note(f"no record has {self.source.since.field}, which `since` names")
         if not self._taken and self.since is None and not known:
-            self.means.note("no records came")
+            self.run.note("no records came")
 
     def _falls_short(self) -> str:
         """What came of all that the answers tell of; empty: nothing is missing."""
@@ -7234,9 +7214,9 @@ class Pages:
 
     def _complain(self, said: str, *, mistake: bool) -> None:
         """A mistake fails the job until some run was whole; what is known is noted."""
-        if mistake and not self.means.checkpoint.whole:
+        if mistake and not self.run.checkpoint.whole:
             raise SourceError(said, status=400)
-        self.means.note(said)
+        self.run.note(said)
 
 
 def next_page_url(base: str, link: str) -> str:
@@ -7805,11 +7785,12 @@ class Steps:
 
 # ── Ingesting ─────────────────────────────────────────────────────────────────────────────────
 
-# A run is one loop: fetch, identify, look up, normalize, commit. What keeps a processor busy runs
-# in a thread, and INGESTS_AT_ONCE of these at a time, so that a run which waits (for its source,
-# for its rate, for the store) holds up no other. What one chunk brings, and how far its part has
-# been read with it, is one transaction: whatever is killed whenever, the next run goes on from the
-# last chunk. A row that comes again is known by its hash, and not written.
+# A run is one loop: fetch, identify, look up, normalize, commit. A reader (Files, Pages) fetches: its
+# `read(states)` yields Fetched, from where `states` say that the parts were left. What keeps a
+# processor busy runs in a thread, INGESTS_AT_ONCE of these at a time, so that a run which waits
+# (for its source, its rate or the store) holds up no other. What one chunk brings, and how far its
+# part has been read with it, is one transaction: whatever is killed whenever, the next run goes on
+# from the last chunk. A row that comes again is known by its hash, and is not written.
 #
 # What is provisional decides nothing: a last line without an end in a file that was only just
 # written, an ETag or time of change of this very second, a watermark of numbered pages that moved
@@ -7846,6 +7827,7 @@ class Ingesting:
     def __init__(self, steps: Steps, job: Job, run: Run, checkpoint: Checkpoint) -> None:
         assert isinstance(job.spec, IngestSpec)
         self.steps, self.job, self.run, self.checkpoint = steps, job, run, checkpoint
+        self.clock, self.folder = steps.clock, steps.config.settings.database.parent
         self.source: CsvSource | ApiSource = job.spec.ingest
         self.mapper = Mapper(job.name, self.source)
         self.fields: Mapping[str, Any] = checkpoint.fields
@@ -7857,20 +7839,18 @@ class Ingesting:
         self.reader = self._make_reader()
 
     def _make_reader(self) -> Files | Pages:
-        config, run = self.steps.config, (self.counts, self.checkpoint)
-        calls = self.fetch, self.objects, self.in_thread, self.note, self.steps.clock
-        means = SourceTools(*calls, *run, config.settings.database.parent)
+        config = self.steps.config
         if isinstance(self.source, CsvSource):
             trusted = self.job.origin == "file"
             return Files(
-                self.source, means, config.base, lambda path: trusted or may_be_read(path, config)
+                self.source, self, config.base, lambda path: trusted or may_be_read(path, config)
             )
         mark, since, sent = self._known_mark(), self.source.since, None
         if since is not None and mark is not None and mark["at"] > since.overlap:
             sent = since_text(mark["text"], mark["at"], since, self.source.dates)
             if sent == mark["text"] and since.overlap:
                 self.note(f"`since` sends {sent} without its overlap; `format` names another form")
-        return Pages(self.source, means, sent)
+        return Pages(self.source, self, sent)
 
     async def go(self) -> StepResult:
         """Read the source to its end, and write down how that went. Raises StoreError."""
