@@ -3659,7 +3659,7 @@ class Records(Database):
         return Checkpoint(0, None, {}, False, states)
 
     async def hashes(self, run: Run, ids: Sequence[str]) -> dict[str, tuple[bytes, bool]]:
-        """Of those records that are there already, by id: the hash, and whether `run` wrote it."""
+        """The hash of each record that is stored already, by id, and whether `run` wrote it."""
         known, values = text_list("id", ids)
         rows = await self._sql(
             "SELECT source_id, hash, updated_at FROM normalized_data WHERE source = :source"
@@ -3672,8 +3672,8 @@ class Records(Database):
     async def save_chunk(
         self, run: Run, revision: int, kind: str, chunk: Chunk, known: Mapping[str, Any], now: float
     ) -> bool:
-        """Write a chunk, with the fields `known` after it. False, and nothing written, when the
-        run was given up or its job was paused, changed, removed or deleted meanwhile."""
+        """Write a chunk, and the fields `known` after it. Returns False and writes nothing if the
+        run was given up, or its job was paused, changed, removed or deleted meanwhile."""
         added = {f"records_{name}": chunk.counts[name] for name in COUNTED}
         sums = ", ".join(f"{name} = {name} + :{name}" for name in added)
         still = await self._sql(
@@ -3729,13 +3729,13 @@ class Records(Database):
             "ON CONFLICT (source, source_id) DO UPDATE SET data = excluded.data,"
             " hash = excluded.hash, updated_at = excluded.updated_at",
         )
-        await self._many(  # so that a record that is mended counts as changed
+        await self._many(  # so that a corrected record counts as changed
             "UPDATE normalized_data SET hash = :none WHERE source = :source AND source_id = :id",
             [{"none": b"", "source": source, "id": key} for key, _, good in chunk.raws if not good],
         )
 
     async def _save_rejects(self, run: Run, chunk: Chunk, now: float) -> None:
-        """Write down the rejects of a chunk, in place of those of the same lines or numbers."""
+        """Store the rejects of a chunk, and delete older ones of the same lines or numbers."""
         await self._upsert(
             "etl_reject",
             ("source", "place", "reason", "record", "digest", "run_id", "created_at"),
@@ -3761,7 +3761,7 @@ class Records(Database):
 
     @transactional
     async def end_run(self, run: Run, end: RunEnd, now: float) -> Run:
-        """Close a run, and tell its job. One that was given up meanwhile stays as it is."""
+        """Close a run and update its job. A run that was given up meanwhile stays as it is."""
         ended = await self._sql(
             "UPDATE etl_run SET status = :status, end_time = :now, error_message = :error,"
             " notes = :notes, progress = CASE :status WHEN 'success' THEN 1.0 ELSE progress END"
@@ -3829,8 +3829,8 @@ class Records(Database):
         return rows[0][0] if rows else None
 
     async def totals(self, source: str = "") -> dict[str, int]:
-        """How many records there are (`records`), and what became of all those that were ever
-        read, of a source or of all; kept with each chunk, so that nothing is counted here."""
+        """The number of stored records (`records`), and what became of all that were ever read, of
+        a source or of all. Each chunk updates these sums, so nothing is counted here."""
         names = ("records", *(f"records_{name}" for name in COUNTED))
         rows = await self._sql(
             f"SELECT {', '.join(names)} FROM etl_checkpoint WHERE source = :source",
@@ -3839,8 +3839,8 @@ class Records(Database):
         return dict(zip(names, rows[0] if rows else [0] * len(names), strict=True))
 
     async def data(self, source: str | None, limit: int, after: int, offset: int) -> list[Any]:
-        """Unified records with ids beyond `after`, by id: found by key, at the same cost however
-        deep; `offset` skips some, which costs what reading them would."""
+        """Unified records with ids greater than `after`, in their order. `after` costs the same at
+        any depth; `offset` costs as much as reading the rows that it skips."""
         where = "id > :after" + ("" if source is None else " AND source = :source")
         return await self._select_dicts(
             "SELECT id, data, created_at, updated_at FROM normalized_data"
@@ -3849,7 +3849,7 @@ class Records(Database):
         )
 
     async def rejects(self, source: str | None, limit: int) -> list[Any]:
-        """The rejected records met last, of a source or of all (None), newest first."""
+        """The latest rejected records of a source, or of all (None), newest first."""
         where = "" if source is None else "WHERE source = :source"
         return await self._select_dicts(
             "SELECT source, place, reason, record, created_at FROM etl_reject"
@@ -3858,8 +3858,8 @@ class Records(Database):
         )
 
     async def delete_records(self, source: str) -> None:
-        """Delete all that stands under a source, in short transactions. What tells how far it was
-        read goes first: what is left after a crash in the middle is read again, and whole."""
+        """Delete all that is stored of a source, in short transactions. How far it was read goes
+        first: after a crash in the middle it is read again from its start."""
         await self._forget(source)
         for table in ("normalized_data", "raw_data_csv", "raw_data_api", "etl_reject"):
             while await self._delete_some(table, source) == DELETE_ROWS:
@@ -5918,7 +5918,7 @@ DOWNLOAD_DEADLINE = 3600.0  # s for a file behind a URL
 
 
 def without_query(url: str) -> str:
-    """A URL without its query, which may hold what is nobody's business."""
+    """A URL without its query, which may hold a token."""
     return url.partition("?")[0]
 
 
@@ -5934,8 +5934,8 @@ SIGNED_FOR = timedelta(hours=12)  # a run that takes longer fails, and the next 
 
 
 def s3_store(source: CsvSource, secret: SecretValue | None) -> S3Store:
-    """The bucket of a source. A secret signs and is never sent, so that an endpoint may be one of
-    http; with it, the environment's keys do not count."""
+    """The bucket of a source. The secret signs requests and is never sent, so that http is good
+    enough for an endpoint. With a secret, the environment's keys are ignored."""
     from obstore.store import S3Store
 
     key_id, colon, key = secret.reveal().partition(":") if secret else ("", ":", "")
@@ -5990,7 +5990,7 @@ async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[Remo
 
 class Web:
     """Sources of ingests over HTTP. A secret goes to the origin that it was given for and to no
-    other; requests to one host keep the rate that their job allows, whichever job they are for."""
+    other. Jobs with a rate share it with all others that have one for the same host."""
 
     def __init__(self) -> None:
         self._client: httpx2.AsyncClient | None = None
@@ -6007,7 +6007,7 @@ class Web:
         limit: int = PAGE_BYTES,
         good: Collection[int] = (),
     ) -> httpx2.Response:
-        """GET `url`, asked with what `state` remembers (etag, modified). Raises SourceError."""
+        """GET `url`, if it changed since the etag or time that `state` has. Raises SourceError."""
         known = {"If-None-Match": state.get("etag"), "If-Modified-Since": state.get("modified")}
         asked = {name: value for name, value in known.items() if value}
         self._client = self._client or make_client(SourceError, IN_FLIGHT)
@@ -6040,7 +6040,8 @@ class Web:
         return headers
 
     async def _turn(self, host: tuple[str, str, int], rate: int | None) -> None:
-        """Wait until a host may be asked: evenly, since a minute's worth at once is a burst."""
+        """Wait until a host may be asked. Requests are spread evenly over a minute, without
+        bursts."""
         if rate is not None:
             now = asyncio.get_running_loop().time()
             at = max(now, self._free_at.get(host, 0.0))
@@ -6064,8 +6065,8 @@ class BadRecord(ValueError):
 
 
 def read_json(body: bytes) -> Any:
-    """What an answer says, to the last digit: what orjson refuses or would round, json reads, and
-    leaves a lone surrogate, or what is no number (a Decimal), to the record that has it. Raises
+    """Parse JSON without losing a digit. What orjson refuses or would round is parsed by json: then
+    a lone surrogate, or a number that is not finite (a Decimal), costs only its own record. Raises
     SourceError."""
     try:
         if not re.search(rb"\d{19}", body):  # beyond 64 bits orjson makes it a float
@@ -6097,7 +6098,7 @@ def to_json(value: Any) -> bytes:
 
 
 def lenient_json(value: Any) -> bytes:
-    """JSON also of what `to_json` refuses, to keep it with the rejected records."""
+    """JSON even of what `to_json` refuses, to keep it with the rejected records."""
     try:
         return json.dumps(value, separators=(",", ":"), default=str).encode()
     except RecursionError:
@@ -6116,7 +6117,7 @@ Picker = Callable[[Mapping[str, Any]], Any]
 
 
 def picker(path: str) -> Picker:
-    """What takes the value at a dotted path out of a record; a field of that very name wins."""
+    """A function that returns the value at a dotted path; a field of that whole name wins."""
     keys = path.split(".")
 
     def pick(record: Any) -> Any:
@@ -6186,7 +6187,7 @@ def parse_datetime(text: str, order: str | None = None) -> datetime:
 
 
 def unix_unit(text: str) -> int | None:
-    """How many of the units of a unix time make a second; None: it is none."""
+    """How many units of a unix time make a second; None: it is no unix time."""
     number = float(text) if re.fullmatch(r"\d{9,16}(\.\d+)?", text, re.ASCII) else 0
     return next((unit for unit in UNIX_UNITS if int(number) // unit in UNIX_RANGE), None)
 
@@ -6234,8 +6235,8 @@ def plain_text(value: Any) -> str:
 
 
 class Mapper:
-    """How records of one source become unified ones. `salt` goes into every hash, so that a
-    changed mapping makes every record a changed one."""
+    """Maps the records of one source to the unified schema. The mapping goes into every hash, so
+    that all records count as changed when it changes."""
 
     def __init__(self, name: str, source: Source) -> None:
         self.name, self.source = name, source
@@ -6260,7 +6261,7 @@ class Mapper:
         metadata = {key: record[key] for key in rest}
         made = {name: value for name, pick in picks if (value := pick(record)) not in (None, "")}
         for name, key in matched.items():
-            if isinstance(made.get(name), dict | list | bool):  # meant by nobody
+            if isinstance(made.get(name), dict | list | bool):  # nobody mapped it
                 metadata[key] = made.pop(name)
         for name, value in made.items():
             try:
@@ -6274,8 +6275,8 @@ class Mapper:
     def _make_plan(
         self, keys: tuple[str, ...]
     ) -> tuple[list[tuple[str, Picker]], dict[str, str], list[str]]:
-        """For records with these fields: what is picked for which unified field, those of the
-        unified fields that nobody named, with the source's own, and what is for the metadata."""
+        """For records with these fields: how each unified field is picked; which fields were
+        matched to unified ones only by their names; and which go into the metadata."""
         given, ids = self.source.fields, self.source.ids
         matched = dict[str, str]()
         for key in keys:
@@ -6325,7 +6326,7 @@ Known = Mapping[str, tuple[bytes, bool]]  # by id: hash, and whether this run ha
 
 
 def identify_records(mapper: Mapper, fetched: Fetched) -> tuple[list[Row], list[Rejected], Fields]:
-    """Identify and hash; for a thread."""
+    """Identify and hash the records. Runs in a thread."""
     rows, rejects = list[Row](), [*fetched.rejects]
     for number, record in fetched.records:
         try:
@@ -6348,9 +6349,9 @@ def reject_record(fetched: Fetched, number: int, error: BadRecord, record: bytes
 def normalize_records(
     mapper: Mapper, fetched: Fetched, rows: Sequence[Row], rejects: list[Rejected], known: Known
 ) -> tuple[Chunk, list[str]]:
-    """Normalize what is not `known` by its hash, and tell which ids came twice with other values;
-    for a thread. Of several with one id the last good one stands, as it would if a chunk ended
-    between them; those before it count as updated."""
+    """Normalize the records whose hash is not `known`, and tell which ids came twice with other
+    values. Runs in a thread. Of several records with one id the last good one wins, wherever chunks
+    end; those before it count as updated."""
     now, unchanged, twice = dict(known), 0, list[str]()
     raws, unified = dict[str, tuple[str, str, bool]](), dict[str, tuple[str, str, bytes]]()
     for number, key, record, text, digest in rows:
@@ -6429,7 +6430,7 @@ def column_names(row: Sequence[str]) -> list[str]:
 
 
 def natural_order(path: str) -> list[tuple[int, str]]:
-    """What sorts export-9 before export-10."""
+    """A sort key that puts export-9 before export-10."""
     return [(int(t), t) if t.isdecimal() else (0, t) for t in re.split(r"(\d+)", path)]
 
 
@@ -6449,7 +6450,7 @@ def is_unchanged(file: Path | RemoteFile, state: Mapping[str, Any], now: float) 
 
 
 def quote_error(error: csv.Error) -> str:
-    """The reader's complaints in words that help."""
+    """An error of the csv module in words that help."""
     said = str(error)
     if said == OPEN_QUOTE or "unexpected end of data" in said or "field larger" in said:
         return OPEN_QUOTE
@@ -6457,7 +6458,7 @@ def quote_error(error: csv.Error) -> str:
 
 
 class LongLine(str):
-    """The begin of a line that is longer than any record."""
+    """The beginning of a line that is too long for a record."""
 
 
 @contextlib.contextmanager
@@ -6470,8 +6471,8 @@ def reading_errors(part: str) -> Iterator[None]:
 
 
 def validators_of(got: httpx2.Response) -> dict[str, str] | None:
-    """What tells that a file behind a URL is as it was; None where it may have changed once more
-    since, within the same second."""
+    """The ETag and Last-Modified of a file behind a URL; None if it may have changed again within
+    the same second."""
     told = {"etag": got.headers.get("etag", ""), "modified": got.headers.get("last-modified", "")}
     with contextlib.suppress(KeyError, ValueError, TypeError):
         date, modified = map(parsedate_to_datetime, (got.headers["date"], told["modified"]))
@@ -6554,7 +6555,8 @@ class CsvFile:
         self._broken = ""
 
     def resume(self, state: Mapping[str, Any]) -> bool:
-        """Go on behind what was read, where that is as it was; else from the start."""
+        """Continue after what was read before, and return True, if that is unchanged; else start
+        again."""
         left, digest = state.get("position", 0) - self._safe[0], self._digest.copy()
         while left > 0 and (text := self._text.read(min(left, BLOCK_BYTES))):
             digest.update(text.encode(errors="surrogatepass"))
@@ -6571,8 +6573,8 @@ class CsvFile:
         return csv.reader(lines, delimiter=self._delimiter, **self._dialect | dialect)
 
     def _delimiter_of(self, line: str) -> str:
-        """The one that parts the header into most columns, best with those of the id among them;
-        a comma where none does better."""
+        """The delimiter that splits the header into most columns, preferably with the id among
+        them; a comma if no other one is better."""
 
         def merit(delimiter: str) -> tuple[bool, int]:
             self._delimiter = delimiter
@@ -6584,8 +6586,8 @@ class CsvFile:
         return max(",;\t|", key=merit)
 
     def _lines(self) -> Iterator[str]:
-        """The lines for the reader, but for blank ones and comments before a record, and for a
-        byte order mark there, which stands where files were joined."""
+        """The lines for the csv reader. Before a record, blank lines and comments are left out, and
+        so is a byte order mark, which stands there where files were joined."""
         readline, again, taken = self._text.readline, self._again, self._taken
         comment, blank = self.source.comment, " \t\r\n".replace(self._delimiter, "")
         unusual = f"\ufeff{blank}{comment or ''}"
@@ -6628,8 +6630,8 @@ class CsvFile:
             yield line
 
     def _odd_line(self, line: str) -> str:
-        """A line that does not end with LF: the last one, one that ends with CR, or an endless one,
-        of which the rest is passed over."""
+        """A line that does not end with LF: the last one, one that ends with CR, or one that is too
+        long, whose rest is skipped."""
         if len(line) >= RECORD_BYTES:
             part, line = line, LongLine(line[:1000])
             while part[-1] not in "\r\n" and (more := self._text.readline(RECORD_BYTES)):
@@ -6648,8 +6650,8 @@ class CsvFile:
             self._broken = f"{wrong}; `encoding` names another"
 
     def _settle(self) -> None:
-        """What was read up to the record under way need not be read again, but for a last line
-        without an end, which may still grow."""
+        """Note that what was read before the current record need not be read again, except a last
+        line without a line end, which may still grow."""
         upto, end = self._begin, self._taken[self._begin - 1][-1:] if self._begin else "\n"
         whole = end == "\n" or (end == "\r" and not self.ended)
         if not self._frozen:
@@ -6720,7 +6722,7 @@ class CsvFile:
         return self._rejected(self._last, reason, lines) if reason else None
 
     def _swallows(self, lines: Sequence[str]) -> bool:
-        """Whether a stray quote took these lines together: nineteen of twenty are records alone."""
+        """Whether a stray quote joined these lines: 19 of 20 would be records of their own."""
         alone = sum(map(self._is_alone, lines)) if len(lines) > 2 and len(self.columns) > 1 else 0
         return 20 * alone >= 19 * len(lines)
 
@@ -6755,8 +6757,8 @@ class CsvFile:
 
 class Files:
     """A CSV source as a stream of records: a file, all that a glob matches in natural order, or one
-    behind a URL. The same files bring the same records, whatever came before: where one was
-    rewritten or is gone, or changed records, those that may have to win over it are read again."""
+    behind a URL. The same files give the same records, whatever was read before: if one was
+    rewritten, is gone or changed records, those that may have to win over it are read again."""
 
     def __init__(
         self, source: CsvSource, run: Ingesting, base: Path, allowed: Callable[[Path], bool]
@@ -7213,7 +7215,8 @@ class Pages:
         return "Link" if links else ""
 
     def _complain(self, said: str, *, mistake: bool) -> None:
-        """A mistake fails the job until some run was whole; what is known is noted."""
+        """Fail the run for a mistake in the job, until some run has succeeded; else only note
+        it."""
         if mistake and not self.run.checkpoint.whole:
             raise SourceError(said, status=400)
         self.run.note(said)
@@ -7785,8 +7788,8 @@ class Steps:
 
 # ── Ingesting ─────────────────────────────────────────────────────────────────────────────────
 
-# A run is one loop: fetch, identify, look up, normalize, commit. A reader (Files, Pages) fetches: its
-# `read(states)` yields Fetched, from where `states` say that the parts were left. What keeps a
+# A run is one loop: fetch, identify, look up, normalize, commit. A reader (Files, Pages) fetches:
+# its `read(states)` yields Fetched, from where `states` say that the parts were left. What keeps a
 # processor busy runs in a thread, INGESTS_AT_ONCE of these at a time, so that a run which waits
 # (for its source, its rate or the store) holds up no other. What one chunk brings, and how far its
 # part has been read with it, is one transaction: whatever is killed whenever, the next run goes on
@@ -7919,7 +7922,7 @@ class Ingesting:
             raise Interrupted("the service was stopped while it ran")
 
     async def _normalize(self, fetched: Fetched) -> tuple[Chunk, list[str]]:
-        """What is to be written, and the ids that came twice with other values."""
+        """What has to be written, and the ids that came twice with other values."""
         rows, rejects, fields = await self.in_thread(identify_records, self.mapper, fetched)
         self._check_drift(fields)
         if isinstance(self.source, ApiSource) and self.source.since is not None:
@@ -8019,7 +8022,8 @@ class Ingesting:
         return json.dumps({"map": self._mark_of(), "text": text, "at": at})
 
     def _mark_of(self) -> str:
-        """What a watermark is good for: the same records, read in the same way."""
+        """A digest of what a watermark depends on: it counts for the same records read in the same
+        way."""
         assert isinstance(self.source, ApiSource)
         field = self.source.since.field if self.source.since else None
         block = self.source.model_dump(mode="json", exclude={*LIMITS, "next", "since", "more"})
