@@ -134,10 +134,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
+from fnmatch import fnmatchcase
 from functools import cache, lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
 from operator import attrgetter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from secrets import token_bytes
 from types import MappingProxyType
 from typing import (
@@ -621,8 +622,8 @@ def clean_path(value: str) -> str:
 def clean_source(value: str) -> str:
     if not value.startswith("s3://"):
         return clean_path(value)
-    if "**" in value or not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/[^\x00-\x1f]+", value):
-        raise ValueError("allowed: s3://bucket/key, with * and ? that stop at a slash")
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/[^\x00-\x1f]+", value):
+        raise ValueError("allowed: s3://bucket/key, which may be a glob")
     if importlib.util.find_spec("obstore") is None:
         raise ValueError("allowed: s3:// once there is obstore: python -m pip install obstore")
     return value
@@ -1557,7 +1558,7 @@ class Fetched:
     rejects: Sequence[Rejected]
     span: tuple[int, int] | None  # numbers read anew: what was rejected there before is forgotten
     part: str = ""  # its name in the checkpoint; empty: none is kept
-    state: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)  # of a part; empty: it is gone
     progress: float | None = None
 
 
@@ -1592,8 +1593,6 @@ class RunEnd:
     notes: Sequence[str]
     wait: float  # s until the next run
     watermark: str | None = None  # None: as it was
-    whole: bool = False  # every part was seen, so that others are gone
-    there: Collection[str] | None = None  # the parts that there are; None: as they were
     forget: bool = False  # what this run read has to be read again
 
 
@@ -3660,7 +3659,7 @@ class Records(Database):
         return Checkpoint(0, None, {}, False, states)
 
     async def hashes(self, run: Run, ids: Sequence[str]) -> dict[str, tuple[bytes, bool]]:
-        """Of those records that are there already, by id: the hash, and whether `run` wrote it."""
+        """The hash of each record that is stored already, by id, and whether `run` wrote it."""
         known, values = text_list("id", ids)
         rows = await self._sql(
             "SELECT source_id, hash, updated_at FROM normalized_data WHERE source = :source"
@@ -3673,8 +3672,8 @@ class Records(Database):
     async def save_chunk(
         self, run: Run, revision: int, kind: str, chunk: Chunk, known: Mapping[str, Any], now: float
     ) -> bool:
-        """Write a chunk, with the fields `known` after it. False, and nothing written, when the
-        run was given up or its job was paused, changed, removed or deleted meanwhile."""
+        """Write a chunk, and the fields `known` after it. Returns False and writes nothing if the
+        run was given up, or its job was paused, changed, removed or deleted meanwhile."""
         added = {f"records_{name}": chunk.counts[name] for name in COUNTED}
         sums = ", ".join(f"{name} = {name} + :{name}" for name in added)
         still = await self._sql(
@@ -3691,7 +3690,11 @@ class Records(Database):
             return False
         await self._save_records(run.source, kind, chunk, now)
         await self._save_rejects(run, chunk, now)
-        if part := chunk.fetched.part:
+        part = chunk.fetched.part
+        if part and not chunk.fetched.state:
+            mine = {"source": run.source, "part": part}
+            await self._sql("DELETE FROM etl_part WHERE source = :source AND part = :part", mine)
+        elif part:
             await self._upsert(
                 "etl_part",
                 ("source", "part", "state", "run_id"),
@@ -3726,26 +3729,22 @@ class Records(Database):
             "ON CONFLICT (source, source_id) DO UPDATE SET data = excluded.data,"
             " hash = excluded.hash, updated_at = excluded.updated_at",
         )
-        await self._many(  # so that a record that is mended counts as changed
+        await self._many(  # so that a corrected record counts as changed
             "UPDATE normalized_data SET hash = :none WHERE source = :source AND source_id = :id",
             [{"none": b"", "source": source, "id": key} for key, _, good in chunk.raws if not good],
         )
 
     async def _save_rejects(self, run: Run, chunk: Chunk, now: float) -> None:
-        """Write down the rejects of a chunk, in place of those of the same lines or numbers."""
-        await self._many(
-            "INSERT INTO etl_reject (source, place, reason, record, digest, run_id, created_at)"
-            " VALUES (:source, :place, :reason, :record, :digest, :run, :now)"
-            " ON CONFLICT (source, place, digest) DO UPDATE SET reason = excluded.reason,"
-            " run_id = excluded.run_id",
+        """Store the rejects of a chunk, and delete older ones of the same lines or numbers."""
+        await self._upsert(
+            "etl_reject",
+            ("source", "place", "reason", "record", "digest", "run_id", "created_at"),
             [
-                {
-                    **{"source": run.source, "place": r.place, "reason": r.reason},
-                    **{"record": r.record, "digest": digest_of(r.record)},
-                    **{"run": run.id, "now": now},
-                }
+                (run.source, r.place, r.reason, r.record, digest_of(r.record), run.id, now)
                 for r in chunk.rejects
             ],
+            "ON CONFLICT (source, place, digest) DO UPDATE SET reason = excluded.reason,"
+            " run_id = excluded.run_id",
         )
         label, span = chunk.fetched.label, chunk.fetched.span
         if span is not None:
@@ -3762,7 +3761,7 @@ class Records(Database):
 
     @transactional
     async def end_run(self, run: Run, end: RunEnd, now: float) -> Run:
-        """Close a run, and tell its job. One that was given up meanwhile stays as it is."""
+        """Close a run and update its job. A run that was given up meanwhile stays as it is."""
         ended = await self._sql(
             "UPDATE etl_run SET status = :status, end_time = :now, error_message = :error,"
             " notes = :notes, progress = CASE :status WHEN 'success' THEN 1.0 ELSE progress END"
@@ -3775,26 +3774,16 @@ class Records(Database):
         )
         if not ended:
             return run
-        await self._forget_parts(run, end)
+        if end.forget:
+            mine = {"source": run.source, "run": run.id}
+            sql = "DELETE FROM etl_part WHERE source = :source AND run_id = :run"
+            await self._sql(sql, mine)
         if end.watermark is not None:
             mark = {"watermark": end.watermark}
             await self._change("etl_checkpoint", mark, "source = :source", source=run.source)
         done = run_of(ended[0])
         await self._tell_job(done, end, now)
         return done
-
-    async def _forget_parts(self, run: Run, end: RunEnd) -> None:
-        """Of parts that have to be read again, or that are no longer there."""
-        mine = {"source": run.source, "run": run.id}
-        if end.whole or end.forget:
-            which = "run_id = :run" if end.forget else "run_id <> :run"
-            await self._sql(f"DELETE FROM etl_part WHERE source = :source AND {which}", mine)
-        if end.there is not None:
-            rows = await self._sql("SELECT part FROM etl_part WHERE source = :source", mine)
-            await self._many(
-                "DELETE FROM etl_part WHERE source = :source AND part = :part",
-                [{"source": run.source, "part": p} for (p,) in rows if p not in end.there],
-            )
 
     async def _tell_job(self, run: Run, end: RunEnd, now: float) -> None:
         ok = end.status == "success"
@@ -3840,8 +3829,8 @@ class Records(Database):
         return rows[0][0] if rows else None
 
     async def totals(self, source: str = "") -> dict[str, int]:
-        """How many records there are (`records`), and what became of all those that were ever
-        read, of a source or of all; kept with each chunk, so that nothing is counted here."""
+        """The number of stored records (`records`), and what became of all that were ever read, of
+        a source or of all. Each chunk updates these sums, so nothing is counted here."""
         names = ("records", *(f"records_{name}" for name in COUNTED))
         rows = await self._sql(
             f"SELECT {', '.join(names)} FROM etl_checkpoint WHERE source = :source",
@@ -3850,8 +3839,8 @@ class Records(Database):
         return dict(zip(names, rows[0] if rows else [0] * len(names), strict=True))
 
     async def data(self, source: str | None, limit: int, after: int, offset: int) -> list[Any]:
-        """Unified records with ids beyond `after`, by id: found by key, at the same cost however
-        deep; `offset` skips some, which costs what reading them would."""
+        """Unified records with ids greater than `after`, in their order. `after` costs the same at
+        any depth; `offset` costs as much as reading the rows that it skips."""
         where = "id > :after" + ("" if source is None else " AND source = :source")
         return await self._select_dicts(
             "SELECT id, data, created_at, updated_at FROM normalized_data"
@@ -3860,7 +3849,7 @@ class Records(Database):
         )
 
     async def rejects(self, source: str | None, limit: int) -> list[Any]:
-        """The rejected records met last, of a source or of all (None), newest first."""
+        """The latest rejected records of a source, or of all (None), newest first."""
         where = "" if source is None else "WHERE source = :source"
         return await self._select_dicts(
             "SELECT source, place, reason, record, created_at FROM etl_reject"
@@ -3869,8 +3858,8 @@ class Records(Database):
         )
 
     async def delete_records(self, source: str) -> None:
-        """Delete all that stands under a source, in short transactions. What tells how far it was
-        read goes first: what is left after a crash in the middle is read again, and whole."""
+        """Delete all that is stored of a source, in short transactions. How far it was read goes
+        first: after a crash in the middle it is read again from its start."""
         await self._forget(source)
         for table in ("normalized_data", "raw_data_csv", "raw_data_api", "etl_reject"):
             while await self._delete_some(table, source) == DELETE_ROWS:
@@ -5929,24 +5918,24 @@ DOWNLOAD_DEADLINE = 3600.0  # s for a file behind a URL
 
 
 def without_query(url: str) -> str:
-    """A URL without its query, which may hold what is nobody's business."""
+    """A URL without its query, which may hold a token."""
     return url.partition("?")[0]
 
 
-class S3Object(NamedTuple):
-    """An object, with the URL under which it can be fetched, and what tells that it has changed."""
+class RemoteFile(NamedTuple):
+    """A file elsewhere."""
 
-    name: str  # s3://bucket/key
+    name: str  # s3://bucket/key, or the URL without its query
     url: str
-    tag: str
+    tag: str | None = None  # another one where it has changed; None: unknown until it is fetched
 
 
 SIGNED_FOR = timedelta(hours=12)  # a run that takes longer fails, and the next one goes on
 
 
 def s3_store(source: CsvSource, secret: SecretValue | None) -> S3Store:
-    """The bucket of a source. A secret signs and is never sent, so that an endpoint may be one of
-    http; with it, the environment's keys do not count."""
+    """The bucket of a source. The secret signs requests and is never sent, so that http is good
+    enough for an endpoint. With a secret, the environment's keys are ignored."""
     from obstore.store import S3Store
 
     key_id, colon, key = secret.reveal().partition(":") if secret else ("", ":", "")
@@ -5963,8 +5952,18 @@ def s3_store(source: CsvSource, secret: SecretValue | None) -> S3Store:
     )
 
 
-async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[S3Object]:
-    """What an s3:// path means; asked for once for a thousand objects. Raises SourceError."""
+def path_matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a glob; `**` stands for any number of folders."""
+    if not pattern or not names:
+        return not names and {*pattern} <= {"**"}
+    if pattern[0] == "**":
+        return path_matches(names, pattern[1:]) or path_matches(names[1:], pattern)
+    return fnmatchcase(names[0], pattern[0]) and path_matches(names[1:], pattern[1:])
+
+
+async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[RemoteFile]:
+    """The objects that an s3:// path names: itself, or all that match it as a glob. A list of them
+    is asked for once for a thousand objects. Raises SourceError."""
     import obstore.exceptions
 
     _, root, wanted = re.split("(s3://[^/]+/)", source.path, maxsplit=1)
@@ -5972,7 +5971,9 @@ async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[S3Ob
     try:
         store = await asyncio.to_thread(s3_store, source, secret)  # which reads all certificates
         every = [each async for page in store.list(prefix=folder) for each in page]
-        found = [e for e in every if PurePosixPath("/", e["path"]).match(f"/{wanted}")]
+        exact = [e for e in every if e["path"] == wanted]
+        parts = wanted.split("/")
+        found = exact or [e for e in every if path_matches(e["path"].split("/"), parts)]
         urls = await obstore.sign_async(store, "GET", [e["path"] for e in found], SIGNED_FOR)
     except (obstore.exceptions.BaseError, OSError) as e:  # which says pages
         said = str(e)
@@ -5984,12 +5985,12 @@ async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[S3Ob
         raise SourceError(f"there is no object {source.path}", status=404)
     tags = [f"{e['e_tag'] or e['last_modified']} {e['size']}" for e in found]
     names = [root + e["path"] for e in found]
-    return [*map(S3Object, names, urls, tags)]
+    return [*map(RemoteFile, names, urls, tags)]
 
 
 class Web:
     """Sources of ingests over HTTP. A secret goes to the origin that it was given for and to no
-    other; requests to one host keep the rate that their job allows, whichever job they are for."""
+    other. Jobs with a rate share it with all others that have one for the same host."""
 
     def __init__(self) -> None:
         self._client: httpx2.AsyncClient | None = None
@@ -6006,7 +6007,7 @@ class Web:
         limit: int = PAGE_BYTES,
         good: Collection[int] = (),
     ) -> httpx2.Response:
-        """GET `url`, asked with what `state` remembers (etag, modified). Raises SourceError."""
+        """GET `url`, if it changed since the etag or time that `state` has. Raises SourceError."""
         known = {"If-None-Match": state.get("etag"), "If-Modified-Since": state.get("modified")}
         asked = {name: value for name, value in known.items() if value}
         self._client = self._client or make_client(SourceError, IN_FLIGHT)
@@ -6039,7 +6040,8 @@ class Web:
         return headers
 
     async def _turn(self, host: tuple[str, str, int], rate: int | None) -> None:
-        """Wait until a host may be asked: evenly, since a minute's worth at once is a burst."""
+        """Wait until a host may be asked. Requests are spread evenly over a minute, without
+        bursts."""
         if rate is not None:
             now = asyncio.get_running_loop().time()
             at = max(now, self._free_at.get(host, 0.0))
@@ -6063,8 +6065,8 @@ class BadRecord(ValueError):
 
 
 def read_json(body: bytes) -> Any:
-    """What an answer says, to the last digit: what orjson refuses or would round, json reads, and
-    leaves a lone surrogate, or what is no number (a Decimal), to the record that has it. Raises
+    """Parse JSON without losing a digit. What orjson refuses or would round is parsed by json: then
+    a lone surrogate, or a number that is not finite (a Decimal), costs only its own record. Raises
     SourceError."""
     try:
         if not re.search(rb"\d{19}", body):  # beyond 64 bits orjson makes it a float
@@ -6073,6 +6075,7 @@ def read_json(body: bytes) -> Any:
         body = body.removeprefix(codecs.BOM_UTF8)
         return json.loads(
             body.decode(json.detect_encoding(body), "surrogateescape"),
+            strict=False,  # a control character in a string costs nothing
             parse_constant=Decimal,
             parse_float=lambda text: float(text) if math.isfinite(float(text)) else Decimal(text),
             parse_int=lambda text: int(text) if len(text) <= DIGITS else Decimal(text),
@@ -6089,12 +6092,13 @@ def to_json(value: Any) -> bytes:
     try:  # integers beyond 64 bits, of which orjson knows nothing
         return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
     except (TypeError, UnicodeEncodeError, RecursionError) as e:
-        said = f"{e}; allowed: finite numbers, Unicode, nested at most {NESTED} deep"
-        raise BadRecord(said) from None
+        kind = {TypeError: "a number that is not finite", RecursionError: "endless nesting"}
+        found = kind.get(type(e), "half of a surrogate pair")
+        raise BadRecord(f"found {found}; allowed: finite numbers and whole characters") from None
 
 
 def lenient_json(value: Any) -> bytes:
-    """JSON also of what `to_json` refuses, to keep it with the rejected records."""
+    """JSON even of what `to_json` refuses, to keep it with the rejected records."""
     try:
         return json.dumps(value, separators=(",", ":"), default=str).encode()
     except RecursionError:
@@ -6113,7 +6117,7 @@ Picker = Callable[[Mapping[str, Any]], Any]
 
 
 def picker(path: str) -> Picker:
-    """What takes the value at a dotted path out of a record; a field of that very name wins."""
+    """A function that returns the value at a dotted path; a field of that whole name wins."""
     keys = path.split(".")
 
     def pick(record: Any) -> Any:
@@ -6183,7 +6187,7 @@ def parse_datetime(text: str, order: str | None = None) -> datetime:
 
 
 def unix_unit(text: str) -> int | None:
-    """How many of the units of a unix time make a second; None: it is none."""
+    """How many units of a unix time make a second; None: it is no unix time."""
     number = float(text) if re.fullmatch(r"\d{9,16}(\.\d+)?", text, re.ASCII) else 0
     return next((unit for unit in UNIX_UNITS if int(number) // unit in UNIX_RANGE), None)
 
@@ -6231,8 +6235,8 @@ def plain_text(value: Any) -> str:
 
 
 class Mapper:
-    """How records of one source become unified ones. `salt` goes into every hash, so that a
-    changed mapping makes every record a changed one."""
+    """Maps the records of one source to the unified schema. The mapping goes into every hash, so
+    that all records count as changed when it changes."""
 
     def __init__(self, name: str, source: Source) -> None:
         self.name, self.source = name, source
@@ -6257,7 +6261,7 @@ class Mapper:
         metadata = {key: record[key] for key in rest}
         made = {name: value for name, pick in picks if (value := pick(record)) not in (None, "")}
         for name, key in matched.items():
-            if isinstance(made.get(name), dict | list | bool):  # meant by nobody
+            if isinstance(made.get(name), dict | list | bool):  # nobody mapped it
                 metadata[key] = made.pop(name)
         for name, value in made.items():
             try:
@@ -6271,8 +6275,8 @@ class Mapper:
     def _make_plan(
         self, keys: tuple[str, ...]
     ) -> tuple[list[tuple[str, Picker]], dict[str, str], list[str]]:
-        """For records with these fields: what is picked for which unified field, those of the
-        unified fields that nobody named, with the source's own, and what is for the metadata."""
+        """For records with these fields: how each unified field is picked; which fields were
+        matched to unified ones only by their names; and which go into the metadata."""
         given, ids = self.source.fields, self.source.ids
         matched = dict[str, str]()
         for key in keys:
@@ -6322,7 +6326,7 @@ Known = Mapping[str, tuple[bytes, bool]]  # by id: hash, and whether this run ha
 
 
 def identify_records(mapper: Mapper, fetched: Fetched) -> tuple[list[Row], list[Rejected], Fields]:
-    """Identify and hash; for a thread."""
+    """Identify and hash the records. Runs in a thread."""
     rows, rejects = list[Row](), [*fetched.rejects]
     for number, record in fetched.records:
         try:
@@ -6345,9 +6349,9 @@ def reject_record(fetched: Fetched, number: int, error: BadRecord, record: bytes
 def normalize_records(
     mapper: Mapper, fetched: Fetched, rows: Sequence[Row], rejects: list[Rejected], known: Known
 ) -> tuple[Chunk, list[str]]:
-    """Normalize what is not `known` by its hash, and tell which ids came twice with other values;
-    for a thread. Of several with one id the last good one stands, as it would if a chunk ended
-    between them; those before it count as updated."""
+    """Normalize the records whose hash is not `known`, and tell which ids came twice with other
+    values. Runs in a thread. Of several records with one id the last good one wins, wherever chunks
+    end; those before it count as updated."""
     now, unchanged, twice = dict(known), 0, list[str]()
     raws, unified = dict[str, tuple[str, str, bool]](), dict[str, tuple[str, str, bytes]]()
     for number, key, record, text, digest in rows:
@@ -6382,12 +6386,13 @@ def exceeds_max_failed(limit: str | None, failed: int, processed: int, *, ended:
     return failed * 100 > float(limit.removesuffix("%")) * (processed if share else 100)
 
 
-# ── Ingest: files ─────────────────────────────────────────────────────────────────────────────
+# ── Ingest: one CSV file ──────────────────────────────────────────────────────────────────────
 
 CHUNK_BYTES = 4 << 20  # characters of a file after which a chunk ends early, however few records
 RECORD_BYTES = 16 << 20  # characters of one line, or of one field; more is no record
 RACY_SECONDS = 5.0  # s for which a file that changed may still be written to
 BLOCK_BYTES = 1 << 20  # characters that are passed over at once
+LINE_BYTES = 60  # that Python needs for a line beside its characters
 NOT_CSV = {  # how files begin that may be taken for a CSV file and are none
     rb"PK\x03\x04": "a zip archive, or a workbook of Excel, which is one",
     rb"\xd0\xcf\x11\xe0": "an old workbook of Excel",
@@ -6425,7 +6430,7 @@ def column_names(row: Sequence[str]) -> list[str]:
 
 
 def natural_order(path: str) -> list[tuple[int, str]]:
-    """What sorts export-9 before export-10."""
+    """A sort key that puts export-9 before export-10."""
     return [(int(t), t) if t.isdecimal() else (0, t) for t in re.split(r"(\d+)", path)]
 
 
@@ -6437,15 +6442,15 @@ def identity_of(stat: os.stat_result, now: float) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def is_unchanged(file: Path | S3Object, state: Mapping[str, Any], now: float) -> bool:
-    """Whether a file is surely the one that was read to its end."""
+def is_unchanged(file: Path | RemoteFile, state: Mapping[str, Any], now: float) -> bool:
+    """Whether a file is certainly the one that was read to its end."""
     known = state.get("identity") if state.get("done") else None
-    is_now = file.tag if isinstance(file, S3Object) else identity_of(file.stat(), now)
+    is_now = file.tag if isinstance(file, RemoteFile) else identity_of(file.stat(), now)
     return known is not None and known == is_now
 
 
 def quote_error(error: csv.Error) -> str:
-    """The reader's complaints in words that help."""
+    """An error of the csv module in words that help."""
     said = str(error)
     if said == OPEN_QUOTE or "unexpected end of data" in said or "field larger" in said:
         return OPEN_QUOTE
@@ -6453,7 +6458,7 @@ def quote_error(error: csv.Error) -> str:
 
 
 class LongLine(str):
-    """The begin of a line that is longer than any record."""
+    """The beginning of a line that is too long for a record."""
 
 
 @contextlib.contextmanager
@@ -6466,8 +6471,8 @@ def reading_errors(part: str) -> Iterator[None]:
 
 
 def validators_of(got: httpx2.Response) -> dict[str, str] | None:
-    """What tells that a file behind a URL is as it was; None where it may have changed once more
-    since, within the same second."""
+    """The ETag and Last-Modified of a file behind a URL; None if it may have changed again within
+    the same second."""
     told = {"etag": got.headers.get("etag", ""), "modified": got.headers.get("last-modified", "")}
     with contextlib.suppress(KeyError, ValueError, TypeError):
         date, modified = map(parsedate_to_datetime, (got.headers["date"], told["modified"]))
@@ -6550,7 +6555,8 @@ class CsvFile:
         self._broken = ""
 
     def resume(self, state: Mapping[str, Any]) -> bool:
-        """Go on behind what was read, where that is as it was; else from the start."""
+        """Continue after what was read before, and return True, if that is unchanged; else start
+        again."""
         left, digest = state.get("position", 0) - self._safe[0], self._digest.copy()
         while left > 0 and (text := self._text.read(min(left, BLOCK_BYTES))):
             digest.update(text.encode(errors="surrogatepass"))
@@ -6567,8 +6573,8 @@ class CsvFile:
         return csv.reader(lines, delimiter=self._delimiter, **self._dialect | dialect)
 
     def _delimiter_of(self, line: str) -> str:
-        """The one that parts the header into most columns, best with those of the id among them;
-        a comma where none does better."""
+        """The delimiter that splits the header into most columns, preferably with the id among
+        them; a comma if no other one is better."""
 
         def merit(delimiter: str) -> tuple[bool, int]:
             self._delimiter = delimiter
@@ -6580,8 +6586,8 @@ class CsvFile:
         return max(",;\t|", key=merit)
 
     def _lines(self) -> Iterator[str]:
-        """The lines for the reader, but for blank ones and comments before a record, and for a
-        byte order mark there, which stands where files were joined."""
+        """The lines for the csv reader. Before a record, blank lines and comments are left out, and
+        so is a byte order mark, which stands there where files were joined."""
         readline, again, taken = self._text.readline, self._again, self._taken
         comment, blank = self.source.comment, " \t\r\n".replace(self._delimiter, "")
         unusual = f"\ufeff{blank}{comment or ''}"
@@ -6599,13 +6605,33 @@ class CsvFile:
                     continue
             elif begun == CHUNK_ROWS and self._swallows(taken[self._begin :]):
                 raise csv.Error(OPEN_QUOTE)
+            elif begun % CHUNK_ROWS == 0 and self.source.quote != "none":
+                self._find_quote()
             if not line.isascii():
                 self._check(line)
             yield line
 
+    def _find_quote(self) -> None:
+        """Look ahead for the quote that ends a long field. The csv module would find out as well
+        that there is none, but hold four bytes for each character meanwhile. Raises csv.Error."""
+        size = 0
+        for line in self._lines_ahead():
+            size += len(line) + LINE_BYTES
+            if self.source.quote in line or line[-1] not in "\r\n":
+                return
+            if size > 2 * RECORD_BYTES:
+                raise csv.Error(OPEN_QUOTE)
+
+    def _lines_ahead(self) -> Iterator[str]:
+        """The lines that come next; they stay where they are."""
+        yield from list(self._again)
+        while line := self._text.readline(RECORD_BYTES):
+            self._again.append(line)
+            yield line
+
     def _odd_line(self, line: str) -> str:
-        """A line that does not end with LF: the last one, one that ends with CR, or an endless one,
-        of which the rest is passed over."""
+        """A line that does not end with LF: the last one, one that ends with CR, or one that is too
+        long, whose rest is skipped."""
         if len(line) >= RECORD_BYTES:
             part, line = line, LongLine(line[:1000])
             while part[-1] not in "\r\n" and (more := self._text.readline(RECORD_BYTES)):
@@ -6624,8 +6650,8 @@ class CsvFile:
             self._broken = f"{wrong}; `encoding` names another"
 
     def _settle(self) -> None:
-        """What was read up to the record under way need not be read again, but for a last line
-        without an end, which may still grow."""
+        """Note that what was read before the current record need not be read again, except a last
+        line without a line end, which may still grow."""
         upto, end = self._begin, self._taken[self._begin - 1][-1:] if self._begin else "\n"
         whole = end == "\n" or (end == "\r" and not self.ended)
         if not self._frozen:
@@ -6696,7 +6722,7 @@ class CsvFile:
         return self._rejected(self._last, reason, lines) if reason else None
 
     def _swallows(self, lines: Sequence[str]) -> bool:
-        """Whether a stray quote took these lines together: nineteen of twenty are records alone."""
+        """Whether a stray quote joined these lines: 19 of 20 would be records of their own."""
         alone = sum(map(self._is_alone, lines)) if len(lines) > 2 and len(self.columns) > 1 else 0
         return 20 * alone >= 19 * len(lines)
 
@@ -6726,64 +6752,55 @@ class CsvFile:
         return Rejected(f"{self.part} line {number}", reason, shown, number)
 
 
-class SourceTools(NamedTuple):
-    """What a reader of a source works with. A reader is an object whose `read(states)` yields
-    Fetched, one after the other, from where `states` say that its parts were left."""
-
-    fetch: Callable[..., Awaitable[httpx2.Response]]  # asks a URL
-    objects: Callable[[], Awaitable[list[S3Object]]]  # those of an s3:// path
-    work: Callable[..., Awaitable[Any]]  # calls something in a thread, when that is our turn
-    note: Callable[[str], None]
-    clock: Callable[[], float]
-    counts: Counter[str]  # of this run so far, by COUNTED
-    checkpoint: Checkpoint  # as it was when this run began
-    folder: Path  # for what is downloaded
+# ── Ingest: files ─────────────────────────────────────────────────────────────────────────────
 
 
 class Files:
     """A CSV source as a stream of records: a file, all that a glob matches in natural order, or one
-    behind a URL. The same files bring the same records, whatever came before: where one was
-    rewritten or is gone, or changed records, those that may have to win over it are read again."""
+    behind a URL. The same files give the same records, whatever was read before: if one was
+    rewritten, is gone or changed records, those that may have to win over it are read again."""
 
     def __init__(
-        self, source: CsvSource, means: SourceTools, base: Path, allowed: Callable[[Path], bool]
+        self, source: CsvSource, run: Ingesting, base: Path, allowed: Callable[[Path], bool]
     ) -> None:
-        self.source, self.means, self.base, self.allowed = source, means, base, allowed
-        self.parts: Collection[str] | None = None  # those that there are
+        self.source, self.run, self.base, self.allowed = source, run, base, allowed
+        self._downloads = dict[str, tuple[Any, Mapping[str, Any] | None]]()  # not yet read
 
     async def read(self, states: Mapping[str, Mapping[str, Any]]) -> AsyncGenerator[Fetched]:
         """From where `states` say that parts were left. Raises SourceError, for a file that cannot
         be read once the others are."""
-        if self.source.remote:
-            url, part = self.source.path, without_query(self.source.path)
-            async for fetched in self._download(url, part, states.get(part, {})):
-                yield fetched
-            return
-        find = self._find_objects() if self.source.in_s3 else self.means.work(self._find)
-        files, failures = sorted(await find, key=lambda file: natural_order(file[1])), list[str]()
-        self.parts = {part for _, part in files}
-        gone = states.keys() - {part for _, part in files}
-        if gone or (len(files) > 1 and await self.means.work(self._rewritten, files, states)):
+        files, failures = await self._find(), list[SourceError]()
+        gone = states.keys() - {part for part, _ in files}
+        if gone or (len(files) > 1 and await self._were_rewritten(files, states)):
             states = {}
-        for path, part in files:
-            before = self.means.counts["updated"]
+        for part, file in files:
+            before = self.run.counts["updated"]
             try:
-                async for fetched in self._read_file(path, part, states.get(part, {})):
+                async for fetched in self._read(part, file, states.get(part, {})):
                     yield fetched
             except SourceError as e:
-                failures.append(str(e))
-            if self.means.counts["updated"] > before:
+                failures.append(e)
+            if self.run.counts["updated"] > before:
                 states = {}
+        if failures:
+            said = one_line("; ".join(map(str, failures)))
+            raise failures[0] if len(failures) == 1 else SourceError(said, status=400)
         for part in gone:
             yield Fetched(f"{part} line", [], [], (0, BEYOND_ALL_RECORDS), part)
-        if failures:
-            raise SourceError(one_line("; ".join(failures)), status=400)
 
-    async def _find_objects(self) -> list[tuple[S3Object, str]]:
-        return [(each, each.name) for each in await self.means.objects()]
+    async def _find(self) -> list[tuple[str, Path | RemoteFile]]:
+        """The files to read in natural order, each with its name in the checkpoint."""
+        path = self.source.path
+        if self.source.remote:
+            return [(without_query(path), RemoteFile(without_query(path), path))]
+        found: list[tuple[str, Path | RemoteFile]]
+        if self.source.in_s3:
+            found = [(each.name, each) for each in await self.run.objects()]
+        else:
+            found = await self.run.in_thread(self._find_here)
+        return sorted(found, key=lambda file: natural_order(file[0]))
 
-    def _find(self) -> list[tuple[Path, str]]:
-        """The files to read, each with its name in the checkpoint."""
+    def _find_here(self) -> list[tuple[str, Path]]:
         exact, path = self.base / self.source.path, self.source.path
         try:
             found = [exact] if exact.is_file() else map(Path, glob.glob(str(exact), recursive=True))
@@ -6795,86 +6812,96 @@ class Files:
             raise SourceError(f"there is no file {path}", status=404)
         names = (os.fsencode(os.path.relpath(file, self.base)) for file in files)
         parts = [name.decode(errors="backslashreplace") for name in names]
-        return list(zip(files, parts, strict=True))
+        return list(zip(parts, files, strict=True))
 
-    def _rewritten(
-        self, files: Sequence[tuple[Path | S3Object, str]], states: Mapping[str, Mapping[str, Any]]
+    async def _were_rewritten(
+        self,
+        files: Sequence[tuple[str, Path | RemoteFile]],
+        states: Mapping[str, Mapping[str, Any]],
     ) -> bool:
-        """Whether one of the files did not only grow; of an object, whether it is another one."""
-        now = self.means.clock()
-        for path, part in files:
+        """Whether one of the files did not only grow. What was downloaded for that is kept."""
+        for part, file in files:
             with contextlib.suppress(SourceError), reading_errors(part):
-                if part in states and not is_unchanged(path, states[part], now):
-                    if isinstance(path, S3Object):
-                        if states[part].get("done"):
-                            return True
-                        continue
-                    with path.open("rb") as file:
-                        csv_file = CsvFile(file, part, self.source, growing=False)
-                        if not csv_file.resume(states[part]):
-                            return True
+                state, now = states.get(part), self.run.clock()
+                if state is None or await self.run.in_thread(is_unchanged, file, state, now):
+                    continue
+                opened, told = await self._open(part, file, {})
+                grew = await self.run.in_thread(self._only_grew, opened, part, state)
+                if isinstance(file, RemoteFile):
+                    self._downloads[part] = opened, told
+                if not grew:
+                    return True
         return False
 
-    async def _read_file(
-        self, path: Path | S3Object, part: str, state: Mapping[str, Any]
-    ) -> AsyncGenerator[Fetched]:
-        now = self.means.clock()
-        with reading_errors(part):
-            if await self.means.work(is_unchanged, path, state, now):
-                return
-            if isinstance(path, S3Object):
-                tagged = {"identity": path.tag}
-                async for fetched in self._download(path.url, part, state, tagged):
-                    yield fetched
-                return
-            with path.open("rb") as file:
-                identity = identity_of(os.fstat(file.fileno()), now)
-                told = {"identity": identity} if identity else None
-                async for fetched in self._read(file, part, state, told):
-                    yield fetched
-
-    async def _download(
-        self, url: str, part: str, state: Mapping[str, Any], told: Mapping[str, Any] | None = None
-    ) -> AsyncGenerator[Fetched]:
-        """A file behind a URL is fetched whole before it is read: a server that breaks off then
-        costs nothing but a retry. It has no name, so that no crash leaves it behind."""
-        with tempfile.TemporaryFile(dir=self.means.folder) as sink:
-            limit = min(4 << 30, shutil.disk_usage(self.means.folder).free // 2)
-            got = await self.means.fetch(url, state=state, sink=sink, limit=limit)
-            if got.status_code == 304:
-                return
-            sink.seek(0)
-            with reading_errors(part):
-                async for fetched in self._read(sink, part, state, told or validators_of(got)):
-                    yield fetched
+    def _only_grew(self, file: Any, part: str, state: Mapping[str, Any]) -> bool:
+        with open(file.fileno(), "rb", closefd=False) as again:
+            grew = CsvFile(again, part, self.source, growing=False).resume(state)
+        file.seek(0)
+        return grew
 
     async def _read(
+        self, part: str, file: Path | RemoteFile, state: Mapping[str, Any]
+    ) -> AsyncGenerator[Fetched]:
+        with reading_errors(part):
+            if await self.run.in_thread(is_unchanged, file, state, self.run.clock()):
+                return
+            opened, told = await self._open(part, file, state)
+            if opened is not None:
+                with opened:
+                    async for fetched in self._read_csv(opened, part, state, told):
+                        yield fetched
+
+    async def _open(
+        self, part: str, file: Path | RemoteFile, state: Mapping[str, Any]
+    ) -> tuple[Any, Mapping[str, Any] | None]:
+        """A file, and what tells that it is as it was: None where it may have changed since. The
+        file is None where it is still as `state` has it.
+
+        One that is elsewhere is fetched whole before it is read: a server that breaks off then
+        costs nothing but a retry. It has no name here, so that no crash leaves it behind."""
+        if isinstance(file, Path):
+            opened = file.open("rb")
+            identity = identity_of(os.fstat(opened.fileno()), self.run.clock())
+            return opened, {"identity": identity} if identity else None
+        if part in self._downloads:
+            return self._downloads.pop(part)
+        with contextlib.ExitStack() as unless_good:
+            folder = self.run.folder
+            sink = unless_good.enter_context(tempfile.TemporaryFile(dir=folder))
+            limit = min(4 << 30, shutil.disk_usage(folder).free // 2)
+            got = await self.run.fetch(file.url, state=state, sink=sink, limit=limit)
+            if got.status_code == 304:
+                return None, None
+            sink.seek(0)
+            unless_good.pop_all()
+            return sink, {"identity": file.tag} if file.tag else validators_of(got)
+
+    async def _read_csv(
         self, file: Any, part: str, state: Mapping[str, Any], told: Mapping[str, Any] | None
     ) -> AsyncGenerator[Fetched]:
-        """What one file holds. `told` is remembered once it was read whole; None: it may have
-        changed since."""
-        means = self.means
-        csv_file = await means.work(CsvFile, file, part, self.source, told is None)
+        """The records of one file. `told` is remembered once it was read whole."""
+        run = self.run
+        csv_file = await run.in_thread(CsvFile, file, part, self.source, told is None)
         if state:
-            await means.work(csv_file.resume, state)
+            await run.in_thread(csv_file.resume, state)
         self._check_columns(csv_file)
         while not csv_file.ended:  # not ahead of the writing: threads in turns cost more than one
-            fetched = await means.work(csv_file.read)
+            fetched = await run.in_thread(csv_file.read)
             if csv_file.ended and not csv_file.waits:
                 fetched.state.update(told or {})
             yield fetched
         for note in csv_file.notes:
-            means.note(note)
+            run.note(note)
         if csv_file.waits:
-            means.note(f"the last line of {part} has no end yet, and waits for the next run")
+            run.note(f"the last line of {part} has no end yet, and waits for the next run")
 
     def _check_columns(self, file: CsvFile) -> None:
         if not file.columns:
             if not file.waits:
-                self.means.note(f"{file.part} is empty")
+                self.run.note(f"{file.part} is empty")
             return
         wanted = {*self.source.ids}
-        if not self.means.checkpoint.fields:  # later on it is drift that one is gone
+        if not self.run.checkpoint.fields:  # later on it is drift that one is gone
             wanted |= {*self.source.fields.values()}
         if missing := sorted(wanted - {*file.columns}):
             lists = (missing, file.columns)
@@ -6895,13 +6922,20 @@ SAME_PAGES = 2  # pages in a row without anything new: the paging goes in circle
 PAGE_REFUSED = (400, 404, 416, 422)  # what APIs answer to the number of a page that is not there
 HAS_MORE = re.compile(r"has(more|next(page)?)")
 MORE = re.compile(
-    r"(odata)?next(page|url|link|uri|cursor|token|offset|start|results?|records)*"
+    r"(odata)?next(page|url|link|uri|cursor|token|offset|start|results?|records|marker)*"
     r"|has(more|next(page)?)|more(results|items|pages)?|continuation(token)?|lastevaluatedkey"
+    r"|(is)?truncated"
 )
-TOTAL = re.compile(
-    r"(count|total)|total(count|results|items|records|elements|hits)|recordstotal|numfound"
-)
+LAST = re.compile(r"(is)?last(page)?")  # what is false where there is more
+TOTALS = {
+    "records": re.compile(
+        r"(count|total)|total(count|results|items|records|elements|hits)|recordstotal|numfound"
+        r"|contentrange"
+    ),
+    "pages": re.compile(r"total(number)?(of)?pages|pages?total|pagecount|num(ber)?(of)?pages"),
+}
 NO_LIST = ("errors", "warnings")  # lists that hold no records
+NO = ("false", "no", "0", "")
 
 
 def next_link(header: str) -> str | None:
@@ -6923,33 +6957,57 @@ LINK = re.compile(
 )
 
 
-def scalars_in(answer: Any, path: str = "", depth: int = 3) -> Iterator[tuple[str, str, Any]]:
-    """The single values of an answer: their dotted paths, names as letters alone, and they."""
+class Sign(NamedTuple):
+    """A value in an answer, or in its headers, that may tell about paging."""
+
+    path: str  # dotted, or the header's name
+    name: str  # its last part in lower case and letters alone
+    value: Any
+
+    @property
+    def number(self) -> int | None:
+        """The value as a whole number, where it is one."""
+        text = str(self.value) if type(self.value) in (int, float, str) else ""
+        found = re.fullmatch(r"(\d{1,15})(\.0)?", text, re.ASCII)
+        return int(found[1]) if found else None
+
+
+def signs_in(answer: Any, path: str = "", depth: int = 3) -> Iterator[Sign]:
+    """The values of an answer, down to a few levels; of a link that is an object its `href`."""
     for key, value in answer.items() if isinstance(answer, dict) and depth else ():
         where = f"{path}.{key}".lstrip(".")
         if isinstance(value, dict):
-            yield from scalars_in(value, where, depth - 1)
-        name = re.sub("[^a-z]", "", str(key).lower())
-        yield where, name, value.get("href") if isinstance(value, dict) else value
+            yield from signs_in(value, where, depth - 1)
+            value = value.get("href", value if any(value.values()) else None)
+        yield Sign(where, re.sub("[^a-z]", "", str(key).lower()), value)
+
+
+def signs_in_headers(headers: Mapping[str, str]) -> Iterator[Sign]:
+    """The same of headers like X-Total-Count; of a Content-Range the total behind its slash."""
+    for key, text in headers.items():
+        name = re.sub("^x-(wp-|ms-)?|[^a-z]", "", key.lower())
+        value = text.rpartition("/")[2] if name == "contentrange" else text
+        yield Sign(key, name, {"true": True, "false": False}.get(value.lower(), value))
 
 
 class Pages:
     """An API as a stream of records, page after page."""
 
-    parts: Collection[str] | None = None  # what they are is known after a whole run
-
-    def __init__(self, source: ApiSource, means: SourceTools, since: str | None) -> None:
-        self.source, self.means, self.since = source, means, since
+    def __init__(self, source: ApiSource, run: Ingesting, since: str | None) -> None:
+        self.source, self.run, self.since = source, run, since
         self.paging = source.next or Paging.model_validate("link")
         self.numbered = self.paging.type in ("page", "offset")
         start = self.paging.start
         self._at = start if start is not None else int(self.paging.type == "page")
         self._items = source.items  # where the list is
         self._taken = self._pages = 0
-        self._signs: list[tuple[str, str, Any]] = []  # in the last answer
-        self._met = False  # whether some answer had what `next` names
-        self._totals = dict[str, int]()  # that answers told
-        self.shrank = False  # whether such a total got less from page to page
+        self._signs: list[Sign] = []  # in the last answer
+        self._path = self.paging.path or "next_cursor"  # of a cursor
+        named = {self._path} if self.paging.type == "cursor" else set[str]()
+        self._unmet = named | ({source.more} if source.more else set())  # paths in no answer yet
+        self._has_link = False  # whether some answer had a Link header
+        self._totals: dict[str, dict[str, int]] = {what: {} for what in TOTALS}  # that answers told
+        self.shrank = False  # whether a total got less from page to page
         self.has_field = False  # whether some record has what `since` names
 
     async def read(self, states: Mapping[str, Mapping[str, Any]]) -> AsyncGenerator[Fetched]:
@@ -6966,10 +7024,10 @@ class Pages:
             got = await self._get(url, number)
             if got.status_code in (204, *PAGE_REFUSED):
                 if got.status_code not in (204, 404):
-                    self.means.note(f"page {number}: {got.status_code}: taken for the end")
+                    self.run.note(f"page {number}: {got.status_code}: taken for the end")
                 self._signs = []
                 break
-            answer, items, digest = await self.means.work(self._open, got.content, number)
+            answer, items, digest = await self.run.in_thread(self._open, got, number)
             stale = stale + 1 if digest in seen or not items else 0
             seen.add(digest)
             for fetched in self._fetched(items, number):
@@ -6977,8 +7035,12 @@ class Pages:
             link = self._next(got, answer, items)
             url = next_page_url(str(got.url), link) if link else None
             if stale >= SAME_PAGES or (not items and self.numbered):
-                if url and not self.numbered:
-                    self._in_circles(f"pages {number - 1} and {number}", items)
+                pages = f"pages {number - 1} and {number}"
+                if url and not self.numbered and items:
+                    said = f"the paging goes in circles: {pages} came before; is `next` right?"
+                    self._complain(said, mistake=True)
+                elif url and not self.numbered:
+                    self.run.note(f"{pages} are empty: taken for the end")
                 break
         self._judge(answer, got, url)
 
@@ -6988,16 +7050,17 @@ class Pages:
             raise SourceError(said, status=400)
         good = PAGE_REFUSED if self.numbered and number > 1 else ()
         try:
-            return await self.means.fetch(url, good=good)
+            return await self.run.fetch(url, good=good)
         except SourceError as e:
             if e.permanent and e.status is None:  # too long an answer
                 raise SourceError(f"{e}; `next.size` asks for fewer records", status=400) from e
             raise
 
-    def _open(self, body: bytes, number: int) -> tuple[Any, list[Any], bytes]:
-        answer = read_json(body)
-        items = self._list_in(answer, may_lack=number > 1 or self.since is not None)
-        self._signs = [*scalars_in(answer)]
+    def _open(self, got: httpx2.Response, number: int) -> tuple[Any, list[Any], bytes]:
+        may_lack = number > 1 or self.since is not None
+        answer = read_json(got.content) if got.content.strip() or not may_lack else None
+        self._signs = [*signs_in(answer), *signs_in_headers(got.headers)]
+        items = self._list_in(answer, may_lack=may_lack)
         return answer, items, digest_of(lenient_json(items))
 
     def _list_in(self, answer: Any, *, may_lack: bool) -> list[Any]:
@@ -7011,17 +7074,18 @@ class Pages:
         found = answer if self._items is None else picker(self._items)(block)
         if isinstance(found, list):
             return found
-        if may_lack and not lists and (found is None or found is block):
+        if error := block.get("error") or block.get("errors"):
+            raise SourceError(f"the answer is an error: {repr_excerpt(error)}", status=400)
+        null = found is None and any(sign.path == self._items for sign in self._signs)
+        if null or (may_lack and not lists and (not found or found is block)):
             return []
         if self._items is not None:
             said = f"there is no list at {self._items!r} in the answer: {repr_excerpt(answer)}"
         else:
             there = (
-                f"lists are at: {one_line(', '.join(lists))}"
-                if lists
-                else f"found {repr_excerpt(answer)}"
+                f"lists are at: {', '.join(lists)}" if lists else f"found {repr_excerpt(answer)}"
             )
-            said = f"the answer is no list; `items` says where it is; {there}"
+            said = f"the answer is no list; `items` says where it is; {one_line(there)}"
         raise SourceError(said, status=400)
 
     def _fetched(self, items: Sequence[Any], number: int) -> Iterator[Fetched]:
@@ -7033,13 +7097,9 @@ class Pages:
             self.has_field = any(isinstance(r, dict) and pick(r) is not None for r in items)
         for start in range(0, len(items), CHUNK_ROWS):
             some = [*enumerate(items[start : start + CHUNK_ROWS], start + 1)]
-            last = start + CHUNK_ROWS >= len(items)
-            span = (
-                (start, BEYOND_ALL_RECORDS if last else start + CHUNK_ROWS)
-                if self.since is None
-                else None
-            )
-            yield Fetched(f"page {number} record", some, [], span)
+            end = start + CHUNK_ROWS
+            span = start, end if end < len(items) else BEYOND_ALL_RECORDS
+            yield Fetched(f"page {number} record", some, [], span if self.since is None else None)
 
     def _url(self, query: Mapping[str, str]) -> str:
         import httpx2
@@ -7061,26 +7121,27 @@ class Pages:
 
     def _next(self, got: httpx2.Response, answer: Any, items: Sequence[Any]) -> str | None:
         """The URL of the next page, relative perhaps, as far as this answer knows of one."""
-        for where, name, value in self._signs:
-            if TOTAL.fullmatch(name) and type(value) is int:
-                self.shrank |= name != "count" and value < self._totals.get(where, value)
-                self._totals[where] = value
-        if self._has_more(answer) is False:
-            self._met = True
+        self._note_signs()
+        self._has_link |= "link" in got.headers
+        if (more := self._has_more(answer)) is not None:
+            self._unmet.discard(self.source.more or "")
+        if more is False:
+            self._unmet.discard(self._path)
             return None
         paging = self.paging
         if self.numbered:
-            self._met = True
             self._at += len(items) if paging.type == "offset" else 1
             return self._url(self._number())
         if paging.type == "link":
-            self._met |= "link" in got.headers
             return next_link(got.headers.get("link", ""))
         last = paging.type == "last"
         holder = items[-1] if last and items else None if last else answer
-        path = paging.path or (self.source.ids[0] if last else "next_cursor")
+        path = paging.path or self.source.ids[0] if last else self._path
         cursor = picker(path)(holder) if isinstance(holder, dict) else None
-        self._met |= cursor is not None or any(path == where for where, *_ in self._signs)
+        if isinstance(cursor, dict):
+            cursor = cursor.get("href", cursor)
+        if cursor is not None:
+            self._unmet.discard(path)
         if cursor in (None, "", False):
             return None
         if not isinstance(cursor, str):
@@ -7092,62 +7153,73 @@ class Pages:
             {**self._number(), name: cursor.encode(errors="backslashreplace").decode()}
         )
 
-    def _has_more(self, answer: Any) -> Any:
-        if self.source.more is not None:
-            return picker(self.source.more)(answer) if isinstance(answer, dict) else None
-        signs = self._signs if self.paging.type != "link" else ()
-        return next((v for _, n, v in signs if HAS_MORE.fullmatch(n) and type(v) is bool), None)
+    def _note_signs(self) -> None:
+        self._unmet -= {sign.path for sign in self._signs}
+        for sign in self._signs:
+            for what, names in TOTALS.items():
+                if names.fullmatch(sign.name) and (number := sign.number) is not None:
+                    less = number < self._totals[what].get(sign.path, number)
+                    self.shrank |= less and sign.name != "count"
+                    self._totals[what][sign.path] = number
 
-    def _in_circles(self, pages: str, items: Sequence[Any]) -> None:
-        if not items:
-            self.means.note(f"{pages} are empty: taken for the end")
-            return
-        said = f"the paging goes in circles: {pages} came before; is `next` right?"
-        self._complain(said, mistake=True)
+    def _has_more(self, answer: Any) -> bool | None:
+        """Whether the answer says that there is a next page; None: it does not say."""
+        if self.source.more is not None:
+            told = picker(self.source.more)(answer) if isinstance(answer, dict) else None
+            return None if told is None else str(told).lower() not in NO
+        signs = self._signs if self.paging.type != "link" else ()
+        told = (s.value for s in signs if HAS_MORE.fullmatch(s.name) and type(s.value) is bool)
+        return next(told, None)
 
     def _judge(self, answer: Any, got: httpx2.Response | None, url: str | None) -> None:
         """Say what the answers say of more than was taken."""
         first, paging = self._pages <= 1, self.paging
-        path = paging.path or "next_cursor"
+        known = self.run.checkpoint.records
         more = self._says_more(answer, got) if got is not None and not self.numbered else ""
-        if not self._met and paging.type == "cursor" and self._taken:
-            there = (
-                ", ".join(map(str, answer)) if isinstance(answer, dict) else repr_excerpt(answer)
-            )
-            said = f"there is no {path} in the answer; there are {one_line(there)}"
-            self._complain(said, mistake=bool(more) or not self.means.checkpoint.records)
+        if self._unmet and self._taken:
+            there = answer if isinstance(answer, dict) else [repr_excerpt(answer)]
+            said = f"there is no {', '.join(sorted(self._unmet))} in the answer; there are "
+            said += one_line(", ".join(map(str, there)))
+            self._complain(said, mistake=bool(more) or not known)
         elif more and not url:
             said = f"the answer says by {more} that there is more; `next` says how to ask for it"
             self._complain(said, mistake=first)
-        elif self.since is None and max(self._totals.values(), default=0) > self._taken:
-            total = max(self._totals.values())
-            said = f"{self._taken} records came of {total} that the answer tells of"
+        elif self.since is None and (short := self._falls_short()):
             asks_on = self.source.next is not None or self._pages > 1
-            self._complain(f"{said}; `next` says how to ask for more", mistake=not asks_on)
-        elif self.source.next is not None and paging.type == "link" and not self._met:
-            self.means.note("no answer had a Link header, which `next` names")
+            self._complain(f"{short}; `next` says how to ask for more", mistake=not asks_on)
+        elif self.source.next is not None and paging.type == "link" and not self._has_link:
+            self.run.note("no answer had a Link header, which `next` names")
         if self.source.since is not None and self._taken and not self.has_field:
-            self.means.note(f"no record has {self.source.since.field}, which `since` names")
-        if not self._taken and self.since is None and not self.means.checkpoint.records:
-            self.means.note("no records came")
+            self.run.note(f"no record has {self.source.since.field}, which `since` names")
+        if not self._taken and self.since is None and not known:
+            self.run.note("no records came")
+
+    def _falls_short(self) -> str:
+        """What came of all that the answers tell of; empty: nothing is missing."""
+        for what, came in (("records", self._taken), ("pages", self._pages)):
+            if came < (total := max(self._totals[what].values(), default=0)):
+                return f"{came} {what} came of {total} that the answer tells of"
+        return ""
 
     def _says_more(self, answer: Any, got: httpx2.Response) -> str:
         """What in the last answer says that there is a next page; empty: nothing does."""
-        if self.source.more is not None and self._has_more(answer) is True:
+        if (more := self._has_more(answer)) is False:
+            return ""
+        if self.source.more is not None and more:
             return self.source.more
-        for where, name, value in self._signs:
-            told = value is True or (type(value) in (str, int) and value not in ("", 0))
-            if MORE.fullmatch(name) and told:
-                return where
-        if self.paging.type != "link" and next_link(got.headers.get("link", "")):
-            return "Link"
-        return next((header for header in got.headers if "next-page" in header), "")
+        for path, name, value in self._signs:
+            told = type(value) in (bool, int, str, dict) and str(value).lower() not in NO
+            if (LAST.fullmatch(name) and value is False) or (MORE.fullmatch(name) and told):
+                return path
+        links = self.paging.type != "link" and next_link(got.headers.get("link", ""))
+        return "Link" if links else ""
 
     def _complain(self, said: str, *, mistake: bool) -> None:
-        """A mistake fails the job until some run was whole; what is known is noted."""
-        if mistake and not self.means.checkpoint.whole:
+        """Fail the run for a mistake in the job, until some run has succeeded; else only note
+        it."""
+        if mistake and not self.run.checkpoint.whole:
             raise SourceError(said, status=400)
-        self.means.note(said)
+        self.run.note(said)
 
 
 def next_page_url(base: str, link: str) -> str:
@@ -7171,21 +7243,24 @@ SINCE_FORMS = (
 )
 
 
-def greatest_timestamp(records: Iterable[Any], path: str) -> tuple[str, float] | None:
+def greatest_timestamp(
+    records: Iterable[Any], path: str, order: str | None
+) -> tuple[str, float] | None:
     """The greatest time stamp among records: as it came, and in unix seconds."""
     pick, found = picker(path), list[tuple[str, float]]()
     for value in (pick(record) for record in records if isinstance(record, dict)):
         with contextlib.suppress(ValueError, OverflowError):
             if type(value) in (str, int, float):
-                found.append((str(value), parse_datetime(str(value).strip()).timestamp()))
+                found.append((str(value), parse_datetime(str(value).strip(), order).timestamp()))
     return max(found, key=lambda mark: mark[1], default=None)
 
 
-def since_text(text: str, at: float, since: Since) -> str:
+def since_text(text: str, at: float, since: Since, order: str | None) -> str:
     """The moment `at`, less the overlap, in the form that `text` has, or in the one that was
-    asked for; rounded down."""
-    own = parse_datetime(text.strip())
-    if at < own.timestamp():  # of a clock that is ahead
+    asked for; rounded down. A form that cannot be written here is sent as it came, in whole."""
+    own = parse_datetime(text.strip(), order)
+    ahead = at < own.timestamp()  # the source's clock
+    if ahead:
         kept = re.search(r":\d\d[.,]\d", text) is not None  # a fraction, which is sent as it is
         own = datetime.fromtimestamp(math.floor(at) - kept, own.tzinfo)
     before = own - timedelta(seconds=since.overlap)
@@ -7198,8 +7273,9 @@ def since_text(text: str, at: float, since: Since) -> str:
     for pattern, directive in SINCE_FORMS:
         form = re.sub(pattern, directive, form, count=1)
     known = "%d" in form and not re.search(r"\d\s*[ap]\.?m", text, re.IGNORECASE)
-    same = known and parse_datetime(text.strip()).strftime(form) == text.strip()
-    return before.strftime(form) if same else iso(math.floor(before.timestamp()))
+    if known and parse_datetime(text.strip(), order).strftime(form) == text.strip():
+        return before.strftime(form)
+    return iso(math.floor(before.timestamp())) if ahead else text
 
 
 # ── Metrics ───────────────────────────────────────────────────────────────────────────────────
@@ -7340,7 +7416,7 @@ class Steps:
         )
         self.ingesting: set[int] = set()  # ids of jobs whose run goes on
         self.stopping = False  # runs end at their next chunk
-        self._ingest_slots = asyncio.Semaphore(INGESTS_AT_ONCE)
+        self.ingest_slots = asyncio.Semaphore(INGESTS_AT_ONCE)
         self.clock, self.jitter, self.monotonic = clock, jitter, monotonic
         self.metrics = Metrics()
         openai.on_request = lambda kind: self.metrics.openai_requests.labels(kind).inc()
@@ -7702,101 +7778,22 @@ class Steps:
         try:
             checkpoint = await self.store.checkpoint(job.name)
             run = await self.store.begin_run(job, self.clock())
-            return await self._run_ingest(job, Ingesting(self, job, run, checkpoint))
+            return await Ingesting(self, job, run, checkpoint).go()
         finally:
             self.ingesting.discard(job.id)
-
-    async def _run_ingest(self, job: Job, ingesting: Ingesting) -> StepResult:
-        status: RunStatus = "failed"
-        error: BaseException | None = None
-        try:
-            await ingesting.go()
-            status = "success"
-        except StoreError:
-            raise
-        except (SourceError, IngestFailed, SecretError) as e:
-            error = e
-            self._count_error(e)
-        except (Interrupted, asyncio.CancelledError) as e:
-            status, error = "interrupted", e
-        except Exception as e:
-            error = IngestFailed(f"internal error, see the log: {type(e).__name__}: {e}")
-            log.exception("job %s: internal error", job.id)
-        wait = BACKOFF_FIRST if isinstance(error, Interrupted) else self.interval_of(job)
-        wait = self._retry(job, error) if isinstance(error, TeckoError) else wait
-        said = str(error) or "the program was told to end" if error else None
-        end = RunEnd(
-            status=status,
-            error=said,
-            notes=ingesting.notes,
-            wait=wait,
-            watermark=ingesting.watermark() if status == "success" else None,
-            whole=status == "success" and ingesting.source.type == "api",
-            there=ingesting.reader.parts if status == "success" else None,
-            forget=isinstance(error, IngestFailed) and error.forget,
-        )
-        run = await self.retry_store(self.store.end_run, ingesting.run, end, self.clock())
-        self.metrics.ingest_runs.labels(status).inc()
-        for what in COUNTED:
-            self.metrics.records.labels(what).inc(getattr(run, f"records_{what}"))
-        self.store.sums["records"] += run.records_inserted + run.records_updated
-        if isinstance(error, asyncio.CancelledError):
-            raise error
-        failure = error if isinstance(error, TeckoError) else None
-        return StepResult(wait, f"{said}; {run.summary}" if said else run.summary, failure)
-
-    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        """Call something that keeps a processor in_thread, in a thread: one of a few at once."""
-        async with self._ingest_slots:
-            return await asyncio.to_thread(work, *args)
-
-    async def retry_store(self, ask_store: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Ask the store, however long it stays locked; StoreError once the service stops."""
-        for attempt in itertools.count(1):
-            try:
-                return await ask_store(*args)
-            except StoreError as e:
-                if self.stopping:
-                    raise
-                log.error("an ingest waits for the store: %s", e)
-                await asyncio.sleep(backoff(attempt, STORE_PATIENCE, self.jitter()))
-        raise AssertionError("counting ended")
-
-    async def fetch(
-        self, source: Source, url: str, *, sink: IO[bytes] | None = None, **request: Any
-    ) -> httpx2.Response:
-        """Ask a source, and again after what passes by itself. Raises SourceError."""
-        settings, secret = self.config.settings, await self.secret_of(source)
-        for attempt in itertools.count(1):
-            try:
-                return await self.web.get(source, url, secret, sink=sink, **request)
-            except SourceError as e:
-                wait = backoff(attempt, settings.retry_delay, self.jitter())
-                wait = e.retry_after if e.retry_after is not None else wait
-                passes = not e.permanent or (e.status == 403 and e.retry_after is not None)
-                if not passes or attempt > settings.max_retries or wait > settings.retry_delay:
-                    raise
-                log.info("%s; again in %.0f s", e, wait)
-                await asyncio.sleep(wait)
-                if sink is not None:
-                    sink.seek(0)
-                    sink.truncate()
-        raise AssertionError("counting ended")
 
     async def secret_of(self, source: Source) -> SecretValue | None:
         return None if source.secret is None else await self._secret(str(source.secret))
 
-    async def objects(self, source: Source) -> list[S3Object]:
-        return await s3_objects(cast(CsvSource, source), await self.secret_of(source))
-
 
 # ── Ingesting ─────────────────────────────────────────────────────────────────────────────────
 
-# A run is one loop: fetch, identify, look up, normalize, commit. What keeps a processor busy runs
-# in a thread, and INGESTS_AT_ONCE of these at a time, so that a run which waits (for its source,
-# for its rate, for the store) holds up no other. What one chunk brings, and how far its part has
-# been read with it, is one transaction: whatever is killed whenever, the next run goes on from the
-# last chunk. A row that comes again is known by its hash, and not written.
+# A run is one loop: fetch, identify, look up, normalize, commit. A reader (Files, Pages) fetches:
+# its `read(states)` yields Fetched, from where `states` say that the parts were left. What keeps a
+# processor busy runs in a thread, INGESTS_AT_ONCE of these at a time, so that a run which waits
+# (for its source, its rate or the store) holds up no other. What one chunk brings, and how far its
+# part has been read with it, is one transaction: whatever is killed whenever, the next run goes on
+# from the last chunk. A row that comes again is known by its hash, and is not written.
 #
 # What is provisional decides nothing: a last line without an end in a file that was only just
 # written, an ETag or time of change of this very second, a watermark of numbered pages that moved
@@ -7833,6 +7830,7 @@ class Ingesting:
     def __init__(self, steps: Steps, job: Job, run: Run, checkpoint: Checkpoint) -> None:
         assert isinstance(job.spec, IngestSpec)
         self.steps, self.job, self.run, self.checkpoint = steps, job, run, checkpoint
+        self.clock, self.folder = steps.clock, steps.config.settings.database.parent
         self.source: CsvSource | ApiSource = job.spec.ingest
         self.mapper = Mapper(job.name, self.source)
         self.fields: Mapping[str, Any] = checkpoint.fields
@@ -7841,26 +7839,62 @@ class Ingesting:
         self._reason = ""  # why the first of the rejected was
         self._moved = False  # an id came twice with other values
         self._latest: tuple[str, float] | None = None
-        folder = steps.config.settings.database.parent
-        asks = partial(steps.fetch, self.source), partial(steps.objects, self.source)
-        means = SourceTools(
-            *asks, steps.in_thread, self.note, steps.clock, self.counts, checkpoint, folder
-        )
-        self.reader = self._reader(means)
+        self.reader = self._make_reader()
 
-    def _reader(self, means: SourceTools) -> Files | Pages:
+    def _make_reader(self) -> Files | Pages:
         config = self.steps.config
         if isinstance(self.source, CsvSource):
             trusted = self.job.origin == "file"
             return Files(
-                self.source, means, config.base, lambda path: trusted or may_be_read(path, config)
+                self.source, self, config.base, lambda path: trusted or may_be_read(path, config)
             )
         mark, since, sent = self._known_mark(), self.source.since, None
         if since is not None and mark is not None and mark["at"] > since.overlap:
-            sent = since_text(mark["text"], mark["at"], since)
-        return Pages(self.source, means, sent)
+            sent = since_text(mark["text"], mark["at"], since, self.source.dates)
+            if sent == mark["text"] and since.overlap:
+                self.note(f"`since` sends {sent} without its overlap; `format` names another form")
+        return Pages(self.source, self, sent)
 
-    async def go(self) -> None:
+    async def go(self) -> StepResult:
+        """Read the source to its end, and write down how that went. Raises StoreError."""
+        steps, job = self.steps, self.job
+        status: RunStatus = "failed"
+        error: BaseException | None = None
+        try:
+            await self._read_source()
+            status = "success"
+        except StoreError:
+            raise
+        except (SourceError, IngestFailed, SecretError) as e:
+            error = e
+            steps._count_error(e)
+        except (Interrupted, asyncio.CancelledError) as e:
+            status, error = "interrupted", e
+        except Exception as e:
+            error = IngestFailed(f"internal error, see the log: {type(e).__name__}: {e}")
+            log.exception("job %s: internal error", job.id)
+        wait = BACKOFF_FIRST if isinstance(error, Interrupted) else steps.interval_of(job)
+        wait = steps._retry(job, error) if isinstance(error, TeckoError) else wait
+        said = str(error) or "the program was told to end" if error else None
+        end = RunEnd(
+            status=status,
+            error=said,
+            notes=self.notes,
+            wait=wait,
+            watermark=self.watermark() if status == "success" else None,
+            forget=isinstance(error, IngestFailed) and error.forget,
+        )
+        run = await self.retry_store(steps.store.end_run, self.run, end, steps.clock())
+        steps.metrics.ingest_runs.labels(status).inc()
+        for what in COUNTED:
+            steps.metrics.records.labels(what).inc(getattr(run, f"records_{what}"))
+        steps.store.sums["records"] += run.records_inserted + run.records_updated
+        if isinstance(error, asyncio.CancelledError):
+            raise error
+        failure = error if isinstance(error, TeckoError) else None
+        return StepResult(wait, f"{said}; {run.summary}" if said else run.summary, failure)
+
+    async def _read_source(self) -> None:
         """Raises SourceError, SecretError, IngestFailed, Interrupted and StoreError."""
         form = digest_of(self.source.model_dump_json(exclude=LIMITS)).hex()
         known = self.checkpoint.parts.items()
@@ -7873,9 +7907,9 @@ class Ingesting:
         self._judge(ended=True)
 
     async def _take(self, fetched: Fetched) -> None:
-        steps, (chunk, twice) = self.steps, await self._normalized(fetched)
+        steps, (chunk, twice) = self.steps, await self._normalize(fetched)
         save = partial(steps.store.save_chunk, self.run, self.job.revision, self.source.type)
-        if not await steps.retry_store(save, chunk, self.fields, steps.clock()):
+        if not await self.retry_store(save, chunk, self.fields, steps.clock()):
             raise Interrupted("the job was paused, changed or removed while it ran")
         if twice and not self._moved:
             self._moved = True
@@ -7887,21 +7921,21 @@ class Ingesting:
         if steps.stopping:
             raise Interrupted("the service was stopped while it ran")
 
-    async def _normalized(self, fetched: Fetched) -> tuple[Chunk, list[str]]:
-        """What is to be written, and the ids that came twice with other values."""
-        steps, store = self.steps, self.steps.store
-        rows, rejects, fields = await steps.in_thread(identify_records, self.mapper, fetched)
+    async def _normalize(self, fetched: Fetched) -> tuple[Chunk, list[str]]:
+        """What has to be written, and the ids that came twice with other values."""
+        rows, rejects, fields = await self.in_thread(identify_records, self.mapper, fetched)
         self._check_drift(fields)
         if isinstance(self.source, ApiSource) and self.source.since is not None:
             records = [record for _, record in fetched.records]
-            found = await steps.in_thread(greatest_timestamp, records, self.source.since.field)
+            field, order = self.source.since.field, self.source.dates
+            found = await self.in_thread(greatest_timestamp, records, field, order)
             marks = filter(None, (self._latest, found))
             self._latest = max(marks, key=lambda mark: mark[1], default=None)
         ids = {row[1] for row in rows}
-        known = await steps.retry_store(store.hashes, self.run, [*ids]) if ids else {}
+        known = await self.retry_store(self.steps.store.hashes, self.run, [*ids]) if ids else {}
         if not self.checkpoint.records:  # all that is there came in this run
             known = {key: (digest, True) for key, (digest, _) in known.items()}
-        return await steps.in_thread(normalize_records, self.mapper, fetched, rows, rejects, known)
+        return await self.in_thread(normalize_records, self.mapper, fetched, rows, rejects, known)
 
     def _judge(self, *, ended: bool) -> None:
         failed, processed = self.counts["failed"], self.counts["processed"]
@@ -7922,6 +7956,49 @@ class Ingesting:
             raise IngestFailed(f"the fields drifted, and on_drift is freeze: {'; '.join(notes)}")
         self.fields = learn_fields(self.fields, fields)
 
+    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        """Call something that keeps a processor busy, in a thread: one of a few at once."""
+        async with self.steps.ingest_slots:
+            return await asyncio.to_thread(work, *args)
+
+    async def retry_store(self, ask_store: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Ask the store, however long it stays locked. Raises StoreError once the service stops."""
+        for attempt in itertools.count(1):
+            try:
+                return await ask_store(*args)
+            except StoreError as e:
+                if self.steps.stopping:
+                    raise
+                log.error("an ingest waits for the store: %s", e)
+                await asyncio.sleep(backoff(attempt, STORE_PATIENCE, self.steps.jitter()))
+        raise AssertionError("counting ended")
+
+    async def fetch(
+        self, url: str, *, sink: IO[bytes] | None = None, **request: Any
+    ) -> httpx2.Response:
+        """Ask the source, and again after what passes by itself. Raises SourceError."""
+        steps, settings = self.steps, self.steps.config.settings
+        secret = await steps.secret_of(self.source)
+        for attempt in itertools.count(1):
+            try:
+                return await steps.web.get(self.source, url, secret, sink=sink, **request)
+            except SourceError as e:
+                wait = backoff(attempt, settings.retry_delay, steps.jitter())
+                wait = e.retry_after if e.retry_after is not None else wait
+                passes = not e.permanent or (e.status == 403 and e.retry_after is not None)
+                if not passes or attempt > settings.max_retries or wait > settings.retry_delay:
+                    raise
+                log.info("%s; again in %.0f s", e, wait)
+                await asyncio.sleep(wait)
+                if sink is not None:
+                    sink.seek(0)
+                    sink.truncate()
+        raise AssertionError("counting ended")
+
+    async def objects(self) -> list[RemoteFile]:
+        assert isinstance(self.source, CsvSource)
+        return await s3_objects(self.source, await self.steps.secret_of(self.source))
+
     def note(self, text: str) -> None:
         if text not in self.notes and len(self.notes) < MAX_NOTES:
             self.notes.append(text)
@@ -7929,7 +8006,11 @@ class Ingesting:
     def watermark(self) -> str | None:
         """What to remember for `since` after a whole run; None: what is. Never later than the run
         began, since a clock that is ahead would hide what comes."""
-        if self._latest is None or not isinstance(self.reader, Pages):
+        if not isinstance(self.reader, Pages):
+            return None
+        if self._latest is None:
+            if self.reader.has_field:
+                self.note("what `since` names is no time that can be read; `dates` may help")
             return None
         if self.reader.numbered and (self._moved or self.reader.shrank):
             self.note("records moved between the pages: what `since` sends waits for the next run")
@@ -7941,7 +8022,8 @@ class Ingesting:
         return json.dumps({"map": self._mark_of(), "text": text, "at": at})
 
     def _mark_of(self) -> str:
-        """What a watermark is good for: the same records, read in the same way."""
+        """A digest of what a watermark depends on: it counts for the same records read in the same
+        way."""
         assert isinstance(self.source, ApiSource)
         field = self.source.since.field if self.source.since else None
         block = self.source.model_dump(mode="json", exclude={*LIMITS, "next", "since", "more"})

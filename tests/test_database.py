@@ -423,7 +423,7 @@ async def test_records_are_written_in_chunks(store: tecko.Store) -> None:
     assert len(rows) == 1201 and rows[1]["updated_at"] == 4.0 and rows[2]["updated_at"] == 3.0
     assert (await store.hashes(run, ["k1", "nope"])) == {"k1": (tecko.digest_of("other"), True)}
     assert (await store.totals("s"))["records"] == 1201 and len(await store.rejects("s", 9)) == 1
-    ended = await store.end_run(run, tecko.RunEnd("success", None, [], 60.0, there=["x"]), 5.0)
+    ended = await store.end_run(run, tecko.RunEnd("success", None, [], 60.0), 5.0)
     assert (ended.status, ended.progress, ended.records_failed) == ("success", 1.0, 1)
     assert (await store.checkpoint("s")).parts == {} and (await store.checkpoint("s")).whole
     await store.delete_job(job.id, 6.0)

@@ -12,6 +12,7 @@ import itertools
 import json
 import sqlite3
 import tempfile
+import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from datetime import date
@@ -165,6 +166,26 @@ def test_an_open_quote_costs_its_line_and_little_memory(tmp_path: Path, line: st
     assert peak < (60e6 if "b" in line else 12e6)
 
 
+@Given(("line", "quote"), [("x" * 79 + "\n", ""), ("x\n", ""), ("x" * 79 + "\n", '"\n')])
+def test_prose_behind_an_open_quote_costs_little_memory(
+    tmp_path: Path, line: str, quote: str
+) -> None:
+    """It is not gathered in vain; if the quote is closed in the end, it is one record."""
+    count = 18_000_000 // (len(line) + 60) if quote else 45_000_000 // (len(line) + 60)
+    (tmp_path / "x").write_text('id,title,other\n1,a,"x\n' + line * count + quote)
+    with (tmp_path / "x").open("rb") as opened:
+        tracemalloc.start()
+        reader = tecko.CsvFile(opened, "x", SOURCE, growing=False)
+        found = list[tuple[int, int]]()
+        while not reader.ended:
+            fetched = reader.read()
+            found.append((len(fetched.records), len(fetched.rejects)))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert [sum(each) for each in zip(*found, strict=True)] == ([1, 0] if quote else [0, count + 1])
+    assert quote or peak < 55e6
+
+
 # ── A date ────────────────────────────────────────────────────────────────────────────────────
 
 TEN = "2024-01-15T10:00:00Z"
@@ -281,6 +302,16 @@ ENDS_OF: dict[str, tuple[Any, dict[str, Any], int]] = {  # answers, block, reque
         lambda query: {"rows": {"": rows(1), "a": [], "b": rows(4)}[query.get("cursor", "")],
             "next_cursor": {"": "a", "a": "b"}.get(query.get("cursor", ""))},
         {"next": "cursor"}, 3),
+    "an answer of nothing": (paged(rows(1), rows(4), Answer(200, b"")), {"next": "page"}, 3),
+    "PHP's empty list": (paged({"items": rows(1)}, {"items": rows(4)}, {"items": {}}),
+        {"next": "page", "items": "items"}, 3),
+    "a link that is an object": (
+        lambda query: {"d": rows(4 if query else 1),
+            "_links": {"next": None if query else {"href": "/x?page=2"}}},
+        {"next": {"type": "cursor", "path": "_links.next"}}, 2),
+    **{f"more is {word!r}": (
+        lambda query, word=word: {"d": rows(1, 6), "more": word, "next_cursor": "9"},
+        {"more": "more", "next": "cursor"}, 1) for word in ("false", "0", 0, "no", "")},
     "a link that is followed by 204": (
         lambda query: Answer(204, b"") if query else
             Answer(200, standins.as_json(rows(1, 6)), {"Link": "</?page=2>; rel=next"}),
@@ -319,6 +350,22 @@ TOO_EARLY: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a path that is nowhere": ({"data": rows(1)}, {"next": "cursor"}, "there is no next_cursor"),
     "header": (Answer(200, standins.as_json(rows(1)), {"Next-Page": "2"}), {"next": "link"},
         "says by next-page"),
+    "a header's word": (Answer(200, standins.as_json(rows(1)), {"X-Has-More": "true"}), {},
+        "says by x-has-more"),
+    "a header's total": (Answer(200, standins.as_json(rows(1)), {"X-Total-Count": "9"}), {},
+        "3 records came of 9"),
+    "a range": (Answer(200, standins.as_json(rows(1)), {"Content-Range": "items 0-2/9"}), {},
+        "3 records came of 9"),
+    "a total as text": ({"data": rows(1), "total_count": "9"}, {}, "3 records came of 9"),
+    "pages": ({"data": rows(1), "meta": {"total_pages": 3}}, {}, "1 pages came of 3"),
+    "a header's pages": (Answer(200, standins.as_json(rows(1)), {"X-WP-TotalPages": "3"}), {},
+        "1 pages came of 3"),
+    "not the last": ({"content": rows(1), "last": False}, {}, "says by last"),
+    "a key that is an object": ({"Items": rows(1), "LastEvaluatedKey": {"id": 3}}, {},
+        "says by LastEvaluatedKey"),
+    "truncated": ({"data": rows(1), "IsTruncated": True}, {}, "says by IsTruncated"),
+    "`more` that is nowhere": ({"data": rows(1), "cursor": None},
+        {"next": {"type": "cursor", "path": "cursor"}, "more": "meta.more"}, "is no meta.more"),
     "more that nobody follows": ({"data": rows(1), "more": {"on": True}, "next_cursor": None},
         {"next": "cursor", "more": "more.on"}, "says by more.on"),
 }  # fmt: skip
@@ -352,6 +399,25 @@ async def test_a_total_that_was_not_reached(world: World) -> None:
     assert "3 records came of 9" in run.notes[0]
 
 
+async def test_an_error_in_place_of_a_list_is_not_the_end(world: World) -> None:
+    """Behind other pages, and where an ingest asks for what is new."""
+    run, _ = await api_run(world, paged({"d": rows(1)}, {"error": {"code": 5}}), next="page")
+    assert run.status == "failed" and "the answer is an error: {'code': 5}" in run.error_message
+    answers = [{"d": rows(1, at=1_700_000_000)}, {"errors": ["invalid token"]}]
+    with Api(lambda query: answers["since" in query]) as server:
+        job = await world.ingest("new", type="api", url=server.url, since="at", items="d")
+        assert (await world.run(job)).status == "success"
+        assert "invalid token" in str((await world.run(job)).error_message)
+
+
+async def test_a_list_that_is_null_is_empty(world: World) -> None:
+    """As Go writes it: on the first page of a run, too."""
+    answers: list[object] = [{"items": rows(1)}, {"items": None}]
+    with Api(lambda query: answers[min(len(server.asked), 2) - 1]) as server:
+        job = await world.ingest(type="api", url=server.url, items="items")
+        assert [(await world.run(job)).status for _ in range(2)] == ["success"] * 2
+
+
 async def test_what_is_named_and_nowhere(world: World) -> None:
     """A field of `since` that no record has, a first run without records, a Link header."""
     run, _ = await api_run(world, lambda query: rows(1), since="updatedAt", next="link")
@@ -366,7 +432,21 @@ async def test_what_is_named_and_nowhere(world: World) -> None:
 async def test_a_list_of_errors_holds_no_records(world: World, answer: object) -> None:
     """An answer with no other list is none."""
     run, _ = await api_run(world, lambda query: answer)
-    assert run.status == "failed" and "the answer is no list" in str(run.error_message)
+    assert run.status == "failed" and "the answer is" in str(run.error_message)
+
+
+@Given("piece", ["<", '"', '"\\', "<a>; rel=", "; rel=", "; ", '<a>; title="\\"', '<a>; rel="x" '])
+def test_a_link_header_costs_what_it_is_long(piece: str) -> None:
+    """However often anything comes in it: twice as long takes twice as long, not four times."""
+
+    def seconds(count: int) -> float:
+        began = time.process_time()
+        tecko.next_link(piece * count)
+        return time.process_time() - began
+
+    assert (
+        min(seconds(64_000) for _ in range(3)) < 16 * min(seconds(8_000) for _ in range(3)) + 0.05
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -460,6 +540,12 @@ async def test_a_watermark_waits_where_records_moved(world: World) -> None:
 
 
 # ── One bad part stops nothing ────────────────────────────────────────────────────────────────
+
+
+async def test_a_control_character_in_a_string_is_kept(world: World) -> None:
+    """JSON forbids it, but what is meant is plain."""
+    run, _ = await api_run(world, lambda query: Answer(200, b'[{"id": 1, "title": "a\tb\n"}]'))
+    assert run.status == "success" and await titles(world) == {"1": "a\tb\n"}
 
 
 @Given("value", ["NaN", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', '"\xff"', '{"a": [NaN]}'])
