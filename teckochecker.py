@@ -1710,7 +1710,7 @@ def lacks_output(batch: Batch, now: float) -> bool:
     """Whether a finished batch has output by its counts, and its file may still be named: the two
     need not become visible at once."""
     named = batch.output_file_id is not None or not batch.requests_completed
-    return outcome(batch) is not None and not named and 0 <= now - batch.changed_at < OUTPUT_SECONDS
+    return outcome(batch) is not None and not named and abs(now - batch.changed_at) < OUTPUT_SECONDS
 
 
 def describe_end(batch: BatchSeen) -> str:
@@ -4626,6 +4626,7 @@ class Checks(Jobs):
             done = f"{len(check.batches)} of {len(check.batches)} batches done"
             does = "starting" if trigger.state == "pending" else "looking whether Keboola has had"
             said = f"{done}: {does} the Keboola job (trigger {trigger.id})"
+            said += f"; {check.verdict.reason}" if check.verdict.reason else ""
             await self._log(job.id, "triggered", said, now)
         elif check.verdict.event is not None:
             await self._log(job.id, "failed", check.verdict.reason, now)
@@ -4634,8 +4635,8 @@ class Checks(Jobs):
         return True
 
     async def unknown_if_restored(self, trigger: Trigger, batches: Sequence[Batch]) -> Trigger:
-        """The trigger; where it may have been sent before this database was restored, with an
-        unknown outcome. A younger batch was in no trigger then; DOUBT is for clocks that differ."""
+        """The trigger, with an unknown outcome if it may have been sent before this database was
+        restored. Batches that are younger than the restore were in no trigger then."""
         youngest = max(batch.created_at or 0.0 for batch in batches) - CLOCK_DOUBT
         sql = "SELECT min(taken_at) FROM backups WHERE restored_at > :youngest"
         [[since]] = await self._sql(sql, {"youngest": youngest})
@@ -5142,6 +5143,7 @@ class Backups:
 # and one way to say what went wrong.
 
 ERROR_BYTES = 1 << 18  # bytes of an answer that is an error
+ANSWER_VALUES = 100_000  # commas in an answer as JSON: each value takes some 100 bytes of memory
 REASON = 200  # characters of an answer's body that an error repeats
 CUT = 16_384  # characters looked at for that: to redact more would hold up the event loop
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -5181,7 +5183,7 @@ def run_in_daemon_thread(work: Callable[[], Any]) -> futures.Future[Any]:
     return answer
 
 
-lookups_under_way: dict[tuple[Any, ...], futures.Future[Any]] = {}  # under way
+lookups_under_way: dict[tuple[Any, ...], futures.Future[Any]] = {}  # by what is looked up
 
 
 async def resolve_host(host: Any, port: Any, **hints: int) -> Any:
@@ -5335,7 +5337,8 @@ def error_of_response(
         reason = f"a redirect to {target}, not followed: a secret goes to no other host"
     if not kept:
         reason += " (a proxy's or router's answer, by its form)"
-    wait = parse_retry_after(answer.headers.get("retry-after"), time.time())
+    their_now = unix_time(answer.headers.get("date")) or time.time()  # our clock may be wrong
+    wait = parse_retry_after(answer.headers.get("retry-after"), their_now)
     return error(f"{said}: {reason}", status=status if kept else None, retry_after=wait)
 
 
@@ -5360,8 +5363,10 @@ def describe_body(answer: httpx2.Response, error: type[UpstreamError]) -> str:
 
 
 def parse_json_answer(answer: httpx2.Response, error: type[UpstreamError], who: str) -> Any:
-    """What an answer says, called `who` in errors. What orjson refuses, a lone surrogate or a
+    """The JSON of an answer, called `who` in errors. What orjson refuses, a lone surrogate or a
     number, json may take."""
+    if answer.content.count(b",") > ANSWER_VALUES:
+        raise error(f"{who} has more than {ANSWER_VALUES:,} values")
     with contextlib.suppress(ValueError):
         return orjson.loads(answer.content)
     with contextlib.suppress(ValueError, RecursionError):
@@ -5393,13 +5398,29 @@ OUTAGE_PAUSE = 10.0  # s that it does so first; doubles with each trial that fai
 OUTAGE_LONGEST = 300.0  # s, to which that grows
 
 
-# Where a Batch object has what a BatchSeen holds, unless under the same name, as dotted paths:
-BATCH_PATHS = {  # https://platform.openai.com/docs/api-reference/batch/object
-    "requests_total": "request_counts.total",
-    "requests_completed": "request_counts.completed",
-    "requests_failed": "request_counts.failed",
-    "error": "errors.data.0.message",
-}
+class Provider(NamedTuple):
+    """A service that runs batches: how it is asked, and what its answers mean. Another service
+    whose API has the same form is another table."""
+
+    base_url: str | None  # None: the SDK's own
+    header: str  # the one that carries the key
+    path: str  # of the list; a batch is one level below
+    statuses: Mapping[str, str]  # its words, and ours
+    fields: Mapping[str, str]  # of BatchSeen, and where a batch has them, if under another name
+
+
+OPENAI = Provider(  # https://platform.openai.com/docs/api-reference/batch/object
+    base_url=None,
+    header="Authorization",
+    path="/batches",
+    statuses={status: status for status in KNOWN_BATCH},
+    fields={
+        "requests_total": "request_counts.total",
+        "requests_completed": "request_counts.completed",
+        "requests_failed": "request_counts.failed",
+        "error": "errors.data.0.message",
+    },
+)
 
 
 def value_at(data: Any, path: str) -> Any:
@@ -5431,8 +5452,8 @@ def parse_batch(batch_id: str, data: Any) -> BatchSeen:
         said = "it has no status" if given == batch_id else said
         raise OpenAIError(f"OpenAI's answer is not batch {batch_id}: {said}")
     names = [f.name for f in fields(BatchSeen)][2:]
-    facts = (batch_field(name, value_at(data, BATCH_PATHS.get(name, name))) for name in names)
-    return BatchSeen(batch_id, status if status in KNOWN_BATCH else one_line(status), *facts)
+    facts = (batch_field(name, value_at(data, OPENAI.fields.get(name, name))) for name in names)
+    return BatchSeen(batch_id, OPENAI.statuses.get(status) or one_line(status), *facts)
 
 
 def parse_page(data: Any) -> tuple[list[BatchSeen], str | None]:
@@ -5481,7 +5502,7 @@ class BatchListing:
 class KeyState:
     """One key: what it may do, and what its list showed. Times are monotonic seconds."""
 
-    batches: Any  # the SDK's, made once: a fresh one costs as much as a request
+    sdk: openai.AsyncOpenAI  # made once: a fresh one costs as much as a request
     budget: AsyncLimiter | None
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT_PER_KEY))
     names: set[str] = field(default_factory=set)  # of the secrets with this value
@@ -5556,20 +5577,20 @@ class OpenAI:
             self._client = self._client or make_client(OpenAIError)
             self._sdk = self._sdk or openai.AsyncOpenAI(
                 api_key="set for each key",
-                base_url=self._base_url,
+                base_url=self._base_url or OPENAI.base_url,
                 max_retries=0,
                 # a transport that is a function, whatever the name of its class
                 http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(self._transport)),
             )
-            batches = self._sdk.with_options(api_key=key.reveal()).batches.with_raw_response
-            found = self._keys[key.reveal()] = KeyState(batches, rate_limiter(self._per_minute))
+            sdk = self._sdk.with_options(api_key=key.reveal())
+            found = self._keys[key.reveal()] = KeyState(sdk, rate_limiter(self._per_minute))
         return found
 
     async def _transport(self, request: httpx2.Request) -> httpx2.Response:
-        """Ask what the SDK wants asked. Of its headers only the key goes along: it would add what
+        """Send a request of the SDK. Of its headers only the key goes along: it would add what
         OPENAI_ORG_ID and the like say, which is not meant for every key."""
         assert self._client is not None
-        last = request.url.path.rpartition("/")[2]
+        path = request.url.path
         return await http_request(
             self._client,
             OpenAIError,
@@ -5578,8 +5599,8 @@ class OpenAI:
             str(request.url),
             deadline=CALL_DEADLINE,
             limit=ANSWER_BYTES,
-            about=THE_LIST if last == "batches" else last,
-            headers={"Authorization": request.headers["Authorization"]},
+            about=THE_LIST if path.endswith(OPENAI.path) else path.rpartition("/")[2],
+            headers={OPENAI.header: request.headers[OPENAI.header]},
         )
 
     def register_secret(self, key: SecretValue, name: str) -> Collection[str]:
@@ -5606,7 +5627,7 @@ class OpenAI:
     async def retrieve(self, key: SecretValue, batch_id: str) -> BatchSeen:
         """One batch as it is now (GET /batches/{batch_id}). Raises OpenAIError."""
         mine = self._key(key)
-        seen = parse_batch(batch_id, await self._call(mine, "retrieve", batch_id, batch_id))
+        seen = parse_batch(batch_id, await self._call(mine, "retrieve", batch_id))
         if outcome(seen) is not None:
             mine.finished.append(batch_id)
         if batch_id in mine.list.seen:
@@ -5676,17 +5697,14 @@ class OpenAI:
             mine.list_from = at + LIST_AGAIN
 
     async def _call(
-        self,
-        mine: KeyState,
-        kind: Literal["retrieve", "list"],
-        about: str,
-        *args: str,
-        **query: Any,
+        self, mine: KeyState, kind: Literal["retrieve", "list"], about: str, **query: Any
     ) -> Any:
-        """The JSON that a call brings, within what its key may do: so many at once and a minute,
-        none while it rests, and then one alone. Raises OpenAIError."""
+        """The JSON that a call brings, within what its key may do: so many calls at once and a
+        minute, none while the key rests, and then one alone. Raises OpenAIError."""
+        import httpx2
         import openai
 
+        path = OPENAI.path if kind == "list" else f"{OPENAI.path}/{about}"
         async with mine.slots:
             if mine.budget is not None:
                 self._refuse_while_paused(mine, about)
@@ -5698,9 +5716,9 @@ class OpenAI:
             try:
                 async with self._slots:
                     self.on_request(kind)
-                    answer = await getattr(mine.batches, kind)(*args, **query)
-                said = f"OpenAI's answer about {about}"
-                data = parse_json_answer(answer.http_response, OpenAIError, said)
+                    ask = partial(mine.sdk.get, path, cast_to=httpx2.Response)
+                    answer = await ask(options={"params": query})
+                data = parse_json_answer(answer, OpenAIError, f"OpenAI's answer about {about}")
             except (openai.OpenAIError, OpenAIError) as e:
                 found = [x for x in (e, e.__cause__) if isinstance(x, OpenAIError)]
                 error = found[0] if found else OpenAIError(f"OpenAI about {about}: {one_line(e)}")
@@ -7667,12 +7685,13 @@ class Steps:
             return await self._record_accepted(
                 row, trigger, job, f"found Keboola job {job.id} of this trigger"
             )
+        why = f"; its POST had failed: {trigger.message}" if trigger.message else ""
         if event is None:
-            said = f"Keboola's search does not show the trigger (search {searches})"
+            said = f"Keboola's search does not show the trigger (search {searches}){why}"
             await self.store.note_trigger(trigger, self.clock(), error=said, searches=searches)
             return StepResult(settle_wait(waited, window), said)
         said = f"Keboola's search did not show the trigger in {searches} searches; "
-        said += ON_HOLD if event == "hold" else "sending it again"
+        said += (ON_HOLD if event == "hold" else "sending it again") + why
         await self._record(trigger, event, said, searches=searches)
         return StepResult(None if event == "hold" else 0.0, said)
 
