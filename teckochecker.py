@@ -4529,13 +4529,14 @@ class CheckResult:
     def ok(self) -> bool:
         return not self.errors
 
-    def has_news(self) -> bool:
-        changed = self.job.batches != self.batches or self.error != self.job.last_error
-        return changed or self.verdict.event is not None
-
     def is_quiet(self) -> bool:
-        """Nothing but its time is to be written down."""
-        return self.ok and self.error is None and not self.has_news()
+        """Whether nothing but its time is to be written down."""
+        same = self.job.batches == self.batches and self.verdict.event is None
+        return same and self.ok and self.error is None and self.job.last_error is None
+
+    def unchanged(self) -> UnchangedCheck:
+        job, next_check_at = self.job, self.now + self.wait
+        return UnchangedCheck(job.id, job.revision, job.round, self.now, next_check_at, self.pace)
 
 
 class Checks(Jobs):
@@ -4546,25 +4547,17 @@ class Checks(Jobs):
             await self.flush()
         await super().close()
 
-    async def record_check(self, check: CheckResult) -> bool:
-        """Write down a check and what was decided on it, all or nothing.
+    async def record_checks(self, checks: Sequence[CheckResult]) -> set[int]:
+        """Write down checks and what was decided on them, in one transaction. A quiet check is
+        kept until the next `flush`.
 
-        False, and nothing written, when the job was paused, removed, deleted or changed while
-        it was being checked: what was seen then decides nothing. A quiet check is kept for
-        `flush`, which looks at that once more.
+        The jobs of which that was done: nothing is written of one that was paused, removed,
+        deleted or changed while it was being checked, for what was seen then decides nothing.
         """
-        if not check.is_quiet():
-            return bool(await self.record_checks([check]))
-        job, now = check.job, check.now
-        quiet = UnchangedCheck(job.id, job.revision, job.round, now, now + check.wait, check.pace)
-        found = await self._sql(f"SELECT 1 FROM polling_jobs j WHERE {AS_CHECKED}", quiet._asdict())
-        if found:
-            self.keep_quiet(quiet)
-        return bool(found)
-
-    def keep_quiet(self, quiet: UnchangedCheck) -> None:
-        """Keep a quiet check until the next `flush`."""
-        self._quiet[quiet.id] = quiet
+        quiet = {check.job.id: check.unchanged() for check in checks if check.is_quiet()}
+        self._quiet |= quiet
+        news = [check for check in checks if check.job.id not in quiet]
+        return quiet.keys() | (await self._record_news(news) if news else set())
 
     async def flush(self) -> None:
         """Write down the quiet checks and the sums of the day, together."""
@@ -4605,8 +4598,7 @@ class Checks(Jobs):
         )
 
     @transactional
-    async def record_checks(self, checks: Sequence[CheckResult]) -> set[int]:
-        """Write down these checks in one transaction; the jobs of which that was done."""
+    async def _record_news(self, checks: Sequence[CheckResult]) -> set[int]:
         return {check.job.id for check in checks if await self._record(check)}
 
     async def _record(self, check: CheckResult) -> bool:
@@ -7313,7 +7305,7 @@ class Metrics:
 
 FIX_IT = "fix the cause, then run `job retry`"
 ON_HOLD = "on hold: run `job retry` to search again and resend if missing"
-NEWS_PER_TRANSACTION = 20  # checks with news: to write so many takes some 5 ms
+CHECKS_PER_TRANSACTION = 20  # takes some 5 ms where all of them have news
 OUTPUT_AGAIN = 15.0  # s until a batch without its output file is looked at again
 REFUSED_LONG = 4 * 3600.0  # s that Keboola may refuse to search for a trigger before it is held
 
@@ -7420,8 +7412,8 @@ class Steps:
 
     def interval_of(self, job: Job | None) -> float:
         """A job's interval, or the default where it has none of its own."""
-        own = job.spec.poll_interval if job is not None else "auto"
-        return float(self.config.settings.default_poll_interval if own == "auto" else own)
+        own = job.interval if job is not None else 0
+        return float(own or self.config.settings.default_poll_interval)
 
     def _count_error(self, error: TeckoError) -> None:
         status = str(getattr(error, "status", None) or "no answer")
@@ -7453,23 +7445,15 @@ class Steps:
         )
         rows = [row for row in rows if row.id not in self._singly]
         error = await self._refresh_list(key, names, rows)
-        done, news, now = dict[int, StepResult](), list[CheckResult](), self.clock()
+        done, checks, now = dict[int, StepResult](), list[CheckResult](), self.clock()
         for row in rows:
             batches = self._batches_from_list(key, row, now)
-            if batches == row.batches and not row.last_error and not remarks(batches, now):
-                pace = self._pace(not row.interval, batches, now)
-                at = now + (wait := pace or row.pace)
-                quiet = UnchangedCheck(row.id, row.revision, row.round, now, at, pace)
-                self.store.keep_quiet(quiet)
-                done[row.id] = StepResult(wait, "no news")
-            elif (batches is not None or error is not None) and not row.damage:
-                errors = [error] if batches is None and error is not None else []
-                news.append(self._conclude(row, batches or row.batches, errors))
-        self.metrics.checks.labels("waiting").inc(len(done))
-        self.store.sums["checks"] += len(done)
-        news = [check for check in news if check.verdict.event is None]
-        for at in range(0, len(news), NEWS_PER_TRANSACTION):  # others take their turns in between
-            some = news[at : at + NEWS_PER_TRANSACTION]
+            errors = [error] if batches is None and error is not None else []
+            if (batches or errors) and not (batches != row.batches and row.damage):
+                checks.append(self._conclude(row, batches or row.batches, errors))
+        checks = [check for check in checks if check.verdict.event is None]
+        for at in range(0, len(checks), CHECKS_PER_TRANSACTION):  # others get their turns between
+            some = checks[at : at + CHECKS_PER_TRANSACTION]
             recorded = await self.store.record_checks(some)
             done |= {c.job.id: self._count_check(c, c.job.id in recorded) for c in some}
         await self._note_uses()
@@ -7515,7 +7499,7 @@ class Steps:
         if check.trigger is not None:
             trigger = await self.store.unknown_if_restored(check.trigger, batches)
             check = replace(check, trigger=trigger)
-        recorded = await self.store.record_check(check)
+        recorded = row.id in await self.store.record_checks([check])
         result = self._count_check(check, recorded)
         if recorded and check.trigger is not None:
             row.errors_in_row = 0
@@ -7551,7 +7535,9 @@ class Steps:
     ) -> CheckResult:
         """What follows from how the batches are now."""
         now, trigger = self.clock(), None
-        verdict = decide(row.watches.watch, batches, now)
+        verdict = Verdict(None)
+        if any(outcome(b) is not None or b.missing_checks for b in batches):
+            verdict = decide(row.watches.watch, batches, now)  # reads the job's definition
         if verdict.event == "fire":
             trigger = new_trigger(row, batches, verdict, uuid.uuid4().hex, now)
         pace = self._pace(not row.interval, batches, now)
