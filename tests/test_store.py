@@ -548,6 +548,13 @@ async def test_a_check_of_what_has_changed_decides_nothing(
     assert dump(path) == before
 
 
+async def test_ids_can_be_reserved(store: tecko.Store) -> None:
+    """The next row gets the one that is asked for, unless that was given before; then the next."""
+    for number, (next_id, given) in enumerate([(1, 1), (2, 2), (7, 7), (3, 8), (8, 9)]):
+        await store.reserve_ids("polling_jobs", next_id)
+        assert (await made(store, f"job-{number}")).id == given
+
+
 async def test_a_check_is_written_down(store: tecko.Store) -> None:
     """Status, times and errors of a good check, then of a failed one, then of a good one again."""
     job = await made(store)
