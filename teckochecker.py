@@ -1850,13 +1850,13 @@ def new_trigger(
 
 
 def is_open(trigger: Trigger) -> bool:
-    """Something is left to do for it that needs no person."""
+    """Whether something is left to do for it that needs no person."""
     return bool(TRIGGER_STEPS[trigger.state]) and trigger.state != "held"
 
 
 def retargeted(trigger: Trigger, spec: JobSpec) -> Trigger:
-    """A trigger that was surely never sent, with the job's target of today; what it says of the
-    batches stays."""
+    """A trigger that is known not to have been sent, with the job's present target; what it says
+    of the batches stays."""
     body, target = json.loads(trigger.body), spec.trigger
     values = {v["name"]: v["value"] for v in body["variableValuesData"]["values"]}
     outcome_of_batches = {k: v for k, v in values.items() if k in RESERVED_VARIABLES}
@@ -1893,10 +1893,8 @@ def after_search(trigger: Trigger, waited: float, window: float) -> Event | None
     return "hold" if trigger.on_ambiguous == "hold" else "resend"
 
 
-def after_follow(job: KeboolaJob) -> Event | None:
-    """What Keboola's word on a running job means; None: it goes on."""
-    if not job.is_finished:
-        return None
+def after_end(job: KeboolaJob) -> Event:
+    """What the end of a Keboola job means for its trigger."""
     return "succeed" if job.status in ("success", "warning") else "fail"
 
 
@@ -1926,16 +1924,15 @@ def wait_after_error(
 
 
 def auto_interval(batches: Sequence[Batch], now: float, low: float, high: float) -> float:
-    """Seconds until the batches of a job with `poll_interval: auto` are looked at again, from
-    `low` to `high`; the least of what its unfinished batches ask for.
+    """Seconds until a job with `poll_interval: auto` checks its batches again, from `low` to
+    `high`: the shortest wait that one of its unfinished batches asks for.
 
-    A batch is seen to be done half an interval late on average, and has run at least for its age:
-    AUTO_SHARE of that keeps the latency below 5 % of the run time. So a young one is looked at
-    soon, since it may be small, and one that nothing moves ever later. Sooner than that:
-    - `finalizing` and `cancelling` take minutes: at once, which is `low`
-    - by its progress so far it will be done after some time: half of that, so that looks get
-      closer to the end, and the last ones are `low` apart
-    - it expires: no later than that, for then it ends, whatever its progress
+    A check sees half an interval late, on average, that a batch is done. An interval of AUTO_SHARE
+    of the batch's age keeps that below 5 % of its run time: a young batch is checked soon, since it
+    may be small, and an old one ever later. It is checked sooner where
+    - it is `finalizing` or `cancelling`, which takes minutes: after `low`
+    - its progress tells when it will be done: after half of that time
+    - it expires: then, since it ends whatever its progress
     """
     waits = [auto_wait(batch, now) for batch in batches if outcome(batch) is None]
     wait = max(low, min(waits, default=low))
@@ -1959,16 +1956,16 @@ def auto_wait(batch: Batch, now: float) -> float:
 
 
 def is_turn_to_confirm(job_id: int, interval: float, batches: int, now: float) -> bool:
-    """Whether a job's batches are to be asked for singly this time, of those that a list of so many
-    shows: each at least once in CONFIRM checks or in an hour, unless there are so many that this
-    would cost more than the list. Jobs take turns."""
+    """Whether it is this job's turn to have its batches asked for singly though a list, which
+    shows so many batches, has them. Jobs take turns: each gets one in CONFIRM_EVERY checks or in an
+    hour, and fewer where there are so many batches that this would cost more than the list."""
     period = max(CONFIRM_EVERY, min(batches // 2, int(3600 / interval)))
     period = MANY_BATCHES if batches >= MANY_BATCHES else period
     return batches > 0 and (job_id + int(now / interval)) % period == 0
 
 
 def unix_time(header: str | None) -> float | None:
-    """The date of a header (RFC 9110, section 5.6.7) of this century; None where it is no such."""
+    """The date in a header (RFC 9110, section 5.6.7); None where it is none of this century."""
     try:
         date = parsedate_to_datetime(header or "")
     except (ValueError, OverflowError):
@@ -4988,26 +4985,27 @@ class Store(Checks):
 # ── Backups ───────────────────────────────────────────────────────────────────────────────────
 
 # A backup is a copy of the whole SQLite file as one read transaction sees it, while others write.
-# It is a draft until it was verified: structure, references, the rows of each table as counted in
-# that transaction, and that the master key opens a secret of it. So what has a backup's name was
-# good, and its own time tells how old it is, across restarts. Old ones go after a new one is there.
+# It gets a backup's name only after it was verified: its structure, its references, the rows of
+# each table as counted in that transaction, and that the master key opens a secret of it. Old
+# backups are deleted after that.
 #
-# Before a start opens the database, SQLite looks it through. Where it is damaged, or gone while
-# there are backups, the newest one that verifies now takes its place; what was there is kept. A
-# kill in between leaves no database, and the next start does it again. Where no backup is good,
+# Before a start opens the database, SQLite checks it. Where it is damaged, or gone while there are
+# backups, the newest backup that still verifies takes its place; what was there is kept. A kill in
+# between leaves no database, and the next start does the same again. Where no backup is good,
 # nothing is changed and the start is refused.
 #
-# Once, all the same: triggers that were written after the backup are lost, and with them the proof
-# that they were sent. So the copy is marked before it becomes the database:
-# - The outcome of each trigger that it has, and that is not settled, is unknown.
-# - One that it has not is decided on again, with an unknown outcome, too, if its batches are not
-#   younger than the restore (`unknown_if_restored`). Keboola's search is asked for what was started
-#   since the backup under the same name for the same batches. That is adopted, unless the store
-#   knows it, for `job retry` asks for a new one. Only after the settle window is a trigger sent.
-# A database that pg_restore has made is marked in the same way when a service next starts on it.
+# Once, all the same: a restore loses the triggers that were written after the backup, and with them
+# the proof that they were sent. So the copy is marked before it becomes the database:
+# - Each trigger in it that is not settled gets an unknown outcome.
+# - A trigger that is missing in it is decided on again. That one, too, gets an unknown outcome,
+#   unless its batches are younger than the restore (`unknown_if_restored`). Keboola's search is
+#   asked for what was started since the backup under the same name for the same batches, and that
+#   is adopted, unless the store knows it: `job retry` asks for a new one. Only after the settle
+#   window is the trigger sent.
+# A database that pg_restore has made is marked in the same way when a service starts on it.
 # Not promised: what only the lost part knew. A job that was paused or deleted then comes back; one
-# that got another name or target may fire again. And a log of SQLite (-wal) whose end somebody has
-# cut off looks as it does after a crash: the transactions in it are missing, and nothing tells.
+# that got another name or target may fire again. And if somebody cuts off the end of SQLite's log
+# (-wal), that looks as after a crash: the transactions in it are missing, and nothing tells.
 BACKUP_SECONDS = 60.0  # s between looks whether one is due
 LEFT_OVER = 86400.0  # s after which a draft was left by a program that was killed
 ShouldEnd = Callable[[], bool]  # whether the program ends
@@ -5202,8 +5200,8 @@ def origin_of(url: str) -> tuple[str, str, int]:
 
 
 def run_in_daemon_thread(work: Callable[[], Any]) -> futures.Future[Any]:
-    """What comes of `work` in a thread of its own, for which the program's end does not wait. Who
-    waits may give up, the work cannot. Raises RuntimeError where no thread is left."""
+    """The result of `work`, which is done in a thread of its own that does not keep the program
+    from ending. Raises RuntimeError if no thread can be started."""
     answer = futures.Future[Any]()
     answer.set_running_or_notify_cancel()
 
@@ -5221,9 +5219,9 @@ lookups_under_way: dict[tuple[Any, ...], futures.Future[Any]] = {}  # by what is
 
 
 async def resolve_host(host: Any, port: Any, **hints: int) -> Any:
-    """The event loop's `getaddrinfo`, in a thread for each name: a zone whose servers never answer
-    would fill the loop's own pool, which files and the store need, and hold up the program's end.
-    """
+    """The event loop's `getaddrinfo`, in one thread for each name. A name whose servers never
+    answer would fill the loop's own pool, which files and the store need, and delay the end of the
+    program."""
     query = (host, port, *hints.items())
     if (answer := lookups_under_way.get(query)) is None:
         try:
@@ -5237,8 +5235,8 @@ async def resolve_host(host: Any, port: Any, **hints: int) -> Any:
 
 
 def make_client(error: type[UpstreamError], connections: int | None = None) -> httpx2.AsyncClient:
-    """A client that keeps no cookies and follows no redirect. That the environment allows none (a
-    SOCKS proxy without its library, a missing SSL_CERT_FILE) is an `error`; nothing was sent."""
+    """A client that keeps no cookies and follows no redirect. Raises `error` where the environment
+    allows none (a SOCKS proxy without its library, a missing SSL_CERT_FILE)."""
     import httpx2
 
     no_cookies = http.cookiejar.DefaultCookiePolicy(allowed_domains=[])
@@ -5287,12 +5285,12 @@ async def http_request(
     **request: Any,
 ) -> httpx2.Response:
     """The whole answer to a request, whose status is 2xx or one of `good`; the body of a 200 goes
-    to `sink` where one is given. It has at most `limit` bytes unpacked, and `deadline` seconds.
-    So many `redirects` are followed, within the origin or `anywhere`.
+    to `sink` where one is given. It may have `limit` bytes, unpacked, and take `deadline` seconds.
+    At most `redirects` redirects are followed, within the origin or `anywhere`.
 
-    All that goes wrong is an `error` that names `who` was asked and what `about`. Its `sent` is
-    False where the request is known not to have been sent; its `status` is None where no answer
-    came or one that is not the API's own (`OWN_ERROR`), unless it is 3xx, 429 or 5xx.
+    Raises `error` for whatever goes wrong, naming `who` was asked and what `about`. Its `sent` is
+    False where the request is known not to have been sent. Its `status` is None where no answer
+    came, or one that is not in the API's own form (`OWN_ERROR`) and not 3xx, 429 or 5xx.
     """
     import httpx2
 
@@ -5329,8 +5327,8 @@ async def http_request(
 async def read_response(
     request: Callable[[], Any], limit: int, too_long: UpstreamError, sink: IO[bytes] | None
 ) -> httpx2.Response:
-    """One request and its answer, unpacked as it comes. More than `limit` is an error; where the
-    status says that already, the rest is not read."""
+    """The answer to a request, unpacked as it comes. More than `limit` bytes are an error; of an
+    answer whose status is an error, no more than ERROR_BYTES are read."""
     import httpx2
 
     parts, size = [], 0
@@ -5357,7 +5355,7 @@ async def read_response(
 def error_of_response(
     answer: httpx2.Response, error: type[UpstreamError], said: str
 ) -> UpstreamError:
-    """An answer that is no good as an error, with the reason that it gives, and the wait."""
+    """The error for an answer with a bad status: the reason that it gives, and the time to wait."""
     status, data = answer.status_code, None
     with contextlib.suppress(UpstreamError):
         data = parse_json_answer(answer, error, said)
@@ -5388,7 +5386,7 @@ MESSAGE_IN_XML = re.compile("<Message>(.*?)</Message>", re.DOTALL)  # of S3
 
 
 def describe_body(answer: httpx2.Response, error: type[UpstreamError]) -> str:
-    """The beginning of a body that is no JSON; a web page is called one."""
+    """The beginning of a body that is not JSON, or that it is a web page."""
     text = answer.content[: 4 * CUT].decode(errors="replace")
     xml = MESSAGE_IN_XML.search(text)
     said = one_line(xml[1] if xml else text, REASON)
@@ -5458,7 +5456,7 @@ OPENAI = Provider(  # https://platform.openai.com/docs/api-reference/batch/objec
 
 
 def value_at(data: Any, path: str) -> Any:
-    """What stands at a dotted path; None where nothing does."""
+    """The value at a dotted path; None where there is none."""
     for name in path.split("."):
         if isinstance(data, list):
             data = data[int(name)] if name.isdecimal() and int(name) < len(data) else None
@@ -5468,7 +5466,7 @@ def value_at(data: Any, path: str) -> Any:
 
 
 def batch_field(name: str, value: Any) -> Any:
-    """What a field of BatchSeen becomes: a time of this or the next century, a count, or a text."""
+    """The value of a field of BatchSeen: a time before 2100, a count, or a text."""
     if name.endswith("_at") or name.startswith("requests_"):
         known = isinstance(value, int | float) and not isinstance(value, bool)
         if name.endswith("_at"):  # milliseconds are none
@@ -5478,8 +5476,8 @@ def batch_field(name: str, value: Any) -> Any:
 
 
 def parse_batch(batch_id: str, data: Any) -> BatchSeen:
-    """A Batch object as BatchSeen. An answer without a status, or about another batch, is no
-    answer: the SDK does not validate, so that any JSON with 200 would pass for a batch."""
+    """A Batch object as BatchSeen. Raises OpenAIError where the answer has no status or is about
+    another batch: the SDK does not validate, and would take any JSON for a batch."""
     status, given = value_at(data, "status"), value_at(data, "id")
     if given != batch_id or not isinstance(status, str):
         said = f"it is about {one_line(given, 80)!r}" if isinstance(given, str) else "it has no id"
@@ -5491,8 +5489,8 @@ def parse_batch(batch_id: str, data: Any) -> BatchSeen:
 
 
 def parse_page(data: Any) -> tuple[list[BatchSeen], str | None]:
-    """The batches of a page of a list, without those that cannot be read; and the id after which
-    the next page begins, if one follows. An answer that is no page is an OpenAIError."""
+    """The batches of a page of a list that can be read, and the id after which the next page
+    begins, if there is one. Raises OpenAIError where the answer is no page."""
     items = value_at(data, "data")
     if not isinstance(items, list):
         raise OpenAIError("OpenAI's answer is no list of batches")
@@ -5505,7 +5503,7 @@ def parse_page(data: Any) -> tuple[list[BatchSeen], str | None]:
 
 
 def rate_limiter(per_minute: int | None) -> AsyncLimiter | None:
-    """At most so many a minute, whichever minute one looks at: a tenth at once, the rest evenly."""
+    """Allows at most so many requests in any minute: a tenth of them at once, the rest evenly."""
     if per_minute is None:
         return None
     from aiolimiter import AsyncLimiter
@@ -5515,7 +5513,7 @@ def rate_limiter(per_minute: int | None) -> AsyncLimiter | None:
 
 
 class Pause(NamedTuple):
-    """A key that is not asked for now."""
+    """A key with which OpenAI is not asked at present."""
 
     secret: str  # its name
     until: float  # unix time
@@ -5524,8 +5522,8 @@ class Pause(NamedTuple):
 
 @dataclass(slots=True)
 class BatchListing:
-    """What a list of a key's batches showed of those that were wanted. Of what is not in it, it
-    says nothing."""
+    """Those of the wanted batches that a list of a key's batches showed. It says nothing of the
+    others."""
 
     at: float = -math.inf  # monotonic seconds, when its first page was asked for
     seen: dict[str, BatchSeen] = field(default_factory=dict)
@@ -5554,24 +5552,22 @@ class KeyState:
     def record_outcome(
         self, about: str, error: OpenAIError | None, now: float, *, trial: bool
     ) -> None:
-        """Take in how a call went. Of those that were under way when a rest began, how they end
-        says nothing new; whatever OpenAI itself says of one thing (404, 500), it is there."""
-        if error is not None and error.status == 429:
-            self._pause_for(now, min(error.retry_after or BACKOFF_FIRST, LONGEST_WAIT), error)
-        elif self.pause and not trial:
+        """Learn from how a call ended. While the key rests only the trial counts, since all others
+        began before. An error about one thing (404, 500) shows that OpenAI is there."""
+        limited = error is not None and error.status == 429
+        if self.pause and not trial and not limited:
             return
-        elif error is not None and error.status in NOBODY_THERE:
-            self.failed[about] = None
-            if trial or len(self.failed) >= OUTAGE_FAILURES:
-                longer = min(max(OUTAGE_PAUSE, 2 * self.pause), OUTAGE_LONGEST)
-                self._pause_for(now, longer, error)
-        else:
+        if error is None or (error.status not in NOBODY_THERE and not limited):
             if self.failed and self.pause:  # nor was the list there
                 self.list_from = -math.inf
             self.failed, self.pause, self.error = {}, 0.0, None
-
-    def _pause_for(self, now: float, seconds: float, error: OpenAIError) -> None:
-        self.pause, self.until, self.error = seconds, now + seconds, error
+            return
+        pause = min(error.retry_after or BACKOFF_FIRST, LONGEST_WAIT)
+        if not limited:
+            self.failed[about] = None
+            pause = min(max(OUTAGE_PAUSE, 2 * self.pause), OUTAGE_LONGEST)
+        if limited or trial or len(self.failed) >= OUTAGE_FAILURES:
+            self.pause, self.until, self.error = pause, now + pause, error
 
 
 class OpenAI:
@@ -5638,8 +5634,8 @@ class OpenAI:
         )
 
     def register_secret(self, key: SecretValue, name: str) -> Collection[str]:
-        """Say which secret this is the value of; all that have it. A value that no secret has any
-        more is forgotten."""
+        """Note that the secret `name` has this value; the names of all that have it. A value that
+        no secret has any more is forgotten."""
         if name not in (mine := self._key(key)).names:
             for value, other in [*self._keys.items()]:
                 other.names.discard(name)
@@ -5684,10 +5680,11 @@ class OpenAI:
     async def read_list(
         self, key: SecretValue, wanted: Collection[str], checks: int
     ) -> Collection[str]:
-        """Read the list of a key's batches, for `listing`: newest first, until all that are wanted
-        were found, or two pages brought none, or half as many pages were read as there are checks.
-        Those of which it shows that they are finished. Who asks while that goes on waits for it.
-        Raises OpenAIError where single calls would fail just so: the key is refused, or rests."""
+        """Read the list of a key's batches, for `listing`, and return the ids of those that it
+        shows as finished. It is read from the newest batch on, until all that are wanted were
+        found, or two pages showed none of them, or half as many pages were read as there are
+        checks. A second caller waits for the first one's list. Raises OpenAIError where single
+        calls would fail as well: the key is refused, or rests."""
         mine = self._key(key)
         if mine.reading.locked():
             async with mine.reading:
@@ -5766,7 +5763,7 @@ class OpenAI:
             return data
 
     def _refuse_while_paused(self, mine: KeyState, about: str) -> None:
-        """Raises OpenAIError while the key rests, which for what failed is twice as long."""
+        """Raises OpenAIError while the key rests, which it does twice as long for what failed."""
         wait = mine.until - self._clock() + mine.pause * (about in mine.failed)
         if mine.pause and wait > 0:
             names = " and ".join(sorted(mine.names)) or "this key"
@@ -5808,9 +5805,9 @@ class Action(Protocol):
     async def find(
         self, trigger: Trigger, secret: SecretValue, known: set[str], *, anytime: bool = False
     ) -> KeboolaJob | None:
-        """What was started for this trigger. That none is found is no proof. One that we have not
-        sent may have been sent with another id before a restore: then what was started for the
-        same job and batches, and is not `known`."""
+        """What was started for this trigger, if the search shows it; that it does not proves
+        nothing. A trigger that was never sent may have been sent under another id before a restore:
+        for it, what was started for the same job and batches counts, unless its id is `known`."""
 
     async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
         """What has become of it."""
@@ -5829,7 +5826,7 @@ def parse_keboola_job(data: Any) -> KeboolaJob:
 
 
 def purpose_of(job: Any) -> tuple[str | None, tuple[str | None, list[str]]]:
-    """Of what Keboola was asked to start: our trigger's id; our job's name and its batches."""
+    """What a job of Keboola was started for: our trigger's id; our job's name and its batches."""
     values = value_at(job, "variableValuesData.values")
     items = values if isinstance(values, list) else []
     given = {str(value_at(item, "name")): str(value_at(item, "value")) for item in items}
@@ -5843,8 +5840,8 @@ def keboola_time(at: float) -> str:
 
 
 def queue_url(stack: str, index: Any) -> str:
-    """The job queue that a stack's index names, if a token may go there: over https, or within
-    this machine where the stack is here too."""
+    """The job queue that a stack's index names. Raises KeboolaError unless a token may go there:
+    over https, or within this machine if the stack is on it, too."""
     services = value_at(index, "services")
     listed = services if isinstance(services, list) else []
     urls = [value_at(service, "url") for service in listed if value_at(service, "id") == "queue"]
@@ -5981,7 +5978,7 @@ DOWNLOAD_DEADLINE = 3600.0  # s for a file behind a URL
 
 
 def without_query(url: str) -> str:
-    """A URL without its query, which may hold what is nobody's business."""
+    """A URL without its query, which may hold a secret."""
     return url.partition("?")[0]
 
 
@@ -6091,7 +6088,7 @@ class Web:
         return headers
 
     async def _turn(self, host: tuple[str, str, int], rate: int | None) -> None:
-        """Wait until a host may be asked: evenly, since a minute's worth at once is a burst."""
+        """Wait until a host may be asked. Requests are spread evenly over the minute."""
         if rate is not None:
             now = asyncio.get_running_loop().time()
             at = max(now, self._free_at.get(host, 0.0))
@@ -7464,8 +7461,8 @@ class Steps:
     # checking
 
     async def by_key(self, ids: Collection[int]) -> dict[str, list[Job]]:
-        """Of jobs that are due: those that only have to be checked, by the secret of their key.
-        The others need a step alone."""
+        """Those of the due jobs that only have to be checked, by the secret of their key. The
+        others need a step of their own."""
         rows: dict[str, list[Job]] = {}
         for row in await self.store.jobs_among(ids):
             if row.is_active and not row.has_open and row.batches:
@@ -7473,18 +7470,16 @@ class Steps:
         return rows
 
     async def check(self, secret: str, rows: Sequence[Job]) -> dict[int, StepResult]:
-        """Check jobs of one key by a list of its batches. One that is missing in the answer needs
-        a step alone: the list does not show that all its batches go on, or it is its turn to be
-        asked for singly."""
+        """Check jobs of one key by a list of its batches. A job that is missing in the result needs
+        a step of its own: the list does not show that all its batches go on, or it is the job's
+        turn to have them asked for singly."""
         try:
             key = await self._secret(secret)
             names = self.openai.register_secret(key, secret)
         except (SecretError, OpenAIError):
             return {}  # each tells it in its own step
         count, now = self.openai.listing(key)[1].wanted, self.clock()
-        self._singly.update(
-            row.id for row in rows if is_turn_to_confirm(row.id, row.pace, count, now)
-        )
+        self._singly |= {r.id for r in rows if is_turn_to_confirm(r.id, r.pace, count, now)}
         rows = [row for row in rows if row.id not in self._singly]
         error = await self._refresh_list(key, names, rows)
         done, checks, now = dict[int, StepResult](), list[CheckResult](), self.clock()
@@ -7504,8 +7499,8 @@ class Steps:
     async def _refresh_list(
         self, key: SecretValue, names: Collection[str], rows: Sequence[Job]
     ) -> OpenAIError | None:
-        """Read the list of the key's batches, unless the last one will do, or single requests are
-        fewer; the error, if these would meet it too."""
+        """Read the list of the key's batches, unless the last one is fresh enough or single
+        requests are fewer. Returns the error if single requests would meet it, too."""
         now = self.clock()
         stale = [row for row in rows if self._batches_from_list(key, row, now) is None]
         checks = sum(len(open_batches(row.batches, now)) for row in stale)
@@ -7549,7 +7544,7 @@ class Steps:
         return result
 
     async def _ask(self, row: Job, singly: bool) -> tuple[list[Batch], list[TeckoError]]:
-        """The batches as they are now, and the errors met; a finished one is not asked again."""
+        """The batches as they are now, and the errors met; finished ones are not asked again."""
         found, errors = dict[str, Batch](), list[TeckoError]()
         try:
             key = await self._secret(row.secret)
@@ -7725,18 +7720,17 @@ class Steps:
 
     async def _follow(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         job = await self._actions[trigger.kind].follow(trigger, token)
-        if after_follow(job) is not None:
+        if job.is_finished:
             return await self._finish(trigger, job)
         await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)
         wait = FOLLOW_FACTOR * self.interval_of(row)
         return StepResult(wait, f"Keboola job {job.id} is {job.status}")
 
     async def _finish(self, trigger: Trigger, job: KeboolaJob) -> StepResult:
-        event = after_follow(job)
-        assert event is not None
         said = f"Keboola job {job.id} ended with {job.status}"
         said += f": {job.message}" if job.message else ""
-        await self._record(trigger, event, said, keboola_status=job.status, message=job.message)
+        facts = {"keboola_status": job.status, "message": job.message}
+        await self._record(trigger, after_end(job), said, **facts)
         return StepResult(None, said)
 
     # ingesting
@@ -8025,9 +8019,6 @@ async def probe(subject: str, call: Callable[[], Awaitable[str]], missing: str) 
         return Finding(subject, False, str(e))
 
 
-Probe = tuple[str, Callable[[], Awaitable[str]], str]  # of what, the call, what a 404 means
-
-
 class Doctor:
     """Asks each key, batch, token, configuration, source and path of some jobs once, and changes
     nothing: no trigger is sent and no record is stored."""
@@ -8039,7 +8030,8 @@ class Doctor:
         once = {check[0]: check for spec in specs for check in self._checks(spec)}
         return list(await asyncio.gather(*(probe(*check) for check in once.values())))
 
-    def _checks(self, spec: Spec) -> Iterator[Probe]:
+    def _checks(self, spec: Spec) -> Iterator[tuple[str, Callable[[], Awaitable[str]], str]]:
+        """The arguments of `probe`."""
         if isinstance(spec, IngestSpec):
             source = spec.ingest
             remote = isinstance(source, ApiSource) or source.remote or source.in_s3
@@ -9114,13 +9106,14 @@ async def every_problem(
 # Each target is told once what is wrong, again after its `remind`, and when it is over; also where
 # the program was restarted in between:
 #
-# - Nothing is judged a second time: what is wrong is what /health says.
-# - What passes by itself is not told: a condition has to stay for some looks, and to stay away for
-#   as many. What a new process cannot know yet is not over: a job is overdue until a good check.
-# - A target that took a message has been told, and that is written down, in memory while the store
-#   fails. What it did not take is sent with the next news, after a pause that doubles.
+# - What is wrong is what /health says; nothing is judged a second time here.
+# - What passes by itself is not told: a condition is told when it has lasted for some looks, and is
+#   over when it was away for as many. What a new process cannot know yet is not over: a job stays
+#   overdue until a good check.
+# - That a target took a message is written to the store, or kept in memory while the store fails.
+#   What it did not take is sent with the next news, after a pause that doubles.
 #
-# Not promised: that nothing is told twice when the program is killed in between.
+# Not promised: a target that took a message just before the program was killed is told once more.
 LOOK_SECONDS, PING_SECONDS = 30.0, 60.0
 LASTING = {"limited": 300.0, "ingest": 300.0, "": 20.0}  # s; the first two are tried again. The
 # others have to be there in two looks.

@@ -550,9 +550,9 @@ async def test_a_check_of_what_has_changed_decides_nothing(
 
 async def test_ids_can_be_reserved(store: tecko.Store) -> None:
     """The next row gets the one that is asked for, unless that was given before; then the next."""
-    for number, (next_id, given) in enumerate([(1, 1), (2, 2), (7, 7), (3, 8), (8, 9)]):
+    for number, (next_id, job_id) in enumerate([(1, 1), (2, 2), (7, 7), (3, 8), (8, 9)]):
         await store.reserve_ids("polling_jobs", next_id)
-        assert (await made(store, f"job-{number}")).id == given
+        assert (await made(store, f"job-{number}")).id == job_id
 
 
 async def test_a_check_is_written_down(store: tecko.Store) -> None:
