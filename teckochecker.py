@@ -1709,7 +1709,7 @@ def lacks_output(batch: Batch, now: float) -> bool:
     """Whether a finished batch has output by its counts, and its file may still be named: the two
     need not become visible at once."""
     named = batch.output_file_id is not None or not batch.requests_completed
-    return outcome(batch) is not None and not named and 0 <= now - batch.changed_at < OUTPUT_SECONDS
+    return outcome(batch) is not None and not named and abs(now - batch.changed_at) < OUTPUT_SECONDS
 
 
 def describe_end(batch: BatchSeen) -> str:
@@ -1849,13 +1849,13 @@ def new_trigger(
 
 
 def is_open(trigger: Trigger) -> bool:
-    """Something is left to do for it that needs no person."""
+    """Whether something is left to do for it that needs no person."""
     return bool(TRIGGER_STEPS[trigger.state]) and trigger.state != "held"
 
 
 def retargeted(trigger: Trigger, spec: JobSpec) -> Trigger:
-    """A trigger that was surely never sent, with the job's target of today; what it says of the
-    batches stays."""
+    """A trigger that is known not to have been sent, with the job's present target; what it says
+    of the batches stays."""
     body, target = json.loads(trigger.body), spec.trigger
     values = {v["name"]: v["value"] for v in body["variableValuesData"]["values"]}
     outcome_of_batches = {k: v for k, v in values.items() if k in RESERVED_VARIABLES}
@@ -1892,10 +1892,8 @@ def after_search(trigger: Trigger, waited: float, window: float) -> Event | None
     return "hold" if trigger.on_ambiguous == "hold" else "resend"
 
 
-def after_follow(job: KeboolaJob) -> Event | None:
-    """What Keboola's word on a running job means; None: it goes on."""
-    if not job.is_finished:
-        return None
+def after_end(job: KeboolaJob) -> Event:
+    """What the end of a Keboola job means for its trigger."""
     return "succeed" if job.status in ("success", "warning") else "fail"
 
 
@@ -1925,16 +1923,15 @@ def wait_after_error(
 
 
 def auto_interval(batches: Sequence[Batch], now: float, low: float, high: float) -> float:
-    """Seconds until the batches of a job with `poll_interval: auto` are looked at again, from
-    `low` to `high`; the least of what its unfinished batches ask for.
+    """Seconds until a job with `poll_interval: auto` checks its batches again, from `low` to
+    `high`: the shortest wait that one of its unfinished batches asks for.
 
-    A batch is seen to be done half an interval late on average, and has run at least for its age:
-    AUTO_SHARE of that keeps the latency below 5 % of the run time. So a young one is looked at
-    soon, since it may be small, and one that nothing moves ever later. Sooner than that:
-    - `finalizing` and `cancelling` take minutes: at once, which is `low`
-    - by its progress so far it will be done after some time: half of that, so that looks get
-      closer to the end, and the last ones are `low` apart
-    - it expires: no later than that, for then it ends, whatever its progress
+    A check sees half an interval late, on average, that a batch is done. An interval of AUTO_SHARE
+    of the batch's age keeps that below 5 % of its run time: a young batch is checked soon, since it
+    may be small, and an old one ever later. It is checked sooner where
+    - it is `finalizing` or `cancelling`, which takes minutes: after `low`
+    - its progress tells when it will be done: after half of that time
+    - it expires: then, since it ends whatever its progress
     """
     waits = [auto_wait(batch, now) for batch in batches if outcome(batch) is None]
     wait = max(low, min(waits, default=low))
@@ -1958,16 +1955,16 @@ def auto_wait(batch: Batch, now: float) -> float:
 
 
 def is_turn_to_confirm(job_id: int, interval: float, batches: int, now: float) -> bool:
-    """Whether a job's batches are to be asked for singly this time, of those that a list of so many
-    shows: each at least once in CONFIRM checks or in an hour, unless there are so many that this
-    would cost more than the list. Jobs take turns."""
+    """Whether it is this job's turn to have its batches asked for singly though a list, which
+    shows so many batches, has them. Jobs take turns: each gets one in CONFIRM_EVERY checks or in an
+    hour, and fewer where there are so many batches that this would cost more than the list."""
     period = max(CONFIRM_EVERY, min(batches // 2, int(3600 / interval)))
     period = MANY_BATCHES if batches >= MANY_BATCHES else period
     return batches > 0 and (job_id + int(now / interval)) % period == 0
 
 
 def unix_time(header: str | None) -> float | None:
-    """The date of a header (RFC 9110, section 5.6.7) of this century; None where it is no such."""
+    """The date in a header (RFC 9110, section 5.6.7); None where it is none of this century."""
     try:
         date = parsedate_to_datetime(header or "")
     except (ValueError, OverflowError):
@@ -3054,6 +3051,11 @@ class Sqlite:
     errors: type[Exception] = sqlite3.Error
     refused: type[Exception] = sqlite3.IntegrityError
     id = "INTEGER PRIMARY KEY AUTOINCREMENT"
+    reserve_ids = (
+        "INSERT INTO sqlite_sequence SELECT '{table}', 0"
+        " WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = '{table}')",
+        "UPDATE sqlite_sequence SET seq = :next - 1 WHERE name = '{table}' AND seq < :next - 1",
+    )
     has_schema = "SELECT 1 FROM sqlite_master WHERE name = 'schema_version'"
     superseded = False  # a run lock beside the file sees to that
     busy = (sqlite3.SQLITE_BUSY,)  # codes of errors: another process holds the lock
@@ -3140,6 +3142,10 @@ class Postgres:
     so that only who asks for it needs it."""
 
     id = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
+    reserve_ids = (
+        "SELECT setval('{table}_id_seq', :next, FALSE) FROM {table}_id_seq"
+        " WHERE last_value < :next",
+    )
     has_schema = (
         "SELECT 1 FROM pg_tables WHERE schemaname = current_schema()"
         " AND tablename = 'schema_version'"
@@ -4518,13 +4524,14 @@ class CheckResult:
     def ok(self) -> bool:
         return not self.errors
 
-    def has_news(self) -> bool:
-        changed = self.job.batches != self.batches or self.error != self.job.last_error
-        return changed or self.verdict.event is not None
-
     def is_quiet(self) -> bool:
-        """Nothing but its time is to be written down."""
-        return self.ok and self.error is None and not self.has_news()
+        """Whether nothing but its time is to be written down."""
+        same = self.job.batches == self.batches and self.verdict.event is None
+        return same and self.ok and self.error is None and self.job.last_error is None
+
+    def unchanged(self) -> UnchangedCheck:
+        job, next_check_at = self.job, self.now + self.wait
+        return UnchangedCheck(job.id, job.revision, job.round, self.now, next_check_at, self.pace)
 
 
 class Checks(Jobs):
@@ -4535,25 +4542,17 @@ class Checks(Jobs):
             await self.flush()
         await super().close()
 
-    async def record_check(self, check: CheckResult) -> bool:
-        """Write down a check and what was decided on it, all or nothing.
+    async def record_checks(self, checks: Sequence[CheckResult]) -> set[int]:
+        """Write down checks and what was decided on them, in one transaction. A quiet check is
+        kept until the next `flush`.
 
-        False, and nothing written, when the job was paused, removed, deleted or changed while
-        it was being checked: what was seen then decides nothing. A quiet check is kept for
-        `flush`, which looks at that once more.
+        The jobs of which that was done: nothing is written of one that was paused, removed,
+        deleted or changed while it was being checked, for what was seen then decides nothing.
         """
-        if not check.is_quiet():
-            return bool(await self.record_checks([check]))
-        job, now = check.job, check.now
-        quiet = UnchangedCheck(job.id, job.revision, job.round, now, now + check.wait, check.pace)
-        found = await self._sql(f"SELECT 1 FROM polling_jobs j WHERE {AS_CHECKED}", quiet._asdict())
-        if found:
-            self.keep_quiet(quiet)
-        return bool(found)
-
-    def keep_quiet(self, quiet: UnchangedCheck) -> None:
-        """Keep a quiet check until the next `flush`."""
-        self._quiet[quiet.id] = quiet
+        quiet = {check.job.id: check.unchanged() for check in checks if check.is_quiet()}
+        self._quiet |= quiet
+        news = [check for check in checks if check.job.id not in quiet]
+        return quiet.keys() | (await self._record_news(news) if news else set())
 
     async def flush(self) -> None:
         """Write down the quiet checks and the sums of the day, together."""
@@ -4594,8 +4593,7 @@ class Checks(Jobs):
         )
 
     @transactional
-    async def record_checks(self, checks: Sequence[CheckResult]) -> set[int]:
-        """Write down these checks in one transaction; the jobs of which that was done."""
+    async def _record_news(self, checks: Sequence[CheckResult]) -> set[int]:
         return {check.job.id for check in checks if await self._record(check)}
 
     async def _record(self, check: CheckResult) -> bool:
@@ -4615,6 +4613,7 @@ class Checks(Jobs):
             done = f"{len(check.batches)} of {len(check.batches)} batches done"
             does = "starting" if trigger.state == "pending" else "looking whether Keboola has had"
             said = f"{done}: {does} the Keboola job (trigger {trigger.id})"
+            said += f"; {check.verdict.reason}" if check.verdict.reason else ""
             await self._log(job.id, "triggered", said, now)
         elif check.verdict.event is not None:
             await self._log(job.id, "failed", check.verdict.reason, now)
@@ -4623,8 +4622,8 @@ class Checks(Jobs):
         return True
 
     async def unknown_if_restored(self, trigger: Trigger, batches: Sequence[Batch]) -> Trigger:
-        """The trigger; where it may have been sent before this database was restored, with an
-        unknown outcome. A younger batch was in no trigger then; DOUBT is for clocks that differ."""
+        """The trigger, with an unknown outcome if it may have been sent before this database was
+        restored. Batches that are younger than the restore were in no trigger then."""
         youngest = max(batch.created_at or 0.0 for batch in batches) - CLOCK_DOUBT
         sql = "SELECT min(taken_at) FROM backups WHERE restored_at > :youngest"
         [[since]] = await self._sql(sql, {"youngest": youngest})
@@ -4753,6 +4752,13 @@ LIVE_TIMES = {
     "triggers": ("sent_at", "unknown_at"),
 }
 RESTORED = "backups WHERE reason IS NOT NULL"
+MARK_RESTORED = (  # what is done to a database that was restored: see Backups
+    "UPDATE triggers SET state = 'unknown', sent_at = coalesce(sent_at, :taken_at),"
+    " unknown_at = :now, searches = 0 WHERE state IN ('pending', 'sending', 'unknown')",
+    "UPDATE backups SET restored_at = :now, reason = :reason WHERE restored_at IS NULL",
+)
+LATER_IS_MISSING = "What was done later is missing. `restore --acknowledge` says that you know"
+IDS_LOST = 10**9  # of records, at most, given since the backup
 FARTHEST = 86400.0  # s ahead that a check is planned at most, however long its interval
 
 
@@ -4890,6 +4896,37 @@ class Store(Checks):
         await self._upsert("alerts", ("target", "told"), [(target, json.dumps(told))], conflict)
 
     @transactional
+    async def detect_restore(self, now: float) -> None:
+        """On PostgreSQL: mark the database if pg_restore has made it since the last call. A dump
+        has the oid that a table had then; the table that is made of it has another."""
+        if self.is_file:
+            return
+        [[oid]] = await self._sql("SELECT 'triggers'::regclass::oid::text")
+        known = await self._sql("SELECT taken_at, counts FROM backups WHERE restored_at IS NULL")
+        if not known or known[0][1] != oid:
+            if known:
+                taken_at = known[0][0]
+                said = f"this database was restored from a dump of {iso(taken_at)}."
+                said += f" {LATER_IS_MISSING}"
+                log.critical("%s", said)
+                for sql in MARK_RESTORED:
+                    await self._sql(sql, {"taken_at": taken_at, "now": now, "reason": said})
+                await self._sql(  # who asks /data for what is `after` an id misses nothing
+                    "SELECT setval('normalized_data_id_seq', last_value + :lost)"
+                    " FROM normalized_data_id_seq",
+                    {"lost": IDS_LOST},
+                )
+            insert = "INSERT INTO backups (taken_at, counts) VALUES (:now, :oid)"
+            await self._sql(insert, {"now": now, "oid": oid})
+        await self._change("backups", {"taken_at": now}, "restored_at IS NULL")
+
+    @transactional
+    async def reserve_ids(self, table: Literal["polling_jobs", "secrets"], next_id: int) -> None:
+        """See that the next row of a table gets this id, unless it was given before."""
+        for sql in self._engine().reserve_ids:
+            await self._sql(sql.replace("{table}", table), {"next": next_id})
+
+    @transactional
     async def acknowledge(self) -> bool:
         """Somebody knows what is missing since a backup took the database's place; whether one
         did."""
@@ -4937,28 +4974,29 @@ class Store(Checks):
 # ── Backups ───────────────────────────────────────────────────────────────────────────────────
 
 # A backup is a copy of the whole SQLite file as one read transaction sees it, while others write.
-# It is a draft until it was verified: structure, references, the rows of each table as counted in
-# that transaction, and that the master key opens a secret of it. So what has a backup's name was
-# good, and its own time tells how old it is, across restarts. Old ones go after a new one is there.
+# It gets a backup's name only after it was verified: its structure, its references, the rows of
+# each table as counted in that transaction, and that the master key opens a secret of it. Old
+# backups are deleted after that.
 #
-# Before a start opens the database, SQLite looks it through. Where it is damaged, or gone while
-# there are backups, the newest one that verifies now takes its place; what was there is kept. A
-# kill in between leaves no database, and the next start does it again. Where no backup is good,
+# Before a start opens the database, SQLite checks it. Where it is damaged, or gone while there are
+# backups, the newest backup that still verifies takes its place; what was there is kept. A kill in
+# between leaves no database, and the next start does the same again. Where no backup is good,
 # nothing is changed and the start is refused.
 #
-# Once, all the same: triggers that were written after the backup are lost, and with them the proof
-# that they were sent. So the copy is marked before it becomes the database:
-# - The outcome of each trigger that it has, and that is not settled, is unknown.
-# - One that it has not is decided on again, with an unknown outcome, too, if its batches are not
-#   younger than the restore (`unknown_if_restored`). Keboola's search is asked for what was started
-#   since the backup under the same name for the same batches. That is adopted, unless the store
-#   knows it, for `job retry` asks for a new one. Only after the settle window is a trigger sent.
+# Once, all the same: a restore loses the triggers that were written after the backup, and with them
+# the proof that they were sent. So the copy is marked before it becomes the database:
+# - Each trigger in it that is not settled gets an unknown outcome.
+# - A trigger that is missing in it is decided on again. That one, too, gets an unknown outcome,
+#   unless its batches are younger than the restore (`unknown_if_restored`). Keboola's search is
+#   asked for what was started since the backup under the same name for the same batches, and that
+#   is adopted, unless the store knows it: `job retry` asks for a new one. Only after the settle
+#   window is the trigger sent.
+# A database that pg_restore has made is marked in the same way when a service starts on it.
 # Not promised: what only the lost part knew. A job that was paused or deleted then comes back; one
-# that got another name or target may fire again. And a log of SQLite (-wal) whose end somebody has
-# cut off looks as it does after a crash: the transactions in it are missing, and nothing tells.
+# that got another name or target may fire again. And if somebody cuts off the end of SQLite's log
+# (-wal), that looks as after a crash: the transactions in it are missing, and nothing tells.
 BACKUP_SECONDS = 60.0  # s between looks whether one is due
 LEFT_OVER = 86400.0  # s after which a draft was left by a program that was killed
-IDS_LOST = 10**9  # of records, at most, given since the backup
 ShouldEnd = Callable[[], bool]  # whether the program ends
 
 
@@ -5049,17 +5087,12 @@ def install_backup(file: Path, taken_at: float, database: Path, why: str, now: f
     """Mark a backup as said above, and let it take the place of the database, which is kept."""
     kept = f"{database}.{file_timestamp(now)}"
     said = f"{why}; the backup {file} of {iso(taken_at)} took its place (what was there: {kept})."
-    said += " What was done later is missing. `restore --acknowledge` says that you know"
+    said += f" {LATER_IS_MISSING}"
     with atomic_replacement(database) as draft:
         shutil.copyfile(file, draft)
         with open_sqlite(draft) as db:
-            db.execute(
-                "UPDATE triggers SET state = 'unknown', sent_at = coalesce(sent_at, ?),"
-                " unknown_at = ?, searches = 0 WHERE state IN ('pending', 'sending', 'unknown')",
-                (taken_at, now),
-            )
-            mark = "UPDATE backups SET restored_at = ?, reason = ? WHERE restored_at IS NULL"
-            db.execute(mark, (now, said))
+            for sql in MARK_RESTORED:
+                db.execute(sql, {"taken_at": taken_at, "now": now, "reason": said})
             ids = "UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'normalized_data'"
             db.execute(ids, (IDS_LOST,))  # who asks /data for what is `after` an id misses nothing
         for suffix in ("", "-wal", "-shm"):  # it goes first: a log alone would be taken for all
@@ -5131,6 +5164,7 @@ class Backups:
 # and one way to say what went wrong.
 
 ERROR_BYTES = 1 << 18  # bytes of an answer that is an error
+ANSWER_VALUES = 100_000  # commas in an answer as JSON: each value takes some 100 bytes of memory
 REASON = 200  # characters of an answer's body that an error repeats
 CUT = 16_384  # characters looked at for that: to redact more would hold up the event loop
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -5155,8 +5189,8 @@ def origin_of(url: str) -> tuple[str, str, int]:
 
 
 def run_in_daemon_thread(work: Callable[[], Any]) -> futures.Future[Any]:
-    """What comes of `work` in a thread of its own, for which the program's end does not wait. Who
-    waits may give up, the work cannot. Raises RuntimeError where no thread is left."""
+    """The result of `work`, which is done in a thread of its own that does not keep the program
+    from ending. Raises RuntimeError if no thread can be started."""
     answer = futures.Future[Any]()
     answer.set_running_or_notify_cancel()
 
@@ -5170,13 +5204,13 @@ def run_in_daemon_thread(work: Callable[[], Any]) -> futures.Future[Any]:
     return answer
 
 
-lookups_under_way: dict[tuple[Any, ...], futures.Future[Any]] = {}  # under way
+lookups_under_way: dict[tuple[Any, ...], futures.Future[Any]] = {}  # by what is looked up
 
 
 async def resolve_host(host: Any, port: Any, **hints: int) -> Any:
-    """The event loop's `getaddrinfo`, in a thread for each name: a zone whose servers never answer
-    would fill the loop's own pool, which files and the store need, and hold up the program's end.
-    """
+    """The event loop's `getaddrinfo`, in one thread for each name. A name whose servers never
+    answer would fill the loop's own pool, which files and the store need, and delay the end of the
+    program."""
     query = (host, port, *hints.items())
     if (answer := lookups_under_way.get(query)) is None:
         try:
@@ -5190,8 +5224,8 @@ async def resolve_host(host: Any, port: Any, **hints: int) -> Any:
 
 
 def make_client(error: type[UpstreamError], connections: int | None = None) -> httpx2.AsyncClient:
-    """A client that keeps no cookies and follows no redirect. That the environment allows none (a
-    SOCKS proxy without its library, a missing SSL_CERT_FILE) is an `error`; nothing was sent."""
+    """A client that keeps no cookies and follows no redirect. Raises `error` where the environment
+    allows none (a SOCKS proxy without its library, a missing SSL_CERT_FILE)."""
     import httpx2
 
     no_cookies = http.cookiejar.DefaultCookiePolicy(allowed_domains=[])
@@ -5240,12 +5274,12 @@ async def http_request(
     **request: Any,
 ) -> httpx2.Response:
     """The whole answer to a request, whose status is 2xx or one of `good`; the body of a 200 goes
-    to `sink` where one is given. It has at most `limit` bytes unpacked, and `deadline` seconds.
-    So many `redirects` are followed, within the origin or `anywhere`.
+    to `sink` where one is given. It may have `limit` bytes, unpacked, and take `deadline` seconds.
+    At most `redirects` redirects are followed, within the origin or `anywhere`.
 
-    All that goes wrong is an `error` that names `who` was asked and what `about`. Its `sent` is
-    False where the request is known not to have been sent; its `status` is None where no answer
-    came or one that is not the API's own (`OWN_ERROR`), unless it is 3xx, 429 or 5xx.
+    Raises `error` for whatever goes wrong, naming `who` was asked and what `about`. Its `sent` is
+    False where the request is known not to have been sent. Its `status` is None where no answer
+    came, or one that is not in the API's own form (`OWN_ERROR`) and not 3xx, 429 or 5xx.
     """
     import httpx2
 
@@ -5282,8 +5316,8 @@ async def http_request(
 async def read_response(
     request: Callable[[], Any], limit: int, too_long: UpstreamError, sink: IO[bytes] | None
 ) -> httpx2.Response:
-    """One request and its answer, unpacked as it comes. More than `limit` is an error; where the
-    status says that already, the rest is not read."""
+    """The answer to a request, unpacked as it comes. More than `limit` bytes are an error; of an
+    answer whose status is an error, no more than ERROR_BYTES are read."""
     import httpx2
 
     parts, size = [], 0
@@ -5310,7 +5344,7 @@ async def read_response(
 def error_of_response(
     answer: httpx2.Response, error: type[UpstreamError], said: str
 ) -> UpstreamError:
-    """An answer that is no good as an error, with the reason that it gives, and the wait."""
+    """The error for an answer with a bad status: the reason that it gives, and the time to wait."""
     status, data = answer.status_code, None
     with contextlib.suppress(UpstreamError):
         data = parse_json_answer(answer, error, said)
@@ -5324,7 +5358,8 @@ def error_of_response(
         reason = f"a redirect to {target}, not followed: a secret goes to no other host"
     if not kept:
         reason += " (a proxy's or router's answer, by its form)"
-    wait = parse_retry_after(answer.headers.get("retry-after"), time.time())
+    their_now = unix_time(answer.headers.get("date")) or time.time()  # our clock may be wrong
+    wait = parse_retry_after(answer.headers.get("retry-after"), their_now)
     return error(f"{said}: {reason}", status=status if kept else None, retry_after=wait)
 
 
@@ -5340,7 +5375,7 @@ MESSAGE_IN_XML = re.compile("<Message>(.*?)</Message>", re.DOTALL)  # of S3
 
 
 def describe_body(answer: httpx2.Response, error: type[UpstreamError]) -> str:
-    """The beginning of a body that is no JSON; a web page is called one."""
+    """The beginning of a body that is not JSON, or that it is a web page."""
     text = answer.content[: 4 * CUT].decode(errors="replace")
     xml = MESSAGE_IN_XML.search(text)
     said = one_line(xml[1] if xml else text, REASON)
@@ -5349,8 +5384,10 @@ def describe_body(answer: httpx2.Response, error: type[UpstreamError]) -> str:
 
 
 def parse_json_answer(answer: httpx2.Response, error: type[UpstreamError], who: str) -> Any:
-    """What an answer says, called `who` in errors. What orjson refuses, a lone surrogate or a
+    """The JSON of an answer, called `who` in errors. What orjson refuses, a lone surrogate or a
     number, json may take."""
+    if answer.content.count(b",") > ANSWER_VALUES:
+        raise error(f"{who} has more than {ANSWER_VALUES:,} values")
     with contextlib.suppress(ValueError):
         return orjson.loads(answer.content)
     with contextlib.suppress(ValueError, RecursionError):
@@ -5382,17 +5419,33 @@ OUTAGE_PAUSE = 10.0  # s that it does so first; doubles with each trial that fai
 OUTAGE_LONGEST = 300.0  # s, to which that grows
 
 
-# Where a Batch object has what a BatchSeen holds, unless under the same name, as dotted paths:
-BATCH_PATHS = {  # https://platform.openai.com/docs/api-reference/batch/object
-    "requests_total": "request_counts.total",
-    "requests_completed": "request_counts.completed",
-    "requests_failed": "request_counts.failed",
-    "error": "errors.data.0.message",
-}
+class Provider(NamedTuple):
+    """A service that runs batches: how it is asked, and what its answers mean. Another service
+    whose API has the same form is another table."""
+
+    base_url: str | None  # None: the SDK's own
+    header: str  # the one that carries the key
+    path: str  # of the list; a batch is one level below
+    statuses: Mapping[str, str]  # its words, and ours
+    fields: Mapping[str, str]  # of BatchSeen, and where a batch has them, if under another name
+
+
+OPENAI = Provider(  # https://platform.openai.com/docs/api-reference/batch/object
+    base_url=None,
+    header="Authorization",
+    path="/batches",
+    statuses={status: status for status in KNOWN_BATCH},
+    fields={
+        "requests_total": "request_counts.total",
+        "requests_completed": "request_counts.completed",
+        "requests_failed": "request_counts.failed",
+        "error": "errors.data.0.message",
+    },
+)
 
 
 def value_at(data: Any, path: str) -> Any:
-    """What stands at a dotted path; None where nothing does."""
+    """The value at a dotted path; None where there is none."""
     for name in path.split("."):
         if isinstance(data, list):
             data = data[int(name)] if name.isdecimal() and int(name) < len(data) else None
@@ -5402,7 +5455,7 @@ def value_at(data: Any, path: str) -> Any:
 
 
 def batch_field(name: str, value: Any) -> Any:
-    """What a field of BatchSeen becomes: a time of this or the next century, a count, or a text."""
+    """The value of a field of BatchSeen: a time before 2100, a count, or a text."""
     if name.endswith("_at") or name.startswith("requests_"):
         known = isinstance(value, int | float) and not isinstance(value, bool)
         if name.endswith("_at"):  # milliseconds are none
@@ -5412,21 +5465,21 @@ def batch_field(name: str, value: Any) -> Any:
 
 
 def parse_batch(batch_id: str, data: Any) -> BatchSeen:
-    """A Batch object as BatchSeen. An answer without a status, or about another batch, is no
-    answer: the SDK does not validate, so that any JSON with 200 would pass for a batch."""
+    """A Batch object as BatchSeen. Raises OpenAIError where the answer has no status or is about
+    another batch: the SDK does not validate, and would take any JSON for a batch."""
     status, given = value_at(data, "status"), value_at(data, "id")
     if given != batch_id or not isinstance(status, str):
         said = f"it is about {one_line(given, 80)!r}" if isinstance(given, str) else "it has no id"
         said = "it has no status" if given == batch_id else said
         raise OpenAIError(f"OpenAI's answer is not batch {batch_id}: {said}")
     names = [f.name for f in fields(BatchSeen)][2:]
-    facts = (batch_field(name, value_at(data, BATCH_PATHS.get(name, name))) for name in names)
-    return BatchSeen(batch_id, status if status in KNOWN_BATCH else one_line(status), *facts)
+    facts = (batch_field(name, value_at(data, OPENAI.fields.get(name, name))) for name in names)
+    return BatchSeen(batch_id, OPENAI.statuses.get(status) or one_line(status), *facts)
 
 
 def parse_page(data: Any) -> tuple[list[BatchSeen], str | None]:
-    """The batches of a page of a list, without those that cannot be read; and the id after which
-    the next page begins, if one follows. An answer that is no page is an OpenAIError."""
+    """The batches of a page of a list that can be read, and the id after which the next page
+    begins, if there is one. Raises OpenAIError where the answer is no page."""
     items = value_at(data, "data")
     if not isinstance(items, list):
         raise OpenAIError("OpenAI's answer is no list of batches")
@@ -5439,7 +5492,7 @@ def parse_page(data: Any) -> tuple[list[BatchSeen], str | None]:
 
 
 def rate_limiter(per_minute: int | None) -> AsyncLimiter | None:
-    """At most so many a minute, whichever minute one looks at: a tenth at once, the rest evenly."""
+    """Allows at most so many requests in any minute: a tenth of them at once, the rest evenly."""
     if per_minute is None:
         return None
     from aiolimiter import AsyncLimiter
@@ -5449,7 +5502,7 @@ def rate_limiter(per_minute: int | None) -> AsyncLimiter | None:
 
 
 class Pause(NamedTuple):
-    """A key that is not asked for now."""
+    """A key with which OpenAI is not asked at present."""
 
     secret: str  # its name
     until: float  # unix time
@@ -5458,8 +5511,8 @@ class Pause(NamedTuple):
 
 @dataclass(slots=True)
 class BatchListing:
-    """What a list of a key's batches showed of those that were wanted. Of what is not in it, it
-    says nothing."""
+    """Those of the wanted batches that a list of a key's batches showed. It says nothing of the
+    others."""
 
     at: float = -math.inf  # monotonic seconds, when its first page was asked for
     seen: dict[str, BatchSeen] = field(default_factory=dict)
@@ -5470,7 +5523,7 @@ class BatchListing:
 class KeyState:
     """One key: what it may do, and what its list showed. Times are monotonic seconds."""
 
-    batches: Any  # the SDK's, made once: a fresh one costs as much as a request
+    sdk: openai.AsyncOpenAI  # made once: a fresh one costs as much as a request
     budget: AsyncLimiter | None
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT_PER_KEY))
     names: set[str] = field(default_factory=set)  # of the secrets with this value
@@ -5488,24 +5541,22 @@ class KeyState:
     def record_outcome(
         self, about: str, error: OpenAIError | None, now: float, *, trial: bool
     ) -> None:
-        """Take in how a call went. Of those that were under way when a rest began, how they end
-        says nothing new; whatever OpenAI itself says of one thing (404, 500), it is there."""
-        if error is not None and error.status == 429:
-            self._pause_for(now, min(error.retry_after or BACKOFF_FIRST, LONGEST_WAIT), error)
-        elif self.pause and not trial:
+        """Learn from how a call ended. While the key rests only the trial counts, since all others
+        began before. An error about one thing (404, 500) shows that OpenAI is there."""
+        limited = error is not None and error.status == 429
+        if self.pause and not trial and not limited:
             return
-        elif error is not None and error.status in NOBODY_THERE:
-            self.failed[about] = None
-            if trial or len(self.failed) >= OUTAGE_FAILURES:
-                longer = min(max(OUTAGE_PAUSE, 2 * self.pause), OUTAGE_LONGEST)
-                self._pause_for(now, longer, error)
-        else:
+        if error is None or (error.status not in NOBODY_THERE and not limited):
             if self.failed and self.pause:  # nor was the list there
                 self.list_from = -math.inf
             self.failed, self.pause, self.error = {}, 0.0, None
-
-    def _pause_for(self, now: float, seconds: float, error: OpenAIError) -> None:
-        self.pause, self.until, self.error = seconds, now + seconds, error
+            return
+        pause = min(error.retry_after or BACKOFF_FIRST, LONGEST_WAIT)
+        if not limited:
+            self.failed[about] = None
+            pause = min(max(OUTAGE_PAUSE, 2 * self.pause), OUTAGE_LONGEST)
+        if limited or trial or len(self.failed) >= OUTAGE_FAILURES:
+            self.pause, self.until, self.error = pause, now + pause, error
 
 
 class OpenAI:
@@ -5545,20 +5596,20 @@ class OpenAI:
             self._client = self._client or make_client(OpenAIError)
             self._sdk = self._sdk or openai.AsyncOpenAI(
                 api_key="set for each key",
-                base_url=self._base_url,
+                base_url=self._base_url or OPENAI.base_url,
                 max_retries=0,
                 # a transport that is a function, whatever the name of its class
                 http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(self._transport)),
             )
-            batches = self._sdk.with_options(api_key=key.reveal()).batches.with_raw_response
-            found = self._keys[key.reveal()] = KeyState(batches, rate_limiter(self._per_minute))
+            sdk = self._sdk.with_options(api_key=key.reveal())
+            found = self._keys[key.reveal()] = KeyState(sdk, rate_limiter(self._per_minute))
         return found
 
     async def _transport(self, request: httpx2.Request) -> httpx2.Response:
-        """Ask what the SDK wants asked. Of its headers only the key goes along: it would add what
+        """Send a request of the SDK. Of its headers only the key goes along: it would add what
         OPENAI_ORG_ID and the like say, which is not meant for every key."""
         assert self._client is not None
-        last = request.url.path.rpartition("/")[2]
+        path = request.url.path
         return await http_request(
             self._client,
             OpenAIError,
@@ -5567,13 +5618,13 @@ class OpenAI:
             str(request.url),
             deadline=CALL_DEADLINE,
             limit=ANSWER_BYTES,
-            about=THE_LIST if last == "batches" else last,
-            headers={"Authorization": request.headers["Authorization"]},
+            about=THE_LIST if path.endswith(OPENAI.path) else path.rpartition("/")[2],
+            headers={OPENAI.header: request.headers[OPENAI.header]},
         )
 
     def register_secret(self, key: SecretValue, name: str) -> Collection[str]:
-        """Say which secret this is the value of; all that have it. A value that no secret has any
-        more is forgotten."""
+        """Note that the secret `name` has this value; the names of all that have it. A value that
+        no secret has any more is forgotten."""
         if name not in (mine := self._key(key)).names:
             for value, other in [*self._keys.items()]:
                 other.names.discard(name)
@@ -5595,7 +5646,7 @@ class OpenAI:
     async def retrieve(self, key: SecretValue, batch_id: str) -> BatchSeen:
         """One batch as it is now (GET /batches/{batch_id}). Raises OpenAIError."""
         mine = self._key(key)
-        seen = parse_batch(batch_id, await self._call(mine, "retrieve", batch_id, batch_id))
+        seen = parse_batch(batch_id, await self._call(mine, "retrieve", batch_id))
         if outcome(seen) is not None:
             mine.finished.append(batch_id)
         if batch_id in mine.list.seen:
@@ -5618,10 +5669,11 @@ class OpenAI:
     async def read_list(
         self, key: SecretValue, wanted: Collection[str], checks: int
     ) -> Collection[str]:
-        """Read the list of a key's batches, for `listing`: newest first, until all that are wanted
-        were found, or two pages brought none, or half as many pages were read as there are checks.
-        Those of which it shows that they are finished. Who asks while that goes on waits for it.
-        Raises OpenAIError where single calls would fail just so: the key is refused, or rests."""
+        """Read the list of a key's batches, for `listing`, and return the ids of those that it
+        shows as finished. It is read from the newest batch on, until all that are wanted were
+        found, or two pages showed none of them, or half as many pages were read as there are
+        checks. A second caller waits for the first one's list. Raises OpenAIError where single
+        calls would fail as well: the key is refused, or rests."""
         mine = self._key(key)
         if mine.reading.locked():
             async with mine.reading:
@@ -5665,17 +5717,14 @@ class OpenAI:
             mine.list_from = at + LIST_AGAIN
 
     async def _call(
-        self,
-        mine: KeyState,
-        kind: Literal["retrieve", "list"],
-        about: str,
-        *args: str,
-        **query: Any,
+        self, mine: KeyState, kind: Literal["retrieve", "list"], about: str, **query: Any
     ) -> Any:
-        """The JSON that a call brings, within what its key may do: so many at once and a minute,
-        none while it rests, and then one alone. Raises OpenAIError."""
+        """The JSON that a call brings, within what its key may do: so many calls at once and a
+        minute, none while the key rests, and then one alone. Raises OpenAIError."""
+        import httpx2
         import openai
 
+        path = OPENAI.path if kind == "list" else f"{OPENAI.path}/{about}"
         async with mine.slots:
             if mine.budget is not None:
                 self._refuse_while_paused(mine, about)
@@ -5687,9 +5736,9 @@ class OpenAI:
             try:
                 async with self._slots:
                     self.on_request(kind)
-                    answer = await getattr(mine.batches, kind)(*args, **query)
-                said = f"OpenAI's answer about {about}"
-                data = parse_json_answer(answer.http_response, OpenAIError, said)
+                    ask = partial(mine.sdk.get, path, cast_to=httpx2.Response)
+                    answer = await ask(options={"params": query})
+                data = parse_json_answer(answer, OpenAIError, f"OpenAI's answer about {about}")
             except (openai.OpenAIError, OpenAIError) as e:
                 found = [x for x in (e, e.__cause__) if isinstance(x, OpenAIError)]
                 error = found[0] if found else OpenAIError(f"OpenAI about {about}: {one_line(e)}")
@@ -5703,7 +5752,7 @@ class OpenAI:
             return data
 
     def _refuse_while_paused(self, mine: KeyState, about: str) -> None:
-        """Raises OpenAIError while the key rests, which for what failed is twice as long."""
+        """Raises OpenAIError while the key rests, which it does twice as long for what failed."""
         wait = mine.until - self._clock() + mine.pause * (about in mine.failed)
         if mine.pause and wait > 0:
             names = " and ".join(sorted(mine.names)) or "this key"
@@ -5745,9 +5794,9 @@ class Action(Protocol):
     async def find(
         self, trigger: Trigger, secret: SecretValue, known: set[str], *, anytime: bool = False
     ) -> KeboolaJob | None:
-        """What was started for this trigger. That none is found is no proof. One that we have not
-        sent may have been sent with another id before a restore: then what was started for the
-        same job and batches, and is not `known`."""
+        """What was started for this trigger, if the search shows it; that it does not proves
+        nothing. A trigger that was never sent may have been sent under another id before a restore:
+        for it, what was started for the same job and batches counts, unless its id is `known`."""
 
     async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
         """What has become of it."""
@@ -5766,7 +5815,7 @@ def parse_keboola_job(data: Any) -> KeboolaJob:
 
 
 def purpose_of(job: Any) -> tuple[str | None, tuple[str | None, list[str]]]:
-    """Of what Keboola was asked to start: our trigger's id; our job's name and its batches."""
+    """What a job of Keboola was started for: our trigger's id; our job's name and its batches."""
     values = value_at(job, "variableValuesData.values")
     items = values if isinstance(values, list) else []
     given = {str(value_at(item, "name")): str(value_at(item, "value")) for item in items}
@@ -5780,8 +5829,8 @@ def keboola_time(at: float) -> str:
 
 
 def queue_url(stack: str, index: Any) -> str:
-    """The job queue that a stack's index names, if a token may go there: over https, or within
-    this machine where the stack is here too."""
+    """The job queue that a stack's index names. Raises KeboolaError unless a token may go there:
+    over https, or within this machine if the stack is on it, too."""
     services = value_at(index, "services")
     listed = services if isinstance(services, list) else []
     urls = [value_at(service, "url") for service in listed if value_at(service, "id") == "queue"]
@@ -7371,7 +7420,7 @@ class Metrics:
 
 FIX_IT = "fix the cause, then run `job retry`"
 ON_HOLD = "on hold: run `job retry` to search again and resend if missing"
-NEWS_PER_TRANSACTION = 20  # checks with news: to write so many takes some 5 ms
+CHECKS_PER_TRANSACTION = 20  # takes some 5 ms where all of them have news
 OUTPUT_AGAIN = 15.0  # s until a batch without its output file is looked at again
 REFUSED_LONG = 4 * 3600.0  # s that Keboola may refuse to search for a trigger before it is held
 
@@ -7478,8 +7527,8 @@ class Steps:
 
     def interval_of(self, job: Job | None) -> float:
         """A job's interval, or the default where it has none of its own."""
-        own = job.spec.poll_interval if job is not None else "auto"
-        return float(self.config.settings.default_poll_interval if own == "auto" else own)
+        own = job.interval if job is not None else 0
+        return float(own or self.config.settings.default_poll_interval)
 
     def _count_error(self, error: TeckoError) -> None:
         status = str(getattr(error, "status", None) or "no answer")
@@ -7488,8 +7537,8 @@ class Steps:
     # checking
 
     async def by_key(self, ids: Collection[int]) -> dict[str, list[Job]]:
-        """Of jobs that are due: those that only have to be checked, by the secret of their key.
-        The others need a step alone."""
+        """Those of the due jobs that only have to be checked, by the secret of their key. The
+        others need a step of their own."""
         rows: dict[str, list[Job]] = {}
         for row in await self.store.jobs_among(ids):
             if row.is_active and not row.has_open and row.batches:
@@ -7497,37 +7546,27 @@ class Steps:
         return rows
 
     async def check(self, secret: str, rows: Sequence[Job]) -> dict[int, StepResult]:
-        """Check jobs of one key by a list of its batches. One that is missing in the answer needs
-        a step alone: the list does not show that all its batches go on, or it is its turn to be
-        asked for singly."""
+        """Check jobs of one key by a list of its batches. A job that is missing in the result needs
+        a step of its own: the list does not show that all its batches go on, or it is the job's
+        turn to have them asked for singly."""
         try:
             key = await self._secret(secret)
             names = self.openai.register_secret(key, secret)
         except (SecretError, OpenAIError):
             return {}  # each tells it in its own step
         count, now = self.openai.listing(key)[1].wanted, self.clock()
-        self._singly.update(
-            row.id for row in rows if is_turn_to_confirm(row.id, row.pace, count, now)
-        )
+        self._singly |= {r.id for r in rows if is_turn_to_confirm(r.id, r.pace, count, now)}
         rows = [row for row in rows if row.id not in self._singly]
         error = await self._refresh_list(key, names, rows)
-        done, news, now = dict[int, StepResult](), list[CheckResult](), self.clock()
+        done, checks, now = dict[int, StepResult](), list[CheckResult](), self.clock()
         for row in rows:
             batches = self._batches_from_list(key, row, now)
-            if batches == row.batches and not row.last_error and not remarks(batches, now):
-                pace = self._pace(not row.interval, batches, now)
-                at = now + (wait := pace or row.pace)
-                quiet = UnchangedCheck(row.id, row.revision, row.round, now, at, pace)
-                self.store.keep_quiet(quiet)
-                done[row.id] = StepResult(wait, "no news")
-            elif (batches is not None or error is not None) and not row.damage:
-                errors = [error] if batches is None and error is not None else []
-                news.append(self._conclude(row, batches or row.batches, errors))
-        self.metrics.checks.labels("waiting").inc(len(done))
-        self.store.sums["checks"] += len(done)
-        news = [check for check in news if check.verdict.event is None]
-        for at in range(0, len(news), NEWS_PER_TRANSACTION):  # others take their turns in between
-            some = news[at : at + NEWS_PER_TRANSACTION]
+            errors = [error] if batches is None and error is not None else []
+            if (batches or errors) and not (batches != row.batches and row.damage):
+                checks.append(self._conclude(row, batches or row.batches, errors))
+        checks = [check for check in checks if check.verdict.event is None]
+        for at in range(0, len(checks), CHECKS_PER_TRANSACTION):  # others get their turns between
+            some = checks[at : at + CHECKS_PER_TRANSACTION]
             recorded = await self.store.record_checks(some)
             done |= {c.job.id: self._count_check(c, c.job.id in recorded) for c in some}
         await self._note_uses()
@@ -7536,8 +7575,8 @@ class Steps:
     async def _refresh_list(
         self, key: SecretValue, names: Collection[str], rows: Sequence[Job]
     ) -> OpenAIError | None:
-        """Read the list of the key's batches, unless the last one will do, or single requests are
-        fewer; the error, if these would meet it too."""
+        """Read the list of the key's batches, unless the last one is fresh enough or single
+        requests are fewer. Returns the error if single requests would meet it, too."""
         now = self.clock()
         stale = [row for row in rows if self._batches_from_list(key, row, now) is None]
         checks = sum(len(open_batches(row.batches, now)) for row in stale)
@@ -7573,7 +7612,7 @@ class Steps:
         if check.trigger is not None:
             trigger = await self.store.unknown_if_restored(check.trigger, batches)
             check = replace(check, trigger=trigger)
-        recorded = await self.store.record_check(check)
+        recorded = row.id in await self.store.record_checks([check])
         result = self._count_check(check, recorded)
         if recorded and check.trigger is not None:
             row.errors_in_row = 0
@@ -7581,7 +7620,7 @@ class Steps:
         return result
 
     async def _ask(self, row: Job, singly: bool) -> tuple[list[Batch], list[TeckoError]]:
-        """The batches as they are now, and the errors met; a finished one is not asked again."""
+        """The batches as they are now, and the errors met; finished ones are not asked again."""
         found, errors = dict[str, Batch](), list[TeckoError]()
         try:
             key = await self._secret(row.secret)
@@ -7609,7 +7648,9 @@ class Steps:
     ) -> CheckResult:
         """What follows from how the batches are now."""
         now, trigger = self.clock(), None
-        verdict = decide(row.watches.watch, batches, now)
+        verdict = Verdict(None)
+        if any(outcome(b) is not None or b.missing_checks for b in batches):
+            verdict = decide(row.watches.watch, batches, now)  # reads the job's definition
         if verdict.event == "fire":
             trigger = new_trigger(row, batches, verdict, uuid.uuid4().hex, now)
         pace = self._pace(not row.interval, batches, now)
@@ -7743,29 +7784,29 @@ class Steps:
             return await self._record_accepted(
                 row, trigger, job, f"found Keboola job {job.id} of this trigger"
             )
+        why = f"; its POST had failed: {trigger.message}" if trigger.message else ""
         if event is None:
-            said = f"Keboola's search does not show the trigger (search {searches})"
+            said = f"Keboola's search does not show the trigger (search {searches}){why}"
             await self.store.note_trigger(trigger, self.clock(), error=said, searches=searches)
             return StepResult(settle_wait(waited, window), said)
         said = f"Keboola's search did not show the trigger in {searches} searches; "
-        said += ON_HOLD if event == "hold" else "sending it again"
+        said += (ON_HOLD if event == "hold" else "sending it again") + why
         await self._record(trigger, event, said, searches=searches)
         return StepResult(None if event == "hold" else 0.0, said)
 
     async def _follow(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         job = await self._actions[trigger.kind].follow(trigger, token)
-        if after_follow(job) is not None:
+        if job.is_finished:
             return await self._finish(trigger, job)
         await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)
         wait = FOLLOW_FACTOR * self.interval_of(row)
         return StepResult(wait, f"Keboola job {job.id} is {job.status}")
 
     async def _finish(self, trigger: Trigger, job: KeboolaJob) -> StepResult:
-        event = after_follow(job)
-        assert event is not None
         said = f"Keboola job {job.id} ended with {job.status}"
         said += f": {job.message}" if job.message else ""
-        await self._record(trigger, event, said, keboola_status=job.status, message=job.message)
+        facts = {"keboola_status": job.status, "message": job.message}
+        await self._record(trigger, after_end(job), said, **facts)
         return StepResult(None, said)
 
     # ingesting
@@ -8060,9 +8101,6 @@ async def probe(subject: str, call: Callable[[], Awaitable[str]], missing: str) 
         return Finding(subject, False, str(e))
 
 
-Probe = tuple[str, Callable[[], Awaitable[str]], str]  # of what, the call, what a 404 means
-
-
 class Doctor:
     """Asks each key, batch, token, configuration, source and path of some jobs once, and changes
     nothing: no trigger is sent and no record is stored."""
@@ -8074,7 +8112,8 @@ class Doctor:
         once = {check[0]: check for spec in specs for check in self._checks(spec)}
         return list(await asyncio.gather(*(probe(*check) for check in once.values())))
 
-    def _checks(self, spec: Spec) -> Iterator[Probe]:
+    def _checks(self, spec: Spec) -> Iterator[tuple[str, Callable[[], Awaitable[str]], str]]:
+        """The arguments of `probe`."""
         if isinstance(spec, IngestSpec):
             source = spec.ingest
             remote = isinstance(source, ApiSource) or source.remote or source.in_s3
@@ -8742,7 +8781,8 @@ class Operations:
 # ── Import ────────────────────────────────────────────────────────────────────────────────────
 
 # What the original program has in its SQLite file comes over in one transaction: each secret and
-# each job whole or not at all, by its name; what is here already stays as it is. A job that has
+# each job whole or not at all, by its name and under its id, unless that was given here; what is
+# here already stays as it is. A job that has
 # fired there gets a trigger that has ended, so that its batches start no second Keboola job; one
 # that goes on is checked afresh. Not promised: that both programs may run side by side, for the
 # original writes nothing down before it fires.
@@ -8791,11 +8831,13 @@ class Import:
         """Of each secret and job: which, whether it is here now, and its id or why not."""
         done, names = list[tuple[str, bool, str]](), Counter[str]()
         for row in self._ask("SELECT * FROM secrets ORDER BY id"):
+            await self._store.reserve_ids("secrets", row["id"])  # its HTTP clients know the ids
             done.append(await self._take(f"secret {row['name']!r}", self._secret(row)))
         for row in self._ask(JOBS_THERE):
             names[row["name"]] += 1
             if names[row["name"]] > 1:  # names may repeat there
                 row["name"] += f" ({row['id']})"
+            await self._store.reserve_ids("polling_jobs", row["id"])
             done.append(await self._take(f"job {row['name']!r}", self._job(row)))
         return done
 
@@ -9146,13 +9188,14 @@ async def every_problem(
 # Each target is told once what is wrong, again after its `remind`, and when it is over; also where
 # the program was restarted in between:
 #
-# - Nothing is judged a second time: what is wrong is what /health says.
-# - What passes by itself is not told: a condition has to stay for some looks, and to stay away for
-#   as many. What a new process cannot know yet is not over: a job is overdue until a good check.
-# - A target that took a message has been told, and that is written down, in memory while the store
-#   fails. What it did not take is sent with the next news, after a pause that doubles.
+# - What is wrong is what /health says; nothing is judged a second time here.
+# - What passes by itself is not told: a condition is told when it has lasted for some looks, and is
+#   over when it was away for as many. What a new process cannot know yet is not over: a job stays
+#   overdue until a good check.
+# - That a target took a message is written to the store, or kept in memory while the store fails.
+#   What it did not take is sent with the next news, after a pause that doubles.
 #
-# Not promised: that nothing is told twice when the program is killed in between.
+# Not promised: a target that took a message just before the program was killed is told once more.
 LOOK_SECONDS, PING_SECONDS = 30.0, 60.0
 LASTING = {"limited": 300.0, "ingest": 300.0, "": 20.0}  # s; the first two are tried again. The
 # others have to be there in two looks.
@@ -9686,6 +9729,7 @@ class Service(Timers):
         store's lock is waited for."""
         self.store.patience = LOCK_WAIT
         await self.store.clamp_times(time.time())
+        await self.store.detect_restore(time.time())
         await self._apply_config(self.steps.config)
         self.store.patience = PATIENCE
         if not timers:
@@ -9850,6 +9894,7 @@ class Service(Timers):
                 await self.alerts.update(await self.health(ALERTED))
 
     async def _back_up(self) -> None:
+        await self.store.detect_restore(time.time())
         await asyncio.to_thread(self.backups.run_if_due, self.settings, time.time())
 
     # figures
@@ -11742,10 +11787,10 @@ def cmd_backup(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_restore(args: argparse.Namespace, config: Config) -> int:
-    database = file_of(config.settings, "pg_restore")
     if args.acknowledge:
         noted = run_operation(config, lambda operations: operations.store.acknowledge())
         return report(args, {"acknowledged": noted}, "noted" if noted else "nothing was restored")
+    database = file_of(config.settings, "pg_restore")
     if args.file is None:
         raise Invalid(["which backup? name its FILE"])
     with RunLock(database, "restore"):

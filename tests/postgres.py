@@ -74,6 +74,21 @@ class Server:
             db.execute(f"CREATE SCHEMA {name}".encode())
         return self.url(name)
 
+    def dump(self, url: str) -> bytes:
+        """What pg_dump writes of a schema."""
+        return self._client("pg_dump", "-n", url.rpartition("%3D")[2])
+
+    def restore(self, url: str, dump: bytes) -> None:
+        """Put a dump in the place of its schema."""
+        name = url.rpartition("%3D")[2]
+        self._client("psql", "-c", f"DROP SCHEMA {name} CASCADE")
+        self._client("psql", "-v", "ON_ERROR_STOP=1", input=dump)
+
+    def _client(self, program: str, *args: str, input: bytes = b"") -> bytes:
+        at = ["-h", str(self.folder), "-U", "postgres", "-d", "postgres"]
+        command = [str(FOUND[-1].with_name(program)), *at, *args]
+        return subprocess.run(command, input=input, capture_output=True, check=True).stdout
+
     def crash(self) -> None:
         """End it as a power loss would: nothing is finished, and the next start recovers."""
         self.process.send_signal(signal.SIGQUIT)

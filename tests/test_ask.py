@@ -77,6 +77,19 @@ async def test_an_answer_without_end_costs_an_error_and_little_memory(
     assert peak < 20e6
 
 
+@Given("value", [b"[]", b"{}", b"1.5", b'{"a":1}'])
+def test_many_small_values_cost_an_error_and_little_memory(value: bytes) -> None:
+    """4 MB of them would be some 100 MB of Python's objects."""
+    body = b"[" + (value + b",") * ((4 << 20) // len(value + b",") - 1) + b"1]"
+    answer = httpx2.Response(200, content=body)
+    tracemalloc.start()
+    with pytest.raises(tecko.OpenAIError, match="values"):
+        tecko.parse_json_answer(answer, tecko.OpenAIError, "OpenAI's answer")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
+
+
 async def test_the_answer_is_the_whole_body_unpacked(
     other: standins.Elsewhere, client: httpx2.AsyncClient, tmp_path: Path
 ) -> None:

@@ -20,9 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import postgres
 import pytest
 import standins
 from conftest import (
+    ENVIRONMENT,
     JOB_YAML,
     PROGRAM,
     RunningProgram,
@@ -611,6 +613,37 @@ async def test_hold_leaves_a_lost_trigger_to_a_person(world: World, tmp_path: Pa
     await again.step_until_waiting(job_id)
     [trigger] = await again.store.triggers(job_id)
     assert trigger.state == "held" and world.keboola.created == []
+    await close()
+
+
+async def test_once_after_pg_restore(
+    server: postgres.Server, tmp_path: Path, openai: standins.OpenAI, keboola: standins.Keboola
+) -> None:
+    """Which makes other tables than were dumped: what fired since the dump does not fire again,
+    and a person is told, once."""
+    url = server.schema()
+    world, close = await make_world(tmp_path, openai, keboola, {}, url)
+    openai.key(standins.OPENAI_KEY)
+    await world.secret("openai", "openai", standins.OPENAI_KEY)
+    await world.secret("keboola", "keboola", standins.KEBOOLA_TOKEN)
+    openai.batch("batch_1", "completed")
+    job_id = await world.job()
+    for _ in range(2):  # the same tables: nothing to tell
+        await world.store.detect_restore(world.clock())
+    assert not await world.store.acknowledge()
+    dump = server.dump(url)
+    await world.step_until_waiting(job_id)
+    await close()
+    server.restore(url, dump)
+    env = ENVIRONMENT | {"DATABASE_URL": url, "OPENAI_BASE_URL": openai.base_url}
+    checked = await asyncio.to_thread(run_program, "check", cwd=tmp_path, env=env)
+    assert checked.returncode == 0, checked.stderr
+    again, close = await make_world(tmp_path, openai, keboola, {}, url)
+    await again.store.detect_restore(again.clock())
+    assert (await again.get(job_id)).status == "completed" and len(keboola.created) == 1
+    [told] = [row for row in await again.store.attention(9) if row["what"] == "restored"]
+    assert f"a dump of {tecko.iso(world.clock.now)[:10]}" in told["reason"]
+    assert [await again.store.acknowledge() for _ in range(2)] == [True, False]
     await close()
 
 

@@ -108,6 +108,22 @@ async def test_secrets_come_sealed_anew(world: World, there: Original) -> None:
     assert world.vault.open(row).reveal() == standins.OPENAI_KEY
 
 
+async def test_ids_stay(world: World, there: Original) -> None:
+    """Its HTTP clients know jobs by them; also where some in between were deleted, and the next
+    one gets another. One that was given here already is not taken away."""
+    there.jobs = 5
+    there.job("active", ("batch_a", "completed"))
+    there.secret("later", "api", "a value of its own")
+    there.jobs = 40
+    there.job("paused", ("batch_b", "failed"))
+    done = await take(world, there)
+    assert done["job 'job 6'"] == (True, "ID 6, active")
+    assert done["job 'job 41'"] == (True, "ID 41, paused")
+    ids = [done[f"secret {name!r}"][1] for name in ("openai-prod", "keboola-prod", "later")]
+    assert ids == ["ID 3", "ID 4", "ID 5"]  # after two of the world's own
+    assert await world.job("new") == 42
+
+
 @Given("status", ["active", "paused", "completed", "completed_with_failures", "failed"])
 async def test_jobs_come_as_they_are(world: World, there: Original, status: str) -> None:
     """In each state: definition, batches, times and log."""

@@ -622,26 +622,19 @@ def test_a_whole_settle_window(window: int, on_ambiguous: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "finished", "event"),
+    ("status", "event"),
     [
-        ("created", False, None),
-        ("waiting", False, None),
-        ("processing", False, None),
-        ("terminating", False, None),
-        ("success", True, "succeed"),
-        ("warning", True, "succeed"),
-        ("error", True, "fail"),
-        ("terminated", True, "fail"),
-        ("cancelled", True, "fail"),
-        ("success", False, None),
-        ("error", False, None),
-        ("something new", True, "fail"),
-        ("something new", False, None),
+        ("success", "succeed"),
+        ("warning", "succeed"),
+        ("error", "fail"),
+        ("terminated", "fail"),
+        ("cancelled", "fail"),
+        ("something new", "fail"),
     ],
 )
-def test_what_a_followed_job_means(status: str, finished: bool, event: str | None) -> None:
-    """isFinished says whether it has ended; of the ends two are good, and no unknown one is."""
-    assert tecko.after_follow(tecko.KeboolaJob("9", status, finished, None)) == event
+def test_what_the_end_of_a_keboola_job_means(status: str, event: str) -> None:
+    """Of the ends two are good, and no unknown one is."""
+    assert tecko.after_end(tecko.KeboolaJob("9", status, True, None)) == event
 
 
 # ── Waiting ───────────────────────────────────────────────────────────────────────────────────

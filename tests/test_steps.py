@@ -695,11 +695,14 @@ NOT_ACTED_IDS = [
 async def test_a_trigger_that_did_not_arrive_is_sent_again_after_the_window(
     world: World, fault: Fault
 ) -> None:
-    """At least three searches over the window find nothing: the same bytes go out again."""
+    """At least three searches over the window find nothing: the same bytes go out again. All the
+    while the job says what became of its POST."""
     job_id, start = await ready(world), world.clock()
     world.keboola.fault(POST, fault)
     while len(posts(world.keboola)) < 2:
         await waits(world, job_id, 1)
+        why = (await trigger_of(world, job_id)).message or ""
+        assert why in await last_error(world, job_id) and (why or world.keboola.created)
     assert world.keboola.count(SEARCH) >= 3
     assert world.clock() - start >= WINDOW
     await world.step_until_waiting(job_id)
@@ -1268,7 +1271,19 @@ async def test_a_batch_with_output_waits_for_its_file(world: World, late: int) -
             batch.become("completed", output_file_id="file-late")
         await world.steps.step(job_id)
     waited, files = world.clock() - start, made_variables(world.keboola)["output_file_ids"]
+    said = " ".join(row.message for row in await world.store.logs(job_id, 9))
+    assert ("OpenAI names no output file" in said) == (files == "[]")
     assert (waited, files) == ((60, '["file-late"]') if late == 60 else (300, "[]"))
+
+
+async def test_a_clock_set_back_fires_no_batch_without_its_file(world: World) -> None:
+    """What was seen a moment ago lies in the future then, and is as young as before."""
+    world.openai.batch("batch_1", "completed", output_file_id=None)
+    job_id = await world.job()
+    await world.steps.step(job_id)
+    world.clock.set_by(-30)
+    await world.steps.step(job_id)
+    assert posts(world.keboola) == []
 
 
 @Given("name", ["ALL_PROXY", "SSL_CERT_FILE"])

@@ -70,7 +70,8 @@ async def checked(
         "now": 7.0,
     } | told
     fired = replace(trigger, on_ambiguous="hold") if event == "fire" else None
-    return await store.record_check(tecko.CheckResult(job, batches, verdict, fired, **facts))
+    check = tecko.CheckResult(job, batches, verdict, fired, **facts)
+    return job.id in await store.record_checks([check])
 
 
 async def moved(store: tecko.Store, job: tecko.Job, *events: tecko.Event) -> tecko.Trigger:
@@ -536,13 +537,22 @@ MEANWHILE: dict[str, Change] = {
 async def test_a_check_of_what_has_changed_decides_nothing(
     store: tecko.Store, path: Place, change: Change, event: tecko.Event | None
 ) -> None:
-    """A job changed while it was checked: False, and nothing at all is written."""
+    """A job changed while it was checked: False, and nothing at all is written, also not later of
+    a check without news."""
     await store.sync_file_jobs([spec()], 1.0)
     job = await store.find_job("job")
     await change(store, job)
     before = dump(path)
-    assert await checked(store, job, event) is False
+    assert not await checked(store, job, event) or event is None
+    await store.flush()
     assert dump(path) == before
+
+
+async def test_ids_can_be_reserved(store: tecko.Store) -> None:
+    """The next row gets the one that is asked for, unless that was given before; then the next."""
+    for number, (next_id, job_id) in enumerate([(1, 1), (2, 2), (7, 7), (3, 8), (8, 9)]):
+        await store.reserve_ids("polling_jobs", next_id)
+        assert (await made(store, f"job-{number}")).id == job_id
 
 
 async def test_a_check_is_written_down(store: tecko.Store) -> None:

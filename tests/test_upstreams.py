@@ -137,11 +137,13 @@ async def test_a_retry_after_is_read_or_ignored(
     assert raised.value.retry_after == seconds
 
 
+@Given("ahead", [0.0, -7200.0, 7200.0])
 async def test_a_retry_after_of_keboola_is_read_as_a_date(
-    keboola: standins.Keboola, queue: tecko.Keboola
+    keboola: standins.Keboola, queue: tecko.Keboola, ahead: float
 ) -> None:
-    """A date a minute ahead is up to a minute."""
-    date = formatdate(time.time() + 60, usegmt=True)
+    """A date a minute ahead of its own clock is up to a minute, however wrong ours is."""
+    keboola.clock_ahead = ahead
+    date = formatdate(time.time() + ahead + 60, usegmt=True)
     keboola.fault(POST, Fault.rate_limited(date))
     with pytest.raises(tecko.KeboolaError) as raised:
         await call(queue, keboola.url, POST)
