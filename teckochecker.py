@@ -61,8 +61,8 @@ import sys
 
 
 def end_at_once(number: int, frame: object) -> None:
-    """A signal before there is anything to be ended in good order; a service that has not begun
-    has ended as it should."""
+    """Handle a signal that comes before there is anything to shut down. For a service that has
+    not started yet, SIGTERM is a normal end."""
     os._exit(0 if "start" in sys.argv and number != signal.SIGINT else 128 + number)
 
 
@@ -73,7 +73,7 @@ if __name__ == "__main__" and os.name == "posix":
     for _number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(_number) is not signal.SIG_IGN:
             signal.signal(_number, end_at_once)
-    if "start" in sys.argv:  # to which it will mean: read jobs.yaml again
+    if "start" in sys.argv:  # a service takes SIGHUP to mean: read jobs.yaml again
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 import argparse
@@ -160,9 +160,9 @@ from urllib.parse import parse_qs, quote, quote_plus, unquote, urljoin, urlsplit
 
 
 def install_hint(error: ImportError) -> str:
-    """What to do about a module that is not there."""
+    """What to do about a module that cannot be imported."""
     if error.name == "fcntl":
-        return "TeckoChecker needs Linux, macOS or another Unix; this is none"
+        return "TeckoChecker runs on Linux, macOS and other Unix systems only"
     needs = Path(__file__).with_name("requirements.txt")
     fix = shlex.join([sys.orig_argv[0], "-m", "pip", "install", "-r", str(needs)])
     return f"the package {error.name} is missing; run: {fix}"
@@ -219,7 +219,7 @@ VERSION = "1.0.0"
 _started = [sys.orig_argv[0], sys.argv[0]] if sys.argv[0].endswith(".py") else [sys.argv[0]]
 if shutil.which(os.path.basename(sys.argv[0])):
     _started = [os.path.basename(sys.argv[0])]
-COMMAND = shlex.join(_started)  # as the user has started it, so that a hint can be pasted
+COMMAND = shlex.join(_started)  # as the user started it, so that hints can be pasted
 
 CALL_TIMEOUT = 15.0  # s for a read: OpenAI answers a retrieve in well under a second
 CONNECT_TIMEOUT = 5.0  # s; a host that does not answer by then is down
@@ -230,42 +230,48 @@ KEEPALIVE = 300.0  # s an idle connection is kept: longer than common poll inter
 
 BACKOFF_FIRST = 1.0  # s before the first retry; doubles
 LONGEST_WAIT = 3600.0  # s, the most that a Retry-After or a refused key makes us wait
-MISSING_CHECKS = 3  # times that OpenAI has to deny a batch, since young ones can be unknown,
-MISSING_SECONDS = 600.0  # and the least time between the first denial and the last
-STALLED_SECONDS = 3 * 3600.0  # s without any progress after which a batch is worth a remark
-SETTLE_SEARCHES = 3  # successful searches at least before a trigger counts as not arrived
+MISSING_CHECKS = 3  # 404s in a row after which a batch is missing: new ones can be unknown
+MISSING_SECONDS = 600.0  # s at least between the first of these 404s and the last
+STALLED_SECONDS = 3 * 3600.0  # s without progress after which a batch gets a remark
+SETTLE_SEARCHES = 3  # successful searches, at least, before a trigger counts as not received
 FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the batches were
 
-AUTO_SHARE = 0.08  # of a batch's age, `auto` waits at most: half of that is the latency to expect
-AUTO_STEP = 1.25  # between the intervals of `auto`: few of them, so that jobs are due together
+AUTO_SHARE = 0.08  # of a batch's age: the longest wait of `auto`; the latency to expect is half
+AUTO_STEP = (
+    1.25  # ratio between intervals of `auto`: few different ones, so that jobs are due together
+)
 
-STORE_RETRY = 1.0  # s between attempts to write down what Keboola answered
-HTTP_ANSWER = 5.0  # s that a route may take before its caller is answered without the result
+STORE_RETRY = 1.0  # s between attempts to store what Keboola answered
+HTTP_ANSWER = 5.0  # s after which the caller of a slow route is answered without the result
 LOG_BYTES = 10_000_000  # per log file, five are kept
 
 
 # ── Redaction ─────────────────────────────────────────────────────────────────────────────────
 
 
-KEY_SHAPES = re.compile(  # OpenAI's, Keboola's, a password in a URL
-    r"(?<![\w-])sk-(?=[\w-]*\d)[A-Za-z0-9_-]{12,}|\b\d+-\d+-[A-Za-z0-9]{20,}\b|(?<=://)[^/\s@]+(?=@)"
+KEY_SHAPES = re.compile(
+    # OpenAI's: letters and digits, or small and capital letters, mixed in one word. A name like
+    # sk-nightly-2026 is not one.
+    r"(?<![\w-])sk-(?=[\w-]*([a-z][A-Z]|[A-Za-z]\d|\d[A-Za-z]))[\w-]{12,}"
+    r"|\b\d+-\d+-(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}\b"  # Keboola's
+    r"|(?<=://)[^/\s@]+(?=@)"  # a password in a URL
 )
 SHORTEST = 6  # characters of a secret
 
 
 class SecretValue:
-    """A secret in memory: prints as ***, and from its making on is cut out of every log line
-    and error message. `reveal()` is for the one call that needs it.
+    """A secret in memory. It prints as ***, and once it exists its value is removed from every log
+    line and error message. `reveal()` is for the one call that needs the value.
 
     `place` says where the value comes from (the name of a secret or of a setting). The last two
-    values of a place are known: a request with the one before may be under way, and a file that
-    is rewritten for ever must not fill the memory. A value of fewer than SHORTEST characters is
-    not cut out, since it would be found in any text; no secret is that short, see `clean_secret`.
+    values of each place are remembered: a request with the previous one may still be under way, and
+    a file that is rewritten again and again must not fill the memory. A value shorter than SHORTEST
+    is not removed, since any text may contain it; `clean_secret` accepts no secret that short.
     """
 
     __slots__ = ("_value",)
-    known: ClassVar[dict[str, dict[str, set[str]]]] = {}  # by place, by value: what it looks like
-    forms: ClassVar[list[str]] = []  # of all that are known, the longest first
+    known: ClassVar[dict[str, dict[str, set[str]]]] = {}  # by place and value: its written forms
+    forms: ClassVar[list[str]] = []  # all written forms, the longest first
 
     def __init__(self, value: str, place: str = "") -> None:
         self._value = value
@@ -286,16 +292,16 @@ class SecretValue:
 
 
 def written_forms(value: str) -> set[str]:
-    """What a value looks like as it is, in JSON, in a URL, and as repr has it, whichever quotes it
-    chooses."""
+    """The value as it is, as JSON and URLs write it, and as repr does with either quote."""
     doubled = value.replace("\\", "\\\\")
     quoted = {doubled, doubled.replace("'", "\\'"), json.dumps(value)[1:-1]}
     return {value, *quoted, quote(value, safe=""), quote(value), quote_plus(value)}
 
 
 def redact(text: str) -> str:
-    """`text` without any secret's value, nor anything that has the shape of a key. One search for
-    each value: a pattern of all of them takes a second to compile, and is new with each value."""
+    """`text` without the values of secrets and without anything that looks like a key. Each value
+    is searched for by itself: one pattern of all values would take a second to compile, again for
+    each new value."""
     for form in SecretValue.forms:
         if form in text:
             text = text.replace(form, "***")
@@ -303,9 +309,8 @@ def redact(text: str) -> str:
 
 
 def excerpt(text: str, most: int) -> str:
-    """The redacted beginning of a text, which can be encoded. It is cut before it is redacted, for
-    it may be endless, but not where a secret could be cut in half, which would then not be
-    recognized."""
+    """The redacted beginning of a text, as text that can be encoded. A very long text is cut before
+    it is redacted, `spare` characters later, so that a secret at the cut is still whole."""
     spare = max(1000, len(SecretValue.forms[0]) if SecretValue.forms else 0)
     if len(text) > most + spare:
         text = redact(text[: most + spare])[:-spare]
@@ -313,8 +318,8 @@ def excerpt(text: str, most: int) -> str:
 
 
 class RedactingFilter(logging.Filter):
-    """Redacts message, traceback and stack; sits on every handler, so that libraries' records
-    pass it too."""
+    """Redacts message, traceback and stack. Every handler has it, so that it sees the records of
+    libraries, too."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         try:
@@ -333,11 +338,11 @@ class RedactingFilter(logging.Filter):
 
 
 class TeckoError(Exception):
-    """Something that a person is told in one line; `hint` says what to do, where we know it."""
+    """An error that is reported in one line; `hint` says what to do, where we know it."""
 
     code = 1000
     http_status = 400
-    permanent = True  # trying again without a change elsewhere cannot help
+    permanent = True  # trying again cannot help before something else has changed
     longest = 8_000  # characters of the message
 
     def __init__(self, message: str, *, hint: str = "", code: int = 0) -> None:
@@ -364,11 +369,11 @@ MISSING, UNKNOWN_KEY = "missing", "unknown key"
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with what somebody gave.
+    """One thing that is wrong with an input.
 
-    `where` names the place as they wrote it (keboola_stack_url, or job 'x': watch.secret); `found`
-    is what stands there, or the whole message where nothing is `allowed` instead. In a file there
-    are also `line` and `column` (from 1; 0 is unknown) and `source`, the text of that line.
+    `where` names the place as its author wrote it (keboola_stack_url, or job 'x': watch.secret).
+    `found` is the value at that place, or the whole message if `allowed` is empty. A file adds
+    `line` and `column` (from 1; 0: unknown) and `source`, the text of that line.
     """
 
     where: str = ""
@@ -381,7 +386,7 @@ class Problem:
 
     @property
     def text(self) -> str:
-        """Without the place."""
+        """The message without the place."""
         if not self.found or not self.allowed:
             return self.found or f"allowed: {self.allowed}"
         if self.found == MISSING:
@@ -395,11 +400,11 @@ class Problem:
 
 
 class Invalid(TeckoError):
-    """Input that the model refuses: every problem found, one a line."""
+    """Input that was refused; the message has one line for each problem."""
 
     code = 1004
     http_status = 422
-    longest = 1 << 20  # each of its lines is bounded
+    longest = 1 << 20  # there may be many problems; each line is short
 
     def __init__(self, problems: Iterable[Problem | str], *, hint: str = "") -> None:
         self.problems = []
@@ -411,24 +416,24 @@ class Invalid(TeckoError):
 
 
 class NotFound(TeckoError):
-    """A job (1002) or secret (1001) that is not there."""
+    """There is no such job (1002) or secret (1001)."""
 
     code = 1002
     http_status = 404
 
 
 class Conflict(TeckoError):
-    """It exists, but its state or another one forbids this."""
+    """The current state forbids this change."""
 
     code = 1003
     http_status = 409
 
 
 class UpstreamError(TeckoError):
-    """A call that did not bring the answer we need.
+    """A call to another server failed.
 
-    `status` is the HTTP status or None when there was no answer; `retry_after` is in seconds;
-    `sent` is False only where the request surely never reached the other side.
+    `status` is the HTTP status, None without an answer; `retry_after` is in seconds; `sent` is
+    False only if the request is known not to have reached the other side.
     """
 
     http_status = 502
@@ -463,14 +468,14 @@ class KeboolaError(UpstreamError):
 
 
 class SourceError(UpstreamError):
-    """The source of an ingest refused, failed, could not be reached, or cannot be read."""
+    """The source of an ingest refused, failed, or could not be reached or read."""
 
     code = 2003
 
 
 class IngestFailed(TeckoError):
-    """An ingest that goes on badly, though its source answers; `forget`: what its run read has to
-    be read again."""
+    """A run of an ingest failed although its source answers. `forget`: what the run has read has
+    to be read again."""
 
     code = 2003
 
@@ -480,7 +485,7 @@ class IngestFailed(TeckoError):
 
 
 class Refused(TeckoError):
-    """A request that HTTP itself forbids: `http_status` says why."""
+    """An HTTP request that is refused; `http_status` says why."""
 
     def __init__(
         self, status: int, message: str, *, headers: Mapping[str, str] = MappingProxyType({})
@@ -490,7 +495,7 @@ class Refused(TeckoError):
 
 
 class StoreError(TeckoError):
-    """SQLite failed or stayed locked; nothing of the transaction was written."""
+    """The database failed or stayed locked; nothing of the transaction was written."""
 
     code = 3001
     http_status = 503
@@ -498,7 +503,7 @@ class StoreError(TeckoError):
 
 
 class SecretError(TeckoError):
-    """A master key or a secret that is missing, unreadable or does not decrypt."""
+    """A master key or secret is missing, unreadable, or does not decrypt."""
 
     code = 3002
     http_status = 500
@@ -513,7 +518,7 @@ JobStatus = Literal[
 TriggerState = Literal[
     "pending",  # to be sent
     "sending",  # on the wire, or it was when the program died
-    "unknown",  # on the wire once; Keboola's search is asked whether it arrived
+    "unknown",  # sent, outcome unknown; Keboola's search is asked whether it arrived
     "held",  # not found, and a person is to decide
     "running",  # Keboola has it
     "succeeded",
@@ -530,14 +535,14 @@ BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its 
 
 
 def iso(at: float) -> str:
-    """A unix time as ISO 8601 in UTC, to the second. What no date can say becomes the nearest one
-    that can be said: a nonsense time in one row must not hide all the others."""
+    """A unix time as ISO 8601 in UTC, to the second. A time outside of the years 1 to 9999 becomes
+    the nearest one inside: one wrong time in a row must not break a whole list."""
     shown = min(253_402_300_799.0, max(-62_135_596_800.0, at))  # years 1 to 9999
     return datetime.fromtimestamp(shown, UTC).isoformat(timespec="seconds")[:19] + "Z"
 
 
 def file_timestamp(at: float) -> str:
-    """The same as it stands in the name of a file."""
+    """The same for the name of a file."""
     return iso(at).replace(":", "").replace("-", "")
 
 
@@ -592,7 +597,7 @@ def reject_duplicates(value: list[str]) -> list[str]:
 
 
 def clean_stack_url(value: str) -> str:
-    """`https://host` without path; plain http only to this machine, where nobody listens in."""
+    """`https://host` without a path; plain http only to this machine, where nobody can listen."""
     found = re.fullmatch(r"(https?)://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?/?", value.lower())
     insecure = found and found[1] == "http" and found[2].strip("[]") not in LOOPBACK
     if not found or insecure or int(found[3] or 443) > 65535:
@@ -601,7 +606,7 @@ def clean_stack_url(value: str) -> str:
 
 
 def clean_url(value: str) -> str:
-    """An http(s) URL with a host, without a password in it: that is what `secret` is for."""
+    """An http(s) URL with a host and without a password, for which there is `secret`."""
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment:
         raise ValueError("not an http or https URL")
@@ -629,7 +634,7 @@ def clean_source(value: str) -> str:
 
 
 def safe_for_secret(url: str) -> str:
-    """A secret is not sent where others listen in."""
+    """Secrets are sent over https only, except to this machine."""
     if url.lower().startswith("http://") and urlsplit(url).hostname not in LOOPBACK:
         raise ValueError("a secret goes over https only")
     return url
@@ -656,7 +661,7 @@ def known_encoding(value: str) -> str:
 
 
 def booleans_as_text(value: object) -> object:
-    """Booleans as YAML writes them, since Keboola takes only strings."""
+    """Booleans as YAML writes them, since Keboola takes only texts."""
     if not isinstance(value, dict):
         return value
     return {k: str(v).lower() if isinstance(v, bool) else v for k, v in value.items()}
@@ -772,14 +777,15 @@ OnAmbiguous = Annotated[
 
 
 def title_of(model: type[Any]) -> str:
-    """What an editor's completion shows: the first words of the docstring, not the class."""
+    """The title in the JSON Schema, which editors show: the first words of the docstring."""
     return re.split(r"[.:;,]", str(model.__doc__), maxsplit=1)[0]
 
 
 class StrictModel(BaseModel):
-    """Unknown keys are refused; numbers become text where text is meant (configuration_id: 12).
+    """A model that refuses unknown keys. Numbers become text where text is meant
+    (configuration_id: 12).
 
-    The first line of a field's description is what an error message says is allowed; the others
+    Error messages use the first line of a field's description as what is allowed; the other lines
     say what the values do."""
 
     model_config = ConfigDict(
@@ -814,7 +820,7 @@ class KeboolaTrigger(StrictModel):
 
 
 class ShortForm(StrictModel):
-    """A block that may be given as the value of its first field alone."""
+    """A block that can be shortened to the value of its first field."""
 
     @model_validator(mode="before")
     @classmethod
@@ -829,8 +835,8 @@ class ShortForm(StrictModel):
 
 
 class Paging(ShortForm):
-    """How the next page of an API is asked for: by the Link header of the answer (RFC 8288), by a
-    cursor out of it or out of its last record, or by a number that counts pages or records."""
+    """How to ask an API for the next page: by the answer's Link header (RFC 8288), by a cursor
+    from the answer or from its last record, or by a number that counts pages or records."""
 
     type: Literal["link", "cursor", "last", "page", "offset"] = Field(
         description="link, cursor, last, page or offset\n"
@@ -856,8 +862,8 @@ class Paging(ShortForm):
 
 
 class Since(ShortForm):
-    """What makes an API's ingest incremental: the greatest value of a field is remembered and
-    sent along."""
+    """Incremental ingest of an API: the greatest value of a field is remembered, and sent with the
+    next run's requests."""
 
     field: Label = Field(description="the field of a record that tells when it changed, dotted")
     param: Label = Field("since", description="the query parameter")
@@ -938,7 +944,7 @@ class Source(StrictModel):
 
 
 class CsvSource(Source):
-    """A CSV file, or all that a glob matches, or one behind a URL."""
+    """A CSV file, all files that a glob matches, or a file behind a URL."""
 
     @property
     def place(self) -> str:
@@ -1021,7 +1027,7 @@ class AnyJob(StrictModel):
 
 
 class JobSpec(AnyJob):
-    """A job that watches batches, as its author wrote it."""
+    """The definition of a job that watches batches."""
 
     poll_interval: PollInterval = Field(120, validation_alias=POLL_INTERVAL)
     watch: OpenAIBatches = Field(description="a block with type, secret and batch_ids")
@@ -1031,7 +1037,7 @@ class JobSpec(AnyJob):
 
 
 class IngestSpec(AnyJob):
-    """A job that ingests records, as its author wrote it."""
+    """The definition of a job that ingests records."""
 
     poll_interval: Interval = Field(120, validation_alias=POLL_INTERVAL)
     ingest: Annotated[CsvSource | ApiSource, Field(discriminator="type")] = Field(
@@ -1043,12 +1049,12 @@ Spec = JobSpec | IngestSpec
 
 
 def optional_field(**said: str) -> Any:
-    """A field that may be left out, and has then no value that could be given as well."""
+    """A field that may be left out, but not set to null."""
     return Field(default_factory=lambda: None, **cast(Any, said))
 
 
 class FlatJob(AnyJob):
-    """A watching job on one level, as the REST API and the command line have it."""
+    """A job that watches batches, without nested blocks: for the REST API and the command line."""
 
     batch_ids: BatchIds = optional_field()
     batch_id: BatchId = optional_field(description="one batch, in place of batch_ids")
@@ -1076,7 +1082,7 @@ class FlatJob(AnyJob):
     )
 
     def to_spec(self) -> JobSpec:
-        """The same job, nested. What is in it was validated here already."""
+        """The same job as JobSpec. Its values are valid already."""
         said = dict(self) | {"batch_ids": self.batch_ids or [self.batch_id]}
         for name, by_id in self.EITHER[1:]:
             said[name] = said[by_id] if said[name] is None else said[name]
@@ -1104,7 +1110,7 @@ FLAT_NAMES = {  # what FlatJob calls the fields of a job's blocks
 
 
 def flat_fields(spec: Spec) -> dict[str, Any]:
-    """A job's definition by the names of FlatJob; of an ingest, those that it has."""
+    """The fields of a job under FlatJob's names; an ingest has few of them."""
     flat: dict[str, Any] = {"name": spec.name, "poll_interval_seconds": spec.poll_interval}
     blocks = {} if isinstance(spec, IngestSpec) else FLAT_NAMES
     for block, names in blocks.items():
@@ -1113,7 +1119,7 @@ def flat_fields(spec: Spec) -> dict[str, Any]:
 
 
 class JobChanges(FlatJob):
-    """What can be changed of a job that did not come from jobs.yaml."""
+    """Changes of a job that did not come from jobs.yaml."""
 
     name: Name = optional_field()
     keboola_stack_url: StackUrl = optional_field()
@@ -1124,8 +1130,8 @@ class JobChanges(FlatJob):
 
 
 def with_changes(spec: Spec, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A job with some fields of FlatJob changed, for `job_spec`. What `changes` names stands under
-    that name, so that an error says it as its author did."""
+    """A job's fields with `changes`, for `job_spec`. They keep the names that `changes` uses, so
+    that an error message uses them, too."""
     said = {other for ways in FlatJob.EITHER for name in ways if name in changes for other in ways}
     if isinstance(spec, IngestSpec):
         return {"ingest": spec.ingest.model_dump()} | flat_fields(spec) | dict(changes)
@@ -1133,7 +1139,7 @@ def with_changes(spec: Spec, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def job_form(data: object) -> type[JobSpec | IngestSpec | FlatJob]:
-    """Which of the three forms of a job was meant."""
+    """Which of the three forms this job is written in."""
     if not isinstance(data, dict):
         return JobSpec
     if "ingest" in data:
@@ -1151,8 +1157,8 @@ SECRETS_OF = {  # where a job names a secret, nested or flat, and of which type 
 
 
 def secrets_of(job: Mapping[str, Any]) -> Iterator[tuple[Place, str, str | int]]:
-    """What a job in any form, valid or not, needs: where it says so, a secret of which type, and
-    its name or id."""
+    """The secrets that a job in any form, valid or not, refers to: the place, the type that it has
+    to be of, and its name or id."""
     for field_name, kind in SECRETS_OF.items():
         block, _, name = field_name.rpartition(".")
         inner = job.get(block) if block else job
@@ -1165,7 +1171,7 @@ def secrets_of(job: Mapping[str, Any]) -> Iterator[tuple[Place, str, str | int]]
 
 
 class SecretRef(StrictModel):
-    """A secret that lives outside of the store: exactly one of `env` and `file`."""
+    """A secret that is kept outside of the store, in a variable (`env`) or a file."""
 
     model_config = ConfigDict(
         json_schema_extra={"oneOf": [{"required": ["env"]}, {"required": ["file"]}]}
@@ -1221,8 +1227,8 @@ class BackupBlock(StrictModel):
 
 
 class Settings(BaseModel):
-    """What the environment, .env and the head of jobs.yaml set; the environment has the names of
-    the fields in capitals."""
+    """Settings from the environment, .env and the head of jobs.yaml. Environment variables have the
+    names of the fields in capitals."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, hide_input_in_errors=True)
 
@@ -1276,7 +1282,7 @@ class Settings(BaseModel):
 
     @property
     def shown_store(self) -> str:
-        """The same for people: of a URL without its user, password and options."""
+        """The same for messages: a URL without user, password and options."""
         url = urlsplit(str(self.store))
         host = url.netloc.rpartition("@")[2]
         return f"{url.scheme}://{host}{url.path}" if self.database_url else str(self.database)
@@ -1288,12 +1294,12 @@ class Settings(BaseModel):
 
     @property
     def has_store(self) -> bool:
-        """Whether there is a database to ask: a server is asked for its own."""
+        """Whether the database exists; on a server, only asking it would tell."""
         return self.database_url is not None or self.database.exists()
 
     @property
     def job_context(self) -> dict[str, Any]:
-        """What the models of a job need to know of the settings."""
+        """The settings that validating a job depends on."""
         bounds = (self.min_poll_interval, self.max_poll_interval)
         return {"bounds": bounds, "default_interval": self.default_poll_interval}
 
@@ -1310,7 +1316,7 @@ class AdminBlock(StrictModel):
 
 
 class AlertTarget(ShortForm):
-    """Where alerts go: exactly one of `apprise`, `webhook` and `command`."""
+    """A receiver of alerts: exactly one of `apprise`, `webhook` and `command`."""
 
     apprise: (
         Annotated[Location, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://\S+$")] | None
@@ -1336,7 +1342,7 @@ class AlertTarget(ShortForm):
 
     @property
     def shown(self) -> str:
-        """What it is called, without what is secret in it."""
+        """Its name in messages, without the secret parts of a URL."""
         if self.command is not None:
             return f"command {self.command[0]}"
         url = urlsplit(self.webhook or self.apprise or "")
@@ -1344,7 +1350,7 @@ class AlertTarget(ShortForm):
 
 
 class JobsFile(StrictModel):
-    """jobs.yaml without its jobs, which are validated one by one."""
+    """jobs.yaml. Its jobs are validated later, one by one."""
 
     database: Location = Field("teckochecker.db", description="the path of the SQLite file")
     admin: AdminBlock = Field(
@@ -1370,7 +1376,7 @@ class JobsFile(StrictModel):
 
 @dataclass(slots=True)  # a frozen one takes five times as long to make, which each check does
 class BatchSeen:
-    """What one answer of OpenAI says of a batch. Times are unix seconds (Batch object, API
+    """What an answer of OpenAI says about a batch. Times are unix seconds (Batch object, API
     reference: https://platform.openai.com/docs/api-reference/batch/object)."""
 
     batch_id: str
@@ -1387,7 +1393,7 @@ class BatchSeen:
 
 @dataclass(slots=True)
 class Batch(BatchSeen):
-    """A batch as the store remembers it; `status` is "" until it was seen once."""
+    """A batch as stored; `status` is "" until the first answer."""
 
     changed_at: At = 0.0  # when we last saw anything about it change
     missing_since: At | None = None  # first of the 404s in a row
@@ -1396,7 +1402,7 @@ class Batch(BatchSeen):
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """A row of the outbox: one Keboola job that has to be started, once."""
+    """A row of the outbox: one Keboola job to be started exactly once."""
 
     id: str
     job_id: int
@@ -1421,8 +1427,8 @@ class Trigger:
 
 @lru_cache(maxsize=1024)
 def parse_spec(text: str) -> Spec:
-    """A job's definition from its row; it was validated when it came in, under the bounds of
-    then, and is the same at each check."""
+    """A job's definition from its row. Its interval was valid when it was stored; the bounds may
+    have changed since. Cached, since each check needs it."""
     data = json.loads(text)
     spec = job_form(data).model_validate(data, context={"bounds": (0, sys.maxsize)})
     return cast(Spec, spec)
@@ -1430,7 +1436,7 @@ def parse_spec(text: str) -> Spec:
 
 @dataclass(slots=True)  # not frozen: to make one would take as long as all the rest of a check
 class Job:
-    """A job as the store has it; its definition is read when someone asks for it."""
+    """A job as stored; its definition is parsed when it is first needed."""
 
     id: int
     name: str
@@ -1455,7 +1461,7 @@ class Job:
 
     @property
     def spec(self) -> Spec:
-        """Raises TeckoError where today's model refuses it, or it is damaged."""
+        """Raises TeckoError if it is damaged or this version refuses it."""
         try:
             return parse_spec(self.text)
         except ValueError as e:  # pydantic's is one
@@ -1466,7 +1472,7 @@ class Job:
 
     @property
     def damage(self) -> str | None:
-        """Why its definition cannot be used; None: it can."""
+        """Why its definition cannot be used; None if it can."""
         try:
             return None if self.spec else ""
         except TeckoError as e:
@@ -1492,7 +1498,7 @@ class Job:
         return "removed" if self.removed_at is not None else self.status
 
     def differs(self, spec: Spec) -> bool:
-        """Whether `spec` is another definition; texts alike spare the reading."""
+        """Whether `spec` is another definition. Equal texts need not be parsed."""
         return self.text != spec.model_dump_json() and (bool(self.damage) or self.spec != spec)
 
 
@@ -1526,7 +1532,7 @@ class Run:
     records_updated: int
     records_unchanged: int
     records_failed: int
-    progress: float | None  # 0 to 1; None: nobody knows how much there is
+    progress: float | None  # 0 to 1; None: total unknown
     start_time: At
     end_time: At | None
     error_message: str | None
@@ -1539,7 +1545,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A record that was not taken: where it stood, why, and itself as far as it could be read."""
+    """A rejected record: its place, the reason, and its text as far as it could be read."""
 
     place: str
     reason: str
@@ -1549,8 +1555,8 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What came out of a source in one go: records with their numbers, those that could not even
-    be read, and where the part stands after them."""
+    """One portion read from a source: numbered records, records that could not be read, and the
+    position in the part after them."""
 
     label: str  # of the part, for people: "products.csv line", "page 3 record"
     records: Sequence[tuple[int, Any]]
@@ -1563,18 +1569,18 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What is to be written of records that were fetched in one go, and commit together."""
+    """What is stored of one `Fetched`, in one transaction."""
 
     fetched: Fetched
     raws: list[tuple[str, str, bool]]  # id, the record as JSON, whether it could be normalized
     unified: list[tuple[str, str, bytes]]  # id, unified record as JSON, hash
     rejects: list[Rejected]
-    counts: Counter[str]  # by COUNTED
+    counts: Counter[str]  # by the names in COUNTED
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is remembered of a source as a whole."""
+    """What is stored about a source as a whole."""
 
     records: int
     watermark: str | None
@@ -1585,7 +1591,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class RunEnd:
-    """How a run ended, and what follows for its job."""
+    """How a run ended, and what that means for its job."""
 
     status: RunStatus
     error: str | None
@@ -1599,7 +1605,7 @@ class RunEnd:
 
 @dataclass(frozen=True, slots=True)
 class KeboolaJob:
-    """What Keboola says of a job; statuses as in its queue's OpenAPI description."""
+    """A job as Keboola describes it; statuses as in the OpenAPI description of its queue."""
 
     id: str
     status: str
@@ -2859,9 +2865,9 @@ CREATE TABLE polling_jobs (
     name TEXT NOT NULL UNIQUE,
     origin TEXT NOT NULL,                    -- file (jobs.yaml) or store (command line, REST)
     spec TEXT NOT NULL,                      -- the job as its author wrote it, JSON
-    openai_secret TEXT NOT NULL,             -- name of the secret that spec uses; empty: an ingest
-    keboola_secret TEXT NOT NULL,            -- likewise
-    api_secret TEXT,                         -- of an ingest; NULL: none
+    watch_secret TEXT NOT NULL,              -- name of the secret it watches with; empty: an ingest
+    trigger_secret TEXT NOT NULL,            -- name of the secret it triggers with; empty: likewise
+    ingest_secret TEXT,                      -- name of an ingest's secret; NULL: none
     poll_interval_seconds BIGINT NOT NULL,   -- 0: auto
     pace DOUBLE PRECISION NOT NULL,          -- s between checks at present, also where it is auto
     status TEXT NOT NULL,                    -- see JOB_STEPS
@@ -2877,7 +2883,7 @@ CREATE TABLE polling_jobs (
     created_at DOUBLE PRECISION NOT NULL,
     completed_at DOUBLE PRECISION            -- NULL: it has not ended
 );
-CREATE INDEX jobs_by_key ON polling_jobs (openai_secret, id)
+CREATE INDEX jobs_by_key ON polling_jobs (watch_secret, id)
     WHERE status = 'active' AND removed_at IS NULL;
 CREATE TABLE polling_batches (
     job_id BIGINT NOT NULL REFERENCES polling_jobs (id) ON DELETE CASCADE,
@@ -3061,15 +3067,25 @@ class Sqlite:
     lasting = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 
     def __init__(self, path: Path, *, mode: Literal["ro", "rw"], writes: bool) -> None:
-        self._uri, self._writes = f"file:{quote(str(path))}?mode={mode}", writes
-        if mode == "ro" and not Path(f"{path}-wal").exists():  # nobody writes it: make no -wal
-            self._uri += "&immutable=1"
+        self._path, self._mode, self._writes = path, mode, writes
+        self._unwritten: tuple[int, int] | None = None  # see `_state_if_unwritten`
         self._db: aiosqlite.Connection | None = None
+
+    def _state_if_unwritten(self) -> tuple[int, int] | None:
+        """Time and size of a file that no process writes, so that reading it need not make a -wal
+        beside it; None where a process writes, or this connection may."""
+        if self._mode == "rw" or Path(f"{self._path}-wal").exists():
+            return None
+        found = self._path.stat()
+        return found.st_mtime_ns, found.st_size
 
     async def open(self) -> None:
         import aiosqlite
 
-        self._db = await aiosqlite.connect(self._uri, uri=True, isolation_level=None)
+        self._unwritten = self._state_if_unwritten()
+        uri = f"file:{quote(str(self._path))}?mode={self._mode}"
+        uri += "&immutable=1" if self._unwritten else ""
+        self._db = await aiosqlite.connect(uri, uri=True, isolation_level=None)
         patience = LOCK_TURN if self._writes else PATIENCE  # who begins a transaction tries again
         await self.run(f"PRAGMA busy_timeout = {int(1000 * patience)}")
         if not self._writes:
@@ -3090,7 +3106,17 @@ class Sqlite:
     async def run(self, sql: str, values: Values | Sequence[Any] = ()) -> list[Any]:
         if self._db is None:
             raise StoreError("the database is closed")
-        return list(await self._db.execute_fetchall(sql, values))
+        try:
+            rows = list(await self._db.execute_fetchall(sql, values))
+        except sqlite3.DatabaseError:
+            if self._unwritten == self._state_if_unwritten():
+                raise
+        else:
+            if self._unwritten is None or self._unwritten == self._state_if_unwritten():
+                return rows
+        await self.close()  # a writer has come since: what was read may be half old, half new
+        await self.open()
+        return await self.run(sql, values)
 
     async def many(self, sql: str, rows: Sequence[Values]) -> None:
         assert self._db is not None
@@ -3288,6 +3314,14 @@ class Postgres:
 
 
 # ── Transactions ──────────────────────────────────────────────────────────────────────────────
+
+
+def storable(value: Any) -> Any:
+    """The value as both engines take it. Command-line arguments and environment variables that are
+    not UTF-8 contain lone surrogates, which no database takes; they become question marks."""
+    if type(value) is int:
+        return min(value, LARGEST)
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -3512,7 +3546,7 @@ class Database:
 
     async def _sql(self, sql: str, values: Values = MappingProxyType({})) -> list[Any]:
         """Run one statement, in this task's transaction or for reading; all its rows."""
-        given = {n: min(v, LARGEST) if type(v) is int else v for n, v in values.items()}
+        given = {name: storable(value) for name, value in values.items()}
         return await self._translate_errors(self._engine().run(sql, given))
 
     async def _select_dicts(self, sql: str, values: Values) -> list[dict[str, Any]]:
@@ -3528,7 +3562,8 @@ class Database:
 
     async def _many(self, sql: str, rows: Sequence[Values]) -> None:
         """Run one statement for each of `rows`, inside of a transaction."""
-        await self._translate_errors(self._engine().many(sql, rows))
+        given = [{name: storable(value) for name, value in row.items()} for row in rows]
+        await self._translate_errors(self._engine().many(sql, given))
 
     async def _upsert(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
@@ -3580,7 +3615,8 @@ class Database:
         return key
 
     async def _log(self, job_id: int | None, status: str, message: str, now: float) -> None:
-        row = {"job_id": job_id, "status": status, "message": redact(message), "created_at": now}
+        message = excerpt(message, 20_000)
+        row = {"job_id": job_id, "status": status, "message": message, "created_at": now}
         await self._insert("polling_logs", row | {"actor": ACTOR.get()})
         level = {"error": logging.WARNING, "failed": logging.ERROR}.get(status, logging.INFO)
         who = f"job {job_id}: " if job_id is not None else ""
@@ -3939,7 +3975,7 @@ class Secrets(Records):
             raise NotFound(f"there is no secret {name!r} of type {kind} to replace", code=1001)
         await self._sql(  # a changed job is due at once, however long it was to wait
             "UPDATE polling_jobs SET revision = revision + 1, errors_in_row = 0"
-            " WHERE :name IN (openai_secret, keboola_secret, api_secret)",
+            " WHERE :name IN (watch_secret, trigger_secret, ingest_secret)",
             {"name": name},
         )
         await self._log(None, "updated", f"secret {name!r} has a new value", now)
@@ -3969,7 +4005,7 @@ class Secrets(Records):
     async def delete_secret(self, name: str, now: float) -> None:
         users = await self._sql(
             "SELECT name FROM polling_jobs"
-            " WHERE :name IN (openai_secret, keboola_secret, api_secret)"
+            " WHERE :name IN (watch_secret, trigger_secret, ingest_secret)"
             " AND (status IN ('triggering', 'triggered')"
             " OR status IN ('active', 'paused') AND removed_at IS NULL)"
             " OR id IN (SELECT job_id FROM triggers WHERE secret = :name AND finished_at IS NULL)",
@@ -4010,7 +4046,7 @@ class Secrets(Records):
 AUTO_PACE = 120.0  # s between checks of `poll_interval: auto` until its first check says better
 ENDED = ("completed", "completed_with_failures", "failed")
 OF_JOB = (
-    "j.id, j.name, j.origin, j.spec, j.openai_secret, j.poll_interval_seconds, j.pace, j.status,"
+    "j.id, j.name, j.origin, j.spec, j.watch_secret, j.poll_interval_seconds, j.pace, j.status,"
     " j.removed_at, j.revision, j.round, j.errors_in_row, j.last_error, j.last_check_at,"
     " j.last_ok_at, j.next_check_at, j.created_at, j.completed_at,"
     f" EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND {OPEN_TRIGGER})"
@@ -4076,9 +4112,9 @@ def spec_columns(spec: Spec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "spec": spec.model_dump_json(),
-        "openai_secret": spec.watch.secret if isinstance(spec, JobSpec) else "",
-        "keboola_secret": spec.trigger.secret if isinstance(spec, JobSpec) else "",
-        "api_secret": spec.ingest.secret if isinstance(spec, IngestSpec) else None,
+        "watch_secret": spec.watch.secret if isinstance(spec, JobSpec) else "",
+        "trigger_secret": spec.trigger.secret if isinstance(spec, JobSpec) else "",
+        "ingest_secret": spec.ingest.secret if isinstance(spec, IngestSpec) else None,
         "poll_interval_seconds": 0 if spec.poll_interval == "auto" else spec.poll_interval,
     }
 
@@ -4173,7 +4209,7 @@ class Jobs(Secrets):
         rows = await self._sql(
             "SELECT b.batch_id, b.created_at, coalesce(j.next_check_at, 0) < :until"
             " FROM polling_jobs j JOIN polling_batches b ON b.job_id = j.id"
-            f" WHERE j.openai_secret IN {names} AND {ACTIVE} AND b.status NOT IN {ended}",
+            f" WHERE j.watch_secret IN {names} AND {ACTIVE} AND b.status NOT IN {ended}",
             {**given, **ends, "until": until},
         )
         return {row[0]: row[1] for row in rows}, sum(bool(row[2]) for row in rows)
@@ -4186,7 +4222,7 @@ class Jobs(Secrets):
         batches, ids = text_list("batch", batch_ids)
         rows = await self._sql(
             "SELECT DISTINCT j.id FROM polling_batches b JOIN polling_jobs j ON j.id = b.job_id"
-            f" WHERE b.batch_id IN {batches} AND j.openai_secret IN {names} AND {ACTIVE}",
+            f" WHERE b.batch_id IN {batches} AND j.watch_secret IN {names} AND {ACTIVE}",
             given | ids,
         )
         return [row[0] for row in rows]
@@ -4195,7 +4231,7 @@ class Jobs(Secrets):
         """The jobs that have something left to do: all (None), or those of `ids`."""
         some = "" if ids is None else f" AND j.id IN {number_list(ids)}"
         rows = await self._sql(  # two looks at indexes, however many jobs have ended
-            "SELECT j.id, j.poll_interval_seconds, j.revision, j.round, j.openai_secret"
+            "SELECT j.id, j.poll_interval_seconds, j.revision, j.round, j.watch_secret"
             f" FROM polling_jobs j WHERE j.id IN (SELECT j.id FROM polling_jobs j WHERE {ACTIVE}"
             f" UNION SELECT job_id FROM triggers WHERE {OPEN_TRIGGER}){some}"
         )
@@ -4529,13 +4565,10 @@ class CheckResult:
     def ok(self) -> bool:
         return not self.errors
 
-    def has_news(self) -> bool:
-        changed = self.job.batches != self.batches or self.error != self.job.last_error
-        return changed or self.verdict.event is not None
-
     def is_quiet(self) -> bool:
-        """Nothing but its time is to be written down."""
-        return self.ok and self.error is None and not self.has_news()
+        """Whether only the time of the check has to be stored."""
+        unchanged = self.job.batches == self.batches and self.job.last_error is self.error is None
+        return self.ok and unchanged and self.verdict.event is None
 
 
 class Checks(Jobs):
@@ -4549,9 +4582,9 @@ class Checks(Jobs):
     async def record_check(self, check: CheckResult) -> bool:
         """Write down a check and what was decided on it, all or nothing.
 
-        False, and nothing written, when the job was paused, removed, deleted or changed while
-        it was being checked: what was seen then decides nothing. A quiet check is kept for
-        `flush`, which looks at that once more.
+        False, and nothing is written, when the job was paused, removed, deleted or changed while
+        it was being checked: what was seen then decides nothing. A quiet check is kept for `flush`,
+        which has the same condition.
         """
         if not check.is_quiet():
             return bool(await self.record_checks([check]))
@@ -4879,12 +4912,12 @@ class Store(Checks):
         """Jobs that wait for a person, each with failed, held, refused (by OpenAI, with its key) or
         ingest (its last run with work in it failed, or rejected records), and the reason."""
         rows = await self._sql(
-            "SELECT j.id, j.name, j.last_error, CASE WHEN j.openai_secret = '' THEN 'ingest'"
+            "SELECT j.id, j.name, j.last_error, CASE WHEN j.watch_secret = '' THEN 'ingest'"
             " WHEN EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND t.round = j.round"
             " AND t.state = 'held') THEN 'held' WHEN j.status = 'active' THEN 'refused'"
             " ELSE 'failed' END FROM polling_jobs j"
             " WHERE j.removed_at IS NULL AND (j.status = 'failed' OR j.status = 'active'"
-            " AND (j.openai_secret = '' AND j.last_error IS NOT NULL OR j.last_error LIKE :no_key"
+            " AND (j.watch_secret = '' AND j.last_error IS NOT NULL OR j.last_error LIKE :no_key"
             " OR j.last_error LIKE :no_right)) ORDER BY j.id LIMIT :limit",
             {"limit": limit, "no_key": "%OpenAI said 401%", "no_right": "%OpenAI said 403%"},
         )
@@ -8507,7 +8540,11 @@ class Operations:
         raise NotFound(f"Secret {what} not found", hint="`secret list` shows them", code=1001)
 
     async def delete_secret(self, ref: str) -> Done:
-        name = (await self.secret(ref)).name
+        secret = await self.secret(ref)
+        name = secret.name
+        if any(target.secret in (name, secret.id) for target in self.config().alerts):
+            said = f"Cannot delete secret {name!r}: `alerts:` in jobs.yaml refers to it"
+            raise Conflict(said, hint="remove it there first")
         await self.store.delete_secret(name, self.clock())
         return Done(success=True, message=f"Secret {name!r} deleted successfully")
 

@@ -735,7 +735,7 @@ def drill(folder: Path, seed: int) -> None:
         file = luck.choice(under_load(site, luck))
         done = run_program("restore", file.name, cwd=folder, env=site.environment)
         assert done.returncode == 0, done.stderr
-        undone = "SELECT 1 FROM polling_jobs WHERE completed_at IS NULL AND openai_secret <> ''"
+        undone = "SELECT 1 FROM polling_jobs WHERE completed_at IS NULL AND watch_secret <> ''"
         with site.program():
             until(lambda: not site.rows(undone), "the end of every job")
             until(lambda: site.rows("SELECT 1 FROM etl_run WHERE status = 'success'"), "a run")

@@ -313,12 +313,23 @@ async def test_numbers_without_an_end(store: tecko.Store, number: int) -> None:
             await store.find_job(ref)
 
 
-async def test_texts_that_postgresql_does_not_take(store: tecko.Store) -> None:
-    """A NUL in what an upstream says costs no check; where the engine has none, a mark stands for
-    it."""
+@pytest.mark.parametrize(
+    ("text", "stored"),
+    [("a\0b", ("a\0b", "a\ufffdb")), ("a\ud800b", ("a?b",))],
+    ids=["NUL", "surrogate"],
+)
+async def test_texts_that_a_database_does_not_take(
+    store: tecko.Store, text: str, stored: tuple[str, ...]
+) -> None:
+    """A NUL (PostgreSQL) or half a surrogate in what comes from outside costs no check and no
+    question; a mark stands for it."""
     job = await made(store)
-    assert await checked(store, job, error="a\0b", errors=[tecko.OpenAIError("no")])
-    assert (await get(store, job.id)).last_error in ("a\0b", "a\ufffdb")
+    assert await checked(store, job, error=text, errors=[tecko.OpenAIError("no")])
+    assert (await get(store, job.id)).last_error in stored
+    await store.log_event("updated", text, 1.0)
+    assert await store.jobs(search=text) == []
+    with pytest.raises(tecko.NotFound):
+        await store.find_job(text)
 
 
 async def test_auto_is_not_overdue_before_its_first_check(store: tecko.Store) -> None:

@@ -751,6 +751,18 @@ def body(name: str) -> tecko.SecretBody:
     return tecko.SecretBody(name=name, type="openai", value="sk-some-value-0123456")
 
 
+async def test_a_secret_that_alerts_use_is_not_deleted(world: World) -> None:
+    """It is the bearer token of a webhook, by its name or by its id."""
+    await world.secret("hook", "api", "token-for-the-hook")
+    for ref in ("hook", 3):
+        target = tecko.AlertTarget(webhook="https://example.com/hook", secret=ref)
+        config = replace(world.config, alerts=[target])
+        operations = tecko.Operations(world.store, world.vault, lambda: config)  # noqa: B023
+        with pytest.raises(tecko.Conflict, match="`alerts:` in jobs"):
+            await operations.delete_secret("hook")
+    assert (await operations.secret("hook")).id == 3
+
+
 @pytest.mark.parametrize(("code", "ask"), REFUSALS.values(), ids=REFUSALS)
 async def test_what_the_desk_refuses(
     world: World, operations: tecko.Operations, code: int, ask: Callable[[tecko.Operations], Any]

@@ -388,6 +388,22 @@ async def test_opened_for_reading_only(path: Place) -> None:
             await made(store)
 
 
+@pytest.mark.sqlite
+async def test_a_reader_sees_a_writer_that_came_later(path: Path) -> None:
+    """A file that nobody wrote when it was opened for reading may be written at any time; and
+    reading alone leaves nothing beside it."""
+    await tecko.Store(path).touch()
+    async with tecko.Store(path, read_only=True) as reader:
+        assert await reader.jobs() == [] and os.listdir(path.parent) == [path.name]
+        async with tecko.Store(path) as writer:
+            first = await made(writer)
+            assert await reader.jobs() == [first]
+        assert await reader.jobs() == [first]
+        async with tecko.Store(path) as writer:
+            second = await made(writer, "other")
+        assert await reader.jobs() == [first, second]
+
+
 @pytest.mark.parametrize("what", ["nothing", "an empty one"])
 async def test_nothing_to_read(path: Place, tmp_path: Path, what: str) -> None:
     """Opened for reading, it makes no file and no tables, and says how they are made."""
