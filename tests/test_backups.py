@@ -327,7 +327,7 @@ def test_a_key_in_the_environment_is_left_to_its_owner(home: Path) -> None:
     settings = tecko.load_config(
         home / "jobs.yaml", {"SECRET_KEY": tecko.new_master_key()}
     ).settings
-    with pytest.raises(tecko.StoreError, match="SECRET_KEY has not the key of"):
+    with pytest.raises(tecko.StoreError, match="SECRET_KEY lacks the key of"):
         tecko.restore([file], settings, "by hand", 1.8e9)
 
 

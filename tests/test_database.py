@@ -33,9 +33,9 @@ async def test_an_end_waits_for_no_lock(store: tecko.Store, path: Place) -> None
         store.close_soon(0.2)
         done = await asyncio.gather(*waiting, return_exceptions=True)
         assert {type(end) for end in done} == {tecko.StoreError}
-        with pytest.raises(tecko.StoreError, match="the program ends"):
+        with pytest.raises(tecko.StoreError, match="the program is ending"):
             await made(store, "late")
-        store.keep_quiet(tecko.UnchangedCheck(jobs[0].id, 1, 1, 5.0, 65.0))
+        store.unchanged[jobs[0].id] = tecko.UnchangedCheck(jobs[0].id, 1, 1, 5.0, 65.0)
         await store.close()
 
 
@@ -235,7 +235,8 @@ async def test_a_clock_that_is_set_takes_the_times_along(store: tecko.Store, ste
     now = 1e9
     before, sent = await live(store, now)
     quiet = await made(store, "quiet", batch_ids=["batch_5"])
-    store.keep_quiet(tecko.UnchangedCheck(quiet.id, quiet.revision, quiet.round, now, now + 60))
+    unwritten = tecko.UnchangedCheck(quiet.id, quiet.revision, quiet.round, now, now + 60)
+    store.unchanged[quiet.id] = unwritten
     await store.shift_times(step, now + step)
     await store.flush()
     job, [trigger] = await store.find_job("checked"), await store.open_triggers(sent.job_id)
@@ -341,7 +342,7 @@ async def test_auto_is_not_overdue_before_its_first_check(store: tecko.Store) ->
     assert await checked(store, job, now=10.0, pace=30.0)
     await store.update_job(job.id, lambda _: spec(poll_interval="auto", variables={"a": "b"}), 11.0)
     assert (await get(store, job.id)).pace == 30.0
-    assert await store.check_age(101.0, 0.0) == 91.0
+    assert await store.ages(101.0, 0.0) == (91.0, 0.0)
 
 
 async def test_what_is_kept_is_counted_in_rows(store: tecko.Store, path: Place) -> None:
