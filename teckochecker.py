@@ -61,8 +61,8 @@ import sys
 
 
 def end_at_once(number: int, frame: object) -> None:
-    """A signal before there is anything to be ended in good order; a service that has not begun
-    has ended as it should."""
+    """Handle a signal that comes before there is anything to shut down. For a service that has
+    not started yet, SIGTERM is a normal end."""
     os._exit(0 if "start" in sys.argv and number != signal.SIGINT else 128 + number)
 
 
@@ -73,7 +73,7 @@ if __name__ == "__main__" and os.name == "posix":
     for _number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(_number) is not signal.SIG_IGN:
             signal.signal(_number, end_at_once)
-    if "start" in sys.argv:  # to which it will mean: read jobs.yaml again
+    if "start" in sys.argv:  # a service takes SIGHUP to mean: read jobs.yaml again
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 import argparse
@@ -161,9 +161,9 @@ from urllib.parse import parse_qs, quote, quote_plus, unquote, urljoin, urlsplit
 
 
 def install_hint(error: ImportError) -> str:
-    """What to do about a module that is not there."""
+    """What to do about a module that cannot be imported."""
     if error.name == "fcntl":
-        return "TeckoChecker needs Linux, macOS or another Unix; this is none"
+        return "TeckoChecker runs on Linux, macOS and other Unix systems only"
     needs = Path(__file__).with_name("requirements.txt")
     fix = shlex.join([sys.orig_argv[0], "-m", "pip", "install", "-r", str(needs)])
     return f"the package {error.name} is missing; run: {fix}"
@@ -220,7 +220,7 @@ VERSION = "1.0.0"
 _started = [sys.orig_argv[0], sys.argv[0]] if sys.argv[0].endswith(".py") else [sys.argv[0]]
 if shutil.which(os.path.basename(sys.argv[0])):
     _started = [os.path.basename(sys.argv[0])]
-COMMAND = shlex.join(_started)  # as the user has started it, so that a hint can be pasted
+COMMAND = shlex.join(_started)  # as the user started it, so that hints can be pasted
 
 CALL_TIMEOUT = 15.0  # s for a read: OpenAI answers a retrieve in well under a second
 CONNECT_TIMEOUT = 5.0  # s; a host that does not answer by then is down
@@ -231,42 +231,48 @@ KEEPALIVE = 300.0  # s an idle connection is kept: longer than common poll inter
 
 BACKOFF_FIRST = 1.0  # s before the first retry; doubles
 LONGEST_WAIT = 3600.0  # s, the most that a Retry-After or a refused key makes us wait
-MISSING_CHECKS = 3  # times that OpenAI has to deny a batch, since young ones can be unknown,
-MISSING_SECONDS = 600.0  # and the least time between the first denial and the last
-STALLED_SECONDS = 3 * 3600.0  # s without any progress after which a batch is worth a remark
-SETTLE_SEARCHES = 3  # successful searches at least before a trigger counts as not arrived
+MISSING_CHECKS = 3  # 404s in a row after which a batch is missing: new ones can be unknown
+MISSING_SECONDS = 600.0  # s at least between the first of these 404s and the last
+STALLED_SECONDS = 3 * 3600.0  # s without progress after which a batch gets a remark
+SETTLE_SEARCHES = 3  # successful searches, at least, before a trigger counts as not received
 FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the batches were
 
-AUTO_SHARE = 0.08  # of a batch's age, `auto` waits at most: half of that is the latency to expect
-AUTO_STEP = 1.25  # between the intervals of `auto`: few of them, so that jobs are due together
+AUTO_SHARE = 0.08  # of a batch's age: the longest wait of `auto`; the latency to expect is half
+AUTO_STEP = (
+    1.25  # ratio between intervals of `auto`: few different ones, so that jobs are due together
+)
 
-STORE_RETRY = 1.0  # s between attempts to write down what Keboola answered
-HTTP_ANSWER = 5.0  # s that a route may take before its caller is answered without the result
+STORE_RETRY = 1.0  # s between attempts to store what Keboola answered
+HTTP_ANSWER = 5.0  # s after which the caller of a slow route is answered without the result
 LOG_BYTES = 10_000_000  # per log file, five are kept
 
 
 # ── Redaction ─────────────────────────────────────────────────────────────────────────────────
 
 
-KEY_SHAPES = re.compile(  # OpenAI's, Keboola's, a password in a URL
-    r"(?<![\w-])sk-(?=[\w-]*\d)[A-Za-z0-9_-]{12,}|\b\d+-\d+-[A-Za-z0-9]{20,}\b|(?<=://)[^/\s@]+(?=@)"
+KEY_SHAPES = re.compile(
+    # OpenAI's: letters and digits, or small and capital letters, mixed in one word. A name like
+    # sk-nightly-2026 is not one.
+    r"(?<![\w-])sk-(?=[\w-]*([a-z][A-Z]|[A-Za-z]\d|\d[A-Za-z]))[\w-]{12,}"
+    r"|\b\d+-\d+-(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}\b"  # Keboola's
+    r"|(?<=://)[^/\s@]+(?=@)"  # a password in a URL
 )
 SHORTEST = 6  # characters of a secret
 
 
 class SecretValue:
-    """A secret in memory: prints as ***, and from its making on is cut out of every log line
-    and error message. `reveal()` is for the one call that needs it.
+    """A secret in memory. It prints as ***, and once it exists its value is removed from every log
+    line and error message. `reveal()` is for the one call that needs the value.
 
     `place` says where the value comes from (the name of a secret or of a setting). The last two
-    values of a place are known: a request with the one before may be under way, and a file that
-    is rewritten for ever must not fill the memory. A value of fewer than SHORTEST characters is
-    not cut out, since it would be found in any text; no secret is that short, see `clean_secret`.
+    values of each place are remembered: a request with the previous one may still be under way, and
+    a file that is rewritten again and again must not fill the memory. A value shorter than SHORTEST
+    is not removed, since any text may contain it; `clean_secret` accepts no secret that short.
     """
 
     __slots__ = ("_value",)
-    known: ClassVar[dict[str, dict[str, set[str]]]] = {}  # by place, by value: what it looks like
-    forms: ClassVar[list[str]] = []  # of all that are known, the longest first
+    known: ClassVar[dict[str, dict[str, set[str]]]] = {}  # by place and value: its written forms
+    forms: ClassVar[list[str]] = []  # all written forms, the longest first
 
     def __init__(self, value: str, place: str = "") -> None:
         self._value = value
@@ -287,16 +293,16 @@ class SecretValue:
 
 
 def written_forms(value: str) -> set[str]:
-    """What a value looks like as it is, in JSON, in a URL, and as repr has it, whichever quotes it
-    chooses."""
+    """The value as it is, as JSON and URLs write it, and as repr does with either quote."""
     doubled = value.replace("\\", "\\\\")
     quoted = {doubled, doubled.replace("'", "\\'"), json.dumps(value)[1:-1]}
     return {value, *quoted, quote(value, safe=""), quote(value), quote_plus(value)}
 
 
 def redact(text: str) -> str:
-    """`text` without any secret's value, nor anything that has the shape of a key. One search for
-    each value: a pattern of all of them takes a second to compile, and is new with each value."""
+    """`text` without the values of secrets and without anything that looks like a key. Each value
+    is searched for by itself: one pattern of all values would take a second to compile, again for
+    each new value."""
     for form in SecretValue.forms:
         if form in text:
             text = text.replace(form, "***")
@@ -304,9 +310,8 @@ def redact(text: str) -> str:
 
 
 def excerpt(text: str, most: int) -> str:
-    """The redacted beginning of a text, which can be encoded. It is cut before it is redacted, for
-    it may be endless, but not where a secret could be cut in half, which would then not be
-    recognized."""
+    """The redacted beginning of a text, as text that can be encoded. A very long text is cut before
+    it is redacted, `spare` characters later, so that a secret at the cut is still whole."""
     spare = max(1000, len(SecretValue.forms[0]) if SecretValue.forms else 0)
     if len(text) > most + spare:
         text = redact(text[: most + spare])[:-spare]
@@ -314,8 +319,8 @@ def excerpt(text: str, most: int) -> str:
 
 
 class RedactingFilter(logging.Filter):
-    """Redacts message, traceback and stack; sits on every handler, so that libraries' records
-    pass it too."""
+    """Redacts message, traceback and stack. Every handler has it, so that it sees the records of
+    libraries, too."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         try:
@@ -334,11 +339,11 @@ class RedactingFilter(logging.Filter):
 
 
 class TeckoError(Exception):
-    """Something that a person is told in one line; `hint` says what to do, where we know it."""
+    """An error that is reported in one line; `hint` says what to do, where we know it."""
 
     code = 1000
     http_status = 400
-    permanent = True  # trying again without a change elsewhere cannot help
+    permanent = True  # trying again cannot help before something else has changed
     longest = 8_000  # characters of the message
 
     def __init__(self, message: str, *, hint: str = "", code: int = 0) -> None:
@@ -365,11 +370,11 @@ MISSING, UNKNOWN_KEY = "missing", "unknown key"
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with what somebody gave.
+    """One thing that is wrong with an input.
 
-    `where` names the place as they wrote it (keboola_stack_url, or job 'x': watch.secret); `found`
-    is what stands there, or the whole message where nothing is `allowed` instead. In a file there
-    are also `line` and `column` (from 1; 0 is unknown) and `source`, the text of that line.
+    `where` names the place as its author wrote it (keboola_stack_url, or job 'x': watch.secret).
+    `found` is the value at that place, or the whole message if `allowed` is empty. A file adds
+    `line` and `column` (from 1; 0: unknown) and `source`, the text of that line.
     """
 
     where: str = ""
@@ -382,7 +387,7 @@ class Problem:
 
     @property
     def text(self) -> str:
-        """Without the place."""
+        """The message without the place."""
         if not self.found or not self.allowed:
             return self.found or f"allowed: {self.allowed}"
         if self.found == MISSING:
@@ -396,11 +401,11 @@ class Problem:
 
 
 class Invalid(TeckoError):
-    """Input that the model refuses: every problem found, one a line."""
+    """Input that was refused; the message has one line for each problem."""
 
     code = 1004
     http_status = 422
-    longest = 1 << 20  # each of its lines is bounded
+    longest = 1 << 20  # there may be many problems; each line is short
 
     def __init__(self, problems: Iterable[Problem | str], *, hint: str = "") -> None:
         self.problems = []
@@ -412,24 +417,24 @@ class Invalid(TeckoError):
 
 
 class NotFound(TeckoError):
-    """A job (1002) or secret (1001) that is not there."""
+    """There is no such job (1002) or secret (1001)."""
 
     code = 1002
     http_status = 404
 
 
 class Conflict(TeckoError):
-    """It exists, but its state or another one forbids this."""
+    """The current state forbids this change."""
 
     code = 1003
     http_status = 409
 
 
 class UpstreamError(TeckoError):
-    """A call that did not bring the answer we need.
+    """A call to another server failed.
 
-    `status` is the HTTP status or None when there was no answer; `retry_after` is in seconds;
-    `sent` is False only where the request surely never reached the other side.
+    `status` is the HTTP status, None without an answer; `retry_after` is in seconds; `sent` is
+    False only if the request is known not to have reached the other side.
     """
 
     http_status = 502
@@ -464,14 +469,14 @@ class KeboolaError(UpstreamError):
 
 
 class SourceError(UpstreamError):
-    """The source of an ingest refused, failed, could not be reached, or cannot be read."""
+    """The source of an ingest refused, failed, or could not be reached or read."""
 
     code = 2003
 
 
 class IngestFailed(TeckoError):
-    """An ingest that goes on badly, though its source answers; `forget`: what its run read has to
-    be read again."""
+    """A run of an ingest failed although its source answers. `forget`: what the run has read has
+    to be read again."""
 
     code = 2003
 
@@ -481,7 +486,7 @@ class IngestFailed(TeckoError):
 
 
 class Refused(TeckoError):
-    """A request that HTTP itself forbids: `http_status` says why."""
+    """An HTTP request that is refused; `http_status` says why."""
 
     def __init__(
         self, status: int, message: str, *, headers: Mapping[str, str] = MappingProxyType({})
@@ -491,7 +496,7 @@ class Refused(TeckoError):
 
 
 class StoreError(TeckoError):
-    """SQLite failed or stayed locked; nothing of the transaction was written."""
+    """The database failed or stayed locked; nothing of the transaction was written."""
 
     code = 3001
     http_status = 503
@@ -499,7 +504,7 @@ class StoreError(TeckoError):
 
 
 class SecretError(TeckoError):
-    """A master key or a secret that is missing, unreadable or does not decrypt."""
+    """A master key or secret is missing, unreadable, or does not decrypt."""
 
     code = 3002
     http_status = 500
@@ -514,7 +519,7 @@ JobStatus = Literal[
 TriggerState = Literal[
     "pending",  # to be sent
     "sending",  # on the wire, or it was when the program died
-    "unknown",  # on the wire once; Keboola's search is asked whether it arrived
+    "unknown",  # sent, outcome unknown; Keboola's search is asked whether it arrived
     "held",  # not found, and a person is to decide
     "running",  # Keboola has it
     "succeeded",
@@ -531,14 +536,14 @@ BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its 
 
 
 def iso(at: float) -> str:
-    """A unix time as ISO 8601 in UTC, to the second. What no date can say becomes the nearest one
-    that can be said: a nonsense time in one row must not hide all the others."""
+    """A unix time as ISO 8601 in UTC, to the second. A time outside of the years 1 to 9999 becomes
+    the nearest one inside: one wrong time in a row must not break a whole list."""
     shown = min(253_402_300_799.0, max(-62_135_596_800.0, at))  # years 1 to 9999
     return datetime.fromtimestamp(shown, UTC).isoformat(timespec="seconds")[:19] + "Z"
 
 
 def file_timestamp(at: float) -> str:
-    """The same as it stands in the name of a file."""
+    """The same for the name of a file."""
     return iso(at).replace(":", "").replace("-", "")
 
 
@@ -593,7 +598,7 @@ def reject_duplicates(value: list[str]) -> list[str]:
 
 
 def clean_stack_url(value: str) -> str:
-    """`https://host` without path; plain http only to this machine, where nobody listens in."""
+    """`https://host` without a path; plain http only to this machine, where nobody can listen."""
     found = re.fullmatch(r"(https?)://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?/?", value.lower())
     insecure = found and found[1] == "http" and found[2].strip("[]") not in LOOPBACK
     if not found or insecure or int(found[3] or 443) > 65535:
@@ -602,7 +607,7 @@ def clean_stack_url(value: str) -> str:
 
 
 def clean_url(value: str) -> str:
-    """An http(s) URL with a host, without a password in it: that is what `secret` is for."""
+    """An http(s) URL with a host and without a password, for which there is `secret`."""
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment:
         raise ValueError("not an http or https URL")
@@ -630,7 +635,7 @@ def clean_source(value: str) -> str:
 
 
 def safe_for_secret(url: str) -> str:
-    """A secret is not sent where others listen in."""
+    """Secrets are sent over https only, except to this machine."""
     if url.lower().startswith("http://") and urlsplit(url).hostname not in LOOPBACK:
         raise ValueError("a secret goes over https only")
     return url
@@ -657,7 +662,7 @@ def known_encoding(value: str) -> str:
 
 
 def booleans_as_text(value: object) -> object:
-    """Booleans as YAML writes them, since Keboola takes only strings."""
+    """Booleans as YAML writes them, since Keboola takes only texts."""
     if not isinstance(value, dict):
         return value
     return {k: str(v).lower() if isinstance(v, bool) else v for k, v in value.items()}
@@ -773,14 +778,15 @@ OnAmbiguous = Annotated[
 
 
 def title_of(model: type[Any]) -> str:
-    """What an editor's completion shows: the first words of the docstring, not the class."""
+    """The title in the JSON Schema, which editors show: the first words of the docstring."""
     return re.split(r"[.:;,]", str(model.__doc__), maxsplit=1)[0]
 
 
 class StrictModel(BaseModel):
-    """Unknown keys are refused; numbers become text where text is meant (configuration_id: 12).
+    """A model that refuses unknown keys. Numbers become text where text is meant
+    (configuration_id: 12).
 
-    The first line of a field's description is what an error message says is allowed; the others
+    Error messages use the first line of a field's description as what is allowed; the other lines
     say what the values do."""
 
     model_config = ConfigDict(
@@ -815,7 +821,7 @@ class KeboolaTrigger(StrictModel):
 
 
 class ShortForm(StrictModel):
-    """A block that may be given as the value of its first field alone."""
+    """A block that can be shortened to the value of its first field."""
 
     @model_validator(mode="before")
     @classmethod
@@ -830,8 +836,8 @@ class ShortForm(StrictModel):
 
 
 class Paging(ShortForm):
-    """How the next page of an API is asked for: by the Link header of the answer (RFC 8288), by a
-    cursor out of it or out of its last record, or by a number that counts pages or records."""
+    """How to ask an API for the next page: by the answer's Link header (RFC 8288), by a cursor
+    from the answer or from its last record, or by a number that counts pages or records."""
 
     type: Literal["link", "cursor", "last", "page", "offset"] = Field(
         description="link, cursor, last, page or offset\n"
@@ -857,8 +863,8 @@ class Paging(ShortForm):
 
 
 class Since(ShortForm):
-    """What makes an API's ingest incremental: the greatest value of a field is remembered and
-    sent along."""
+    """Incremental ingest of an API: the greatest value of a field is remembered, and sent with the
+    next run's requests."""
 
     field: Label = Field(description="the field of a record that tells when it changed, dotted")
     param: Label = Field("since", description="the query parameter")
@@ -939,7 +945,7 @@ class Source(StrictModel):
 
 
 class CsvSource(Source):
-    """A CSV file, or all that a glob matches, or one behind a URL."""
+    """A CSV file, all files that a glob matches, or a file behind a URL."""
 
     @property
     def place(self) -> str:
@@ -1022,7 +1028,7 @@ class AnyJob(StrictModel):
 
 
 class JobSpec(AnyJob):
-    """A job that watches batches, as its author wrote it."""
+    """The definition of a job that watches batches."""
 
     poll_interval: PollInterval = Field(120, validation_alias=POLL_INTERVAL)
     watch: OpenAIBatches = Field(description="a block with type, secret and batch_ids")
@@ -1032,7 +1038,7 @@ class JobSpec(AnyJob):
 
 
 class IngestSpec(AnyJob):
-    """A job that ingests records, as its author wrote it."""
+    """The definition of a job that ingests records."""
 
     poll_interval: Interval = Field(120, validation_alias=POLL_INTERVAL)
     ingest: Annotated[CsvSource | ApiSource, Field(discriminator="type")] = Field(
@@ -1044,12 +1050,12 @@ Spec = JobSpec | IngestSpec
 
 
 def optional_field(**said: str) -> Any:
-    """A field that may be left out, and has then no value that could be given as well."""
+    """A field that may be left out, but not set to null."""
     return Field(default_factory=lambda: None, **cast(Any, said))
 
 
 class FlatJob(AnyJob):
-    """A watching job on one level, as the REST API and the command line have it."""
+    """A job that watches batches, without nested blocks: for the REST API and the command line."""
 
     batch_ids: BatchIds = optional_field()
     batch_id: BatchId = optional_field(description="one batch, in place of batch_ids")
@@ -1077,7 +1083,7 @@ class FlatJob(AnyJob):
     )
 
     def to_spec(self) -> JobSpec:
-        """The same job, nested. What is in it was validated here already."""
+        """The same job as JobSpec. Its values are valid already."""
         said = dict(self) | {"batch_ids": self.batch_ids or [self.batch_id]}
         for name, by_id in self.EITHER[1:]:
             said[name] = said[by_id] if said[name] is None else said[name]
@@ -1105,7 +1111,7 @@ FLAT_NAMES = {  # what FlatJob calls the fields of a job's blocks
 
 
 def flat_fields(spec: Spec) -> dict[str, Any]:
-    """A job's definition by the names of FlatJob; of an ingest, those that it has."""
+    """The fields of a job under FlatJob's names; an ingest has few of them."""
     flat: dict[str, Any] = {"name": spec.name, "poll_interval_seconds": spec.poll_interval}
     blocks = {} if isinstance(spec, IngestSpec) else FLAT_NAMES
     for block, names in blocks.items():
@@ -1114,7 +1120,7 @@ def flat_fields(spec: Spec) -> dict[str, Any]:
 
 
 class JobChanges(FlatJob):
-    """What can be changed of a job that did not come from jobs.yaml."""
+    """Changes of a job that did not come from jobs.yaml."""
 
     name: Name = optional_field()
     keboola_stack_url: StackUrl = optional_field()
@@ -1125,8 +1131,8 @@ class JobChanges(FlatJob):
 
 
 def with_changes(spec: Spec, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A job with some fields of FlatJob changed, for `job_spec`. What `changes` names stands under
-    that name, so that an error says it as its author did."""
+    """A job's fields with `changes`, for `job_spec`. They keep the names that `changes` uses, so
+    that an error message uses them, too."""
     said = {other for ways in FlatJob.EITHER for name in ways if name in changes for other in ways}
     if isinstance(spec, IngestSpec):
         return {"ingest": spec.ingest.model_dump()} | flat_fields(spec) | dict(changes)
@@ -1134,7 +1140,7 @@ def with_changes(spec: Spec, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def job_form(data: object) -> type[JobSpec | IngestSpec | FlatJob]:
-    """Which of the three forms of a job was meant."""
+    """Which of the three forms this job is written in."""
     if not isinstance(data, dict):
         return JobSpec
     if "ingest" in data:
@@ -1152,8 +1158,8 @@ SECRETS_OF = {  # where a job names a secret, nested or flat, and of which type 
 
 
 def secrets_of(job: Mapping[str, Any]) -> Iterator[tuple[Place, str, str | int]]:
-    """What a job in any form, valid or not, needs: where it says so, a secret of which type, and
-    its name or id."""
+    """The secrets that a job in any form, valid or not, refers to: the place, the type that it has
+    to be of, and its name or id."""
     for field_name, kind in SECRETS_OF.items():
         block, _, name = field_name.rpartition(".")
         inner = job.get(block) if block else job
@@ -1166,7 +1172,7 @@ def secrets_of(job: Mapping[str, Any]) -> Iterator[tuple[Place, str, str | int]]
 
 
 class SecretRef(StrictModel):
-    """A secret that lives outside of the store: exactly one of `env` and `file`."""
+    """A secret that is kept outside of the store, in a variable (`env`) or a file."""
 
     model_config = ConfigDict(
         json_schema_extra={"oneOf": [{"required": ["env"]}, {"required": ["file"]}]}
@@ -1222,8 +1228,8 @@ class BackupBlock(StrictModel):
 
 
 class Settings(BaseModel):
-    """What the environment, .env and the head of jobs.yaml set; the environment has the names of
-    the fields in capitals."""
+    """Settings from the environment, .env and the head of jobs.yaml. Environment variables have the
+    names of the fields in capitals."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, hide_input_in_errors=True)
 
@@ -1277,7 +1283,7 @@ class Settings(BaseModel):
 
     @property
     def shown_store(self) -> str:
-        """The same for people: of a URL without its user, password and options."""
+        """The same for messages: a URL without user, password and options."""
         url = urlsplit(str(self.store))
         host = url.netloc.rpartition("@")[2]
         return f"{url.scheme}://{host}{url.path}" if self.database_url else str(self.database)
@@ -1289,12 +1295,12 @@ class Settings(BaseModel):
 
     @property
     def has_store(self) -> bool:
-        """Whether there is a database to ask: a server is asked for its own."""
+        """Whether the database exists; on a server, only asking it would tell."""
         return self.database_url is not None or self.database.exists()
 
     @property
     def job_context(self) -> dict[str, Any]:
-        """What the models of a job need to know of the settings."""
+        """The settings that validating a job depends on."""
         bounds = (self.min_poll_interval, self.max_poll_interval)
         return {"bounds": bounds, "default_interval": self.default_poll_interval}
 
@@ -1311,7 +1317,7 @@ class AdminBlock(StrictModel):
 
 
 class AlertTarget(ShortForm):
-    """Where alerts go: exactly one of `apprise`, `webhook` and `command`."""
+    """A receiver of alerts: exactly one of `apprise`, `webhook` and `command`."""
 
     apprise: (
         Annotated[Location, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://\S+$")] | None
@@ -1337,7 +1343,7 @@ class AlertTarget(ShortForm):
 
     @property
     def shown(self) -> str:
-        """What it is called, without what is secret in it."""
+        """Its name in messages, without the secret parts of a URL."""
         if self.command is not None:
             return f"command {self.command[0]}"
         url = urlsplit(self.webhook or self.apprise or "")
@@ -1345,7 +1351,7 @@ class AlertTarget(ShortForm):
 
 
 class JobsFile(StrictModel):
-    """jobs.yaml without its jobs, which are validated one by one."""
+    """jobs.yaml. Its jobs are validated later, one by one."""
 
     database: Location = Field("teckochecker.db", description="the path of the SQLite file")
     admin: AdminBlock = Field(
@@ -1371,7 +1377,7 @@ class JobsFile(StrictModel):
 
 @dataclass(slots=True)  # a frozen one takes five times as long to make, which each check does
 class BatchSeen:
-    """What one answer of OpenAI says of a batch. Times are unix seconds (Batch object, API
+    """What an answer of OpenAI says about a batch. Times are unix seconds (Batch object, API
     reference: https://platform.openai.com/docs/api-reference/batch/object)."""
 
     batch_id: str
@@ -1388,7 +1394,7 @@ class BatchSeen:
 
 @dataclass(slots=True)
 class Batch(BatchSeen):
-    """A batch as the store remembers it; `status` is "" until it was seen once."""
+    """A batch as stored; `status` is "" until the first answer."""
 
     changed_at: At = 0.0  # when we last saw anything about it change
     missing_since: At | None = None  # first of the 404s in a row
@@ -1397,7 +1403,7 @@ class Batch(BatchSeen):
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """A row of the outbox: one Keboola job that has to be started, once."""
+    """A row of the outbox: one Keboola job to be started exactly once."""
 
     id: str
     job_id: int
@@ -1422,8 +1428,8 @@ class Trigger:
 
 @lru_cache(maxsize=1024)
 def parse_spec(text: str) -> Spec:
-    """A job's definition from its row; it was validated when it came in, under the bounds of
-    then, and is the same at each check."""
+    """A job's definition from its row. Its interval was valid when it was stored; the bounds may
+    have changed since. Cached, since each check needs it."""
     data = json.loads(text)
     spec = job_form(data).model_validate(data, context={"bounds": (0, sys.maxsize)})
     return cast(Spec, spec)
@@ -1431,7 +1437,7 @@ def parse_spec(text: str) -> Spec:
 
 @dataclass(slots=True)  # not frozen: to make one would take as long as all the rest of a check
 class Job:
-    """A job as the store has it; its definition is read when someone asks for it."""
+    """A job as stored; its definition is parsed when it is first needed."""
 
     id: int
     name: str
@@ -1456,7 +1462,7 @@ class Job:
 
     @property
     def spec(self) -> Spec:
-        """Raises TeckoError where today's model refuses it, or it is damaged."""
+        """Raises TeckoError if it is damaged or this version refuses it."""
         try:
             return parse_spec(self.text)
         except ValueError as e:  # pydantic's is one
@@ -1467,7 +1473,7 @@ class Job:
 
     @property
     def damage(self) -> str | None:
-        """Why its definition cannot be used; None: it can."""
+        """Why its definition cannot be used; None if it can."""
         try:
             return None if self.spec else ""
         except TeckoError as e:
@@ -1475,8 +1481,7 @@ class Job:
 
     @property
     def watches(self) -> JobSpec:
-        """The definition of a job that watches batches; an ingest never gets to where it is
-        asked for."""
+        """The definition, for code that handles jobs that watch batches only."""
         assert isinstance(self.spec, JobSpec)
         return self.spec
 
@@ -1493,7 +1498,7 @@ class Job:
         return "removed" if self.removed_at is not None else self.status
 
     def differs(self, spec: Spec) -> bool:
-        """Whether `spec` is another definition; texts alike spare the reading."""
+        """Whether `spec` is another definition. Equal texts need not be parsed."""
         return self.text != spec.model_dump_json() and (bool(self.damage) or self.spec != spec)
 
 
@@ -1527,7 +1532,7 @@ class Run:
     records_updated: int
     records_unchanged: int
     records_failed: int
-    progress: float | None  # 0 to 1; None: nobody knows how much there is
+    progress: float | None  # 0 to 1; None: total unknown
     start_time: At
     end_time: At | None
     error_message: str | None
@@ -1540,7 +1545,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A record that was not taken: where it stood, why, and itself as far as it could be read."""
+    """A rejected record: its place, the reason, and its text as far as it could be read."""
 
     place: str
     reason: str
@@ -1550,8 +1555,8 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What came out of a source in one go: records with their numbers, those that could not even
-    be read, and where the part stands after them."""
+    """One portion read from a source: numbered records, records that could not be read, and the
+    position in the part after them."""
 
     label: str  # of the part, for people: "products.csv line", "page 3 record"
     records: Sequence[tuple[int, Any]]
@@ -1564,18 +1569,18 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What is to be written of records that were fetched in one go, and commit together."""
+    """What is stored of one `Fetched`, in one transaction."""
 
     fetched: Fetched
     raws: list[tuple[str, str, bool]]  # id, the record as JSON, whether it could be normalized
     unified: list[tuple[str, str, bytes]]  # id, unified record as JSON, hash
     rejects: list[Rejected]
-    counts: Counter[str]  # by COUNTED
+    counts: Counter[str]  # by the names in COUNTED
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is remembered of a source as a whole."""
+    """What is stored about a source as a whole."""
 
     records: int
     watermark: str | None
@@ -1586,7 +1591,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class RunEnd:
-    """How a run ended, and what follows for its job."""
+    """How a run ended, and what that means for its job."""
 
     status: RunStatus
     error: str | None
@@ -1598,7 +1603,7 @@ class RunEnd:
 
 @dataclass(frozen=True, slots=True)
 class KeboolaJob:
-    """What Keboola says of a job; statuses as in its queue's OpenAPI description."""
+    """A job as Keboola describes it; statuses as in the OpenAPI description of its queue."""
 
     id: str
     status: str
@@ -1985,18 +1990,18 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 
 
 def read_text(path: Path, most: int) -> str:
-    """The text of a regular file. Raises OSError, also for a pipe, which would block whoever waits
-    for its end, for more than `most` bytes, and for what is no text."""
+    """The text of a regular file. Raises OSError, also for more than `most` bytes, for what is not
+    UTF-8, and for a pipe, which would block the reader until somebody writes to it."""
     with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
+            raise OSError(errno.EINVAL, "it is not a regular file")
         data = file.read(most + 1)
     if len(data) > most:
         raise OSError(errno.EFBIG, f"it has more than {most} bytes")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise OSError(errno.EILSEQ, f"it is no UTF-8 text: {e.reason}, byte {e.start}") from None
+        raise OSError(errno.EILSEQ, f"it is not UTF-8: {e.reason}, byte {e.start}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -2009,12 +2014,11 @@ class SealedSecret:
     value: bytes
     key_id: str
     created_at: float
-    first_used_at: float | None = None
 
 
 def parse_master_key(text: str) -> bytes:
-    """32 bytes from url-safe base64; a made-up one (the example's, one letter repeated) is
-    refused, since what is encrypted under a published key is not encrypted."""
+    """32 bytes from url-safe base64. A key that is not random (an example, or one letter repeated)
+    is refused, since anybody could guess it."""
     good = re.fullmatch(r"[A-Za-z0-9_-]{43}=", text.strip())
     key = base64.urlsafe_b64decode(good[0]) if good else b""
     if len(key) != 32 or len(set(key)) < 8:
@@ -2031,13 +2035,13 @@ def new_master_key() -> str:
 
 
 def clean_secret(value: str) -> str:
-    """A value without the white space that pasting leaves around it; never echoed in an error."""
+    """The value without white space around it, which pasting may add. No error shows it."""
     value = value.strip()
     if len(value) < SHORTEST or CONTROL.search(value) or not value.isascii():
         raise SecretError(f"a secret's value is {VALUE_TEXT}, at least {SHORTEST} characters")
     if value[0] == value[-1] and value[0] in "\"'":
         raise SecretError(
-            "a secret's value has quotes around it, which a service would take for a part of it",
+            "a secret's value has quotes around it, which would be sent as a part of it",
             hint="an env file of systemd or docker takes them literally: leave them out",
         )
     return value
@@ -2045,9 +2049,9 @@ def clean_secret(value: str) -> str:
 
 @contextlib.contextmanager
 def atomic_replacement(path: Path) -> Iterator[Path]:
-    """An empty file that takes the place of `path` at the end, durably; where its writing fails,
-    `path` stays what it was. It is for its owner alone (0600), or for those who could read `path`
-    before, but never for everybody."""
+    """An empty file to write, which replaces `path` durably at the end of the block; after an error
+    `path` is as before. Only its owner may read it (0600), or whoever could read the old one, but
+    never everybody."""
     before = path.stat() if path.exists() else None
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -2066,7 +2070,7 @@ def atomic_replacement(path: Path) -> Iterator[Path]:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write the file that `path` leads to at once or not at all, see `atomic_replacement`."""
+    """Write the file that `path` leads to, all or nothing, see `atomic_replacement`."""
     path = path.resolve()
     try:
         with atomic_replacement(path) as draft:
@@ -2076,10 +2080,11 @@ def write_private(path: Path, text: str) -> None:
 
 
 class Vault:
-    """The master keys, and sealing and opening with them.
+    """The master keys. Secrets are sealed (encrypted) and opened with them.
 
-    Keys are separated by commas or white space; the first seals, all open. A key file holds
-    two only while `secret rotate` is at work, so a crash in its middle leaves all readable.
+    Keys are separated by commas or white space; the first one seals, all of them open. During
+    `secret rotate` a key file holds the old and the new key, so that after a crash every secret
+    can still be opened.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -2088,7 +2093,7 @@ class Vault:
 
     @property
     def file(self) -> Path | None:
-        """The key file in use; None when the key comes from SECRET_KEY itself."""
+        """The key file in use; None if the key comes from SECRET_KEY."""
         s = self._settings
         if s.secret_key is not None:
             return None
@@ -2101,7 +2106,7 @@ class Vault:
         return s.database.parent / "teckochecker.key"
 
     def load(self, *, required: bool) -> None:
-        """Read the keys; without any, and none `required`, secrets just cannot be sealed."""
+        """Read the keys. If none is `required`, it is no error that there is none."""
         s, file = self._settings, self.file
         if file is None:
             text = s.secret_key.reveal() if s.secret_key else ""
@@ -2121,15 +2126,15 @@ class Vault:
 
     @property
     def key_id(self) -> str:
-        """Names the key that seals: 16 hexadecimal digits of its SHA-256."""
+        """The id of the key that seals: 16 hexadecimal digits of its SHA-256."""
         if not self._keys:
             self.load(required=True)
         return next(iter(self._keys))
 
     def seal(self, name: str, kind: str, value: SecretValue) -> tuple[bytes, str]:
         """Nonce, ciphertext and tag (AES-256-GCM, NIST SP 800-38D), and the id of the key. Name,
-        type and key id are authenticated: a row moved to another name does not decrypt."""
-        self.load(required=True)  # another process may have rotated while a value was typed
+        type and key id are authenticated: a value moved to another row does not decrypt."""
+        self.load(required=True)  # another process may have rotated the key meanwhile
         key_id, nonce = self.key_id, token_bytes(12)
         bound = json.dumps([name, kind, key_id]).encode()
         box = self._cipher(key_id).encrypt(nonce, value.reveal().encode(), bound)
@@ -2139,7 +2144,7 @@ class Vault:
         from cryptography.exceptions import InvalidTag
 
         if row.key_id not in self._keys:
-            self.load(required=True)  # rotated by another process since we read it
+            self.load(required=True)  # another process may have rotated the key meanwhile
         if row.key_id not in self._keys:
             where = self.file or "SECRET_KEY"
             raise SecretError(f"secret {row.name!r} was sealed with a key that is not in {where}")
@@ -2157,10 +2162,10 @@ class Vault:
         return AESGCM(parse_master_key(self._keys[key_id]))
 
     def begin_rotation(self) -> None:
-        """Put a fresh key in front of the key file's; from here on it seals. None is dropped: one
-        of them may be what a rotation that died has left everything sealed with. FILE.old keeps
-        what the file was until the next rotation. To be called within a transaction of the store,
-        so that of two rotations one waits for the other."""
+        """Add a new key as the first one of the key file, so that it seals from now on. No key is
+        dropped, since secrets may still be sealed with any of them after an interrupted rotation.
+        FILE.old keeps the previous content until the next rotation. Call it in a transaction of
+        the store, so that a second rotation waits for this one."""
         self.load(required=True)
         if self.file is None:
             if len(self._keys) < 2:
@@ -2174,23 +2179,23 @@ class Vault:
         self._write([new_master_key(), *kept])
 
     def end_rotation(self, needed: Collection[str]) -> None:
-        """Forget every key but the first and those whose ids are `needed`, because a row is sealed
-        with them. Within a transaction, like the beginning."""
+        """Drop every key but the first one and those whose ids are `needed`, because rows are
+        sealed with them. Call it in a transaction, too."""
         self.load(required=True)
         if self.file is not None:
             kept = [k for n, k in enumerate(self._keys) if n == 0 or k in needed]
             self._write([self._keys[key_id] for key_id in kept])
 
     def old_file(self) -> Path:
-        """Where the key file of before the last rotation is."""
+        """The copy of the key file from before the last rotation."""
         assert self.file is not None
         file = self.file.resolve()
         return file.with_name(f"{file.name}.old")
 
     def add_keys(self, other: Path) -> None:
-        """Let the keys of another file open secrets, too; none that is there is dropped."""
+        """Add the keys of another file, so that they open secrets, too."""
         if self.file is None:
-            raise SecretError(f"SECRET_KEY has not the key of {other}: add it, after a comma")
+            raise SecretError(f"SECRET_KEY lacks the key of {other}: add it after a comma")
         if self.file.exists():
             self.load(required=True)
         texts = [*self._keys.values(), *read_text(other, 10_000).split()]
@@ -2208,14 +2213,14 @@ Mark = tuple[int, int]  # line and column, from 1
 PLAIN = re.compile("(?P<null>~|null|)|(?P<bool>true|false)|(?P<int>-?(?:0|[1-9][0-9]{0,17}))")
 YAML_BYTES = 10 << 20  # of jobs.yaml: some 20,000 jobs
 YAML_DEPTH = 40  # levels; a job has six
-YAML_REPEATED = 100_000  # values that aliases may repeat: a few hundred bytes could say 10**8
+YAML_REPEATED = 100_000  # values that aliases may repeat: nested ones grow exponentially
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-PRIVATE = ("secrets", "alerts", "ping")  # blocks of which no message shows what is in them
+PRIVATE = ("secrets", "alerts", "ping")  # blocks whose values no message shows
 HIDDEN = re.compile(r"(?i)((?:value|token|password|header|key)['\"]?\s*:\s*)\S.*")
 
 
 class Fault(NamedTuple):
-    """A problem before its place is looked up in the file, or in what else was given."""
+    """A problem whose line in the file is not looked up yet."""
 
     at: Place
     found: str
@@ -2223,8 +2228,8 @@ class Fault(NamedTuple):
 
 
 def bounded(value: object, depth: int = 3) -> object:
-    """A value without what a message has no room for: a structure of aliases can be small in
-    memory and endless when it is printed."""
+    """The beginning of a value, for a message: aliases can make a structure that is small in memory
+    but endless when it is printed."""
     if isinstance(value, dict):
         some = itertools.islice(value.items(), 12)
         return {k: bounded(v, depth - 1) for k, v in some} if depth else ...
@@ -2234,7 +2239,7 @@ def bounded(value: object, depth: int = 3) -> object:
 
 
 def repr_excerpt(value: object) -> str:
-    """What was found, short enough for a message, and without what looks like a key."""
+    """A value as Python writes it, short enough for a message, and redacted."""
     return excerpt(repr(bounded(value)), 80)
 
 
@@ -2243,16 +2248,16 @@ def dotted(at: Place) -> str:
 
 
 def did_you_mean(word: object, names: Iterable[str], closeness: float = 0.65) -> str:
-    """A question after a word that nobody knows, where a known one is close to it."""
+    """A question to add to an unknown word, if a known one is similar."""
     close = difflib.get_close_matches(str(word)[:80], names, 1, closeness)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 class JobsYaml:
-    """jobs.yaml as plain data that knows its lines, and every fault met in reading it.
+    """The data of jobs.yaml, with the line of each value and every fault met in reading it.
 
-    Only YAML's JSON-like core is typed: null, true, false and plain decimal integers; all else
-    is text. So `region: no` is not False, `configuration_id: 0123` not 83, 1.10 stays 1.10.
+    Only null, true, false and decimal integers have types; everything else is text. So
+    `region: no` is not False, `configuration_id: 0123` is not 83, and 1.10 stays 1.10.
     """
 
     def __init__(self, path: Path, env: Mapping[str, str]) -> None:
@@ -2264,7 +2269,7 @@ class JobsYaml:
         self._marks: dict[int, dict[str | int, Mark]] = {}  # by id of a block or list, by key
         data = self._read() if path.exists() else None
         if data is not None and not isinstance(data, dict):
-            kind = "a list" if isinstance(data, list) else "text"  # which may be a key file's
+            kind = "a list" if isinstance(data, list) else "text"  # not shown: it may be a key
             self.faults.append(Fault((), kind, ", ".join(JobsFile.model_fields)))
         self.data: dict[str, Any] = data if isinstance(data, dict) else {}
 
@@ -2289,8 +2294,8 @@ class JobsYaml:
         raise Invalid([broken])
 
     def _plain(self, node: Any, at: Place) -> Any:
-        """The value of a node. A node is made once: an alias is its anchor's value once more, and
-        counts as often as there are values in it."""
+        """The value of a node. An alias gives the same value as its anchor, and counts as all the
+        values in it."""
         value, size = self._made.get(id(node), (None, 0))
         if size:
             self._count += size
@@ -2350,14 +2355,14 @@ class JobsYaml:
         return VARIABLE.sub(lambda m: self._variable(m, at), text)
 
     def _variable(self, found: re.Match[str], at: Place) -> str:
-        """The value of ${NAME}. Under `secrets:` an unset one concerns only who needs that secret:
-        outside of its service $CREDENTIALS_DIRECTORY is not set."""
+        """The value of ${NAME}. Under `secrets:` an unset one is an error only when the secret is
+        used: $CREDENTIALS_DIRECTORY is set for the service alone."""
         if found[1] not in self.env and at[:1] != ("secrets",):
             self.faults.append(Fault(at, f"{found[0]} is not set in the environment"))
         return self.env.get(found[1], found[0])
 
     def mark(self, at: Place) -> Mark:
-        """Line and column of a place, or of the innermost block around it that is there."""
+        """Line and column of a place, or of the innermost block around it that exists."""
         data: Any = self.data
         mark = (1, 1)
         for part in at:
@@ -2368,7 +2373,7 @@ class JobsYaml:
         return mark
 
     def problems(self, faults: Iterable[Fault]) -> list[Problem]:
-        """The faults with file, line and job, in the order of the file."""
+        """The faults with file, line and job, in the order of the lines."""
         ordered = sorted(dict.fromkeys(faults), key=lambda fault: self.mark(fault.at))
         return [self._problem(fault) for fault in ordered]
 
@@ -2400,15 +2405,15 @@ def mark_of(node: Any) -> Mark:
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a field's value may be or contain."""
+    """The models that may occur in a field's value."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in models_in(part)]
 
 
 def locate_error(model: type[BaseModel], path: Place) -> tuple[Place, type[BaseModel], str]:
-    """pydantic's path to an error as a place in what was given, the innermost model on it, and
-    what the innermost field allows. Of a union the path has the tag, which nobody wrote."""
+    """Where an error of pydantic is in the input, the innermost model there, and what its field
+    allows. pydantic's path also has the tags of unions, which are not in the input."""
     needed = [name for name, info in model.model_fields.items() if info.is_required()]
     allowed = f"a block with {', '.join(needed[:-1])} and {needed[-1]}" if needed else ""
     place: Place = ()
@@ -2439,8 +2444,8 @@ def unknown_key(place: Place, model: type[BaseModel]) -> Fault:
 
 
 def fault_of(model: type[BaseModel], error: Any) -> Fault:
-    """One pydantic error as: what was found, and what is allowed. What stands where a secret
-    could stand is not shown."""
+    """What was found and what is allowed, from an error of pydantic. A value is not shown where a
+    secret could be."""
     place, inner, allowed = locate_error(model, error["loc"])
     if error["type"].startswith("union_tag") and isinstance(error["input"], dict):
         tag = error["ctx"].get("tag")
@@ -2463,7 +2468,7 @@ def fault_of(model: type[BaseModel], error: Any) -> Fault:
 def validated(
     model: type[BaseModel], data: Any, context: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[Any, list[Fault]]:
-    """The model, or None and its faults."""
+    """The model, or None and the faults of `data`."""
     try:
         return model.model_validate(data, context={**context}), []
     except ValidationError as e:
@@ -2471,7 +2476,7 @@ def validated(
 
 
 def parse(model: type[M], data: Any, context: Mapping[str, Any] = MappingProxyType({})) -> M:
-    """`data` as `model`. Raises Invalid with every field that is wrong."""
+    """`data` as `model`. Raises Invalid, which names every wrong field."""
     made, faults = validated(model, data, context)
     if made is None:
         raise invalid(faults)
@@ -2479,12 +2484,12 @@ def parse(model: type[M], data: Any, context: Mapping[str, Any] = MappingProxyTy
 
 
 def invalid(faults: Iterable[Fault]) -> Invalid:
-    """What did not come out of a file."""
+    """The error for input that did not come from a file."""
     return Invalid([Problem(dotted(at), found, allowed) for at, found, allowed in faults])
 
 
 def read_job(data: Any, context: Mapping[str, Any]) -> tuple[Spec | None, list[Fault]]:
-    """A job in any of its forms, or None and its faults by the names of the form it is in."""
+    """A job in any of its forms, or None and its faults by the names of that form."""
     form = job_form(data)
     if isinstance(data, dict) and not {*POLL_INTERVAL.choices} & data.keys():
         data = {"poll_interval": context.get("default_interval", 120)} | data
@@ -2500,8 +2505,8 @@ def read_job(data: Any, context: Mapping[str, Any]) -> tuple[Spec | None, list[F
 
 
 def job_spec(data: Any, context: Mapping[str, Any] = MappingProxyType({})) -> Spec:
-    """The one way in for a job that does not come from jobs.yaml, nested or flat. Raises Invalid,
-    which names the fields as they were given."""
+    """A job that does not come from jobs.yaml, nested or flat. Raises Invalid, which names the
+    fields as they were given."""
     spec, faults = read_job(data, context)
     if spec is None:
         raise invalid(faults)
@@ -2513,10 +2518,10 @@ def job_spec(data: Any, context: Mapping[str, Any] = MappingProxyType({})) -> Sp
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Settings, secret references and jobs. `jobs` is None where no jobs are named: the file is
-    missing, empty, or has no `jobs:`; that is no wish to remove those that are stored.
+    """Settings, references to secrets, and jobs. `jobs` is None if the file is missing, empty, or
+    has no `jobs:`; then the stored jobs stay as they are.
 
-    `problems` is what is wrong with the jobs: a command that runs none may go on despite it.
+    `problems` is what is wrong with the jobs; commands that run none go on despite it.
     """
 
     path: Path
@@ -2532,7 +2537,7 @@ class Config:
 
     @property
     def base(self) -> Path:
-        """What relative paths are relative to."""
+        """The folder that relative paths start from."""
         return self.path.absolute().parent
 
 
@@ -2540,13 +2545,13 @@ DATABASES = "sqlite:///path, a path, or postgresql://host/name"
 
 
 def database_of(url: str, base: Path, where: str) -> dict[str, Any]:
-    """What DATABASE_URL means: sqlite:///relative, sqlite:////absolute, a path, or the URL of a
-    PostgreSQL database, whose password is a secret. The file is resolved: two spellings of one
-    database are one."""
+    """The settings from DATABASE_URL: sqlite:///relative, sqlite:////absolute, a path, or the URL
+    of a PostgreSQL database, whose password is a secret. Symbolic links are followed, so that each
+    file has one path."""
     scheme, found, rest = url.partition("://")
     if found and scheme in ("postgresql", "postgres"):
         SecretValue(unquote(urlsplit(url).password or ""), "DATABASE_URL's password")
-        beside = base / "teckochecker.db"  # which is not there, but what lies beside it is
+        beside = base / "teckochecker.db"  # no such file, but key and lock have its name
         given = {"database": beside.resolve(), "database_url": SecretValue(url, "DATABASE_URL")}
         return given | {"backup": BackupBlock.model_validate({"every": "never"})}
     path = rest.removeprefix("/") if found else url
@@ -2559,7 +2564,7 @@ def database_of(url: str, base: Path, where: str) -> dict[str, Any]:
 
 
 def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name: str) -> Settings:
-    """The environment over jobs.yaml; every wrong value is named with what is allowed."""
+    """Settings; the environment wins over jobs.yaml. Raises Invalid with every wrong value."""
     written = {name: env[name].strip() for name in ENVIRONMENT if env.get(name, "").strip()}
     given: dict[str, Any] = {"api_host": file.admin.host, "api_port": file.admin.port}
     folder = file.backup.folder and str(base / file.backup.folder)
@@ -2579,7 +2584,7 @@ def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name:
     given |= {name: shape(given[name]) for name, shape in shapes.items() if name in given}
     settings, faults = validated(Settings, given)
     problems = []
-    for (field_name, *_), _, allowed in faults:  # what was found is shown as it was written
+    for (field_name, *_), _, allowed in faults:  # values are shown as they were written
         name = str(field_name).upper()
         found = repr_excerpt(written.get(name, given.get(str(field_name))))
         problems.append(Problem(f"environment: {name}", found, allowed))
@@ -2592,7 +2597,7 @@ def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name:
 
 
 def check_consistency(s: Settings) -> Settings:
-    """Raises Invalid where settings that are right by themselves contradict each other."""
+    """Raises Invalid if settings contradict each other."""
     low, high = s.min_poll_interval, s.max_poll_interval
     if low > high:
         said = f"MIN_POLL_INTERVAL is {low}, which is more than MAX_POLL_INTERVAL, {high}"
@@ -2609,8 +2614,8 @@ def check_consistency(s: Settings) -> Settings:
 
 
 def read_dot_env(path: Path) -> tuple[dict[str, str], list[str]]:
-    """The variables of .env, and a warning for each line that sets nothing, or sets what only
-    looks like a setting of ours."""
+    """The variables of .env, and a warning for each line that sets nothing, or whose name may be a
+    misspelt setting."""
     from dotenv.parser import parse_stream
 
     if not path.exists():
@@ -2632,7 +2637,7 @@ def read_dot_env(path: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def register_references(secrets: Any, env: Mapping[str, str]) -> None:
-    """Make the values that `secrets:` refers to known, so that no error message shows one."""
+    """Have the values that `secrets:` refers to redacted, so that no error message shows one."""
     for ref in secrets.values() if isinstance(secrets, dict) else ():
         name = ref.get("env") if isinstance(ref, dict) else None
         if isinstance(name, str) and env.get(name, "").strip():
@@ -2640,7 +2645,7 @@ def register_references(secrets: Any, env: Mapping[str, str]) -> None:
 
 
 def all_texts(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
-    """Every text in a job or block, with its place, as deep as they can be."""
+    """Every text in a job or block, with its place."""
     if isinstance(value, str):
         yield at, value
     elif len(at) < 5 and isinstance(value, Mapping | list):
@@ -2649,12 +2654,12 @@ def all_texts(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
             yield from all_texts(inner, (*at, part))
 
 
-# In a URL: a password, and what looks like a token, which may be in any part of it.
+# In a URL: a password, and words that look like tokens, in any part of it.
 TOKEN = re.compile(r"(?<=:)[^/:@]+(?=@)|[\w%+-]{16,}|\b(?=\w*\d)(?=\w*[A-Z])\w{8,}\b")
 
 
 def register_urls(blocks: Any) -> None:
-    """Make known what is secret in the URLs that alerts go to, and each as a whole."""
+    """Have the URLs that alerts go to redacted, as a whole and the secret parts of each."""
     for _, text in all_texts(blocks):
         for value in (text, *map(unquote, TOKEN.findall(text))) if "://" in text else ():
             SecretValue(value)
@@ -2663,8 +2668,7 @@ def register_urls(blocks: Any) -> None:
 def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = False) -> Config:
     """Read jobs.yaml, the .env beside it and the environment.
 
-    Raises Invalid for what leaves no settings to work with; `problems` has what is wrong with
-    the jobs themselves.
+    Raises Invalid for wrong settings; what is wrong with jobs is in the result's `problems`.
     """
     base = path.absolute().parent
     if must_exist and not path.exists():
@@ -2679,7 +2683,7 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     file, faults = validated(JobsFile, head)
     in_head = [*(f for f in text.faults if len(f.at) < 2 or f.at[0] != "jobs"), *faults]
     items = head.get("jobs")
-    file = file or JobsFile.model_validate({})  # to go on looking: all is told at once
+    file = file or JobsFile.model_validate({})  # go on, to report all problems at once
     settings = settings_from(env, file, base, f"{path}:{text.mark(('database',))[0]}")
     key = Vault(settings).file
     if key is not None and key.exists() and key.stat().st_mode & 0o004:
@@ -2695,7 +2699,7 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
 def read_jobs(
     items: list[Any], settings: Settings, text: JobsYaml
 ) -> tuple[list[Spec], list[Fault]]:
-    """The jobs, and what is wrong with them; those are the good ones where anything is."""
+    """The valid jobs, and what is wrong with the others."""
     jobs: list[Spec] = []
     faults = [f for f in text.faults if len(f.at) > 1 and f.at[0] == "jobs"]
     firsts: dict[str, int] = {}
@@ -2713,7 +2717,7 @@ def read_jobs(
 
 
 def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
-    """A secret that jobs.yaml refers to; read at each use, so that a changed file counts."""
+    """A secret that jobs.yaml refers to. It is read at each use, since its file may change."""
     unset = VARIABLE.search(f"{ref.env} {ref.file}")
     try:
         if unset:
@@ -2736,9 +2740,9 @@ SECRET_KINDS = {"openai": "OpenAI", "keboola": "Keboola", "api": "API"}
 def secret_faults(
     job: Mapping[str, Any], stored: Mapping[str | int, str], config: Config
 ) -> list[Fault]:
-    """Which secrets of a job are not there, of another type, or cannot be read from where
-    jobs.yaml refers to, and where it has the value of a secret in place of its name. `stored`:
-    the types of those in the store, by name and by id."""
+    """Which secrets of a job do not exist, are of another type, or cannot be read, and where the
+    job contains a secret's value instead of its name. `stored` has the types of the secrets in the
+    store, by name and by id."""
     said: list[Fault] = []
     for place, kind, name in secrets_of(job):
         ref = config.secrets.get(str(name)) if name not in stored else None
@@ -2764,7 +2768,7 @@ def secret_faults(
 
 
 def why_unreadable(name: str, ref: SecretRef, config: Config) -> str:
-    """Why the value of a reference cannot be read; nothing where it can."""
+    """Why the secret cannot be read; empty if it can."""
     try:
         read_reference(name, ref, config)
     except SecretError as e:
@@ -2773,7 +2777,7 @@ def why_unreadable(name: str, ref: SecretRef, config: Config) -> str:
 
 
 def apprise_of(url: str) -> Any:
-    """Apprise's service behind a URL. Raises TeckoError where it is missing, or knows none."""
+    """Apprise's service for a URL. Raises TeckoError if there is none, or no Apprise."""
     try:
         import apprise
     except ImportError as e:
@@ -2786,7 +2790,7 @@ def apprise_of(url: str) -> Any:
 
 
 def alert_faults(config: Config, stored: Mapping[str | int, str]) -> Iterator[Fault]:
-    """What keeps alerts from being sent."""
+    """What would keep alerts from being sent."""
     for i, target in enumerate(config.alerts):
         if target.secret is not None:
             for fault in secret_faults({"ingest": {"secret": target.secret}}, stored, config):
@@ -2801,8 +2805,8 @@ def alert_faults(config: Config, stored: Mapping[str | int, str]) -> Iterator[Fa
 def all_problems(
     config: Config, stored: Mapping[str | int, str], *, unused: bool = False
 ) -> list[Problem]:
-    """Everything that keeps this configuration from being run; with `unused` also what is wrong
-    with secrets that no job uses."""
+    """Everything that keeps this configuration from running; if `unused`, also what is wrong with
+    secrets that no job uses."""
     faults: list[Fault] = []
     used: set[str | int] = set()
     items = config.text.data.get("jobs")
@@ -2821,9 +2825,9 @@ def all_problems(
 
 # ── Schema ────────────────────────────────────────────────────────────────────────────────────
 
-# For both engines: SQLite takes any name of a type. {id} becomes each engine's own words for a
-# number that is never given twice. Times are unix seconds, UTC. A new database is made as the first
-# version was, and brought up to date by the same steps as an old one: there is no second way.
+# One schema for both engines: SQLite takes any type name. {id} becomes each engine's words for a
+# number that is never used twice. Times are unix seconds, UTC. A new database is made as version 1
+# and then takes the same steps to the newest version as an old one.
 RAW_TABLE = """
 CREATE TABLE raw_data_{kind} (
     id {id},
@@ -2831,7 +2835,7 @@ CREATE TABLE raw_data_{kind} (
     external_id TEXT NOT NULL,               -- what the record says it is
     raw_data TEXT NOT NULL,                  -- the record as received, JSON
     ingested_at DOUBLE PRECISION NOT NULL,
-    processed BOOLEAN NOT NULL,              -- false: it could not be normalized, see etl_reject
+    processed BOOLEAN NOT NULL,              -- false: it was rejected, see etl_reject
     UNIQUE (source, external_id)
 );
 """
@@ -2839,7 +2843,7 @@ COUNTED_COLUMNS = ",\n    ".join(f"records_{n} BIGINT NOT NULL DEFAULT 0" for n 
 SCHEMA = f"""
 CREATE TABLE schema_version (
     version BIGINT NOT NULL,
-    changes BIGINT NOT NULL                  -- transactions so far; on SQLite a pragma tells
+    changes BIGINT NOT NULL                  -- transactions so far; not used on SQLite
 );
 CREATE TABLE secrets (
     id {{id}},
@@ -2847,33 +2851,32 @@ CREATE TABLE secrets (
     type TEXT NOT NULL,                      -- openai, keboola or api
     value BYTEA NOT NULL,                    -- nonce, ciphertext and tag
     key_id TEXT NOT NULL,                    -- the master key that sealed it
-    created_at DOUBLE PRECISION NOT NULL,
-    first_used_at DOUBLE PRECISION           -- NULL: not used yet
+    created_at DOUBLE PRECISION NOT NULL
 );
 CREATE TABLE polling_jobs (
     id {{id}},
     name TEXT NOT NULL UNIQUE,
     origin TEXT NOT NULL,                    -- file (jobs.yaml) or store (command line, REST)
     spec TEXT NOT NULL,                      -- the job as its author wrote it, JSON
-    openai_secret TEXT NOT NULL,             -- name of the secret that spec uses; empty: an ingest
-    keboola_secret TEXT NOT NULL,            -- likewise
-    api_secret TEXT,                         -- of an ingest; NULL: none
+    watch_secret TEXT NOT NULL,              -- name of the secret it watches with; empty: an ingest
+    trigger_secret TEXT NOT NULL,            -- name of the secret it triggers with; empty: likewise
+    ingest_secret TEXT,                      -- name of an ingest's secret; NULL: none
     poll_interval_seconds BIGINT NOT NULL,   -- 0: auto
     pace DOUBLE PRECISION NOT NULL,          -- s between checks at present, also where it is auto
     status TEXT NOT NULL,                    -- see JOB_STEPS
     removed_at DOUBLE PRECISION,             -- when it left jobs.yaml; NULL: it is there
     revision BIGINT NOT NULL DEFAULT 1,      -- grows with each change of spec
     round BIGINT NOT NULL DEFAULT 1,         -- a round fires at most once: see triggers
-    fires_again BOOLEAN NOT NULL DEFAULT FALSE, -- someone asked for this round: see _decide
+    fires_again BOOLEAN NOT NULL DEFAULT FALSE, -- this round was asked for by `job retry`
     errors_in_row BIGINT NOT NULL DEFAULT 0,
     last_error TEXT,                         -- NULL: nothing to say
     last_check_at DOUBLE PRECISION,          -- NULL: never checked
-    last_ok_at DOUBLE PRECISION NOT NULL,    -- last good check, or since when one is awaited
+    last_ok_at DOUBLE PRECISION NOT NULL,    -- last good check, or since when one is expected
     next_check_at DOUBLE PRECISION,          -- NULL: none is planned
     created_at DOUBLE PRECISION NOT NULL,
     completed_at DOUBLE PRECISION            -- NULL: it has not ended
 );
-CREATE INDEX jobs_by_key ON polling_jobs (openai_secret, id)
+CREATE INDEX jobs_by_key ON polling_jobs (watch_secret, id)
     WHERE status = 'active' AND removed_at IS NULL;
 CREATE TABLE polling_batches (
     job_id BIGINT NOT NULL REFERENCES polling_jobs (id) ON DELETE CASCADE,
@@ -2889,7 +2892,7 @@ CREATE TABLE polling_batches (
     requests_failed BIGINT NOT NULL DEFAULT 0,
     error TEXT,                              -- why its input was refused
     changed_at DOUBLE PRECISION NOT NULL,    -- when we last saw it make progress
-    missing_since DOUBLE PRECISION,          -- first of the 404s in a row; NULL: the last was none
+    missing_since DOUBLE PRECISION,          -- first of the latest 404s in a row; NULL: none
     missing_checks BIGINT NOT NULL DEFAULT 0,
     PRIMARY KEY (job_id, position)
 );
@@ -2903,14 +2906,14 @@ CREATE TABLE triggers (
     stack_url TEXT NOT NULL,
     secret TEXT NOT NULL,                    -- name of the Keboola token
     body TEXT NOT NULL,                      -- of POST /jobs, frozen with the decision
-    aim TEXT NOT NULL,                       -- names its batches and its target: see aim_of
+    aim TEXT NOT NULL,                       -- identifies batches and target, see aim_of
     partial BOOLEAN NOT NULL,                -- some batch did not complete
     on_ambiguous TEXT NOT NULL,              -- resend or hold
     created_at DOUBLE PRECISION NOT NULL,
     attempts BIGINT NOT NULL,                -- POSTs begun
     searches BIGINT NOT NULL,                -- successful ones since unknown_at
     sent_at DOUBLE PRECISION,                -- first POST that may have arrived; NULL: none
-    unknown_at DOUBLE PRECISION,             -- when last an answer was lost; NULL: never
+    unknown_at DOUBLE PRECISION,             -- when an answer was last lost; NULL: never
     keboola_job_id TEXT,                     -- NULL until Keboola named it
     keboola_status TEXT,
     message TEXT,                            -- Keboola's, on a failure
@@ -2954,7 +2957,7 @@ CREATE TABLE etl_part (
     source TEXT NOT NULL,
     part TEXT NOT NULL,                      -- a file, or the URL of a page
     state TEXT NOT NULL,                     -- how far it was read, and what tells a change; JSON
-    run_id BIGINT NOT NULL,                  -- the run that last saw it
+    run_id BIGINT NOT NULL,                  -- the last run that saw it
     PRIMARY KEY (source, part)
 );
 CREATE TABLE etl_run (
@@ -2980,9 +2983,9 @@ CREATE TABLE etl_reject (
     reason TEXT NOT NULL,
     record TEXT NOT NULL,                    -- as received, as far as it could be read
     digest BYTEA NOT NULL,                   -- of the record
-    run_id BIGINT NOT NULL,                  -- the run that last met it
+    run_id BIGINT NOT NULL,                  -- the last run that met it
     created_at DOUBLE PRECISION NOT NULL,
-    UNIQUE (source, place, digest)           -- read again, it is the same one
+    UNIQUE (source, place, digest)           -- read again, it is the same reject
 );
 CREATE INDEX rejects_by_age ON etl_reject (created_at, id);
 CREATE INDEX rejects_of_a_source ON etl_reject (source, id);
@@ -2991,13 +2994,13 @@ INSERT INTO schema_version VALUES (1, 0);
 VERSION_2 = """
 CREATE TABLE alerts (
     target TEXT PRIMARY KEY,                 -- a digest of where they go
-    told TEXT NOT NULL                       -- what it was told to be wrong, and when last; JSON
+    told TEXT NOT NULL                       -- the problems reported to it, with times; JSON
 );
-CREATE TABLE backups (                       -- those that this database came from
+CREATE TABLE backups (                       -- the backups that this database came from
     taken_at DOUBLE PRECISION NOT NULL,
     counts TEXT NOT NULL,                    -- the rows of each table then, JSON
     restored_at DOUBLE PRECISION,            -- NULL: this file is that backup
-    reason TEXT                              -- why, until a person says that they know; then NULL
+    reason TEXT                              -- why it was restored; NULL once acknowledged
 );
 CREATE TABLE daily_sums (
     day TEXT PRIMARY KEY,                    -- of UTC, like 2026-11-27
@@ -3007,41 +3010,41 @@ CREATE TABLE daily_sums (
     records BIGINT NOT NULL                  -- inserted or updated
 );
 """
-MIGRATIONS: Sequence[str] = (VERSION_2,)  # what makes version 2 out of version 1, 3 of 2, and so on
+MIGRATIONS: Sequence[str] = (VERSION_2,)  # from version 1 to 2, from 2 to 3, and so on
 ACTIVE = "j.status = 'active' AND j.removed_at IS NULL"
 OPEN_TRIGGER = "finished_at IS NULL AND state <> 'held'"
 
 # ── Database ──────────────────────────────────────────────────────────────────────────────────
 
-# What holds, and why:
-# - One connection writes and one reads, on both engines. A reader sees what was committed and
-#   waits for nobody (SQLite: WAL; PostgreSQL: MVCC), so that a lock that another process holds
-#   stops no check's reading, no health and no watchdog.
-# - Every transaction holds the lock for writing from its first statement on: BEGIN IMMEDIATE, or
-#   an advisory lock. So what it reads cannot change before it commits, in any process. It waits
-#   `patience` seconds for others, in short turns, and then fails with nothing written.
-# - A transaction runs to its end even when its caller is cancelled: one cancelled between BEGIN and
-#   COMMIT would leave the database locked.
-# - SQLite: synchronous = FULL, since NORMAL may lose the last commits at a power loss. A file that
-#   was deleted or replaced under us takes no more writes: they would be gone at the next start.
-# - PostgreSQL: whoever works alone (`hold_exclusively`) holds a session's advisory lock on the very
-#   connection that writes. A node that lost its connection has lost both, and writes again only if
-#   it gets the lock back. So of two nodes only one can claim a trigger, and the other takes over
-#   once the server has seen the first one's connection end: at once when its process dies, after
-#   KEEPALIVES when its machine does.
-# Not promised: that a transaction whose connection broke while it was committed was not committed.
-# Each change starts from the state that it expects, so trying it again does nothing twice.
+# What is guaranteed, and why:
+# - One connection writes and another one reads, on both engines. A reader sees what is committed
+#   and never waits (SQLite: WAL; PostgreSQL: MVCC). So while another process holds the lock, checks
+#   can be read, health is answered, and the watchdog is notified.
+# - Every transaction takes the write lock with its first statement: BEGIN IMMEDIATE, or an advisory
+#   lock. So no process can change what it reads before it commits. It waits for the lock up to
+#   `patience` seconds, in short turns, and then fails with nothing written.
+# - A transaction runs to its end even if its caller is cancelled: stopped between BEGIN and COMMIT,
+#   it would leave the database locked.
+# - SQLite: synchronous = FULL, since NORMAL may lose the last commits at a power loss. If the file
+#   was deleted or replaced, nothing is written any more: it would be gone at the next start.
+# - PostgreSQL: the node that works (`hold_exclusively`) holds an advisory lock of the very session
+#   that writes. A node that loses its connection loses both, and writes again only if it gets the
+#   lock back. So only one of two nodes can claim a trigger. The other one takes over once the
+#   server has noticed the end of the first one's connection: at once if its process dies, after
+#   KEEPALIVES if its machine does.
+# Not guaranteed: that a transaction was not committed if its connection broke during the commit.
+# Each change has a condition on the state it starts from, so that repeating it does no harm.
 PATIENCE = 5.0  # s that a transaction waits for another process's lock
 LOCK_TURN = 0.05  # s that it waits at a time: the end of the program need not wait for longer
-WAL_BYTES = 8 << 20  # to which the log is cut after a reader has kept it from being written back
-SOLE_SECONDS = 1.0  # s between attempts to get the lock of a node that has gone
-KEEPALIVES = {"idle": 10, "interval": 5, "count": 2}  # s; both ends give up a silent peer after 20
-STATEMENT_ROWS = 500  # rows inserted by one statement, whose 3,000 values SQLite allows ten times
-LARGEST = (1 << 63) - 1  # integer of both engines
+WAL_BYTES = 8 << 20  # to which the log is truncated after a long read has let it grow
+SOLE_SECONDS = 1.0  # s between attempts of a node in reserve to take over
+KEEPALIVES = {"idle": 10, "interval": 5, "count": 2}  # s; a silent peer is given up after 20
+STATEMENT_ROWS = 500  # rows of one INSERT; SQLite allows ten times as many values
+LARGEST = (1 << 63) - 1  # the largest integer of both engines
 SQLITE_NEEDED = (3, 35, 0)  # for RETURNING
 
-ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the audit: who asks
-INSIDE: ContextVar[object] = ContextVar("inside", default=None)  # whose transaction this task runs
+ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the log: who asks
+INSIDE: ContextVar[object] = ContextVar("inside", default=None)  # database of our transaction
 Values = Mapping[str, Any]
 
 
@@ -3057,27 +3060,37 @@ class Sqlite:
         "UPDATE sqlite_sequence SET seq = :next - 1 WHERE name = '{table}' AND seq < :next - 1",
     )
     has_schema = "SELECT 1 FROM sqlite_master WHERE name = 'schema_version'"
-    superseded = False  # a run lock beside the file sees to that
-    busy = (sqlite3.SQLITE_BUSY,)  # codes of errors: another process holds the lock
+    superseded = False  # the run lock beside the file prevents it
+    busy = (sqlite3.SQLITE_BUSY,)  # error codes: another process holds the lock
     lasting = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 
     def __init__(self, path: Path, *, mode: Literal["ro", "rw"], writes: bool) -> None:
-        self._uri, self._writes = f"file:{quote(str(path))}?mode={mode}", writes
-        if mode == "ro" and not Path(f"{path}-wal").exists():  # nobody writes it: make no -wal
-            self._uri += "&immutable=1"
+        self._path, self._mode, self._writes = path, mode, writes
+        self._unwritten: tuple[int, int] | None = None  # see `_state_if_unwritten`
         self._db: aiosqlite.Connection | None = None
+
+    def _state_if_unwritten(self) -> tuple[int, int] | None:
+        """Time and size of a file that no process writes, so that reading it need not make a -wal
+        beside it; None where a process writes, or this connection may."""
+        if self._mode == "rw" or Path(f"{self._path}-wal").exists():
+            return None
+        found = self._path.stat()
+        return found.st_mtime_ns, found.st_size
 
     async def open(self) -> None:
         import aiosqlite
 
-        self._db = await aiosqlite.connect(self._uri, uri=True, isolation_level=None)
-        patience = LOCK_TURN if self._writes else PATIENCE  # who begins a transaction tries again
+        self._unwritten = self._state_if_unwritten()
+        uri = f"file:{quote(str(self._path))}?mode={self._mode}"
+        uri += "&immutable=1" if self._unwritten else ""
+        self._db = await aiosqlite.connect(uri, uri=True, isolation_level=None)
+        patience = LOCK_TURN if self._writes else PATIENCE  # transactions try again
         await self.run(f"PRAGMA busy_timeout = {int(1000 * patience)}")
         if not self._writes:
             await self.run("PRAGMA query_only = ON")
             return
         for turns_left in reversed(range(int(PATIENCE / LOCK_TURN))):
-            try:  # of two processes that make the file at once, one is told at once: locked
+            try:  # fails without a wait while another process makes the file, too
                 await self.run("PRAGMA journal_mode = WAL")
                 break
             except sqlite3.OperationalError:
@@ -3091,7 +3104,17 @@ class Sqlite:
     async def run(self, sql: str, values: Values | Sequence[Any] = ()) -> list[Any]:
         if self._db is None:
             raise StoreError("the database is closed")
-        return list(await self._db.execute_fetchall(sql, values))
+        try:
+            rows = list(await self._db.execute_fetchall(sql, values))
+        except sqlite3.DatabaseError:
+            if self._unwritten == self._state_if_unwritten():
+                raise
+        else:
+            if self._unwritten is None or self._unwritten == self._state_if_unwritten():
+                return rows
+        await self.close()  # a writer has come since: what was read may be half old, half new
+        await self.open()
+        return await self.run(sql, values)
 
     async def many(self, sql: str, rows: Sequence[Values]) -> None:
         assert self._db is not None
@@ -3100,7 +3123,7 @@ class Sqlite:
     async def upsert(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
     ) -> None:
-        """Hundreds of rows in a statement: a third cheaper than a statement for each."""
+        """Insert hundreds of rows by one statement, which is a third cheaper than one for each."""
         row = f"({', '.join('?' * len(columns))})"
         for start in range(0, len(rows), STATEMENT_ROWS):
             some = rows[start : start + STATEMENT_ROWS]
@@ -3109,7 +3132,7 @@ class Sqlite:
             await self.run(sql, [value for given in some for value in given])
 
     async def begin(self) -> None:
-        await self.run("BEGIN IMMEDIATE")  # a deferred one that reads first gets BUSY at once
+        await self.run("BEGIN IMMEDIATE")  # a deferred one that reads before it writes cannot wait
 
     async def commit(self) -> None:
         await self.run("COMMIT")
@@ -3126,20 +3149,20 @@ class Sqlite:
         return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
     async def close(self) -> None:
-        if self._db is not None:  # an open one would keep the interpreter from exiting
+        if self._db is not None:  # an open connection keeps the interpreter from exiting
             await self._db.close()
             self._db = None
 
 
 @lru_cache(maxsize=1024)
 def psycopg_sql(sql: str) -> str:
-    """A statement with psycopg's marks for its parameters."""
+    """A statement with its parameters as psycopg writes them."""
     return re.sub(r"(?<!:):([a-z]\w*)", r"%(\1)s", sql.replace("%", "%%"))
 
 
 class Postgres:
-    """One connection to PostgreSQL, opened again when it was lost. psycopg is imported here alone,
-    so that only who asks for it needs it."""
+    """One connection to PostgreSQL, which is opened again after a loss. psycopg is needed only if
+    this is used."""
 
     id = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
     reserve_ids = (
@@ -3150,8 +3173,8 @@ class Postgres:
         "SELECT 1 FROM pg_tables WHERE schemaname = current_schema()"
         " AND tablename = 'schema_version'"
     )
-    # Advisory locks are told apart by two numbers: ours, and the schema's, since two programs may
-    # share a database.
+    # An advisory lock has two numbers: a fixed one, and one of the schema, since several programs
+    # may share a database.
     begin_sql = (
         f"BEGIN; SET LOCAL lock_timeout = {int(1000 * LOCK_TURN)};"
         " SELECT pg_advisory_xact_lock(7238, hashtext(current_schema()));"
@@ -3181,7 +3204,7 @@ class Postgres:
         from psycopg.types.string import StrDumper
 
         class TextDumper(StrDumper):
-            """PostgreSQL's texts hold no NUL; type unknown, as psycopg's own dumper of texts."""
+            """Replaces NUL, which PostgreSQL's texts cannot contain; leaves the type open."""
 
             oid = 0
 
@@ -3213,13 +3236,13 @@ class Postgres:
         self._db = db
 
     async def _open_again(self, lost: object) -> None:
-        async with self._opening:  # of several that met the loss, one opens for all
+        async with self._opening:  # if several tasks met the loss, one opens for all
             if self._db is lost and self._db is not None:
                 await self._db.close()
                 await self.open()
 
     async def _with_reconnect(self, work: Callable[[], Awaitable[T]]) -> T:
-        """`work`, and once more on a new connection where this one was lost; for what may be done
+        """Do `work`, and if the connection is lost, again on a new one. Only for what may be done
         twice: a read, or the beginning of a transaction."""
         db = self._db
         try:
@@ -3249,7 +3272,7 @@ class Postgres:
     async def upsert(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
     ) -> None:
-        """By COPY, at a fifth of what executemany takes of our processor."""
+        """Insert rows by COPY, at a fifth of the CPU time of executemany."""
         assert self._db is not None
         names = ", ".join(columns)
         await self._execute(
@@ -3295,9 +3318,17 @@ class Postgres:
 # ── Transactions ──────────────────────────────────────────────────────────────────────────────
 
 
+def storable(value: Any) -> Any:
+    """The value as both engines take it. Command-line arguments and environment variables that are
+    not UTF-8 contain lone surrogates, which no database takes; they become question marks."""
+    if type(value) is int:
+        return min(value, LARGEST)
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
+
+
 def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """The method is one transaction, or part of the one that its caller has begun; see above why
-    it is shielded."""
+    """Make a method a transaction, or a part of its caller's. It is shielded from cancellation; see
+    above why."""
 
     @wraps(method)
     async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -3305,7 +3336,7 @@ def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[An
         if INSIDE.get() is database:
             return await method(*args, **kwargs)
         task = asyncio.ensure_future(database.transact(partial(method, *args, **kwargs)))
-        # If the caller was cancelled, nobody else asks how it ended.
+        # If the caller was cancelled, nobody else retrieves the result.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)
 
@@ -3313,28 +3344,28 @@ def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[An
 
 
 class Database:
-    """A database in an SQLite file or, where `place` is a URL, in PostgreSQL: its schema, and
-    transactions that end.
+    """A database in an SQLite file or, if `place` is a URL, in PostgreSQL: its schema and its
+    transactions.
 
-    `read_only` makes no file and no tables. Raises StoreError when it cannot be used, Conflict
-    where one of its rules forbids a change.
+    `read_only` makes no file and no tables. Raises StoreError if it cannot be used, Conflict if a
+    constraint forbids a change.
     """
 
     def __init__(self, place: Path | str, *, read_only: bool = False) -> None:
         self.is_file = not str(place).startswith(("postgresql:", "postgres:"))
         self.place = Path(place) if self.is_file else str(place)
-        self.path = Path(place)  # means nothing where it is a URL
+        self.path = Path(place)  # meaningless if it is a URL
         self.read_only, self.patience = read_only, PATIENCE
         self._writer: Sqlite | Postgres | None = None
         self._reader: Sqlite | Postgres | None = None
         self._identity: tuple[int, int] | None = None  # device and number of the open file
-        self._lock = asyncio.Lock()  # held by the transaction that goes on
-        self._end = math.inf  # when transactions are no longer begun (monotonic seconds)
-        self._blocked_since: float | None = None  # since when another process holds the lock
+        self._lock = asyncio.Lock()  # held by the transaction under way
+        self._end = math.inf  # from when on no transaction begins (monotonic seconds)
+        self._blocked_since: float | None = None  # when we began to wait for another process
         self._cannot_write: str | None = None
         self._version = -1
         self._news: list[tuple[int, str]] = []  # log lines of the transaction under way
-        self.on_write: Callable[[float], None] = lambda seconds: None  # told of each transaction
+        self.on_write: Callable[[float], None] = lambda seconds: None  # after each transaction
 
     async def __aenter__(self) -> Self:
         try:
@@ -3349,7 +3380,7 @@ class Database:
         return self
 
     def _engines(self) -> tuple[Sqlite | Postgres, Sqlite | Postgres | None]:
-        """What reads, and what writes."""
+        """The engine that reads, and the one that writes."""
         if isinstance(self.place, str):
             reader = Postgres(self.place, writes=False)
             return reader, None if self.read_only else Postgres(self.place, writes=True)
@@ -3359,7 +3390,7 @@ class Database:
         return Sqlite(path, mode="rw", writes=False), Sqlite(path, mode="rw", writes=True)
 
     def _find_file(self, path: Path) -> Path:
-        """The file that is meant, made if need be."""
+        """The database file, which is made if need be."""
         if sqlite3.sqlite_version_info < SQLITE_NEEDED:
             needed = ".".join(map(str, SQLITE_NEEDED[:2]))
             raise StoreError(
@@ -3380,7 +3411,7 @@ class Database:
             raise StoreError(f"cannot open the database {path}: {e.strerror}") from e
         if found.st_nlink > 1:
             raise StoreError(
-                f"{path} has {found.st_nlink} names, of which each would have a log of its own",
+                f"{path} has {found.st_nlink} names, and each would have a log of its own",
                 hint="remove the other hard links, or copy the file",
             )
         self._identity = found.st_dev, found.st_ino
@@ -3390,7 +3421,7 @@ class Database:
         await self.close()
 
     async def touch(self) -> None:
-        """Make the file and its tables where they are not."""
+        """Make the file and its tables if they do not exist."""
         async with self:
             pass
 
@@ -3402,17 +3433,17 @@ class Database:
                 await engine.close()
 
     def close_soon(self, seconds: float) -> None:
-        """From now on transactions wait no longer than until then, and none begins later: whatever
-        holds the lock, the program can end. What is not written then is as after a kill."""
+        """After `seconds` no transaction begins or waits any more, so that the program can end
+        whoever holds the lock. What is not written by then is lost, as after a kill."""
         self._end = time.monotonic() + seconds
 
     @contextlib.asynccontextmanager
     async def hold_exclusively(
         self, in_reserve: Callable[[], None] = lambda: None
     ) -> AsyncIterator[None]:
-        """Work on this database alone, which may take until another node has gone: `in_reserve` is
-        called before each pause. On SQLite the run lock sees to that. When the lock is lost, and
-        another node has it, `superseded` is true and every write fails."""
+        """Wait until no other node works on this database, and keep others out. `in_reserve` is
+        called before each pause. On SQLite the run lock does this. If another node gets the lock
+        after our connection was lost, `superseded` is true and every write fails."""
         while not await self._claimed():
             in_reserve()
             await asyncio.sleep(SOLE_SECONDS)
@@ -3422,7 +3453,7 @@ class Database:
         assert self._writer is not None
         try:
             return await self._translate_errors(self._writer.claim())
-        except StoreError as e:  # who waits in reserve waits for the server, too
+        except StoreError as e:  # in reserve, wait for the server as well
             log.warning("%s", e)
             return False
 
@@ -3431,7 +3462,7 @@ class Database:
         return self._writer is not None and self._writer.superseded
 
     def file_problem(self) -> str | None:
-        """What keeps the open file from being written, which someone has to see to: one stat."""
+        """Why the open file cannot be written, if a person has to mend that; costs one stat."""
         return self._lost_file() or self._cannot_write
 
     def _lost_file(self) -> str | None:
@@ -3454,12 +3485,12 @@ class Database:
                     result = await work()
                     await self._translate_errors(self._engine().commit())
                 except BaseException:
-                    with contextlib.suppress(StoreError):  # it may have been rolled back already
+                    with contextlib.suppress(StoreError):  # it may be rolled back already
                         await self._sql("ROLLBACK")
                     raise
                 self._cannot_write = None
                 self.on_write(time.perf_counter() - began)
-                for level, text in self._news:  # of what was committed, and of that alone
+                for level, text in self._news:  # only of what was committed
                     log.log(level, "%s", text)
                 return result
             finally:
@@ -3467,8 +3498,8 @@ class Database:
                 INSIDE.reset(inside)
 
     async def _begin(self) -> None:
-        """Take the lock for writing. Time in which another process held it counts once, for all
-        that wait here in a row."""
+        """Take the write lock. While another process holds it, `patience` counts once for all
+        transactions that wait here one after the other."""
         engine = self._engine()
         if problem := self._lost_file():
             raise StoreError(problem, hint="put it back, or restart")
@@ -3478,7 +3509,7 @@ class Database:
                 self._blocked_since = None
                 return
             except engine.errors as e:
-                with contextlib.suppress(engine.errors):  # PostgreSQL's has begun
+                with contextlib.suppress(engine.errors):  # on PostgreSQL BEGIN has succeeded
                     await engine.run("ROLLBACK")
                 if engine.code(e) not in engine.busy:
                     raise self._store_error(e) from e
@@ -3489,7 +3520,7 @@ class Database:
                 if now - self._blocked_since >= self.patience:
                     said = f"the database {self.place} is locked by another process"
                     raise StoreError(said) from e
-        raise StoreError("the program ends: nothing more is written")
+        raise StoreError("the program is ending: nothing more is written")
 
     def _engine(self) -> Sqlite | Postgres:
         engine = self._writer if INSIDE.get() is self else self._reader
@@ -3499,7 +3530,7 @@ class Database:
         return engine
 
     async def _translate_errors(self, answer: Awaitable[T]) -> T:
-        """An engine's answer, its errors as ours."""
+        """The answer of an engine; its errors become ours."""
         engine = self._reader
         assert engine is not None
         try:
@@ -3512,34 +3543,35 @@ class Database:
     def _store_error(self, error: Exception) -> StoreError:
         said = f"database {self.place}: {error}"
         if self._reader is not None and self._reader.code(error) in self._reader.lasting:
-            self._cannot_write = said  # full, read-only or broken, until someone sees to it
+            self._cannot_write = said  # full, read-only or broken, until a person mends it
         return StoreError(said)
 
     async def _sql(self, sql: str, values: Values = MappingProxyType({})) -> list[Any]:
-        """Run one statement, in this task's transaction or for reading; all its rows."""
-        given = {n: min(v, LARGEST) if type(v) is int else v for n, v in values.items()}
+        """The rows of a statement, which runs in this task's transaction or only reads."""
+        given = {name: storable(value) for name, value in values.items()}
         return await self._translate_errors(self._engine().run(sql, given))
 
     async def _select_dicts(self, sql: str, values: Values) -> list[dict[str, Any]]:
-        """What a SELECT finds, by the names of its columns."""
+        """The rows of a SELECT, by column names."""
         names = sql.removeprefix("SELECT ").partition(" FROM ")[0].split(", ")
         return [dict(zip(names, row, strict=True)) for row in await self._sql(sql, values)]
 
     async def _change(self, table: str, columns: Values, where: str, **given: Any) -> bool:
-        """Give the rows that `where` finds these values; whether there was one."""
+        """Set columns of the rows that match `where`; whether there was one."""
         sets = ", ".join(f"{name} = :{name}" for name in columns)
         sql = f"UPDATE {table} SET {sets} WHERE {where} RETURNING 1"
         return bool(await self._sql(sql, {**columns, **given}))
 
     async def _many(self, sql: str, rows: Sequence[Values]) -> None:
         """Run one statement for each of `rows`, inside of a transaction."""
-        await self._translate_errors(self._engine().many(sql, rows))
+        given = [{name: storable(value) for name, value in row.items()} for row in rows]
+        await self._translate_errors(self._engine().many(sql, given))
 
     async def _upsert(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
     ) -> None:
-        """Insert rows, once a transaction for each table; `conflict` says what becomes of those
-        that are there."""
+        """Insert rows, at most once per transaction and table; `conflict` says what happens to
+        rows that exist."""
         await self._translate_errors(self._engine().upsert(table, columns, rows, conflict))
 
     async def _check_schema(self) -> None:
@@ -3563,7 +3595,7 @@ class Database:
 
     @transactional
     async def _make_schema(self) -> None:
-        version = await self._schema_version()  # another process may have been first
+        version = await self._schema_version()  # another process may have made it meanwhile
         for script in (SCHEMA, *MIGRATIONS)[version:]:
             for statement in script.split(";\n"):
                 if statement.strip():
@@ -3571,8 +3603,8 @@ class Database:
         await self._sql(f"UPDATE schema_version SET version = {1 + len(MIGRATIONS)}")
 
     async def data_version(self) -> int:
-        """Changes whenever another process has committed something. While a transaction of our own
-        goes on, or waits for another's lock, the last one known: readers never wait."""
+        """A number that changes whenever another process commits. During a transaction of our own
+        it is the last one known: readers never wait."""
         if not self._lock.locked():
             self._version = await self._translate_errors((self._writer or self._engine()).changes())
         return self._version
@@ -3585,7 +3617,8 @@ class Database:
         return key
 
     async def _log(self, job_id: int | None, status: str, message: str, now: float) -> None:
-        row = {"job_id": job_id, "status": status, "message": redact(message), "created_at": now}
+        message = excerpt(message, 20_000)
+        row = {"job_id": job_id, "status": status, "message": message, "created_at": now}
         await self._insert("polling_logs", row | {"actor": ACTOR.get()})
         level = {"error": logging.WARNING, "failed": logging.ERROR}.get(status, logging.INFO)
         who = f"job {job_id}: " if job_id is not None else ""
@@ -3594,17 +3627,17 @@ class Database:
 
 
 def columns_of(kind: type) -> str:
-    """The columns that make one of these, in order."""
+    """The fields of a dataclass as a list of columns."""
     return ", ".join(field.name for field in fields(kind))
 
 
 def number_list(ids: Iterable[int]) -> str:
-    """The list of an IN with these numbers."""
+    """These numbers as a list for IN."""
     return f"({', '.join(map(str, ids)) or 'NULL'})"
 
 
 def text_list(name: str, values: Collection[str]) -> tuple[str, dict[str, str]]:
-    """The list of an IN with these texts, and its parameters."""
+    """These texts as a list for IN, and its parameters."""
     given = {f"{name}{at}": value for at, value in enumerate(values)}
     return f"({', '.join(':' + key for key in given) or 'NULL'})", given
 
@@ -3906,8 +3939,8 @@ SECRET_COLUMNS = columns_of(SealedSecret)
 
 
 class Secrets(Records):
-    """Sealed secrets. `seal` gives a value and the id of its key; it is called with the lock held,
-    so that no rotation comes between."""
+    """Sealed secrets. `seal` returns a sealed value and the id of its key. It is called in the
+    transaction, so that no rotation comes between."""
 
     @transactional
     async def add_secret(
@@ -3932,9 +3965,9 @@ class Secrets(Records):
         sealed, where = {"value": value, "key_id": key_id}, "name = :name AND type = :kind"
         if not await self._change("secrets", sealed, where, name=name, kind=kind):
             raise NotFound(f"there is no secret {name!r} of type {kind} to replace", code=1001)
-        await self._sql(  # a changed job is due at once, however long it was to wait
+        await self._sql(  # a changed job is due at once, however long its back-off was
             "UPDATE polling_jobs SET revision = revision + 1, errors_in_row = 0"
-            " WHERE :name IN (openai_secret, keboola_secret, api_secret)",
+            " WHERE :name IN (watch_secret, trigger_secret, ingest_secret)",
             {"name": name},
         )
         await self._log(None, "updated", f"secret {name!r} has a new value", now)
@@ -3954,17 +3987,10 @@ class Secrets(Records):
         return SealedSecret(*rows[0]) if rows else None
 
     @transactional
-    async def note_use(self, secret: SealedSecret, now: float) -> None:
-        """Write down that a secret was used for the first time."""
-        where = "id = :id AND first_used_at IS NULL"
-        if await self._change("secrets", {"first_used_at": now}, where, id=secret.id):
-            await self._log(None, "used", f"secret {secret.name!r}, for the first time", now)
-
-    @transactional
     async def delete_secret(self, name: str, now: float) -> None:
         users = await self._sql(
             "SELECT name FROM polling_jobs"
-            " WHERE :name IN (openai_secret, keboola_secret, api_secret)"
+            " WHERE :name IN (watch_secret, trigger_secret, ingest_secret)"
             " AND (status IN ('triggering', 'triggered')"
             " OR status IN ('active', 'paused') AND removed_at IS NULL)"
             " OR id IN (SELECT job_id FROM triggers WHERE secret = :name AND finished_at IS NULL)",
@@ -3984,7 +4010,7 @@ class Secrets(Records):
     async def reseal_secrets(
         self, reseal: Callable[[SealedSecret], tuple[bytes, str]], now: float
     ) -> int:
-        """Replace every secret's value and key id by what `reseal` makes of its row; how many."""
+        """Store every secret as `reseal` returns it: its value and key id. Returns how many."""
         rows = await self.secrets()
         for row in rows:
             value, key_id = reseal(row)
@@ -3995,17 +4021,17 @@ class Secrets(Records):
 
     @transactional
     async def change_keys(self, change: Callable[[Collection[str]], None]) -> None:
-        """Let `change` add or drop master keys while nobody can seal; it is told the ids of those
-        that rows need."""
+        """Call `change`, which may drop master keys, with the ids of the keys that rows need, while
+        nobody can seal."""
         change({row.key_id for row in await self.secrets()})
 
 
 # ── Stored jobs ───────────────────────────────────────────────────────────────────────────────
 
-AUTO_PACE = 120.0  # s between checks of `poll_interval: auto` until its first check says better
+AUTO_PACE = 120.0  # s to the first check of `poll_interval: auto`; later its age decides
 ENDED = ("completed", "completed_with_failures", "failed")
 OF_JOB = (
-    "j.id, j.name, j.origin, j.spec, j.openai_secret, j.poll_interval_seconds, j.pace, j.status,"
+    "j.id, j.name, j.origin, j.spec, j.watch_secret, j.poll_interval_seconds, j.pace, j.status,"
     " j.removed_at, j.revision, j.round, j.errors_in_row, j.last_error, j.last_check_at,"
     " j.last_ok_at, j.next_check_at, j.created_at, j.completed_at,"
     f" EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND {OPEN_TRIGGER})"
@@ -4019,7 +4045,7 @@ COLUMNS_OF_JOB = len(fields(Job)) - 1  # but for its batches
 
 
 class TimerPlan(NamedTuple):
-    """What a job's timer depends on; a changed job is due at once."""
+    """What a job's timer depends on. If it changes, the job is due at once."""
 
     interval: int  # s; 0: each check says when the next one is due
     revision: int
@@ -4031,8 +4057,8 @@ FileStep = Literal["created", "changed", "renamed", "returned", "removed"]
 
 
 class FileChange(NamedTuple):
-    """What jobs.yaml asks for. A job that has another name, but the batches and the target of one
-    that has left the file, is `renamed`: the same job, with its history."""
+    """A change that jobs.yaml asks for. `renamed` is a job with another name, but the same batches
+    and target as a job that has left the file: it is the same job and keeps its history."""
 
     what: FileStep
     name: str
@@ -4041,7 +4067,7 @@ class FileChange(NamedTuple):
 
 
 class FiredRound(NamedTuple):
-    """A round that has started a Keboola job, or may have."""
+    """A round that started a Keboola job, or may have."""
 
     job_id: int
     job: str
@@ -4052,7 +4078,7 @@ class FiredRound(NamedTuple):
 
 
 def aim_of(stack_url: str, body: str) -> str:
-    """Names the set of batches and the target of a trigger's body, whatever its job is called."""
+    """A digest of a trigger's batches and target, which does not depend on the job's name."""
     sent = json.loads(body)
     values = {given["name"]: given["value"] for given in sent["variableValuesData"]["values"]}
     ids = [*json.loads(values["batch_ids_completed"]), *json.loads(values["batch_ids_failed"])]
@@ -4061,7 +4087,7 @@ def aim_of(stack_url: str, body: str) -> str:
 
 
 def aim_of_spec(spec: JobSpec) -> str:
-    """The same of a job that has not fired yet."""
+    """The same for a job that has not fired yet."""
     unseen = [Batch(batch_id, "") for batch_id in spec.watch.batch_ids]
     return aim_of(spec.trigger.stack_url, trigger_body(spec, unseen, ""))
 
@@ -4071,15 +4097,15 @@ def spec_columns(spec: Spec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "spec": spec.model_dump_json(),
-        "openai_secret": spec.watch.secret if isinstance(spec, JobSpec) else "",
-        "keboola_secret": spec.trigger.secret if isinstance(spec, JobSpec) else "",
-        "api_secret": spec.ingest.secret if isinstance(spec, IngestSpec) else None,
+        "watch_secret": spec.watch.secret if isinstance(spec, JobSpec) else "",
+        "trigger_secret": spec.trigger.secret if isinstance(spec, JobSpec) else "",
+        "ingest_secret": spec.ingest.secret if isinstance(spec, IngestSpec) else None,
         "poll_interval_seconds": 0 if spec.poll_interval == "auto" else spec.poll_interval,
     }
 
 
 def describe_changes(old: Spec, new: Spec) -> str:
-    """What differs, for people."""
+    """The differences, in words."""
     before, after = old.model_dump(), new.model_dump()
     parts = [
         f"{k} {before[k]} -> {after[k]}" for k in ("name", "poll_interval") if before[k] != after[k]
@@ -4091,30 +4117,30 @@ def describe_changes(old: Spec, new: Spec) -> str:
 
 
 class Jobs(Secrets):
-    """Jobs, their batches and triggers. Every change checks the state it starts from, since the
-    command line may write while the service runs. `now` is unix seconds.
+    """Jobs, their batches and triggers. Every change has a condition on the state it starts from,
+    since the command line may write while the service runs. `now` is in unix seconds.
 
-    Good checks without news are kept until `flush`, which the service calls each second: another
-    process sees their times by then, this one at once.
+    Checks without news are kept in memory until `flush`, which the service calls each second. This
+    process sees their times at once, others after that.
     """
 
     def __init__(self, place: Path | str, *, read_only: bool = False) -> None:
         super().__init__(place, read_only=read_only)
-        self._quiet: dict[int, UnchangedCheck] = {}  # by job
+        self._unchanged: dict[int, UnchangedCheck] = {}  # by job, not flushed yet
         self.sums: Counter[str] = Counter()  # of daily_sums, not flushed yet
 
     # reading jobs
 
     def _with_unflushed(self, job: Job) -> Job:
-        """A job as it was read, with what is not yet flushed."""
-        quiet = self._quiet.get(job.id)
+        """The job with the times of a check that is not flushed yet."""
+        quiet = self._unchanged.get(job.id)
         if quiet and (job.status, job.revision, job.round) == ("active", *quiet[1:3]):
             job.last_check_at = job.last_ok_at = quiet.now
             job.next_check_at = quiet.next_check_at
         return job
 
     async def _jobs(self, where: str, values: Values = MappingProxyType({})) -> list[Job]:
-        """Those that `where` finds, by id, with their batches; in one question."""
+        """The jobs that match `where`, by id, with their batches; one statement."""
         rows = await self._sql(
             f"SELECT {OF_JOB}, {OF_BATCH} FROM (SELECT * FROM polling_jobs j WHERE {where}) j"
             " LEFT JOIN polling_batches b ON b.job_id = j.id ORDER BY j.id, b.position",
@@ -4131,8 +4157,8 @@ class Jobs(Secrets):
     async def jobs(
         self, status: str | None = None, limit: int = LARGEST, after: int = 0, search: str = ""
     ) -> list[Job]:
-        """Jobs of a shown status, or all (None), that have `search` in their names, with ids beyond
-        `after`, by id."""
+        """Jobs by id: those of a shown status (None: all) with `search` in their names and ids
+        greater than `after`."""
         given = {"status": status or "", "search": search.lower(), "limit": limit, "after": after}
         return await self._jobs(f"{MATCHING} AND j.id > :after ORDER BY j.id LIMIT :limit", given)
 
@@ -4152,7 +4178,7 @@ class Jobs(Secrets):
         return found[0]
 
     async def jobs_among(self, ids: Iterable[int]) -> list[Job]:
-        """Of these jobs, those that are there, by id."""
+        """Those of these jobs that exist, by id."""
         return await self._jobs(f"j.id IN {number_list(ids)}")
 
     async def job(self, job_id: int) -> Job | None:
@@ -4161,14 +4187,14 @@ class Jobs(Secrets):
     async def watched_batches(
         self, secrets: Collection[str], until: float
     ) -> tuple[dict[str, float | None], int]:
-        """The unfinished batches of active jobs that use one of these secrets, with when each was
-        created (None: not seen yet), and how many looks at them fall due before `until`."""
+        """The unfinished batches of active jobs that use one of these secrets, each with its time
+        of creation (None: not seen yet), and how many checks of them are due before `until`."""
         names, given = text_list("name", secrets)
         ended, ends = text_list("end", FINISHED_BATCH)
         rows = await self._sql(
             "SELECT b.batch_id, b.created_at, coalesce(j.next_check_at, 0) < :until"
             " FROM polling_jobs j JOIN polling_batches b ON b.job_id = j.id"
-            f" WHERE j.openai_secret IN {names} AND {ACTIVE} AND b.status NOT IN {ended}",
+            f" WHERE j.watch_secret IN {names} AND {ACTIVE} AND b.status NOT IN {ended}",
             {**given, **ends, "until": until},
         )
         return {row[0]: row[1] for row in rows}, sum(bool(row[2]) for row in rows)
@@ -4181,16 +4207,16 @@ class Jobs(Secrets):
         batches, ids = text_list("batch", batch_ids)
         rows = await self._sql(
             "SELECT DISTINCT j.id FROM polling_batches b JOIN polling_jobs j ON j.id = b.job_id"
-            f" WHERE b.batch_id IN {batches} AND j.openai_secret IN {names} AND {ACTIVE}",
+            f" WHERE b.batch_id IN {batches} AND j.watch_secret IN {names} AND {ACTIVE}",
             given | ids,
         )
         return [row[0] for row in rows]
 
     async def schedule(self, ids: Collection[int] | None = None) -> dict[int, TimerPlan]:
-        """The jobs that have something left to do: all (None), or those of `ids`."""
+        """The jobs that have something left to do, all of them or those among `ids`."""
         some = "" if ids is None else f" AND j.id IN {number_list(ids)}"
-        rows = await self._sql(  # two looks at indexes, however many jobs have ended
-            "SELECT j.id, j.poll_interval_seconds, j.revision, j.round, j.openai_secret"
+        rows = await self._sql(  # by two indexes, however many jobs have ended
+            "SELECT j.id, j.poll_interval_seconds, j.revision, j.round, j.watch_secret"
             f" FROM polling_jobs j WHERE j.id IN (SELECT j.id FROM polling_jobs j WHERE {ACTIVE}"
             f" UNION SELECT job_id FROM triggers WHERE {OPEN_TRIGGER}){some}"
         )
@@ -4220,7 +4246,7 @@ class Jobs(Secrets):
             raise Conflict(f"there is a job {name!r} already", hint="choose another name")
 
     async def _with_secret_names(self, spec: Spec) -> Spec:
-        """The job with names in place of the ids of secrets that it may carry."""
+        """The job with names in place of ids of secrets."""
         blocks: dict[str, Any] = {k: v for k, v in dict(spec).items() if isinstance(v, StrictModel)}
         for key, block in blocks.items():
             if isinstance(block.secret, int):
@@ -4245,8 +4271,8 @@ class Jobs(Secrets):
 
     @transactional
     async def update_job(self, ref: str | int, change: Callable[[Job], Spec], now: float) -> int:
-        """Give a job the definition that `change` makes of it: read, changed and written in one
-        transaction, so that two changes of different fields both count. Its id."""
+        """Give a job the definition that `change` returns. It is read and written in one
+        transaction, so that of two changes at once none is lost. Returns the job's id."""
         job = await self.find_job(ref)
         if job.origin == "file":
             raise Conflict(
@@ -4260,14 +4286,14 @@ class Jobs(Secrets):
     async def _update(self, job: Job, spec: Spec, now: float) -> None:
         """Give a job its new definition.
 
-        Other batches are a new round. Another target counts for every trigger that was surely
-        not sent yet; one that may have been sent keeps the target it went to.
+        Other batches start a new round. Another target applies to triggers that are known not to
+        have been sent; one that may have been sent keeps its target.
         """
         if isinstance(spec, IngestSpec) != job.is_ingest or (
             job.is_ingest and spec.name != job.name
         ):
             raise Conflict(
-                f"job {job.name!r} keeps its kind, and an ingest its name: records stand under it",
+                f"job {job.name!r} keeps its kind, and an ingest its name, which its records have",
                 hint="delete it, or give the new one another name",
             )
         if spec.name != job.name:
@@ -4276,7 +4302,11 @@ class Jobs(Secrets):
         if (interval := columns["poll_interval_seconds"]) != job.interval:
             columns["pace"] = interval or AUTO_PACE
         await self._set_job(job, revision=job.revision + 1, **columns)
-        said = "what it was could not be read" if job.damage else describe_changes(job.spec, spec)
+        said = (
+            "its old definition could not be read"
+            if job.damage
+            else describe_changes(job.spec, spec)
+        )
         await self._log(job.id, "updated", said, now)
         if isinstance(spec, IngestSpec):
             return
@@ -4286,7 +4316,7 @@ class Jobs(Secrets):
             await self._start_round(job, "new_round", spec, now)
 
     async def _start_round(self, job: Job, event: Event, spec: JobSpec, now: float) -> None:
-        """From here on the batches are looked at afresh and may fire again."""
+        """Forget what is known of the batches; they may fire again."""
         await self._renew_batches(job.id, spec, now)
         clean = dict.fromkeys(("last_error", "next_check_at", "completed_at"))
         await self._set_job(
@@ -4301,7 +4331,7 @@ class Jobs(Secrets):
         await self._change("polling_jobs", columns, "id = :id", id=job.id)
 
     async def file_changes(self, specs: Sequence[Spec]) -> list[FileChange]:
-        """What would become of the store's jobs from jobs.yaml, if it said this."""
+        """The changes that `specs`, as the content of jobs.yaml, would make."""
         known = {job.name: job for job in await self._jobs("j.origin = 'file'")}
         names = {spec.name for spec in specs}
         for (name,) in await self._sql("SELECT name FROM polling_jobs WHERE origin <> 'file'"):
@@ -4337,8 +4367,8 @@ class Jobs(Secrets):
         return found + [FileChange("removed", job.name, job, None) for job in left]
 
     async def sync_file_jobs(self, specs: Sequence[Spec], now: float) -> Counter[str]:
-        """Make the store's jobs from jobs.yaml what the file says; how many of which change. Where
-        that is none, nothing is written and nothing waited for."""
+        """Take over the jobs of jobs.yaml; the number of changes of each kind. Without any, this
+        neither writes nor waits for the lock."""
         return await self._sync(specs, now) if await self.file_changes(specs) else Counter()
 
     @transactional
@@ -4371,10 +4401,10 @@ class Jobs(Secrets):
 
     @transactional
     async def retry_job(self, job_id: int, now: float) -> str:
-        """Re-arm a failed job; what happens next, in a few words.
+        """Re-arm a failed job. Returns what happens next, in a few words.
 
-        A trigger that is held is settled once more and then sent with the id it had; otherwise
-        the batches are checked afresh, and a new trigger may follow.
+        A held trigger is searched for once more and, if it is missing, sent with the same id.
+        Otherwise the batches are checked from the start, and a new trigger may follow.
         """
         job = await self.find_job(job_id)
         if job.removed_at is not None or job.status != "failed":
@@ -4386,7 +4416,7 @@ class Jobs(Secrets):
             await self._save_trigger(held[-1], after)
             await self._move_job(job, "resettle", None, now)
         else:
-            what = "checks its batches afresh"
+            what = "checks its batches from the start"
             await self._start_round(job, "retry", job.watches, now)
         await self._log(job.id, "updated", f"retry: {what}", now)
         return what
@@ -4414,7 +4444,7 @@ class Jobs(Secrets):
                 f"Cannot delete job {job.name!r}: it is in jobs.yaml and would come back",
                 hint="take it out of the file and reload, then delete it",
             )
-        if job.is_ingest:  # a run under way can write nothing from here on
+        if job.is_ingest:  # a run under way can write nothing any more
             await self._set_job(job, status="paused", revision=job.revision + 1)
         return job
 
@@ -4430,7 +4460,7 @@ class Jobs(Secrets):
         return await self._triggers(job_id, "TRUE")
 
     async def open_triggers(self, job_id: int) -> list[Trigger]:
-        """Those with something left to do."""
+        """Those that are not settled or held."""
         return await self._triggers(job_id, OPEN_TRIGGER)
 
     async def _triggers(self, job_id: int, condition: str) -> list[Trigger]:
@@ -4454,8 +4484,8 @@ class Jobs(Secrets):
         )
 
     async def fired(self, aim: str) -> list[FiredRound]:
-        """Which rounds of which jobs have started, or may have, a Keboola job with this aim; the
-        last one first."""
+        """The rounds of all jobs that started a Keboola job with this aim, or may have; the latest
+        first."""
         rows = await self._sql(
             "SELECT j.id, j.name, t.round, t.id, t.created_at, j.removed_at IS NOT NULL"
             " FROM triggers t JOIN polling_jobs j ON j.id = t.job_id"
@@ -4468,13 +4498,12 @@ class Jobs(Secrets):
 
 # ── Checks and triggers ───────────────────────────────────────────────────────────────────────
 
-# Once: the decision to fire is one transaction that finds the job as it was checked, writes the
-# trigger with its frozen body and moves the job on. UNIQUE (job_id, round) forbids a second trigger
-# of a round. A later round with the same batches and the same target, of this job or of one that
-# has left jobs.yaml, fires only if someone asked for it (`job retry`): what counts is what was
-# done, not what the job is called.
+# A job fires once per round: one transaction finds the job unchanged since its check, stores the
+# trigger with its frozen body, and changes the job's status. UNIQUE (job_id, round) forbids a
+# second trigger of a round. If this job, or one that has left jobs.yaml, has fired before for the
+# same batches and target, a later round fires only after `job retry`, whatever the job is called.
 
-LOG_STATUS: dict[Event, str] = {  # what a log row calls a step of a trigger; others are errors
+LOG_STATUS: dict[Event, str] = {  # the status in a log row of a trigger's step; default: error
     "accept": "triggered",
     "succeed": "completed",
     "reject": "failed",
@@ -4488,7 +4517,7 @@ DAYS_KEPT = 90  # of daily_sums
 
 
 def describe_progress(batch: Batch) -> str:
-    """A batch that has moved on, for the log."""
+    """The progress of a batch, for the log."""
     if outcome(batch) is not None:
         return describe_end(batch)
     done = batch.requests_completed + batch.requests_failed
@@ -4496,7 +4525,7 @@ def describe_progress(batch: Batch) -> str:
 
 
 class UnchangedCheck(NamedTuple):
-    """A good check that saw nothing new, still to be written down."""
+    """A good check without news, which is not stored yet."""
 
     id: int
     revision: int
@@ -4508,13 +4537,13 @@ class UnchangedCheck(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """A check of a job's batches, and what follows from it."""
+    """A check of a job's batches, and its consequences."""
 
     job: Job  # as it was before
     batches: Sequence[Batch]
     verdict: Verdict
     trigger: Trigger | None  # to be fired
-    error: str | None  # what to say of it
+    error: str | None  # the job's new `last_error`
     errors: Sequence[TeckoError]  # why not every batch was seen
     wait: float  # s until the next check
     now: float
@@ -4535,10 +4564,10 @@ class CheckResult:
 
 
 class Checks(Jobs):
-    """What checks and triggers write. Every change is a compare-and-set."""
+    """Writes of checks and triggers. Every change is a compare-and-set."""
 
     async def close(self) -> None:
-        with contextlib.suppress(StoreError):  # only times of checks are lost
+        with contextlib.suppress(StoreError):  # that loses times of checks at most
             await self.flush()
         await super().close()
 
@@ -4550,19 +4579,19 @@ class Checks(Jobs):
         deleted or changed while it was being checked, for what was seen then decides nothing.
         """
         quiet = {check.job.id: check.unchanged() for check in checks if check.is_quiet()}
-        self._quiet |= quiet
+        self._unchanged |= quiet
         news = [check for check in checks if check.job.id not in quiet]
         return quiet.keys() | (await self._record_news(news) if news else set())
 
     async def flush(self) -> None:
-        """Write down the quiet checks and the sums of the day, together."""
-        kept, self._quiet = self._quiet, {}
+        """Store the quiet checks and the sums of the day, in one transaction."""
+        kept, self._unchanged = self._unchanged, {}
         sums, self.sums = +self.sums, Counter()  # without what is zero
         try:
             if kept or sums:
                 await self._write_quiet(sorted(kept.values()), sums)  # by job, as their rows lie
         except StoreError:
-            self._quiet, self.sums = kept | self._quiet, sums + self.sums
+            self._unchanged, self.sums = kept | self._unchanged, sums + self.sums
             raise
 
     async def daily_sums(self, days: int) -> list[Any]:
@@ -4597,7 +4626,7 @@ class Checks(Jobs):
         return {check.job.id for check in checks if await self._record(check)}
 
     async def _record(self, check: CheckResult) -> bool:
-        if earlier := self._quiet.get(check.job.id):
+        if earlier := self._unchanged.get(check.job.id):
             await self._write_quiet([earlier])
         check = await self._refuse_second_firing(check)
         if not await self._update_checked_job(check):
@@ -4632,8 +4661,8 @@ class Checks(Jobs):
         return replace(trigger, state="unknown", sent_at=since, unknown_at=trigger.created_at)
 
     async def _refuse_second_firing(self, check: CheckResult) -> CheckResult:
-        """The check; or, where it would start a Keboola job that was started before, one that ends
-        its job and says so."""
+        """The check; if the same Keboola job was started before, a check that fails its job and
+        says so."""
         if check.trigger is None or await self._sql(
             "SELECT 1 FROM polling_jobs WHERE id = :id AND fires_again", {"id": check.job.id}
         ):
@@ -4677,7 +4706,7 @@ class Checks(Jobs):
     async def import_history(
         self, job: Job, trigger: Trigger | None, logs: Sequence[Values], **columns: Any
     ) -> None:
-        """Give a new job what it was in another program: columns, batches, log, and what fired."""
+        """Give a new job its past in another program: columns, batches, log and trigger."""
         await self._set_job(job, **columns)
         for batch in job.batches:
             await self._save_batch(job.id, batch)
@@ -4690,14 +4719,14 @@ class Checks(Jobs):
     async def move_trigger(
         self, trigger: Trigger, event: Event, said: str, now: float, **facts: Any
     ) -> Trigger | None:
-        """Move a trigger, and its job with it where `JOB_STEPS` says so and the job is still in
-        the same round. None, and nothing written, when the trigger is not as we thought."""
+        """Move a trigger to its next state, and its job with it if `JOB_STEPS` says so and the job
+        is in the same round. None, and nothing is written, if the trigger has changed meanwhile."""
         after = trigger_after(trigger, event, now, **facts)
         if not await self._save_trigger(trigger, after):
             return None
         job = await self.find_job(trigger.job_id)
         if event == "postpone" and after.unknown_at is None and not job.damage:
-            after = retargeted(after, job.watches)  # the target may have changed since
+            after = retargeted(after, job.watches)  # the target may have changed meanwhile
             await self._save_trigger(replace(trigger, state="pending"), after)
         job_event: Event = "succeed_partly" if event == "succeed" and trigger.partial else event
         if job.round == trigger.round and job_event in JOB_STEPS[job.status]:
@@ -4712,8 +4741,8 @@ class Checks(Jobs):
     async def note_trigger(
         self, trigger: Trigger, now: float, *, error: str | None = None, **facts: Any
     ) -> None:
-        """Write down news of a trigger that stays in its state (a search made, Keboola's status),
-        or an error; a job in another round by now is not told."""
+        """Store news of a trigger that stays in its state (a search, Keboola's status), or an
+        error. If its job is in another round by now, the job is left alone."""
         if not await self._save_trigger(trigger, replace(trigger, **facts)):
             return
         job = await self.find_job(trigger.job_id)
@@ -4729,23 +4758,23 @@ class Checks(Jobs):
 
 # ── Housekeeping ──────────────────────────────────────────────────────────────────────────────
 
-PRUNE_ROWS = 1000  # deleted in one transaction, so that it stays short
+PRUNE_ROWS = 1000  # rows deleted in one transaction, which so stays short
 KEPT_FOR_A_WHILE = {  # the column that tells a row's age, and which rows may go
     "polling_logs": ("created_at", "TRUE"),
     "etl_run": ("start_time", "status <> 'in_progress'"),
     "etl_reject": ("created_at", "TRUE"),
-    "triggers": (  # of a job's present round it is the proof that it fired
+    "triggers": (  # one of the current round is kept: it proves that the round fired
         "finished_at",
         "finished_at IS NOT NULL"
         " AND round < (SELECT j.round FROM polling_jobs j WHERE j.id = job_id)",
     ),
-    "polling_jobs": (  # one of jobs.yaml would come back, and fire again
+    "polling_jobs": (  # jobs of jobs.yaml are kept: they would come back and fire again
         "completed_at",
         f"origin = 'store' AND status IN {ENDED} AND NOT EXISTS"
         " (SELECT 1 FROM triggers t WHERE t.job_id = polling_jobs.id AND t.finished_at IS NULL)",
     ),
 }
-# Times that are compared with the clock while something goes on; others are history.
+# Times that are compared with the clock; all others are history.
 LIVE_TIMES = {
     "polling_jobs": ("last_check_at", "last_ok_at", "next_check_at"),
     "polling_batches": ("changed_at", "missing_since"),
@@ -4763,14 +4792,14 @@ FARTHEST = 86400.0  # s ahead that a check is planned at most, however long its 
 
 
 class Store(Checks):
-    """Secrets, jobs, batches, triggers, records and the log: the only place with their SQL. Here:
-    what is kept for how long, times, and figures."""
+    """The whole store, and the only place with its SQL. This class itself has what is kept for how
+    long, changes of the clock, and figures."""
 
     async def prune(self, before: float, keep: int) -> None:
         """Delete what ended before `before` or is not among the newest `keep` of its table."""
         for table in KEPT_FOR_A_WHILE:
             while await self._prune(table, before, keep) >= PRUNE_ROWS:
-                pass  # others take their turns at the store in between
+                pass  # other transactions run in between
 
     @transactional
     async def _prune(self, table: str, before: float, keep: int) -> int:
@@ -4785,21 +4814,22 @@ class Store(Checks):
 
     @transactional
     async def shift_times(self, step: float, now: float) -> None:
-        """The clock was set by `step` seconds, and is `now`: move along what is compared with it,
-        so that windows go on for as long as they would have, and nothing lies in the future."""
+        """After the clock was set by `step` seconds, to `now`: move the times that are compared
+        with it, so that intervals and windows keep their lengths and no past time is in the
+        future."""
         for table, columns in LIVE_TIMES.items():
             moved_on = ", ".join(f"{name} = {name} + :step" for name in columns)
             where = " WHERE finished_at IS NULL" if table == "triggers" else ""
             await self._sql(f"UPDATE {table} SET {moved_on}{where}", {"step": step})
-        for job_id, quiet in self._quiet.items():
-            self._quiet[job_id] = quiet._replace(
+        for job_id, quiet in self._unchanged.items():
+            self._unchanged[job_id] = quiet._replace(
                 now=quiet.now + step, next_check_at=quiet.next_check_at + step
             )
         await self._log(None, "updated", f"the clock was set by {step:+.0f} s", now)
 
     async def clamp_times(self, now: float) -> None:
-        """At the start: what lies in the future was written by a clock that was ahead, and happened
-        now at the latest. Where nothing does, no lock is waited for."""
+        """At the start: set past times that are in the future, since the clock was ahead, to now.
+        If there are none, this does not wait for the lock."""
         for table, columns in LIVE_TIMES.items():
             for name in columns:
                 latest = now + FARTHEST if name == "next_check_at" else now
@@ -4811,7 +4841,7 @@ class Store(Checks):
                     )
 
     async def logs(self, job_id: int | None, limit: int, after: int = 0) -> list[LogRow]:
-        """The last rows of a job, or of all (None); oldest first; only ids beyond `after`."""
+        """The last rows of a job, or of all (None), the oldest first; ids greater than `after`."""
         mine = "" if job_id is None else " AND job_id = :job_id"
         rows = await self._sql(
             f"SELECT {columns_of(LogRow)} FROM polling_logs"
@@ -4821,7 +4851,7 @@ class Store(Checks):
         return [LogRow(*row) for row in reversed(rows)]
 
     async def counts(self) -> dict[str, Any]:
-        """Jobs by shown status, and how many secrets, triggers and log rows there are."""
+        """The numbers of jobs by shown status, secrets, triggers and log rows."""
         rows = await self._sql(
             "SELECT CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END, count(*), 1"
             " FROM polling_jobs GROUP BY 1"
@@ -4833,15 +4863,21 @@ class Store(Checks):
         jobs = {what: n for what, n, of_jobs in rows if of_jobs}
         return {"jobs": jobs} | {what: n for what, n, of_jobs in rows if not of_jobs}
 
-    async def check_age(self, now: float, since: float) -> float:
-        """Of active jobs: the longest time since a successful check (or `since`, when the service
-        started), in seconds."""
-        [[oldest]] = await self._sql(f"SELECT min(last_ok_at) FROM polling_jobs j WHERE {ACTIVE}")
-        return now - max(oldest, since) if oldest is not None else 0.0
+    async def ages(self, now: float, since: float) -> tuple[float, float]:
+        """In seconds: the longest time since a successful check of an active job, at most since
+        `since`, when the service started; and the age of the oldest trigger that has not reached
+        Keboola. 0 without any."""
+        [[checked, decided]] = await self._sql(
+            f"SELECT (SELECT min(last_ok_at) FROM polling_jobs j WHERE {ACTIVE}),"
+            " (SELECT min(created_at) FROM triggers WHERE finished_at IS NULL"
+            " AND state IN ('pending', 'sending', 'unknown'))"
+        )
+        check_age = now - max(checked, since) if checked is not None else 0.0
+        return check_age, max(0.0, now - decided) if decided is not None else 0.0
 
     async def overdue(self, now: float, since: float) -> list[str]:
-        """Active jobs without a successful check for three intervals, none counted from before
-        `since` (when the service started)."""
+        """Active jobs without a successful check for three intervals after `since`, when the
+        service started."""
         rows = await self._sql(
             f"SELECT name FROM polling_jobs j WHERE {ACTIVE} AND last_ok_at < :now - 3 * pace"
             " AND :since < :now - 3 * pace ORDER BY id",
@@ -4850,8 +4886,8 @@ class Store(Checks):
         return [row[0] for row in rows]
 
     async def undelivered(self, now: float, settle: float, limit: int = 100) -> list[str]:
-        """Jobs whose trigger Keboola has not got for longer than three intervals and the settle
-        window, or whose Keboola job could not be followed three times in a row."""
+        """Jobs whose trigger has not reached Keboola within three intervals and the settle window,
+        or whose Keboola job could not be asked for three times in a row."""
         rows = await self._sql(
             "SELECT DISTINCT j.id, j.name FROM triggers t JOIN polling_jobs j ON j.id = t.job_id"
             f" WHERE {OPEN_TRIGGER} AND (t.state <> 'running' OR j.errors_in_row >= 3)"
@@ -4861,25 +4897,16 @@ class Store(Checks):
         )
         return [name for _, name in rows]
 
-    async def oldest_open_trigger(self, now: float) -> float:
-        """Seconds since the oldest trigger was decided that Keboola has not got; 0: there is
-        none."""
-        [[oldest]] = await self._sql(
-            "SELECT min(created_at) FROM triggers WHERE finished_at IS NULL"
-            " AND state IN ('pending', 'sending', 'unknown')"
-        )
-        return max(0.0, now - oldest) if oldest is not None else 0.0
-
     async def attention(self, limit: int) -> list[dict[str, Any]]:
-        """Jobs that wait for a person, each with failed, held, refused (by OpenAI, with its key) or
-        ingest (its last run with work in it failed, or rejected records), and the reason."""
+        """Jobs that wait for a person, with the reason and one of: failed, held, refused (OpenAI
+        refuses the key), ingest (the last run that did anything failed or rejected records)."""
         rows = await self._sql(
-            "SELECT j.id, j.name, j.last_error, CASE WHEN j.openai_secret = '' THEN 'ingest'"
+            "SELECT j.id, j.name, j.last_error, CASE WHEN j.watch_secret = '' THEN 'ingest'"
             " WHEN EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND t.round = j.round"
             " AND t.state = 'held') THEN 'held' WHEN j.status = 'active' THEN 'refused'"
             " ELSE 'failed' END FROM polling_jobs j"
             " WHERE j.removed_at IS NULL AND (j.status = 'failed' OR j.status = 'active'"
-            " AND (j.openai_secret = '' AND j.last_error IS NOT NULL OR j.last_error LIKE :no_key"
+            " AND (j.watch_secret = '' AND j.last_error IS NOT NULL OR j.last_error LIKE :no_key"
             " OR j.last_error LIKE :no_right)) ORDER BY j.id LIMIT :limit",
             {"limit": limit, "no_key": "%OpenAI said 401%", "no_right": "%OpenAI said 403%"},
         )
@@ -4887,7 +4914,7 @@ class Store(Checks):
         return [dict(zip(("id", "job", "reason", "what"), row, strict=True)) for row in rows]
 
     async def alerts(self) -> dict[str, Mapping[str, float]]:
-        """What each target of alerts was told to be wrong, and when last."""
+        """The problems that were reported to each target of alerts, and when last."""
         return {name: json.loads(t) for name, t in await self._sql("SELECT * FROM alerts")}
 
     @transactional
@@ -4928,13 +4955,12 @@ class Store(Checks):
 
     @transactional
     async def acknowledge(self) -> bool:
-        """Somebody knows what is missing since a backup took the database's place; whether one
-        did."""
+        """A person has taken note that a backup replaced the database; False if none did."""
         return await self._change("backups", {"reason": None}, "reason IS NOT NULL")
 
     @transactional
     async def note_failure(self, job_id: int, said: str, now: float, wait: float) -> None:
-        """Write down that a step of a job met an internal error."""
+        """Store that a step of a job met an internal error."""
         job = await self.job(job_id)
         if job is None:  # it was deleted meanwhile
             return
@@ -4952,8 +4978,7 @@ class Store(Checks):
         return [row[0] for row in await self._sql(f"SELECT name FROM {table} ORDER BY name")]
 
     async def ingested(self, source: str = "") -> dict[str, tuple[int, int]]:
-        """How many records each source, or this one, has brought, and how many of them are rejected
-        now."""
+        """The numbers of records and of rejects of each source, or of this one."""
         rows = await self._sql(
             "SELECT source, records, (SELECT count(*) FROM etl_reject r WHERE r.source = c.source)"
             " FROM etl_checkpoint c WHERE source <> '' AND (:source = '' OR source = :source)",
@@ -4962,7 +4987,7 @@ class Store(Checks):
         return {row[0]: (row[1], row[2]) for row in rows}
 
     async def due_next(self, limit: int) -> list[tuple[str, float]]:
-        """Names and planned times of the checks that come next."""
+        """The names of the jobs that are checked next, and when."""
         rows = await self._sql(
             f"SELECT name, next_check_at FROM polling_jobs j WHERE {ACTIVE}"
             " AND next_check_at IS NOT NULL ORDER BY next_check_at LIMIT :limit",
@@ -7470,7 +7495,6 @@ class Steps:
         self.metrics = Metrics()
         openai.on_request = lambda kind: self.metrics.openai_requests.labels(kind).inc()
         self.on_finished: Callable[[Collection[int]], None] = lambda job_ids: None
-        self._first_used: dict[int, SealedSecret] = {}  # still to be noted
         self._unknown: dict[str, float] = {}  # triggers, and since when on the monotonic clock
         self._singly: set[int] = set()  # jobs whose batches are to be asked for without a list
 
@@ -7488,7 +7512,6 @@ class Steps:
         if row is not None and row.is_active:
             steps.append(await (self._ingest(row) if row.is_ingest else self._check(row, asked)))
         waits = [s.wait for s in steps if s.wait is not None]
-        await self._note_uses()
         last = steps[-1] if steps else StepResult(None, "nothing to do")
         return replace(last, wait=min(waits, default=None))
 
@@ -7500,19 +7523,11 @@ class Steps:
         rest = [job_id for job_id in ids if job_id not in done]
         return done | dict(zip(rest, await asyncio.gather(*map(self.step, rest)), strict=True))
 
-    async def _note_uses(self) -> None:
-        with contextlib.suppress(StoreError):  # at the end, and next time if not now
-            while self._first_used:
-                await self.store.note_use(self._first_used.popitem()[1], self.clock())
-
     async def _secret(self, name: str) -> SecretValue:
         """Looked up at each use, so that a replaced secret counts at once."""
         row = await self.store.secret(name)
         if row is not None:
-            value = self.vault.open(row)
-            if row.first_used_at is None:
-                self._first_used[row.id] = row
-            return value
+            return self.vault.open(row)
         if name not in self.config.secrets:
             raise SecretError(
                 f"there is no secret {name!r}", hint=f"secret add --name {name}", code=1001
@@ -7569,7 +7584,6 @@ class Steps:
             some = checks[at : at + CHECKS_PER_TRANSACTION]
             recorded = await self.store.record_checks(some)
             done |= {c.job.id: self._count_check(c, c.job.id in recorded) for c in some}
-        await self._note_uses()
         return done
 
     async def _refresh_list(
@@ -8186,7 +8200,6 @@ class SecretAnswer(Answer):
     name: str
     type: str
     created_at: At
-    first_used_at: At | None
 
 
 class SecretList(Answer):
@@ -8628,7 +8641,11 @@ class Operations:
         raise NotFound(f"Secret {what} not found", hint="`secret list` shows them", code=1001)
 
     async def delete_secret(self, ref: str) -> Done:
-        name = (await self.secret(ref)).name
+        secret = await self.secret(ref)
+        name = secret.name
+        if any(target.secret in (name, secret.id) for target in self.config().alerts):
+            said = f"Cannot delete secret {name!r}: `alerts:` in jobs.yaml refers to it"
+            raise Conflict(said, hint="remove it there first")
         await self.store.delete_secret(name, self.clock())
         return Done(success=True, message=f"Secret {name!r} deleted successfully")
 
@@ -9978,10 +9995,11 @@ class Service(Timers):
         now, jobs = time.time(), await self.store.jobs(None, METERED_JOBS)
         counted = dict.fromkeys((*JOB_STEPS, "removed"), 0) | (await self.store.counts())["jobs"]
         self.metrics.jobs_are(jobs, counted)
+        check_age, trigger_age = await self.store.ages(now, self.started_at)
         self.metrics.set(
             overdue_jobs=len(await self.store.overdue(now, self.started_at)),
-            check_age_seconds=await self.store.check_age(now, self.started_at),
-            oldest_open_trigger_seconds=await self.store.oldest_open_trigger(now),
+            check_age_seconds=check_age,
+            oldest_open_trigger_seconds=trigger_age,
             store_writable=self.store_error is None,
             loop_lag_seconds=self._lag,
             http_connections=self.connections(),

@@ -329,7 +329,7 @@ def test_a_key_in_the_environment_is_left_to_its_owner(home: Path) -> None:
     settings = tecko.load_config(
         home / "jobs.yaml", {"SECRET_KEY": tecko.new_master_key()}
     ).settings
-    with pytest.raises(tecko.StoreError, match="SECRET_KEY has not the key of"):
+    with pytest.raises(tecko.StoreError, match="SECRET_KEY lacks the key of"):
         tecko.restore([file], settings, "by hand", 1.8e9)
 
 
@@ -768,7 +768,7 @@ def drill(folder: Path, seed: int) -> None:
         file = luck.choice(under_load(site, luck))
         done = run_program("restore", file.name, cwd=folder, env=site.environment)
         assert done.returncode == 0, done.stderr
-        undone = "SELECT 1 FROM polling_jobs WHERE completed_at IS NULL AND openai_secret <> ''"
+        undone = "SELECT 1 FROM polling_jobs WHERE completed_at IS NULL AND watch_secret <> ''"
         with site.program():
             until(lambda: not site.rows(undone), "the end of every job")
             until(lambda: site.rows("SELECT 1 FROM etl_run WHERE status = 'success'"), "a run")

@@ -362,7 +362,7 @@ def test_a_wrong_file_and_its_exact_message(tmp_path: Path, old: str, new: str, 
         ("jobs:\n  - &a\n    watch: *a\n", ":2: an alias that contains itself"),
         ("- a\n", f":1: found a list; allowed: {FILE_KEYS}"),
         ("soon\n", f":1: found text; allowed: {FILE_KEYS}"),
-        (b"jobs: \xff\n", ": cannot be read: it is no UTF-8 text: invalid start byte, byte 6"),
+        (b"jobs: \xff\n", ": cannot be read: it is not UTF-8: invalid start byte, byte 6"),
         (
             b"jobs: \x00\n",
             ": not a YAML text: unacceptable character #x0000: control characters are not allowed",

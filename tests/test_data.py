@@ -790,7 +790,7 @@ class Live:
 
     def checked(self) -> list[float]:
         """When each job that watches a batch was last checked, as the store has it."""
-        sql = "SELECT last_check_at FROM polling_jobs WHERE openai_secret <> '' ORDER BY id"
+        sql = "SELECT last_check_at FROM polling_jobs WHERE watch_secret <> '' ORDER BY id"
         return [row["last_check_at"] or 0.0 for row in query(self.folder, sql)]
 
 

@@ -34,7 +34,7 @@ async def test_an_end_waits_for_no_lock(store: tecko.Store, path: Place) -> None
         store.close_soon(0.2)
         done = await asyncio.gather(*waiting, return_exceptions=True)
         assert {type(end) for end in done} == {tecko.StoreError}
-        with pytest.raises(tecko.StoreError, match="the program ends"):
+        with pytest.raises(tecko.StoreError, match="the program is ending"):
             await made(store, "late")
         await store.close()
 
@@ -313,12 +313,23 @@ async def test_numbers_without_an_end(store: tecko.Store, number: int) -> None:
             await store.find_job(ref)
 
 
-async def test_texts_that_postgresql_does_not_take(store: tecko.Store) -> None:
-    """A NUL in what an upstream says costs no check; where the engine has none, a mark stands for
-    it."""
+@pytest.mark.parametrize(
+    ("text", "stored"),
+    [("a\0b", ("a\0b", "a\ufffdb")), ("a\ud800b", ("a?b",))],
+    ids=["NUL", "surrogate"],
+)
+async def test_texts_that_a_database_does_not_take(
+    store: tecko.Store, text: str, stored: tuple[str, ...]
+) -> None:
+    """A NUL (PostgreSQL) or half a surrogate in what comes from outside costs no check and no
+    question; a mark stands for it."""
     job = await made(store)
-    assert await checked(store, job, error="a\0b", errors=[tecko.OpenAIError("no")])
-    assert (await get(store, job.id)).last_error in ("a\0b", "a\ufffdb")
+    assert await checked(store, job, error=text, errors=[tecko.OpenAIError("no")])
+    assert (await get(store, job.id)).last_error in stored
+    await store.log_event("updated", text, 1.0)
+    assert await store.jobs(search=text) == []
+    with pytest.raises(tecko.NotFound):
+        await store.find_job(text)
 
 
 async def test_auto_is_not_overdue_before_its_first_check(store: tecko.Store) -> None:
@@ -330,7 +341,7 @@ async def test_auto_is_not_overdue_before_its_first_check(store: tecko.Store) ->
     assert await checked(store, job, now=10.0, pace=30.0)
     await store.update_job(job.id, lambda _: spec(poll_interval="auto", variables={"a": "b"}), 11.0)
     assert (await get(store, job.id)).pace == 30.0
-    assert await store.check_age(101.0, 0.0) == 91.0
+    assert await store.ages(101.0, 0.0) == (91.0, 0.0)
 
 
 async def test_what_is_kept_is_counted_in_rows(store: tecko.Store, path: Place) -> None:

@@ -751,6 +751,19 @@ def body(name: str) -> tecko.SecretBody:
     return tecko.SecretBody(name=name, type="openai", value="sk-some-value-0123456")
 
 
+async def test_a_secret_that_alerts_use_is_not_deleted(world: World) -> None:
+    """It is the bearer token of a webhook, by its name or by its id."""
+    await world.secret("hook", "api", "token-for-the-hook")
+    for ref in ("hook", 3):
+        given = {"webhook": "https://example.com/hook", "secret": ref}
+        target = tecko.AlertTarget.model_validate(given)
+        config = replace(world.config, alerts=[target])
+        operations = tecko.Operations(world.store, world.vault, lambda: config)  # noqa: B023
+        with pytest.raises(tecko.Conflict, match="`alerts:` in jobs"):
+            await operations.delete_secret("hook")
+    assert (await operations.secret("hook")).id == 3
+
+
 @pytest.mark.parametrize(("code", "ask"), REFUSALS.values(), ids=REFUSALS)
 async def test_what_the_desk_refuses(
     world: World, operations: tecko.Operations, code: int, ask: Callable[[tecko.Operations], Any]
@@ -767,25 +780,6 @@ async def test_what_the_desk_refuses(
 
 
 # audit
-
-
-async def test_the_first_use_of_a_secret_is_in_the_log_once(
-    world: World, operations: tecko.Operations
-) -> None:
-    """Two jobs and several checks: one row, and the time of the first."""
-    world.openai.batch("batch_1", "in_progress")
-    jobs = [await world.job("one"), await world.job("two")]
-    assert (await operations.secret("openai")).first_used_at is None
-    first, stale = world.clock(), await world.store.secret("openai")
-    assert stale is not None
-    for job_id in jobs * 2:
-        await world.steps.step(job_id)
-        world.clock.turn(60)
-    await world.store.note_use(stale, world.clock())  # as another process with an older row does
-    [row] = await logged(world, "used")
-    assert "'openai'" in row.message and row.created_at == first and row.actor is None
-    assert (await operations.secret("openai")).first_used_at == first
-    assert (await operations.secret("keboola")).first_used_at is None
 
 
 @pytest.fixture

@@ -145,7 +145,8 @@ def test_secrets_that_contain_each_other(secrets: list[str], text: str, left: st
         ("Incorrect API key: sk-proj-AbC_12-3456789.", "Incorrect API key: ***."),
         ("token=1234-567890-abcdefghijklmnopqrstuvwxyz0123", "token=***"),
         ("risk-free, task-12345678, 2026-11-22, batch_abc123def456", None),
-        ("task-nightly-classification-2026, sk-nightly-classification", None),
+        ("task-nightly-classification-2026, sk-nightly-classification-2026", None),
+        ("run-2026-11-classificationofproducts", None),
         ("0b1c7a3e-6a8e-4b52-9d5e-7c3f2a1b0d9e", None),
     ],
 )

@@ -791,7 +791,7 @@ def test_paused_and_resumed(rest: Rest) -> None:
 
 
 def test_retried_and_changed(rest: Rest) -> None:
-    """A retry looks at the batches afresh, and a shorter interval counts from now on."""
+    """A retry checks the batches from the start, and a shorter interval counts from now on."""
     job = rest.ended()["id"]
     seen = rest.checks("batch_bad")
     rest("POST", f"/api/jobs/{job}/retry")
@@ -1129,19 +1129,6 @@ def test_what_the_program_does_itself_is_by_nobody(rest: Rest) -> None:
     job = rest.ended(poll_interval_seconds=900)
     rows = rest.made.on_loop(rest.made.service.store.logs(job["id"], 100))
     assert {row.actor for row in rows if row.status in ("checking", "failed")} == {None}
-
-
-def test_a_secret_used_for_the_first_time(rest: Rest, caplog: pytest.LogCaptureFixture) -> None:
-    """One row, one line and its time, however often it is used."""
-    caplog.set_level("INFO", logger=tecko.log.name)
-    secret = new_secret(rest)
-    assert secret["first_used_at"] is None
-    rest.openai.batch("batch_used")
-    rest.create(batch_id="batch_used", openai_secret_id=secret["id"], poll_interval_seconds=1)
-    until(lambda: rest.checks("batch_used") >= 2)  # the first use was noted before the second
-    [row] = [row for row in rest.rows() if row.status == "used" and secret["name"] in row.message]
-    assert len([line for line in caplog.messages if row.message in line]) == 1
-    assert rest("GET", f"/api/admin/secrets/{secret['id']}").body["first_used_at"]
 
 
 def test_the_command_line_is_named(tmp_path: Path) -> None:

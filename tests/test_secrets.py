@@ -518,7 +518,7 @@ def test_a_changed_file_counts_at_once(tmp_path: Path) -> None:
         ({"file": "folder/x/y"}, "'prod': cannot read folder/x/y: No such file"),
         ({"file": "binary"}, "'prod': cannot read binary: it is no"),
         ({"file": "empty"}, "'prod'.*at least 6"),
-        ({"file": "pipe"}, "'prod': cannot read pipe: it is no regular file"),
+        ({"file": "pipe"}, "'prod': cannot read pipe: it is not a regular file"),
         ({"file": "${CREDENTIALS_DIRECTORY}/key"}, r"\$\{CREDENTIALS_DIRECTORY\} is not set"),
     ],
 )

@@ -389,6 +389,22 @@ async def test_opened_for_reading_only(path: Place) -> None:
             await made(store)
 
 
+@pytest.mark.sqlite
+async def test_a_reader_sees_a_writer_that_came_later(path: Path) -> None:
+    """A file that nobody wrote when it was opened for reading may be written at any time; and
+    reading alone leaves nothing beside it."""
+    await tecko.Store(path).touch()
+    async with tecko.Store(path, read_only=True) as reader:
+        assert await reader.jobs() == [] and os.listdir(path.parent) == [path.name]
+        async with tecko.Store(path) as writer:
+            first = await made(writer)
+            assert await reader.jobs() == [first]
+        assert await reader.jobs() == [first]
+        async with tecko.Store(path) as writer:
+            second = await made(writer, "other")
+        assert await reader.jobs() == [first, second]
+
+
 @pytest.mark.parametrize("what", ["nothing", "an empty one"])
 async def test_nothing_to_read(path: Place, tmp_path: Path, what: str) -> None:
     """Opened for reading, it makes no file and no tables, and says how they are made."""
@@ -717,7 +733,7 @@ async def test_secrets_by_id_become_names(store: tecko.Store, path: Place) -> No
 
 
 async def test_other_batches_start_a_round(store: tecko.Store) -> None:
-    """Another set of batches is looked at afresh, from any state; the history stays."""
+    """Another set of batches is checked from the start, from any state; the history stays."""
     for status in STATUSES:
         job = await job_in(store, status, status)
         new = spec(status, batch_ids=["batch_2", "batch_3"])
@@ -850,10 +866,10 @@ async def test_retry_of_a_held_trigger_settles_it_once_more(store: tecko.Store) 
 
 
 async def test_retry_after_a_refusal_starts_a_round(store: tecko.Store) -> None:
-    """What Keboola refused stays refused; the batches are checked afresh and may fire again."""
+    """What Keboola refused stays refused; the batches are checked again and may fire again."""
     job = await made(store)
     await fired(store, job, "claim", "reject")
-    assert "afresh" in await store.retry_job(job.id, 9.0)
+    assert "from the start" in await store.retry_job(job.id, 9.0)
     again = await fired(store, await get(store, job.id))
     assert [t.state for t in await store.triggers(job.id)] == ["rejected", "pending"]
     assert again.round == 2
