@@ -22,6 +22,7 @@ from typing import Any
 import postgres
 import pytest
 import standins
+from warm import Program
 
 import teckochecker as tecko
 
@@ -30,6 +31,7 @@ import teckochecker as tecko
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PROGRAM = Path(tecko.__file__).resolve()
+SCRIPT = (sys.executable, str(PROGRAM))  # as a user starts it; most tests need only `Program`
 MASTER_KEY = "b25seS1mb3ItdGVzdHMtMDEyMzQ1Njc4OWFiY2RlZmc="  # 32 bytes, for tests alone
 
 
@@ -336,6 +338,7 @@ async def hasty(
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment without what configures TeckoChecker, and `extra`."""
     dropped = {*tecko.ENVIRONMENT, "DATABASE_URL", "NOTIFY_SOCKET", "OPENAI_API_KEY", "COLUMNS"}
+    dropped.add("PYTHONDONTWRITEBYTECODE")  # what is imported need not be compiled each time
     kept = {k: v for k, v in os.environ.items() if k not in dropped}
     return kept | {"NO_COLOR": "1", "PYTHONUNBUFFERED": "1"} | dict(extra)
 
@@ -348,16 +351,15 @@ def run_program(
     timeout: float = 60,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end, in `cwd`, without a terminal."""
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), *args],
-        cwd=cwd,
-        env=clean_environment(env),
-        input=input if input is not None else "",
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    pipe = subprocess.PIPE
+    environ = clean_environment(env)
+    with Program(*args, cwd=cwd, env=environ, stdin=pipe, stdout=pipe, stderr=pipe) as program:
+        try:
+            out, err = program.communicate(input or "", timeout=timeout)
+        except BaseException:
+            program.kill()
+            raise
+    return subprocess.CompletedProcess(args, program.returncode, out, err)
 
 
 class RunningProgram:
@@ -379,8 +381,8 @@ class RunningProgram:
         self.ear.bind(address)
         environment = clean_environment(self.env) | {"NOTIFY_SOCKET": "@" + address[1:]}
         with self.output.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, str(PROGRAM), *self.args, "start"],
+            self.process = Program(
+                *(*self.args, "start"),
                 cwd=self.cwd,
                 env=environment,
                 stdin=subprocess.DEVNULL,
