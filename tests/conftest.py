@@ -10,7 +10,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,8 @@ from typing import Any
 import postgres
 import pytest
 import standins
-from warm import Program
+import warm
+from warm import Program, Script
 
 import teckochecker as tecko
 
@@ -30,8 +30,7 @@ import teckochecker as tecko
 # that they start would inherit that; one that is caught is at its default again after exec.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-PROGRAM = Path(tecko.__file__).resolve()
-SCRIPT = (sys.executable, str(PROGRAM))  # as a user starts it; most tests need only `Program`
+PROGRAM = warm.PROGRAM
 MASTER_KEY = "b25seS1mb3ItdGVzdHMtMDEyMzQ1Njc4OWFiY2RlZmc="  # 32 bytes, for tests alone
 
 
@@ -349,11 +348,12 @@ def run_program(
     env: Mapping[str, str] = {},
     input: str | None = None,
     timeout: float = 60,
+    kind: type[Script] = Program,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end, in `cwd`, without a terminal."""
     pipe = subprocess.PIPE
     environ = clean_environment(env)
-    with Program(*args, cwd=cwd, env=environ, stdin=pipe, stdout=pipe, stderr=pipe) as program:
+    with kind(*args, cwd=cwd, env=environ, stdin=pipe, stdout=pipe, stderr=pipe) as program:
         try:
             out, err = program.communicate(input or "", timeout=timeout)
         except BaseException:
@@ -369,9 +369,14 @@ class RunningProgram:
     """
 
     def __init__(
-        self, cwd: Path, env: Mapping[str, str] = {}, *args: str, wait: bool = True
+        self,
+        cwd: Path,
+        env: Mapping[str, str] = {},
+        *args: str,
+        wait: bool = True,
+        kind: type[Script] = Program,
     ) -> None:
-        self.cwd, self.env, self.args, self.wait = cwd, env, args, wait
+        self.cwd, self.env, self.args, self.wait, self.kind = cwd, env, args, wait, kind
         self.output = cwd / f"output-{time.monotonic_ns()}.log"
         self.notified: list[str] = []
 
@@ -381,7 +386,7 @@ class RunningProgram:
         self.ear.bind(address)
         environment = clean_environment(self.env) | {"NOTIFY_SOCKET": "@" + address[1:]}
         with self.output.open("w") as file:
-            self.process = Program(
+            self.process = self.kind(
                 *(*self.args, "start"),
                 cwd=self.cwd,
                 env=environment,

@@ -35,14 +35,13 @@ from conftest import (
     JOB_YAML,
     MASTER_KEY,
     PROGRAM,
-    SCRIPT,
     RunningProgram,
     clean_environment,
     flat_job,
     program_environment,
     run_program,
 )
-from warm import Program
+from warm import Program, Script
 
 import teckochecker as tecko
 
@@ -303,7 +302,7 @@ def test_wrong_usage_is_exit_code_2(home: Path) -> None:
 @pytest.mark.parametrize(("line", "code"), [("--version", 0), ("job show 99", 1), ("job fly", 2)])
 def test_the_process_ends_with_the_exit_code(home: Path, line: str, code: int) -> None:
     """`python teckochecker.py` itself passes the code on, and prints where it should."""
-    done = run_program(*line.split(), cwd=home)
+    done = run_program(*line.split(), cwd=home, kind=Script)
     assert done.returncode == code
     assert bool(done.stdout) == (code == 0) and bool(done.stderr) == (code != 0)
 
@@ -580,17 +579,17 @@ def test_a_table_fits_its_terminal(home: Path, line: str, columns: int) -> None:
 @pytest.mark.parametrize("line", ["job list", "--json job list"])
 def test_a_reader_that_leaves_is_no_error(home: Path, line: str) -> None:
     """`job list | head -1` prints no traceback when head has gone."""
-    process = subprocess.Popen(
-        [*SCRIPT, *line.split()],
+    process = Script(
+        *line.split(),
         cwd=home,
-        env=clean_environment({}) | {"PYTHONUNBUFFERED": ""},
+        env=clean_environment({"PYTHONUNBUFFERED": ""}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
     )
     assert process.stdout is not None
     process.stdout.close()
-    assert process.communicate(timeout=20)[1] == b""
+    assert process.communicate(timeout=20)[1] == ""
 
 
 @dataclass
@@ -990,11 +989,10 @@ def test_no_stream_brings_a_traceback(cafe: Path, line: str) -> None:
 
 def test_a_full_stdout_is_an_error(home: Path) -> None:
     """What could not be printed ends with 1 and a line that says why."""
-    command = f"exec {shlex.join(SCRIPT)} schema > /dev/full"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=home, env=clean_environment({}), capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "No space left" in done.stderr
+    with open("/dev/full", "w") as full:
+        process = Script("schema", cwd=home, stdout=full, stderr=subprocess.PIPE)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == 1 and "No space left" in said
 
 
 LOOKING = (
@@ -1071,13 +1069,7 @@ def test_a_prompt_says_what_goes(tmp_path: Path) -> None:
 def test_a_start_can_be_ended_at_any_moment(tmp_path: Path, delay: float) -> None:
     """SIGHUP, then SIGTERM, while it still starts: exit code 0, and no traceback."""
     (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
-    process = subprocess.Popen(
-        [*SCRIPT, "start"],
-        cwd=tmp_path,
-        env=clean_environment({}),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Script("start", cwd=tmp_path, env=clean_environment({}), stderr=subprocess.PIPE)
     handled = f"/proc/{process.pid}/status"
     until(
         lambda: int(re.findall(r"SigCgt:\s*(\w+)", Path(handled).read_text())[0], 16) >> 14 & 1, ""
@@ -1091,11 +1083,11 @@ def test_a_start_can_be_ended_at_any_moment(tmp_path: Path, delay: float) -> Non
 
 def test_ctrl_c_during_the_imports_is_quiet(tmp_path: Path) -> None:
     """However early it comes, there is no traceback."""
-    process = subprocess.Popen([*SCRIPT, "job", "list"], cwd=tmp_path, stderr=subprocess.PIPE)
+    process = Script("job", "list", cwd=tmp_path, stderr=subprocess.PIPE)
     status = Path(f"/proc/{process.pid}/status")
     until(lambda: int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) >> 14 & 1, "")
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=15)[1] == b"" and process.returncode == 130
+    assert process.communicate(timeout=15)[1] == "" and process.returncode == 130
 
 
 def test_a_start_whose_stderr_is_gone_ends_with_0(tmp_path: Path) -> None:
@@ -1364,16 +1356,10 @@ def test_stop_never_signals_a_process_it_does_not_know(tmp_path: Path) -> None:
     not send its signal to pid 0, which is everyone in its own process group."""
     with open(tmp_path / "teckochecker.db.pid", "w") as file:
         flock(file, LOCK_EX)
-        ended = subprocess.run(
-            [*SCRIPT, "stop"],
-            cwd=tmp_path,
-            env=clean_environment({}),
-            capture_output=True,
-            timeout=30,
-            check=False,
-            start_new_session=True,
-        )
-    assert ended.returncode == 1 and ended.stderr.startswith(b"teckochecker: ")
+        env, pipe = clean_environment({}), subprocess.PIPE
+        process = Program("stop", cwd=tmp_path, env=env, stderr=pipe, start_new_session=True)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 1 and said.startswith("teckochecker: ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1403,9 +1389,7 @@ def test_a_signal_while_a_daemon_starts_ends_it(tmp_path: Path, number: signal.S
     (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
     env = clean_environment({"TMPDIR": str(tmp_path / ("x" * 200))})
     with tecko.RunLock(tmp_path / "teckochecker.db", "check"):  # which the start waits for
-        process = subprocess.Popen(
-            [*SCRIPT, "start", "--daemon"], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True
-        )
+        process = Script("start", "--daemon", cwd=tmp_path, env=env, stderr=subprocess.PIPE)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         [child] = until(lambda: children.read_text().split(), "its child", 20)
         log = tmp_path / "teckochecker.log"

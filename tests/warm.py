@@ -3,7 +3,7 @@
 To start Python, to compile the file and to import the SDK cost more than most commands do. What
 is forked is a process like any other, with its own arguments, environment, folder, streams and
 signals. Tests of how a user starts the program (shebang, wrapper, early signals, encodings, what
-is imported) start the file instead: `conftest.SCRIPT`.
+is imported) start the file instead: `Script`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = Path(__file__).resolve().parents[1] / "teckochecker.py"
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 IMPORTED = (
     "teckochecker aiolimiter aiosqlite apscheduler.schedulers.asyncio"
@@ -35,11 +35,15 @@ IMPORTED = (
 starting = threading.Lock()
 
 
-class Program(subprocess.Popen[str]):
-    """A run of the command line: its arguments, and what Popen takes besides."""
+class Script(subprocess.Popen[str]):
+    """The file started as a user does: its arguments, and what Popen takes besides."""
 
     def __init__(self, *args: str, **given: Any) -> None:
-        super().__init__(args, text=True, **given)
+        super().__init__([sys.executable, str(PROGRAM), *args], text=True, **given)
+
+
+class Program(Script):
+    """The same, forked from a process that has imported it."""
 
     def _execute_child(self, *given: Any) -> None:
         """Have it forked instead of fork and exec, and become its parent."""
@@ -47,6 +51,7 @@ class Program(subprocess.Popen[str]):
         asked = ordinary.bind(self, *given).arguments
         ends = [asked[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         told = {name: asked[name] for name in ("args", "cwd", "env", "start_new_session")}
+        told["args"] = told["args"][1:]
         with starting:
             forker().send(json.dumps(told, default=str).encode())
             socket.send_fds(forker(), [b"3"], [fd if e == -1 else e for fd, e in enumerate(ends)])
@@ -98,7 +103,7 @@ def become(told: dict[str, Any]) -> None:
         os.environ.clear()
         os.environ.update(told["env"])
     time.tzset()
-    sys.argv[1:] = told["args"]
+    sys.argv[:] = told["args"]
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     out, err = (open(fd, "wb", 0, closefd=False) for fd in (1, 2))  # noqa: SIM115
     sys.stdout = io.TextIOWrapper(out, "utf-8", write_through=True)
@@ -114,8 +119,8 @@ def become(told: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     asking = socket.socket(fileno=int(sys.argv.pop()))
-    sys.path[0] = str(ROOT)
-    sys.argv[0] = str(ROOT / "teckochecker.py")
+    sys.path[0] = str(PROGRAM.parent)
+    sys.argv[0] = str(PROGRAM)
     for name in IMPORTED:
         importlib.import_module(name)
     gc.collect()
