@@ -17,6 +17,7 @@ import standins
 from conftest import Holder, World, make_world, run_program, secrets_forgotten
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from warm import Script
 
 import teckochecker as tecko
 
@@ -432,7 +433,7 @@ def test_validate_names_the_missing_package(tmp_path: Path) -> None:
     (tmp_path / "apprise.py").write_text("raise ImportError('not installed')\n")
     for alerts, code in (("json://127.0.0.1", 1), ("{command: [x]}", 0)):
         (tmp_path / "jobs.yaml").write_text(f"jobs: []\nalerts:\n  - {alerts}\n")
-        done = run_program("validate", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+        done = run_program("validate", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, kind=Script)
         assert (done.returncode, "pip install apprise" in done.stderr) == (code, bool(code))
 
 

@@ -9,8 +9,6 @@ import os
 import random
 import resource
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -26,7 +24,6 @@ import standins
 from conftest import (
     ENVIRONMENT,
     JOB_YAML,
-    PROGRAM,
     RunningProgram,
     World,
     clean_environment,
@@ -40,6 +37,7 @@ from hypothesis.stateful import invariant, precondition, rule, run_state_machine
 from standins import Fault
 from test_crash import Site, until
 from test_once import Histories
+from warm import Program
 
 import teckochecker as tecko
 
@@ -752,8 +750,8 @@ def back_up(site: Site, file: Path, *, killed: bool) -> bool:
     if not killed:
         tecko.make_backup(site.folder / "teckochecker.db", file, NO_KEYS, time.time())
         return True
-    command, env = [sys.executable, str(PROGRAM), "backup", file.name], site.environment
-    with subprocess.Popen(command, cwd=site.folder, env=clean_environment(env)) as backup:
+    env = clean_environment(site.environment)
+    with Program("backup", file.name, cwd=site.folder, env=env) as backup:
         until(
             lambda: [*site.folder.glob(f".{file.name}.*")] or backup.poll() is not None, "a draft"
         )

@@ -19,6 +19,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 import standins
 from conftest import RunningProgram, run_program
+from warm import Script
 
 import teckochecker as tecko
 
@@ -226,9 +227,8 @@ def aviary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aviary]:
         write_jobs(folder, openai, keboola)
         aviary.cli("add openai", *ADD, "openai", "--name", "stored-openai", typed=OPENAI)
         aviary.cli("add keboola", *ADD, "keboola", "--name", "k", typed=f" {KEBOOLA}\n")
-        with RunningProgram(
-            folder, env | {"LOG_FORMAT": "json", "LOG_FILE": "service.log"}, "-v"
-        ) as program:
+        logged = env | {"LOG_FORMAT": "json", "LOG_FILE": "service.log"}
+        with RunningProgram(folder, logged, "-v", kind=Script) as program:
             use(aviary, program)
         aviary.cli("check", "-v", "job", "show", "unknown", "--json")
         yield aviary

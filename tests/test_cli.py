@@ -41,6 +41,7 @@ from conftest import (
     program_environment,
     run_program,
 )
+from warm import Program, Script
 
 import teckochecker as tecko
 
@@ -63,28 +64,7 @@ CREATE = (
     " --keboola-stack https://connection.keboola.com --component-id comp --config-id cfg"
 )
 
-# ── Many commands in one process ──────────────────────────────────────────────────────────────
-
-DRIVER = """\
-import contextlib, io, json, os, sys, traceback
-import teckochecker
-told, base, done = json.loads(sys.argv[1]), dict(os.environ), []
-for args, env, typed in told:
-    os.environ.clear()
-    os.environ.update(base | env)
-    sys.argv, sys.stdin = ["teckochecker.py", *args], io.StringIO(typed)
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = teckochecker.main(args)
-        except SystemExit as e:
-            code = e.code
-        except BaseException:
-            code = "crashed"
-            traceback.print_exc()
-    done.append([code, out.getvalue(), err.getvalue()])
-json.dump([done, sorted(sys.modules)], sys.stdout)
-"""
+# ── Many commands ─────────────────────────────────────────────────────────────────────────────
 
 
 class Told(NamedTuple):
@@ -96,9 +76,9 @@ class Told(NamedTuple):
 
 
 class Done(NamedTuple):
-    """How a command ended: its exit code (or "crashed") and what it printed."""
+    """How a command ended: its exit code and what it printed."""
 
-    code: int | str
+    code: int
     out: str
     err: str
 
@@ -118,24 +98,14 @@ class Done(NamedTuple):
         assert first.startswith("teckochecker: ") and not missing, self.err
 
 
-def run_many(
-    folder: Path, lines: Sequence[Told | str], env: Mapping[str, str] = {}
-) -> tuple[list[Done], set[str]]:
-    """Run command lines one after the other in one process; how each ended, and what modules
-    were imported in the end."""
-    told = [(shlex.split(t.line), dict(t.env), t.typed) for t in map(as_told, lines)]
-    given = {"PYTHONPATH": str(PROGRAM.parent), "COLUMNS": "80"} | dict(env)
-    ran = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(told)],
-        cwd=folder,
-        env=clean_environment(given) | given,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    done, modules = json.loads(ran.stdout)
-    return [Done(*each) for each in done], set(modules)
+def run_many(folder: Path, lines: Sequence[Told | str], env: Mapping[str, str] = {}) -> list[Done]:
+    """Run command lines one after the other; how each ended."""
+    ended = []
+    for line, more, typed in map(as_told, lines):
+        given = {"COLUMNS": "80", **env, **more}
+        done = run_program(*shlex.split(line), cwd=folder, env=given, input=typed)
+        ended.append(Done(done.returncode, done.stdout, done.stderr))
+    return ended
 
 
 def as_told(line: Told | str) -> Told:
@@ -272,7 +242,7 @@ def refusals(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Refusals:
     (folder / "dotted/jobs.yaml").touch()
     (folder / "dotted/.env").write_bytes(b"NAME=caf\xe9\n")
     before = (folder / "teckochecker.key").read_text(), dump(folder)
-    ended, _ = run_many(folder, [line for line, _ in REFUSALS.values()])
+    ended = run_many(folder, [line for line, _ in REFUSALS.values()])
     after = (folder / "teckochecker.key").read_text(), dump(folder)
     return Refusals(dict(zip(REFUSALS, ended, strict=True)), before == after)
 
@@ -301,7 +271,7 @@ def test_every_bad_value_of_a_job_is_named_at_once(home: Path) -> None:
     """Three bad values of one job are three lines, each with the option that was typed; with --json
     stdout has them as a document, too."""
     bad = "--batch-id no --keboola-stack ftp://a --poll-interval 1"
-    [done], _ = run_many(home, [f"--json {CREATE} {bad}"])
+    [done] = run_many(home, [f"--json {CREATE} {bad}"])
     document = json.loads(done.out)
     assert (done.code, document["error"]) == (1, "validation_error")
     for option in ("--poll-interval", "--batch-id[1]", "--keboola-stack"):
@@ -324,7 +294,7 @@ def test_wrong_usage_is_exit_code_2(home: Path) -> None:
         "secret add --name x --type gold",
         f"{CREATE} --variable novalue",
     )
-    for line, done in zip(lines, run_many(home, lines)[0], strict=True):
+    for line, done in zip(lines, run_many(home, lines), strict=True):
         assert (done.code, done.out) == (2, ""), line
         assert "usage: " in done.err and "error: " in done.err, line
 
@@ -332,7 +302,7 @@ def test_wrong_usage_is_exit_code_2(home: Path) -> None:
 @pytest.mark.parametrize(("line", "code"), [("--version", 0), ("job show 99", 1), ("job fly", 2)])
 def test_the_process_ends_with_the_exit_code(home: Path, line: str, code: int) -> None:
     """`python teckochecker.py` itself passes the code on, and prints where it should."""
-    done = run_program(*line.split(), cwd=home)
+    done = run_program(*line.split(), cwd=home, kind=Script)
     assert done.returncode == code
     assert bool(done.stdout) == (code == 0) and bool(done.stderr) == (code != 0)
 
@@ -380,7 +350,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     said: dict[str, Done] = {}
 
     def tell(**lines: Told | str) -> Moment:
-        said.update(zip(lines, run_many(folder, list(lines.values()))[0], strict=True))
+        said.update(zip(lines, run_many(folder, list(lines.values())), strict=True))
         return moment(folder)
 
     before = tell(
@@ -439,7 +409,7 @@ def test_init_overwrites_nothing(tmp_path: Path) -> None:
     key = tecko.new_master_key()
     (tmp_path / "jobs.yaml").write_text("database: other.db\n")
     (tmp_path / "teckochecker.key").write_text(key)
-    [first, again], _ = run_many(tmp_path, ["init", "init"])
+    [first, again] = run_many(tmp_path, ["init", "init"])
     assert "other.db" in first.out and "nothing was changed" in again.out
     assert (tmp_path / "jobs.yaml").read_text() == "database: other.db\n"
     assert (tmp_path / "teckochecker.key").read_text() == key
@@ -515,7 +485,7 @@ def test_the_first_jobs_file_is_good(story: Story, tmp_path: Path) -> None:
     text = tecko.first_jobs_file().replace("\n#  ", "\n  ")
     (tmp_path / "jobs.yaml").write_text(text)
     env = {"OPENAI_API_KEY": "sk-of-tests", "KEBOOLA_TOKEN": "1-2-of-tests"}
-    [bare, uncommented], _ = run_many(
+    [bare, uncommented] = run_many(
         story.folder, ["validate", Told(f"-c {tmp_path}/jobs.yaml validate", env)]
     )
     assert "0 jobs" in bare.out and "1 job, 2 secrets" in uncommented.out, uncommented.err
@@ -534,24 +504,31 @@ def test_stats_of_each_day(home: Path, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "home" / "teckochecker.db") as db:
         for day in ("2026-11-25", "2026-11-26"):
             db.execute("INSERT INTO daily_sums VALUES (?, 1200, 4, 90, 0)", (day,))
-    table, document = run_many(tmp_path / "home", ["stats", "--json stats --days 1"])[0]
+    table, document = run_many(tmp_path / "home", ["stats", "--json stats --days 1"])
     assert re.search(r"2026-11-25 +1200 +4 +22 +0\n2026-11-26", table.out)
     numbers = {"checks": 1200, "triggers": 4, "done_to_post_ms": 22, "records": 0}
     assert document.document == {"history": [{"day": "2026-11-26"} | numbers]}
+
+
+def imported(folder: Path, *lines: str) -> set[str]:
+    """The modules that were imported in the end by one process that ran these command lines."""
+    run = "import shlex, sys, teckochecker\nfor line in sys.argv[1:]:"
+    run += "\n    teckochecker.main(shlex.split(line))\nprint(*sys.modules, file=sys.stderr)"
+    env = clean_environment({"PYTHONPATH": str(PROGRAM.parent), "TEST_OPENAI_KEY": "sk-of-tests"})
+    command = [sys.executable, "-c", run, *lines]
+    ran = subprocess.run(command, cwd=folder, env=env, input=b"value-y", capture_output=True)
+    assert not ran.returncode, ran.stderr
+    return set(ran.stderr.decode().splitlines()[-1].split())
 
 
 def test_commands_without_openai_do_not_import_its_sdk(home: Path, tmp_path: Path) -> None:
     """The SDK costs 0.7 s and 30 MB: what asks OpenAI nothing does without. Only `validate` needs
     an HTTP client, to see whether one can be made."""
     shutil.copytree(home, tmp_path / "home")
-    lines: list[Told | str] = [Told("secret add --name y --type api", {}, "value-y"), CREATE]
-    lines += ["init", "job list", "job show 1", "secret list", "status", "stop"]
-    done, modules = run_many(tmp_path / "home", lines)
-    assert [ended.code for ended in done] == [0] * 7 + [1]
-    assert not modules & {"openai", "httpx2", "apscheduler"}
-    validate = Told("validate", {"TEST_OPENAI_KEY": "sk-of-tests"})
-    [done_too], modules = run_many(tmp_path / "home", [validate])
-    assert done_too.code == 0 and not modules & {"openai", "apscheduler"}
+    lines = ["secret add --name y --type api", CREATE, "init", "job list", "job show 1"]
+    quick = imported(tmp_path / "home", *lines, "secret list", "status", "stop")
+    assert not quick & {"openai", "httpx2", "apscheduler"}
+    assert imported(tmp_path / "home", "validate") & {"openai", "httpx2"} == {"httpx2"}
 
 
 def test_validate_names_what_does_not_resolve_or_decrypt(home: Path, tmp_path: Path) -> None:
@@ -562,7 +539,7 @@ def test_validate_names_what_does_not_resolve_or_decrypt(home: Path, tmp_path: P
     (tmp_path / "home/jobs.yaml").write_text(text)
     other = {"SECRET_KEY": tecko.new_master_key()}
     resolved = {"TEST_OPENAI_KEY": "sk-whatever"}
-    [bad, sealed_otherwise, good], _ = run_many(
+    [bad, sealed_otherwise, good] = run_many(
         tmp_path / "home",
         ["validate", Told("validate", other | resolved), Told("validate", resolved)],
     )
@@ -578,7 +555,7 @@ def test_validate_names_what_does_not_resolve_or_decrypt(home: Path, tmp_path: P
 @pytest.mark.parametrize("line", ["job list", f"job show {LONG}", "secret list", "status"])
 def test_a_piped_table_is_whole(home: Path, line: str) -> None:
     """No row is folded or cut, however long: a name is found by `grep`, and nothing is coloured."""
-    [done], _ = run_many(home, [Told(line, {"COLUMNS": "20"})])
+    [done] = run_many(home, [Told(line, {"COLUMNS": "20"})])
     assert (done.code, done.err) == (0, "") and "\x1b" not in done.out and "…" not in done.out
     if "job" in line:
         assert len([row for row in done.out.splitlines() if LONG in row]) >= 1
@@ -602,17 +579,17 @@ def test_a_table_fits_its_terminal(home: Path, line: str, columns: int) -> None:
 @pytest.mark.parametrize("line", ["job list", "--json job list"])
 def test_a_reader_that_leaves_is_no_error(home: Path, line: str) -> None:
     """`job list | head -1` prints no traceback when head has gone."""
-    process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), *line.split()],
+    process = Script(
+        *line.split(),
         cwd=home,
-        env=clean_environment({}) | {"PYTHONUNBUFFERED": ""},
+        env=clean_environment({"PYTHONUNBUFFERED": ""}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
     )
     assert process.stdout is not None
     process.stdout.close()
-    assert process.communicate(timeout=20)[1] == b""
+    assert process.communicate(timeout=20)[1] == ""
 
 
 @dataclass
@@ -634,8 +611,8 @@ class Terminal:
         """Type, or send the signal `number`, once the screen shows `after`; `before` that, type
         what belongs to other words. Exit code, the screen, stdout."""
         here, there = pty.openpty()
-        process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), *shlex.split(self.line)],
+        process = Program(
+            *shlex.split(self.line),
             cwd=self.folder,
             env=clean_environment({"TERM": "xterm", "COLUMNS": "80"} | dict(self.env)),
             stdin=there,
@@ -661,7 +638,7 @@ class Terminal:
             process.kill()
             process.wait(10)
             os.close(here)
-        return process.returncode, screen.decode(), (out or b"").decode()
+        return process.returncode, screen.decode(), out or ""
 
     @staticmethod
     def read(here: int) -> bytes:
@@ -740,7 +717,7 @@ class Live:
 
     def cli(self, *lines: Told | str) -> list[Done]:
         """Command lines beside the service, which succeed."""
-        done, _ = run_many(self.program.cwd, lines, self.program.env)
+        done = run_many(self.program.cwd, lines, self.program.env)
         assert [each.code for each in done] == [0] * len(lines), done
         return done
 
@@ -808,7 +785,7 @@ class TestLive:
         """start and start --daemon name the process that works on this database."""
         pid = str(live.program.process.pid)
         lines = ["start", "start --daemon", "--json status"]
-        *refused, status = run_many(live.program.cwd, lines, live.program.env)[0]
+        *refused, status = run_many(live.program.cwd, lines, live.program.env)
         for done in refused:
             done.refused(f"pid {pid}")
         shown = status.document
@@ -902,9 +879,7 @@ class TestLive:
         path = live.program.cwd / "jobs.yaml"
         good = path.read_bytes()
         path.write_bytes(good + b"  - {name: x}\n")
-        refused, status = run_many(live.program.cwd, ["reload", "--json status"], live.program.env)[
-            0
-        ]
+        refused, status = run_many(live.program.cwd, ["reload", "--json status"], live.program.env)
         path.write_bytes(good)
         assert refused.code == 1 and "job 'x': watch: missing" in refused.err
         assert refused.err.endswith("hint: the service goes on with what it had\n")
@@ -969,8 +944,13 @@ def test_sigterm_ends_it_while_openai_hangs(hung: RunningProgram) -> None:
 
 # ── Streams, signals and prompts ──────────────────────────────────────────────────────────────
 
-STREAMS = ("<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "| head -0", "| true")
-SHOWN = ("--help", "job list", "--json job show caf\u00e9", "job delete active")
+# What a stream can be, for commands that print help, a table, a document, and that ask.
+STREAMS = {
+    "--help": (">&-", ">/dev/full", "| head -0"),
+    "job list": (">&-", "2>&-", ">/dev/full", "| head -0", "| true"),
+    "--json job show caf\u00e9": (">&-", ">/dev/full", "| true", "ascii", "latin-1"),
+    "job delete active": ("<&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -983,17 +963,20 @@ def cafe(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("line", SHOWN)
+@pytest.mark.parametrize("line", STREAMS)
 def test_no_stream_brings_a_traceback(cafe: Path, line: str) -> None:
     """Closed, full, without a reader, or of another encoding: no traceback, and never the
     interpreter's own exit code 120."""
-    program = shlex.join([sys.executable, str(PROGRAM), *line.split()])
-    tried = [f"{program} {stream}" for stream in STREAMS]
-    tried += [f"PYTHONIOENCODING={name} {program}" for name in ("ascii", "latin-1")]
+    program = shlex.join([sys.executable, "-m", "teckochecker", *line.split()])
+    tried = [
+        f"PYTHONIOENCODING={stream} {program}" if stream[0] in "al" else f"{program} {stream}"
+        for stream in STREAMS[line]
+    ]
+    env = clean_environment({"PYTHONUNBUFFERED": "", "PYTHONPATH": str(PROGRAM.parent)})
     said = subprocess.run(
         ["bash", "-c", "; ".join(f"{{ {each}; }}; echo code $?" for each in tried)],
         cwd=cafe,
-        env=clean_environment({}) | {"PYTHONUNBUFFERED": ""},
+        env=env,
         capture_output=True,
         stdin=subprocess.DEVNULL,
         timeout=300,
@@ -1006,11 +989,10 @@ def test_no_stream_brings_a_traceback(cafe: Path, line: str) -> None:
 
 def test_a_full_stdout_is_an_error(home: Path) -> None:
     """What could not be printed ends with 1 and a line that says why."""
-    command = f"exec {shlex.join([sys.executable, str(PROGRAM)])} schema > /dev/full"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=home, env=clean_environment({}), capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "No space left" in done.stderr
+    with open("/dev/full", "w") as full:
+        process = Script("schema", cwd=home, stdout=full, stderr=subprocess.PIPE)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == 1 and "No space left" in said
 
 
 LOOKING = (
@@ -1034,7 +1016,7 @@ def test_who_only_looks_creates_nothing(tmp_path: Path) -> None:
     """In an empty folder, with a LOG_FILE and no usable key, the folder is as empty as before."""
     env = {"LOG_FILE": "t.log"} | PLACEHOLDER
     told = [Told(line, env if line != "start" else {}) for line in LOOKING]
-    done, _ = run_many(tmp_path, told)
+    done = run_many(tmp_path, told)
     assert list(tmp_path.iterdir()) == []
     ended = dict(zip(LOOKING, done, strict=True))
     assert [line for line in LOOKING if ended[line].code == 0] == [
@@ -1087,13 +1069,7 @@ def test_a_prompt_says_what_goes(tmp_path: Path) -> None:
 def test_a_start_can_be_ended_at_any_moment(tmp_path: Path, delay: float) -> None:
     """SIGHUP, then SIGTERM, while it still starts: exit code 0, and no traceback."""
     (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
-    process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), "start"],
-        cwd=tmp_path,
-        env=clean_environment({}),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Script("start", cwd=tmp_path, env=clean_environment({}), stderr=subprocess.PIPE)
     handled = f"/proc/{process.pid}/status"
     until(
         lambda: int(re.findall(r"SigCgt:\s*(\w+)", Path(handled).read_text())[0], 16) >> 14 & 1, ""
@@ -1107,24 +1083,18 @@ def test_a_start_can_be_ended_at_any_moment(tmp_path: Path, delay: float) -> Non
 
 def test_ctrl_c_during_the_imports_is_quiet(tmp_path: Path) -> None:
     """However early it comes, there is no traceback."""
-    process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), "job", "list"], cwd=tmp_path, stderr=subprocess.PIPE
-    )
+    process = Script("job", "list", cwd=tmp_path, stderr=subprocess.PIPE)
     status = Path(f"/proc/{process.pid}/status")
     until(lambda: int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) >> 14 & 1, "")
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=15)[1] == b"" and process.returncode == 130
+    assert process.communicate(timeout=15)[1] == "" and process.returncode == 130
 
 
 def test_a_start_whose_stderr_is_gone_ends_with_0(tmp_path: Path) -> None:
     """The reader of its log has gone: it works on, and SIGTERM ends it as ever."""
     (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
-    process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), "-v", "start"],
-        cwd=tmp_path,
-        env=clean_environment({}),
-        stderr=subprocess.PIPE,
-    )
+    env = clean_environment({})
+    process = Program("-v", "start", cwd=tmp_path, env=env, stderr=subprocess.PIPE)
     assert process.stderr is not None
     process.stderr.close()
     database = tmp_path / "teckochecker.db"
@@ -1150,7 +1120,7 @@ def test_a_misspelt_word_is_met_with_the_one_that_was_meant(
     home: Path, line: str, meant: str
 ) -> None:
     """Commands, jobs and secrets."""
-    [done], _ = run_many(home, [line])
+    [done] = run_many(home, [line])
     assert done.code in (1, 2) and f"did you mean {meant}?" in done.err
 
 
@@ -1159,31 +1129,31 @@ def test_a_misspelt_word_is_met_with_the_one_that_was_meant(
 )
 def test_options_are_not_abbreviated(home: Path, line: str) -> None:
     """An abbreviation would become interface."""
-    assert run_many(home, [line])[0][0].code == 2
+    assert run_many(home, [line])[0].code == 2
 
 
 @pytest.mark.parametrize("count", ["9" * 20, "\u00b2", "-1", "1.5", ""])
 @pytest.mark.parametrize("line", ["job show 1 --logs", "data list --limit", "logs -n"])
 def test_a_number_is_bounded(home: Path, line: str, count: str) -> None:
     """What is no number, or none that one could mean, is wrong usage."""
-    assert run_many(home, [f"{line} '{count}'"])[0][0].code == 2
+    assert run_many(home, [f"{line} '{count}'"])[0].code == 2
 
 
 def test_options_of_all_commands_are_told_once(home: Path) -> None:
     """The help of a command has its own options with their defaults; the common ones are taken
     after it all the same."""
-    main, show, after = run_many(home, ["--help", "job show --help", "job list --json -q"])[0]
+    main, show, after = run_many(home, ["--help", "job show --help", "job list --json -q"])
     assert "--json" in main.out and "--json" not in show.out and "default: 20" in show.out
     assert after.document["total"] == 7
 
 
 def test_an_error_is_a_document_too(home: Path, tmp_path: Path) -> None:
     """With --json: what is wrong, and of jobs.yaml every mistake by itself; the exit code stays."""
-    [error], _ = run_many(home, ["--json job show 99"])
+    [error] = run_many(home, ["--json job show 99"])
     document = json.loads(error.out)
     assert (error.code, document["error"]) == (1, "job_not_found") and "99" in document["detail"]
     (tmp_path / "jobs.yaml").write_text("jobs: [{name: x}, {name: y}]\n")
-    [bad], _ = run_many(tmp_path, ["--json validate"])
+    [bad] = run_many(tmp_path, ["--json validate"])
     told = json.loads(bad.out)
     assert told["valid"] is False and len(told["errors"]) >= 2
     wanted = {"file", "line", "column", "where", "found", "allowed"}
@@ -1222,7 +1192,7 @@ def test_show_writes_a_definition_as_its_author_did(home: Path) -> None:
         tecko.as_written({"a": ["b", 1], "c": True, "d": {"e": 1.5}})
         == "a: b, 1, c: true, d: e: 1.5"
     )
-    [done], _ = run_many(home, ["job show active"])
+    [done] = run_many(home, ["job show active"])
     assert not re.search(r"\bNone\b|\{|\[", done.out)
 
 
@@ -1232,7 +1202,7 @@ def test_a_retry_that_cannot_help_says_so(home: Path, tmp_path: Path) -> None:
     with sqlite3.connect(folder / "teckochecker.db") as db:
         db.execute("UPDATE polling_batches SET status = 'failed' WHERE batch_id = 'batch_failed'")
     db.close()
-    [done], _ = run_many(folder, ["job retry failed"])
+    [done] = run_many(folder, ["job retry failed"])
     assert done.code == 0 and "is active now" in done.out
     assert "hint: batch_failed has failed at OpenAI for good" in done.err
 
@@ -1241,7 +1211,7 @@ def test_logs_name_the_job_and_who_asked(home: Path, tmp_path: Path) -> None:
     """Oldest first, with the actor; of one job, the last ones, and as a document."""
     folder = Path(shutil.copytree(home, tmp_path / "home"))
     lines = ["job pause active", "logs", "logs active -n 1", "--json logs active"]
-    _, every, last, document = run_many(folder, lines)[0]
+    _, every, last, document = run_many(folder, lines)
     times = [row.split()[0] for row in every.out.splitlines()]
     assert times == sorted(times) and len(times) > 7
     assert last.out.splitlines()[0].endswith("active  paused (by command line)")
@@ -1251,10 +1221,8 @@ def test_logs_name_the_job_and_who_asked(home: Path, tmp_path: Path) -> None:
 def test_logs_follow_until_ctrl_c(home: Path, tmp_path: Path) -> None:
     """-f prints what comes, and Ctrl-C is its normal end."""
     folder = Path(shutil.copytree(home, tmp_path / "home"))
-    command = [sys.executable, str(PROGRAM), "logs", "-f", "-n", "1"]
-    with subprocess.Popen(
-        command, cwd=folder, env=clean_environment({}), stdout=subprocess.PIPE, text=True
-    ) as process:
+    env = clean_environment({})
+    with Program("logs", "-f", "-n", "1", cwd=folder, env=env, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline()
         run_many(folder, ["job pause active"])
         assert "active  paused (by command line)" in process.stdout.readline()
@@ -1269,7 +1237,7 @@ def test_stop_and_status_work_despite_a_mistake_in_jobs_yaml(tmp_path: Path) -> 
     (tmp_path / "jobs.yaml").write_text(text)
     with RunningProgram(tmp_path) as program:
         (tmp_path / "jobs.yaml").write_text(text + "jobs: [\n")
-        status, refused, stopped = run_many(tmp_path, ["--json status", "reload", "stop"])[0]
+        status, refused, stopped = run_many(tmp_path, ["--json status", "reload", "stop"])
         assert status.document["pid"] == program.process.pid and status.document["running"]
         refused.refused("jobs.yaml")
         assert (stopped.code, program.process.wait(10)) == (0, 0)
@@ -1359,13 +1327,13 @@ def test_a_daemon_starts_and_stops(tmp_path: Path) -> None:
     """start --daemon returns when the service is ready; status and the pid file know it; stop
     ends it, and then says that there is nothing to stop."""
     (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
-    [started], _ = run_many(tmp_path, ["--json -v start --daemon"])
+    [started] = run_many(tmp_path, ["--json -v start --daemon"])
     pid = started.document["pid"]
     try:
         lock = (tmp_path / "teckochecker.db.pid").read_text().split()
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         lines = ["--json status", "stop --json", "--json status", "stop"]
-        shown, stopped, gone, again = run_many(tmp_path, lines)[0]
+        shown, stopped, gone, again = run_many(tmp_path, lines)
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -1379,7 +1347,7 @@ def test_a_daemon_starts_and_stops(tmp_path: Path) -> None:
 def test_a_daemon_that_fails_says_why(tmp_path: Path) -> None:
     """What the background process would have printed is in the error, with where its log is."""
     (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
-    [done], _ = run_many(tmp_path, [Told("start --daemon", PLACEHOLDER)])
+    [done] = run_many(tmp_path, [Told("start --daemon", PLACEHOLDER)])
     done.refused("the service did not start", "master key", "hint: ", ".log")
 
 
@@ -1388,16 +1356,10 @@ def test_stop_never_signals_a_process_it_does_not_know(tmp_path: Path) -> None:
     not send its signal to pid 0, which is everyone in its own process group."""
     with open(tmp_path / "teckochecker.db.pid", "w") as file:
         flock(file, LOCK_EX)
-        ended = subprocess.run(
-            [sys.executable, str(PROGRAM), "stop"],
-            cwd=tmp_path,
-            env=clean_environment({}),
-            capture_output=True,
-            timeout=30,
-            check=False,
-            start_new_session=True,
-        )
-    assert ended.returncode == 1 and ended.stderr.startswith(b"teckochecker: ")
+        env, pipe = clean_environment({}), subprocess.PIPE
+        process = Program("stop", cwd=tmp_path, env=env, stderr=pipe, start_new_session=True)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 1 and said.startswith("teckochecker: ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1408,13 +1370,8 @@ def test_check_that_is_stopped_finishes_what_is_in_flight(
     (tmp_path / "jobs.yaml").write_text(JOB_YAML.format(stack=keboola.url))
     openai.batch("batch_1", "completed")
     gate = keboola.gate("POST /jobs", after_acting=True)
-    process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), "check"],
-        cwd=tmp_path,
-        env=clean_environment(program_environment(openai)),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    env = clean_environment(program_environment(openai))
+    process = Program("check", cwd=tmp_path, env=env, stderr=subprocess.PIPE)
     gate.reached(60)
     process.send_signal(number)
     gate.release()
@@ -1432,13 +1389,7 @@ def test_a_signal_while_a_daemon_starts_ends_it(tmp_path: Path, number: signal.S
     (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\n")
     env = clean_environment({"TMPDIR": str(tmp_path / ("x" * 200))})
     with tecko.RunLock(tmp_path / "teckochecker.db", "check"):  # which the start waits for
-        process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), "start", "--daemon"],
-            cwd=tmp_path,
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = Script("start", "--daemon", cwd=tmp_path, env=env, stderr=subprocess.PIPE)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         [child] = until(lambda: children.read_text().split(), "its child", 20)
         log = tmp_path / "teckochecker.log"
@@ -1462,8 +1413,7 @@ def test_check_is_one_round_in_the_foreground(
     openai.batch("batch_2")
     openai.fault("GET /v1/batches/batch_2", standins.Fault.status(401), None)
     lines = ["--json check job", "check other", "--json check"]
-    (one, failing, both), modules = run_many(tmp_path, lines, program_environment(openai))
-    assert "openai" in modules, "else the test of what does without it could not fail"
+    one, failing, both = run_many(tmp_path, lines, program_environment(openai))
     assert [(row["name"], row["status"]) for row in one.document] == [("job", "triggered")]
     assert len(keboola.created) == 1
     assert failing.code == 1 and "401" in failing.out and "other" in failing.out
@@ -1492,7 +1442,7 @@ def test_two_nodes_on_postgresql(
             assert "in reserve" in waiting.text() and not any(
                 "admin" in n for n in waiting.notified
             )
-            shown, listed = run_many(second, ["status", "job list"], env)[0]
+            shown, listed = run_many(second, ["status", "job list"], env)
             assert "in reserve" in shown.out and "job" in listed.out, listed.err
             assert "postgresql:///postgres" in shown.out
             assert "hunter2" not in shown.out + listed.out + waiting.text() + working.text()

@@ -11,7 +11,6 @@ import json
 import signal
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,6 @@ import standins
 from conftest import (
     JOB_YAML,
     MASTER_KEY,
-    PROGRAM,
     RunningProgram,
     World,
     clean_environment,
@@ -39,6 +37,7 @@ from test_admin import Answer
 from test_cli import Done, Told, run_many
 from test_ingest_crash import opened, until
 from test_rest import Rest, figures, open_rest, refused, wrong_fields
+from warm import Program
 
 import teckochecker as tecko
 
@@ -591,9 +590,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Done]:
     (folder / "products.csv").write_text(WITH_FAULTS)
     env = {"SECRET_KEY": MASTER_KEY, "TEST_OPENAI_KEY": standins.OPENAI_KEY}
     env |= {"TEST_KEBOOLA_TOKEN": standins.KEBOOLA_TOKEN}
-    first, _ = run_many(folder, COMMANDS[:1], env)
+    first = run_many(folder, COMMANDS[:1], env)
     (folder / "products.csv").write_text(WITH_FAULTS.replace("one", "first") + AGAIN)
-    rest, _ = run_many(folder, COMMANDS[1:], env)
+    rest = run_many(folder, COMMANDS[1:], env)
     return dict(zip(COMMANDS, first + rest, strict=True))
 
 
@@ -711,7 +710,7 @@ def test_job_delete_deletes_records(tmp_path: Path) -> None:
     (tmp_path / "products.csv").write_text(table_of(3))
     lines = ["job run gone", "job delete gone --force", "-c empty.yaml check"]
     lines += ["--json data list", "job delete gone --force", "--json data list"]
-    done, _ = run_many(tmp_path, lines, {"SECRET_KEY": MASTER_KEY})
+    done = run_many(tmp_path, lines, {"SECRET_KEY": MASTER_KEY})
     done[1].refused("it is in jobs.yaml")
     assert (len(done[3].document), done[4].code, done[5].document) == (3, 0, [])
 
@@ -749,18 +748,17 @@ class Live:
         return found
 
     def begin(self, *args: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(PROGRAM), *args],
+        return Program(
+            *args,
             cwd=self.folder,
             env=clean_environment(self.env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
         )
 
     def cli(self, *lines: Told | str) -> list[Done]:
-        return run_many(self.folder, lines, self.env)[0]
+        return run_many(self.folder, lines, self.env)
 
     def post(self, path: str) -> int:
         """POST to the service as one who has the token; the status of the answer."""

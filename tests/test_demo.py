@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import PROGRAM, clean_environment
 from test_cli import Terminal
+from warm import Program
 
 LIMIT = 60.0  # s in which the demo promises to end; it takes about eight
 
@@ -29,8 +29,8 @@ class Demo:
         self.folder.mkdir()
         self.temporary.mkdir()
         with self.output.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, str(PROGRAM), "demo", *args],
+            self.process = Program(
+                *("demo", *args),
                 cwd=self.folder,
                 env=clean_environment({"TMPDIR": str(self.temporary)}),
                 stdin=subprocess.DEVNULL,

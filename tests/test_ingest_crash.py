@@ -19,7 +19,6 @@ import re
 import signal
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import time
 import zlib
@@ -32,9 +31,10 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 import standins
-from conftest import MASTER_KEY, PROGRAM, RunningProgram, World, clean_environment, make_world
+from conftest import MASTER_KEY, RunningProgram, World, clean_environment, make_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from warm import Program
 
 import teckochecker as tecko
 
@@ -217,14 +217,13 @@ class Site:
         return block | ({"since": "updated"} if self.since else {})
 
     def begin(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(PROGRAM), "job", "run", "records"],
+        return Program(
+            *("job", "run", "records"),
             cwd=self.folder,
             env=clean_environment(ENV),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
         )
 
     def run(self) -> None:

@@ -16,6 +16,7 @@ from conftest import World, run_program
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from obstore.store import S3Store
 from test_csv import counts, table, titles
+from warm import Script
 from werkzeug.serving import make_server
 
 import teckochecker as tecko
@@ -303,6 +304,6 @@ def test_without_obstore_validate_says_what_to_install(tmp_path: Path) -> None:
         "find = util.find_spec\n"
         "util.find_spec = lambda name, *rest: None if name == 'obstore' else find(name, *rest)\n"
     )
-    done = run_program("validate", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    done = run_program("validate", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, kind=Script)
     assert done.returncode == 1 and "python -m pip install obstore" in done.stderr
     assert "jobs.yaml:1" in done.stderr

@@ -107,7 +107,7 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stocked")
     target = "--keboola-secret kbc --keboola-stack https://x.keboola.com --component-id c"
     create = f"job create --openai-secret prod --config-id 1 {target} --name"
-    done, _ = run_many(
+    done = run_many(
         folder,
         [
             "init",
@@ -147,7 +147,7 @@ def test_bash_completes_names(installed: Path, stocked: Path, line: str, replies
 def test_every_shell_asks_for_names(tmp_path: Path) -> None:
     """A script belongs to the installed command and asks it; asking makes nothing."""
     kinds, shells = ("jobs", "secrets", "sources"), ("bash", "zsh", "fish")
-    done, _ = run_many(tmp_path, [f"completion {word}" for word in (*shells, *kinds)])
+    done = run_many(tmp_path, [f"completion {word}" for word in (*shells, *kinds)])
     for script in done[:3]:
         assert re.search(r"(complete.*|compdef.*|-c) teckochecker\b", script.out)
         for what in kinds:
