@@ -9911,7 +9911,8 @@ class Service(Timers):
                 await self.alerts.update(await self.health(ALERTED))
 
     async def _back_up(self) -> None:
-        await self.store.detect_restore(time.time())
+        with contextlib.suppress(StoreError):  # the next look follows
+            await self.store.detect_restore(time.time())
         await asyncio.to_thread(self.backups.run_if_due, self.settings, time.time())
 
     # figures
