@@ -911,7 +911,7 @@ class Source(StrictModel):
     on_drift: Literal["evolve", "freeze"] = Field(
         "evolve",
         description="evolve or freeze\nWhen a source's fields change: evolve goes on and notes it;"
-        " freeze fails the run, and nothing of it is kept.",
+        " freeze fails the run before records with other fields are written.",
     )
     secret: SecretName | None = Field(None, description="the name of a secret of type api")
     header: Annotated[str, StringConstraints(pattern=HEADER_LINE)] = Field(
