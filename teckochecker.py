@@ -917,7 +917,7 @@ class Source(StrictModel):
     on_drift: Literal["evolve", "freeze"] = Field(
         "evolve",
         description="evolve or freeze\nWhen a source's fields change: evolve goes on and notes it;"
-        " freeze fails the run, and nothing of it is kept.",
+        " freeze fails the run before records with other fields are written.",
     )
     secret: SecretName | None = Field(None, description="the name of a secret of type api")
     header: Annotated[str, StringConstraints(pattern=HEADER_LINE)] = Field(
@@ -6677,19 +6677,19 @@ class CsvFile:
                     if self._begin > 10 * CHUNK_ROWS:
                         self._settle()
                     continue
-            elif begun == CHUNK_ROWS and self._swallows(taken[self._begin :]):
-                raise csv.Error(OPEN_QUOTE)
-            elif begun % CHUNK_ROWS == 0 and self.source.quote != "none":
-                self._find_quote()
+            elif begun >= CHUNK_ROWS and begun % CHUNK_ROWS == 0:
+                self._check_long_record(begun)
             if not line.isascii():
                 self._check(line)
             yield line
 
-    def _find_quote(self) -> None:
+    def _check_long_record(self, lines: int) -> None:
         """Look ahead for the quote that ends a long field. The csv module would find out as well
         that there is none, but hold four bytes for each character meanwhile. Raises csv.Error."""
+        if lines == CHUNK_ROWS and self._swallows(self._taken[self._begin :]):
+            raise csv.Error(OPEN_QUOTE)
         size = 0
-        for line in self._lines_ahead():
+        for line in self._lines_ahead() if self.source.quote != "none" else ():
             size += len(line) + LINE_BYTES
             if self.source.quote in line or line[-1] not in "\r\n":
                 return
