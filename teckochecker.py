@@ -237,9 +237,7 @@ SETTLE_SEARCHES = 3  # successful searches, at least, before a trigger counts as
 FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the batches were
 
 AUTO_SHARE = 0.08  # of a batch's age: the longest wait of `auto`; the latency to expect is half
-AUTO_STEP = (
-    1.25  # ratio between intervals of `auto`: few different ones, so that jobs are due together
-)
+AUTO_STEP = 1.25  # ratio of the intervals of `auto`: with few of them, jobs are due together
 
 STORE_RETRY = 1.0  # s between attempts to store what Keboola answered
 HTTP_ANSWER = 5.0  # s after which the caller of a slow route is answered without the result
@@ -1099,11 +1097,8 @@ class FlatJob(AnyJob):
 FLAT_NAMES = {  # what FlatJob calls the fields of a job's blocks
     "watch": {"batch_ids": "batch_ids", "secret": "openai_secret", "trigger_when": "trigger_when"},
     "trigger": {
-        **{"variables": "variables", "on_ambiguous": "on_ambiguous"},
-        **{
-            name: f"keboola_{name}"
-            for name in ("secret", "stack_url", "component_id", "configuration_id")
-        },
+        name: name if name in ("variables", "on_ambiguous") else f"keboola_{name}"
+        for name in KeboolaTrigger.model_fields.keys() - {"type"}
     },
 }
 
