@@ -238,9 +238,7 @@ SETTLE_SEARCHES = 3  # successful searches, at least, before a trigger counts as
 FOLLOW_FACTOR = 2  # a running Keboola job is looked at half as often as the batches were
 
 AUTO_SHARE = 0.08  # of a batch's age: the longest wait of `auto`; the latency to expect is half
-AUTO_STEP = (
-    1.25  # ratio between intervals of `auto`: few different ones, so that jobs are due together
-)
+AUTO_STEP = 1.25  # ratio of the intervals of `auto`: with few of them, jobs are due together
 
 STORE_RETRY = 1.0  # s between attempts to store what Keboola answered
 HTTP_ANSWER = 5.0  # s after which the caller of a slow route is answered without the result
@@ -251,8 +249,7 @@ LOG_BYTES = 10_000_000  # per log file, five are kept
 
 
 KEY_SHAPES = re.compile(
-    # OpenAI's: letters and digits, or small and capital letters, mixed in one word. A name like
-    # sk-nightly-2026 is not one.
+    # OpenAI's; unlike in a name such as sk-nightly-2026, its words mix letters and digits
     r"(?<![\w-])sk-(?=[\w-]*([a-z][A-Z]|[A-Za-z]\d|\d[A-Za-z]))[\w-]{12,}"
     r"|\b\d+-\d+-(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}\b"  # Keboola's
     r"|(?<=://)[^/\s@]+(?=@)"  # a password in a URL
@@ -1101,11 +1098,8 @@ class FlatJob(AnyJob):
 FLAT_NAMES = {  # what FlatJob calls the fields of a job's blocks
     "watch": {"batch_ids": "batch_ids", "secret": "openai_secret", "trigger_when": "trigger_when"},
     "trigger": {
-        **{"variables": "variables", "on_ambiguous": "on_ambiguous"},
-        **{
-            name: f"keboola_{name}"
-            for name in ("secret", "stack_url", "component_id", "configuration_id")
-        },
+        name: name if name in ("variables", "on_ambiguous") else f"keboola_{name}"
+        for name in KeboolaTrigger.model_fields.keys() - {"type"}
     },
 }
 
@@ -2730,7 +2724,7 @@ def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
     except OSError as e:
         why = f"cannot read {ref.file}: {e.strerror}"
     except SecretError as e:
-        why = str(e)
+        why = f"{e}; {e.hint}" if e.hint else str(e)
     raise SecretError(f"secret {name!r}: {why}")
 
 
@@ -2750,9 +2744,7 @@ def secret_faults(
         if found is None and isinstance(name, int):
             said.append(Fault(place, f"{SECRET_KINDS[kind]} secret with ID {name} not found"))
         elif found is None:
-            names = sorted(
-                {*config.secrets, *(known for known in stored if isinstance(known, str))}
-            )
+            names = sorted({*config.secrets, *(n for n in stored if isinstance(n, str))})
             there = f"{did_you_mean(name, names)} (there are: {', '.join(names) or 'none yet'})"
             command = f"secret add --name {name} --type {kind}"
             said.append(Fault(place, f"there is no secret {name!r}{there}; `{command}` stores it"))
@@ -2772,7 +2764,7 @@ def why_unreadable(name: str, ref: SecretRef, config: Config) -> str:
     try:
         read_reference(name, ref, config)
     except SecretError as e:
-        return f"{e}; {e.hint}" if e.hint else str(e)
+        return str(e)
     return ""
 
 
@@ -4340,21 +4332,17 @@ class Jobs(Secrets):
                     f"job {name!r} of jobs.yaml was also made on the command line",
                     hint="delete that one, or rename one of the two",
                 )
-        gone = {job.id: job for job in known.values() if job.name not in names}
+        gone = [job for job in known.values() if job.name not in names]
         lost: dict[str, Job] = {}  # of those, the ones that watch, by aim
         if names - known.keys():
-            last = sorted(gone.values(), key=lambda job: job.removed_at is None)
+            last = sorted(gone, key=lambda job: job.removed_at is None)
             watching = (job for job in last if not job.is_ingest and not job.damage)
             lost = {aim_of_spec(job.watches): job for job in watching}
         found: list[FileChange] = []
         for spec in specs:
             spec, job = await self._with_secret_names(spec), known.get(spec.name)
-            if (
-                job is None
-                and isinstance(spec, JobSpec)
-                and (job := lost.pop(aim_of_spec(spec), None))
-            ):
-                del gone[job.id]
+            if job is None and isinstance(spec, JobSpec):
+                job = lost.pop(aim_of_spec(spec), None)
             if job is None:
                 found.append(FileChange("created", spec.name, None, spec))
                 continue
@@ -4363,7 +4351,8 @@ class Jobs(Secrets):
                 found.append(FileChange(what, spec.name, job, spec))
             if job.removed_at is not None:
                 found.append(FileChange("returned", spec.name, job, spec))
-        left = [job for job in gone.values() if job.removed_at is None]
+        kept = {change.job.id for change in found if change.job is not None}
+        left = [job for job in gone if job.removed_at is None and job.id not in kept]
         return found + [FileChange("removed", job.name, job, None) for job in left]
 
     async def sync_file_jobs(self, specs: Sequence[Spec], now: float) -> Counter[str]:
