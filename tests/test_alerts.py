@@ -177,6 +177,7 @@ async def test_a_store_that_cannot_be_written_is_told_once(
     assert len(inbox.told()) == 1
 
 
+History = Sequence[tuple[frozenset[str], int, str]]
 STEP = st.tuples(
     st.frozensets(st.sampled_from("abc")),
     st.integers(1, 4),
@@ -187,7 +188,7 @@ STEP = st.tuples(
 @settings(max_examples=20, deadline=None, suppress_health_check=[*HealthCheck])
 @given(history=st.lists(STEP, max_size=12), remind=st.sampled_from([60, 120, 86400]))
 def test_whatever_happens_each_target_hears_it_in_order(
-    history: Sequence[tuple[frozenset[str], int, str]],
+    history: History,
     remind: int,
     inbox: standins.Inbox,
     openai: standins.OpenAI,
@@ -195,20 +196,19 @@ def test_whatever_happens_each_target_hears_it_in_order(
 ) -> None:
     """Over faults that come and go, restarts, and a target that takes nothing at times: no second
     firing before a resolve, no resolve or reminder without a firing, these at their interval."""
-    asyncio.run(live(history, remind, inbox, openai, keboola))
+    asyncio.run(live(history, remind, inbox, (openai, keboola)))
 
 
 async def live(
-    history: Sequence[tuple[frozenset[str], int, str]],
+    history: History,
     remind: int,
     inbox: standins.Inbox,
-    openai: standins.OpenAI,
-    keboola: standins.Keboola,
+    upstreams: tuple[standins.OpenAI, standins.Keboola],
 ) -> None:
     heard: dict[tuple[str, str], tuple[str, float]] = {}
     wheres = [{"webhook": f"{inbox.url}/{path}", "remind": remind} for path in ("in", "other")]
     with tempfile.TemporaryDirectory() as folder:
-        world, close = await make_world(Path(folder), openai, keboola, {})
+        world, close = await make_world(Path(folder), *upstreams, {})
         alerts = alerting(world, *wheres)
         for wrong, looks, event in history:
             if event == "restart":

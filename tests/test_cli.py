@@ -910,9 +910,8 @@ class TestLive:
     def test_ctrl_c_ends_it_in_good_order(self, live: Live) -> None:
         """SIGINT: STOPPING=1 for systemd, exit code 0, no traceback, the lock is free again."""
         live.program.process.send_signal(signal.SIGINT)
+        live.program.heard("STOPPING=1")  # a tick under way may say WATCHDOG=1 after it
         assert live.program.process.wait(15) == 0
-        live.ticks()
-        assert live.program.notified[-1] == "STOPPING=1"
         assert "Traceback" not in live.program.text()
         [status] = live.cli("--json status")
         assert status.document["running"] is False

@@ -130,15 +130,20 @@ def stopped_at(gate: standins.Gate) -> None:
 # --- Where the program is killed, in the order of a trigger's life --------------------------------
 
 
-def before_the_outbox_commit(site: Site) -> None:
-    """OpenAI has said that the batch is done, and that could not be written down."""
-    answered = site.openai.gate("GET /v1/batches/*", after_acting=True)
+def killed_before_it_is_written(site: Site, answered: standins.Gate, said: str) -> None:
+    """An upstream has answered, and the answer could not be written down, as the log says."""
     with site.program() as program:
         stopped_at(answered)
         with site.locked():
             answered.release()
-            until(lambda: "is locked by another process" in program.text(), "a word about the lock")
+            until(lambda: said in program.text(), "a word about the lock")
             program.kill()
+
+
+def before_the_outbox_commit(site: Site) -> None:
+    """OpenAI has said that the batch is done, and that could not be written down."""
+    answered = site.openai.gate("GET /v1/batches/*", after_acting=True)
+    killed_before_it_is_written(site, answered, "is locked by another process")
     assert site.states() == []
 
 
@@ -185,13 +190,8 @@ def taken_but_not_answered(site: Site) -> None:
 
 def answered_but_not_recorded(site: Site) -> None:
     """The POST was answered, and that could not be written down."""
-    gate = site.keboola.gate("POST /jobs", after_acting=True)
-    with site.program() as program:
-        stopped_at(gate)
-        with site.locked():
-            gate.release()
-            until(lambda: "cannot write down 'accept'" in program.text(), "a word about the lock")
-            program.kill()
+    answered = site.keboola.gate("POST /jobs", after_acting=True)
+    killed_before_it_is_written(site, answered, "cannot write down 'accept'")
     assert (site.states(), len(site.keboola.created)) == (["sending"], 1)
 
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import standins
-from conftest import RunningProgram, program_environment
+from conftest import JOB_YAML, RunningProgram, program_environment
 
 import teckochecker as tecko
 
@@ -32,13 +32,7 @@ TOKEN = "a-token-for-the-page-0123456789"
 EVIL = "<script>alert(1)</script>"
 MANY = 10_000
 PICTURE = Path(__file__).with_name("page.png")  # for the README; made where PAGE_PICTURE is set
-HEAD = """\
-database: page.db
-admin: {host: 127.0.0.1, port: 0}
-secrets:
-  openai:  {type: openai,  env: TEST_OPENAI_KEY}
-  keboola: {type: keboola, env: TEST_KEBOOLA_TOKEN}
-"""
+HEAD = JOB_YAML.partition("jobs:")[0].format()
 PRODUCTS = """\
   - name: products
     poll_interval: 1h
@@ -93,7 +87,7 @@ def url(tmp_path_factory: pytest.TempPathFactory, openai: standins.OpenAI) -> It
         products = "sku,name,added\nA1,Kettle,2024-01-15\nA2,Cup,2024-13-45\nA3,Jug,2024-03-09\n"
         (folder / "products.csv").write_text(products)
         with RunningProgram(folder, program_environment(openai)) as program:
-            fill_history(folder / "page.db")
+            fill_history(folder / "teckochecker.db")
             yield program.url
 
 
@@ -101,7 +95,7 @@ def url(tmp_path_factory: pytest.TempPathFactory, openai: standins.OpenAI) -> It
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service with a token and ten thousand jobs, which have ended."""
     folder = tmp_path_factory.mktemp("many")
-    (folder / "jobs.yaml").write_text("database: page.db\nadmin: {host: 127.0.0.1, port: 0}\n")
+    (folder / "jobs.yaml").write_text("admin: {host: 127.0.0.1, port: 0}\n")
     with RunningProgram(folder, {"ADMIN_TOKEN": TOKEN}) as program:
         trigger = {"stack_url": "https://keboola.example", "secret": "keboola"}
         trigger |= {"component_id": "app", "configuration_id": "1"}
@@ -112,7 +106,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         columns |= {"last_ok_at": 1.0, "created_at": 1.0}
         names, places = ", ".join(columns), ", ".join("?" * len(columns))
         rows = [[*(columns | {"name": f"job {n}"}).values()] for n in range(1, MANY + 1)]
-        with contextlib.closing(sqlite3.connect(folder / "page.db")) as db, db:
+        with contextlib.closing(sqlite3.connect(folder / "teckochecker.db")) as db, db:
             db.executemany(f"INSERT INTO polling_jobs ({names}) VALUES ({places})", rows)
         yield program.url
 
