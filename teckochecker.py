@@ -3069,6 +3069,7 @@ class Sqlite:
     async def open(self) -> None:
         import aiosqlite
 
+        sqlite3.connect(self._uri, uri=True).close()  # or fail without a thread of aiosqlite
         self._db = await aiosqlite.connect(self._uri, uri=True, isolation_level=None)
         patience = LOCK_TURN if self._writes else PATIENCE  # who begins a transaction tries again
         await self.run(f"PRAGMA busy_timeout = {int(1000 * patience)}")
@@ -4285,7 +4286,7 @@ class Jobs(Secrets):
         await self._log(job.id, "updated", said, now)
         if isinstance(spec, IngestSpec):
             return
-        for trigger in await self._triggers(job.id, "state = 'pending' AND unknown_at IS NULL"):
+        for trigger in await self._triggers([job.id], "state = 'pending' AND unknown_at IS NULL"):
             await self._save_trigger(trigger, retargeted(trigger, spec))
         if {*spec.watch.batch_ids} != {batch.batch_id for batch in job.batches}:
             await self._start_round(job, "new_round", spec, now)
@@ -4384,7 +4385,7 @@ class Jobs(Secrets):
         job = await self.find_job(job_id)
         if job.removed_at is not None or job.status != "failed":
             raise Conflict(f"Cannot retry job {job.name!r}: it is {job.shown_status}")
-        held = await self._triggers(job.id, "state = 'held'")
+        held = await self._triggers([job.id], "state = 'held'")
         if held and held[-1].round == job.round:
             what = "asks Keboola once more for its trigger, then sends it again"
             after = trigger_after(held[-1], "resettle", now, on_ambiguous="resend")
@@ -4431,18 +4432,19 @@ class Jobs(Secrets):
 
     # triggers
 
-    async def triggers(self, job_id: int) -> list[Trigger]:
-        return await self._triggers(job_id, "TRUE")
+    async def triggers(self, *job_ids: int) -> list[Trigger]:
+        """Those of some jobs, of each job the oldest first."""
+        return await self._triggers(job_ids, "TRUE")
 
     async def open_triggers(self, job_id: int) -> list[Trigger]:
         """Those with something left to do."""
-        return await self._triggers(job_id, OPEN_TRIGGER)
+        return await self._triggers([job_id], OPEN_TRIGGER)
 
-    async def _triggers(self, job_id: int, condition: str) -> list[Trigger]:
+    async def _triggers(self, job_ids: Iterable[int], condition: str) -> list[Trigger]:
         found = await self._select_dicts(
             f"SELECT {columns_of(Trigger)} FROM triggers"
-            f" WHERE job_id = :job_id AND {condition} ORDER BY round",
-            {"job_id": job_id},
+            f" WHERE job_id IN {number_list(job_ids)} AND {condition} ORDER BY round",
+            {},
         )
         return [Trigger(**row | {"partial": bool(row["partial"])}) for row in found]
 
@@ -8083,8 +8085,8 @@ class Recent(Answer):
 
 
 class JobAnswer(Answer):
-    """A job in the flat form, with its batches and how far they are; an ingest has none of them,
-    and its definition in `ingest`."""
+    """A job in the flat form, with its batches and their progress. An ingest has no batches; its
+    definition is in `ingest`."""
 
     id: int
     name: str
@@ -8117,7 +8119,7 @@ class JobAnswer(Answer):
 
 
 class RejectAnswer(Answer):
-    """A record that was not taken."""
+    """A record that was rejected."""
 
     source: str
     place: str = Field(description="file and line, or page and number")
@@ -8148,7 +8150,7 @@ class Done(Answer):
 
 
 class PausedKey(Answer):
-    """A key that is left alone for a while, since it was rate-limited or its calls failed."""
+    """A key that is not used for a while, because it was rate-limited or its calls failed."""
 
     secret: str
     reason: str
@@ -8170,7 +8172,7 @@ class Attention(Answer):
 
 
 class Health(Answer):
-    """How the program is, judged by work really done."""
+    """The state of the service, judged by the work it has really done."""
 
     status: Literal["healthy", "degraded", "unhealthy"] = "healthy"
     problems: list[str] = Field([], description="why it is not healthy; without names")
@@ -8198,7 +8200,7 @@ class Health(Answer):
     etl_status: str | None = Field(None, description="in_progress, success, failed or interrupted")
 
     def anonymous(self) -> Health:
-        """What a caller without a token may read: no job's name, no secret's, no reason."""
+        """What a caller without a token may read: no names of jobs or secrets, and no reasons."""
         named = "overdue_jobs", "undelivered_jobs", "attention", "paused_keys"
         errors = "config_last_reload_error", "backup_last_error"
         return self.model_copy(update={name: [] for name in named} | dict.fromkeys(errors))
@@ -8210,8 +8212,8 @@ def count_of(count: int, one: str, many: str = "") -> str:
 
 
 def with_status(health: Health, file_problem: str | None, store_error: str | None) -> Health:
-    """Health with its status: `unhealthy` where nothing can go on, `degraded` where something
-    does not. A store that is only locked by another process will be free again."""
+    """Health with its status: `unhealthy` if the service cannot work, `degraded` if a part of its
+    work fails. A store that another process has locked degrades it, for the lock will end."""
     overdue, undelivered = len(health.overdue_jobs), len(health.undelivered_jobs)
     locked = store_error is not None and "locked" in store_error
     lost = file_problem is not None or (store_error is not None and not locked)
@@ -8239,7 +8241,7 @@ def with_status(health: Health, file_problem: str | None, store_error: str | Non
 
 
 class StoredRecord(Answer):
-    """A unified record, and when it came and last changed."""
+    """A unified record, with the times of its arrival and of its last change."""
 
     source: str = Field(description="name of the ingest's job")
     source_id: str = Field(description="what identifies the record in its source")
@@ -8256,7 +8258,7 @@ class StoredRecord(Answer):
 
 
 class DataPage(Answer):
-    """Some of the unified records, in the order they came."""
+    """A page of unified records, in the order of their arrival."""
 
     request_id: str
     total_count: int = Field(description="how many there are of that source, or in all")
@@ -8268,7 +8270,7 @@ class DataPage(Answer):
 
 
 class Day(Answer):
-    """What was done on a day of UTC."""
+    """What the service did on one day (UTC)."""
 
     day: str
     checks: int
@@ -8278,8 +8280,7 @@ class Day(Answer):
 
 
 class Stats(Answer):
-    """How much there is, and what was done: checks and errors since the start, records and runs
-    ever."""
+    """Totals. Checks and errors are counted since the start, records and runs for ever."""
 
     total_jobs: int
     active_jobs: int
@@ -8337,7 +8338,7 @@ def rejects_of(source: str, n: int) -> str:
     return f"{count_of(n, 'record')} rejected: data rejects --source {source}"
 
 
-WAITS = {  # what a job without an error waits for, by its state
+WAITS = {  # what a job without an error waits for, by state
     "triggering": "waits for Keboola to take its trigger",
     "triggered": "waits for its Keboola job to end",
     "paused": "waits for job resume",
@@ -8378,7 +8379,7 @@ def stored_record(row: Any) -> StoredRecord:
 
 # ── Operations ────────────────────────────────────────────────────────────────────────────────
 
-NEXT: dict[str, str] = {  # what follows in a state without checks
+NEXT: dict[str, str] = {  # what happens next, in states without checks
     "paused": "nothing, until `job resume`",
     "triggering": "the trigger is delivered to Keboola, while the service runs",
     "triggered": "the Keboola job is followed to its end",
@@ -8402,8 +8403,7 @@ TRIGGER_MEANS: dict[TriggerState, str] = {
 def explain(
     job: Job, trigger: Trigger | None, runs: Sequence[Run], records: int, now: float
 ) -> list[str]:
-    """In plain sentences: what a job waits for, what was seen, why it did or did not fire, and
-    what happens next."""
+    """Sentences: what a job waits for, what was seen, whether it fired and why, what is next."""
     if isinstance(job.spec, IngestSpec):
         said = explain_ingest(job.name, job.spec.ingest.place, runs, records, now)
     else:
@@ -8474,7 +8474,7 @@ def next_step(job: Job, trigger: Trigger | None, now: float) -> str:
 
 
 class Operations:
-    """What people and programs may ask for, on the command line and over HTTP: each rule once.
+    """Everything that the command line and the HTTP API can ask for; each rule stands here once.
 
     `ref` is an id or a name. Raises Invalid, NotFound, Conflict, SecretError and StoreError.
     """
@@ -8512,9 +8512,9 @@ class Operations:
         return Done(success=True, message=f"Secret {name!r} deleted successfully")
 
     async def rotate(self) -> int:
-        """New key in front of the old one, everything sealed anew, the old key dropped: a crash
-        between any two of these leaves keys that open every secret. Of two rotations one waits for
-        the other, in the transaction."""
+        """Put a new key in front of the old one, seal every secret with it, then drop the old key.
+        After a crash between two of these steps, the key file still opens every secret. The
+        transaction lets only one rotation run at a time."""
 
         def reseal(row: SealedSecret) -> tuple[bytes, str]:
             return self.vault.seal(row.name, row.type, self.vault.open(row))
@@ -8539,8 +8539,8 @@ class Operations:
         return await self.job(str(await self.store.create_job(spec, "store", self.clock())))
 
     def _check_path(self, source: Source) -> None:
-        """A job that does not come from jobs.yaml reads data files beneath its folder, and no
-        others: whoever may call must not read this machine's files through /data."""
+        """Allow a job from outside jobs.yaml only data files in or below the folder of jobs.yaml:
+        a caller of the API must not read other files of this machine through /data."""
         if not isinstance(source, CsvSource) or source.remote:
             return
         if source.in_s3 and source.secret is None:
@@ -8553,7 +8553,7 @@ class Operations:
             raise Invalid([Problem("ingest.path", text)])
 
     async def update_job(self, ref: str, changes: Mapping[str, Any]) -> JobDetail:
-        """Change what `changes` names in the flat form."""
+        """Change the fields of a job's flat form that `changes` names."""
         if not changes:
             await self.store.find_job(ref)
             raise Invalid(["nothing to change was named"], hint="job update --help lists it")
@@ -8584,24 +8584,28 @@ class Operations:
         rows = await self.store.jobs(status, limit + 1, after, search)
         page, ids = rows[:limit], await self._secret_ids()
         shown = [JobAnswer(**job_fields(job, ids)) for job in page]
-        for job in shown if recent else ():
-            job.recent = await self._recent(job)
+        if recent:
+            await self._add_recent(shown)
         total = await self.store.count_jobs(status, search)
         more = page[-1].id if len(rows) > limit else None
         return JobList(jobs=shown, total=total, next_after=more)
 
-    async def _recent(self, job: JobAnswer) -> Recent:
-        brought = (await self.store.ingested(job.name)).get(job.name, (0, 0))
-        runs = await self.store.runs(job.name, 20) if job.ingest else []
-        return Recent(
-            done=progress_text(job, brought),
-            why=reason_text(job, brought),
-            trigger=next(reversed(await self.store.triggers(job.id)), None),
-            runs=[
-                "rejected" if run.status == "success" and run.records_failed else run.status
-                for run in runs
-            ],
-        )
+    async def _add_recent(self, jobs: Sequence[JobAnswer]) -> None:
+        """Add what each of these jobs has done, and what it did last."""
+        ingested = await self.store.ingested(jobs[0].name if len(jobs) == 1 else "")
+        last = {t.job_id: t for t in await self.store.triggers(*(job.id for job in jobs))}
+        for job in jobs:
+            brought = ingested.get(job.name, (0, 0))
+            runs = await self.store.runs(job.name, 20) if job.ingest else []
+            job.recent = Recent(
+                done=progress_text(job, brought),
+                why=reason_text(job, brought),
+                trigger=last.get(job.id),
+                runs=[
+                    "rejected" if run.status == "success" and run.records_failed else run.status
+                    for run in runs
+                ],
+            )
 
     async def job(self, ref: str, logs: int | None = 20) -> JobDetail:
         job = await self.store.find_job(ref)
@@ -8613,7 +8617,7 @@ class Operations:
             shown.totals = await self.store.totals(job.name)
             shown.runs = await self.store.runs(job.name, 10)
             shown.rejects = await self.rejects(job.name, 10)
-        shown.recent = await self._recent(shown)
+        await self._add_recent([shown])
         return shown
 
     async def rejects(self, source: str | None, limit: int) -> list[RejectAnswer]:
@@ -8622,7 +8626,7 @@ class Operations:
     async def data(
         self, source: str | None, limit: int, after: int = 0, offset: int = 0
     ) -> tuple[list[StoredRecord], int | None]:
-        """Unified records, and the `after` of those that follow."""
+        """A page of unified records, and the `after` of the next page."""
         rows = await self.store.data(source, limit + 1, after, offset)
         more = rows[limit - 1]["id"] if 0 < limit < len(rows) else None
         return [stored_record(row) for row in rows[:limit]], more
@@ -8775,36 +8779,36 @@ class Import:
 
 # ── Run lock ──────────────────────────────────────────────────────────────────────────────────
 
-# One working process per database. The lock is a POSIX record lock on `<database>.lock` beside the
-# resolved path of the database:
+# Only one process works on a database. It holds a POSIX record lock on `<database>.lock`, beside
+# the resolved path of the database:
 #
-# - the kernel lifts it when its process dies, however it dies, and it says itself who holds it
-#   (F_GETLK): nobody has to believe a number that a dead process, or one in another container, left
-#   behind in a file. `stop` and `reload` signal that process and no other;
-# - symbolic links are followed to one path, and a database with a second hard link is refused (two
-#   names of a file would be two locks, and two write-ahead logs, which damages it);
-# - the file is 0600, so that no other user can keep the program out with a lock of his own;
-# - a lock file that is deleted under us is made and locked again at the next tick.
+# - The kernel releases the lock when its process ends in any way, and names the holder (F_GETLK).
+#   So no command trusts a pid that a dead process, or one in another container, left in a file:
+#   `stop` and `reload` signal the holder of the lock and no other process.
+# - The path is resolved, so symbolic links lead to one lock. A database with a second hard link is
+#   refused: two names would mean two locks and two write-ahead logs, which damages the file.
+# - The file has mode 0600, so another user cannot lock it and keep the program out.
+# - If the lock file is deleted while the service runs, the next tick makes and locks a new one.
 #
-# What the lock does not see: a process on another host that shares the folder over a file system
-# without record locks.
+# The lock does not stop a process on another host that shares the folder over a file system without
+# record locks.
 
 
 class Holder(NamedTuple):
     """The process that works on a database."""
 
-    pid: int  # 0: it lives in another pid namespace
-    started_at: float  # unix seconds; 0: it has not said so yet
+    pid: int  # 0: the process is in another pid namespace
+    started_at: float  # unix seconds; 0: unknown so far
     address: str  # of its admin surface; "": it has none, or none yet
-    command: str  # start, check ...; "": it has not said so yet
+    command: str  # start, check ...; "": unknown so far
 
 
 FLOCK = "qqihh" if sys.platform == "darwin" else "hhqqi4x"  # struct flock, as <fcntl.h> has it
 
 
 def lock_holder(file: IO[str]) -> int | None:
-    """The pid that holds a write lock on an open file; 0 where this pid namespace has no number
-    for it, None where nobody does. Our own locks do not count."""
+    """The pid of the process that has locked an open file; 0 if this pid namespace has no number
+    for it, None if no other process has locked it."""
     is_mac = sys.platform == "darwin"
     whole = (0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET) if is_mac else (fcntl.F_WRLCK, 0, 0, 0, 0)
     found = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(FLOCK, *whole)))
@@ -8813,7 +8817,7 @@ def lock_holder(file: IO[str]) -> int | None:
 
 
 def holder(database: Path) -> Holder | None:
-    """Who works on this database; None when no process does."""
+    """The process that works on this database; None: there is none."""
     try:
         with open(lock_path(database)) as file:
             if (pid := lock_holder(file)) is None:
@@ -8827,14 +8831,14 @@ def holder(database: Path) -> Holder | None:
 
 
 def foreign_holder(pid_file: Path) -> Holder | None:
-    """The process of another user that a pid file names, whose lock we may not look at. It is for
-    show: this user cannot signal that process either."""
+    """The process that a pid file names, for a user who may not read the lock file. It is only
+    shown: this user cannot signal that process either."""
     with contextlib.suppress(OSError, ValueError):
         pid = int(pid_file.read_text())
         try:
             os.kill(pid, 0)
         except PermissionError:
-            return Holder(pid, pid_file.stat().st_mtime, "", "start")
+            return Holder(pid, 0.0, "", "start")
     return None
 
 
@@ -8844,8 +8848,8 @@ def lock_path(database: Path) -> Path:
 
 
 class RunLock:
-    """Holds the lock while its context lasts. A `check` that holds it is waited for, at most
-    `wait` seconds; a service is not."""
+    """Holds the lock while its context lasts. If a `check` holds the lock, this waits at most
+    `wait` seconds for it; if a service does, it raises Conflict at once."""
 
     def __init__(self, database: Path, command: str = "start", wait: float = 0.0) -> None:
         self.path, self.command = lock_path(database), command
@@ -8875,7 +8879,7 @@ class RunLock:
         return self
 
     def _take(self) -> bool:
-        """Make the file where it is missing, and lock it; whether that was possible."""
+        """Create the file if it is missing, and lock it; False if another process has locked it."""
         try:
             file = open(  # noqa: SIM115 held until __exit__
                 self.path, "a+", opener=partial(os.open, mode=0o600)
@@ -8892,7 +8896,7 @@ class RunLock:
         return True
 
     def write(self, address: str, started_at: float) -> None:
-        """Say where the admin surface is, and since when; the bare pid goes into the pid file."""
+        """Record the address of the admin surface and the start time; the pid file has the pid."""
         assert self._file is not None
         self._said = (address, started_at)
         self._file.truncate(0)
@@ -8902,8 +8906,8 @@ class RunLock:
             self.pid_file.write_text(f"{os.getpid()}\n")
 
     def hold(self) -> None:
-        """Lock the file again where somebody deleted it. Raises Conflict where another process
-        was quicker."""
+        """Lock the file again if somebody has deleted it. Raises Conflict if another process has
+        locked the new one first."""
         assert self._file is not None
         if not self.path.exists() or not os.path.samestat(
             os.stat(self.path), os.fstat(self._file.fileno())
@@ -8930,17 +8934,18 @@ CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one b
 
 
 def make_scheduler(on_step: Callable[[float], None] = lambda seconds: None) -> AsyncIOScheduler:
-    """APScheduler with the settings that drop nothing, and a guard against a clock that is set:
-    its due times are wall clock, its timer is monotonic, so that a clock set back by ten minutes
-    would stop all checks for ten minutes. The guard moves all due times along, and tells
-    `on_step` by how many seconds the clock was moved."""
+    """APScheduler with settings that drop no check, and with a guard for steps of the clock. Its
+    due times are wall clock and its timer is monotonic, so a clock set back by ten minutes would
+    stop all checks for ten minutes. The guard moves all due times by the same step, and calls
+    `on_step` with its seconds."""
     from apscheduler.executors.base import BaseExecutor
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
     logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped tick is no news
 
     class Notice(BaseExecutor):  # type: ignore[misc]
-        """Tells at once that a job is due, and since when. A task for each costs half a check."""
+        """Calls the job's function at once, with the due time. A task each would cost half a
+        check."""
 
         def submit_job(self, job: Any, run_times: Sequence[datetime]) -> None:
             job.func(*job.args, run_times[-1].timestamp())
@@ -8962,7 +8967,7 @@ def make_scheduler(on_step: Callable[[float], None] = lambda seconds: None) -> A
             return super()._process_jobs()
 
         def move(self, job: Any, at: datetime) -> None:
-            """Another due time; `wakeup` is left to the caller, who may move many."""
+            """Change a due time. The caller calls `wakeup`, once for all that it moves."""
             job._modify(next_run_time=at)
             self._jobstores["default"].update_job(job)
 
@@ -8979,14 +8984,14 @@ def on_grid(at: float) -> datetime:
 
 
 def phase(job_id: int, interval: float, jobs: int) -> float:
-    """Seconds until a job's first check: at once when there are few, else spread evenly (golden
-    ratio, so that any run of ids spreads) at START_RATE a second over at most the interval."""
+    """Seconds until a job's first check: START_RATE checks a second, over at most the interval. The
+    golden ratio spreads any range of ids evenly."""
     return job_id * 0.6180339887 % 1 * min(interval, jobs / START_RATE)
 
 
 def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
-    """Seconds from the start to a job's first check. Those of one key fall into half of the
-    interval, less a little for delays, so that one list of its batches is young enough for all."""
+    """Seconds from the start to a job's first check. All jobs of one key fall within half of the
+    interval, less a little for delays, so that one list of its batches is recent enough for all."""
     key = phase(zlib.crc32(secret.encode()), interval / 2, jobs)
     if jobs < WHOLE_SECONDS_FROM:
         return key + 0.9 * phase(job_id, interval / 2, jobs)
@@ -8995,8 +9000,8 @@ def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
 
 @lru_cache(maxsize=4096)
 def slots(interval: float, first: float) -> IntervalTrigger:
-    """A timer's interval, counted from `first`: a job that was moved off its times comes back to
-    them by itself, after a quarter of the interval at the earliest."""
+    """A trigger that fires at `first` plus multiples of `interval`. A job whose due time was moved
+    returns to these times, after a quarter of the interval at the earliest."""
     from apscheduler.triggers.interval import IntervalTrigger
 
     class Slots(IntervalTrigger):  # type: ignore[misc]
@@ -9019,8 +9024,8 @@ PLANNED: dict[FileStep, str] = {
 
 
 async def describe_plan(specs: Sequence[Spec], store: Store) -> list[str]:
-    """What would become of the store's jobs if jobs.yaml had these, a sentence each; and of those
-    that are new or watch other batches, whether they will fire."""
+    """Sentences: what loading these jobs from jobs.yaml would change in the store, and whether each
+    job that is new or watches other batches will fire."""
     said: list[str] = []
     for what, name, job, spec in await store.file_changes(specs):
         differs = describe_changes(job.spec, spec) if job and spec and not job.damage else ""
@@ -9044,7 +9049,7 @@ async def describe_plan(specs: Sequence[Spec], store: Store) -> list[str]:
 async def every_problem(
     config: Config, store: Store, vault: Vault, *, unused: bool = False
 ) -> list[Problem]:
-    """What keeps this configuration from being run, a stored secret that does not open included."""
+    """Everything that prevents a start with this configuration, stored secrets included."""
     rows = await store.secrets()
     problems = all_problems(config, await store.secret_types(), unused=unused)
     try:
@@ -9277,17 +9282,17 @@ class Alerts:
 
 # ── Timers ────────────────────────────────────────────────────────────────────────────────────
 
-# What is unexpected costs the job that met it that step, and nothing else:
+# An unexpected error costs a job one step, and costs other jobs nothing:
 #
-# - Whether a job has a step under way is not a flag that somebody has to take back. It is a fact:
-#   the task that its `JobTimer` names is not done. However that task ends, the job is free then.
-# - Its timer fires again by its interval whatever became of the step: nothing has to be put back.
-# - A group of jobs that is checked together falls apart into single steps where it fails, so that
-#   each meets its own trouble, and tells it.
-# - A step that raises what nobody expects is logged with its traceback, told in the job's
-#   last_error, and tried again at the job's pace, which doubles up to an hour.
-# - While the store cannot be written, no step is begun: it could not keep what it learns, and would
-#   ask upstream in vain. Each tick tries a small write, and all goes on when that succeeds.
+# - A job is busy while the task that its `JobTimer` names is not done. No flag has to be cleared:
+#   when that task ends in any way, the job is free.
+# - The timer of a job fires at its interval, whatever the last step did.
+# - If a group of jobs cannot be checked together, each is checked alone, so that an error is
+#   reported at the job that causes it.
+# - An unexpected exception in a step is logged with its traceback and shown in the job's
+#   last_error. The job is tried again after its interval, then after twice that, up to an hour.
+# - While the store cannot be written, no step begins: its result would be lost, and its requests
+#   wasted. Each tick tries a small write; when one succeeds, the steps go on.
 
 STORE_PAUSE = 5.0  # s until a step that met a failing store is tried again
 READ_TOGETHER = 500  # jobs read by one query of those due in one tick
@@ -9295,15 +9300,15 @@ READ_TOGETHER = 500  # jobs read by one query of those due in one tick
 
 @dataclass(slots=True)
 class JobTimer:
-    """All that the service remembers of a job. Its step is under way while `task` is not done."""
+    """What the service remembers of a job."""
 
-    plan: TimerPlan | None = None  # None: nothing is left to do; kept while a step is under way
+    plan: TimerPlan | None = None  # None: nothing is left to do, but a step may be under way
     timer: Any = None  # APScheduler's job
-    task: asyncio.Task[None] | None = None  # owns the present step, alone or with those of a group
+    task: asyncio.Task[None] | None = None  # runs the present step, perhaps with those of others
     began_with: TimerPlan | None = None  # the plan when that step began
     since: float = 0.0  # unix time at which that step fell due
-    asked: bool = False  # somebody wants it checked for itself, and at once
-    ended: bool = False  # the last step left nothing to do; the next tick looks whether that holds
+    asked: bool = False  # it is to be checked at once, and not by a list of batches
+    ended: bool = False  # the last step left nothing to do; the next tick asks the store again
     failed: bool = False  # the last step met an error
     failures: int = 0  # steps in a row that met a failing store, or an internal error
 
@@ -9340,7 +9345,7 @@ class Timers:
         self.store_error = str(error)
 
     async def _sync(self, ids: Collection[int] | None = None) -> None:
-        """Make the timers what the store says: all, or those of `ids`."""
+        """Bring the timers in line with the store: all of them, or those of `ids`."""
         self._stale &= ids is not None
         wanted = await self.store.schedule(ids)
         for job_id in [*self._timers] if ids is None else ids:
@@ -9353,8 +9358,8 @@ class Timers:
                 self._schedule(job_id, timer, plan, max(len(self._timers), len(wanted)))
 
     def _drop(self, job_id: int, timer: JobTimer) -> None:
-        """The job has nothing left to do. A step under way ends first: were the job to come back
-        meanwhile, a second one would run beside it."""
+        """Remove the timer of a job that has nothing left to do. Its entry stays while a step is
+        under way: if the job came back meanwhile, a second step would run beside the first."""
         if timer.plan is not None:
             self._scheduler.remove_job(str(job_id))
         timer.plan, timer.ended = None, timer.busy
@@ -9378,7 +9383,7 @@ class Timers:
         )
 
     def _move(self, timer: JobTimer, at: float) -> None:
-        """Give a job another due time; its timer goes on from there."""
+        """Give a job another due time."""
         if timer.plan is not None and self._scheduler.running:
             self._scheduler.move(timer.timer, on_grid(at))
             if not self._woken:
@@ -9386,15 +9391,15 @@ class Timers:
                 asyncio.get_running_loop().call_soon(self._wake)
 
     def _wake(self) -> None:
-        """Let the scheduler look at its due times, once for all that were moved in this turn of
-        the event loop: each look at them costs more than a move."""
+        """Have the scheduler read its due times, once for all that were moved in this turn of the
+        event loop: one reading costs more than a move."""
         self._woken = False
         if self._scheduler.running:
             self._scheduler.wakeup()
 
     def _make_due_now(self, job_ids: Collection[int]) -> None:
-        """A list showed that these have a finished batch: let them confirm that at once. Those
-        with a step under way do so already."""
+        """Make jobs due at once, because a list showed a finished batch of theirs. A job with a
+        step under way confirms it in that step."""
         for job_id in job_ids:
             timer = self._timers.get(job_id)
             if timer is not None and not timer.busy:
@@ -9404,7 +9409,7 @@ class Timers:
     # steps
 
     def _fall_due(self, job_id: int, since: float = 0.0) -> None:
-        """What a job's timer calls. A job with a step under way is looked at again after it."""
+        """A job's timer calls this. It does nothing while a step of the job is under way."""
         timer = self._timers.get(job_id)
         if self._draining or timer is None or timer.busy:
             return
@@ -9413,7 +9418,7 @@ class Timers:
         self._due.setdefault(job_id, since)
 
     def _begin(self) -> None:
-        """Begin the steps of all that fell due in this turn of the event loop."""
+        """Begin the steps of all jobs that fell due in this turn of the event loop."""
         due, self._due = self._due, {}
         ids = sorted(due.keys() & self._timers.keys(), key=due.__getitem__)
         for job_id in ids:
@@ -9424,8 +9429,8 @@ class Timers:
             self._spawn(self._run_due(some), some)
 
     def _spawn(self, work: Coroutine[Any, Any, Any], ids: Iterable[int] = ()) -> asyncio.Task[None]:
-        """Run something in a task that owns the steps of `ids` until it reports them, or passes
-        them on to another task."""
+        """Run `work` in a task that holds the steps of `ids`, until it reports them or hands them
+        to another task."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         for job_id in ids:
@@ -9440,8 +9445,8 @@ class Timers:
             log.error(what or "internal error in a step", exc_info=None if what else error)
 
     async def _run_due(self, ids: Sequence[int]) -> None:
-        """Steps for jobs that fell due together: by a list of their batches where one may answer,
-        else one by one."""
+        """Check jobs that fell due together: by a list of their batches where that is enough, the
+        others one by one."""
         ACTOR.set(None)  # a timer inherits the context of whoever set it
         if self.store_error is not None:
             error = StoreError(self.store_error)
@@ -9460,7 +9465,7 @@ class Timers:
 
     @contextlib.contextmanager
     def _one_by_one_instead(self, jobs: int) -> Iterator[None]:
-        """Whatever goes wrong with many is met again by each for itself, and told there."""
+        """Log an error of a group; each of its jobs then meets and reports it by itself."""
         try:
             yield
         except StoreError as e:
@@ -9500,8 +9505,8 @@ class Timers:
         self._finish_step(job_id, stepped)
 
     async def _internal_error(self, job_id: int, timer: JobTimer, error: Exception) -> StepResult:
-        """A step met what nobody expected: told in the log and in the job's last_error, of which
-        all but the words of our own errors may name what no caller may read."""
+        """Report an unexpected error of a step in the log and in the job's last_error. There, only
+        our own errors show their text: that of others may name what a caller may not read."""
         timer.failures += 1
         said, traceback = str(error), None
         if not isinstance(error, TeckoError):
@@ -9515,7 +9520,7 @@ class Timers:
         return StepResult(wait, said, TeckoError(said))
 
     def _finish_step(self, job_id: int, stepped: StepResult) -> None:
-        """A step has ended: count it, and see to the next one."""
+        """Count a step that has ended, and plan the next one."""
         log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
         timer, now = self._timers[job_id], time.time()
         timer.task, plan = None, timer.plan
@@ -9534,7 +9539,7 @@ class Timers:
             self._move(timer, now + stepped.wait)
 
     async def check_now(self, ref: str) -> Done:
-        """Have a job's next step made at once."""
+        """Make a job due at once."""
         job = await self.store.find_job(ref)
         await self._sync()  # what was changed a moment ago counts
         timer = self._timers.get(job.id)
@@ -10172,15 +10177,8 @@ class ErrorAnswer(Answer):
     details: list[FieldError] | None = Field(None, description="with 422: each wrong field")
 
 
-class Accepted(Answer):
-    """A change that takes longer than a caller is kept waiting. It is carried out all the same."""
-
-    detail: str = Field(description="where its outcome will be seen")
-    request_id: str
-
-
 class Query(BaseModel):
-    """Query parameters; unknown ones are refused, so that a misspelt filter does not show all."""
+    """Query parameters. Unknown ones are refused: a misspelt filter must not list everything."""
 
     model_config = ConfigDict(defer_build=True, extra="forbid")
 
@@ -10217,7 +10215,7 @@ class JobQuery(Query):
 
 
 class Request(NamedTuple):
-    """What a route's function gets: the service, and what the route declares, validated."""
+    """The argument of a route's function: the service, and the validated parts of the request."""
 
     service: Service
     id: str
@@ -10367,7 +10365,7 @@ ROUTES: tuple[Route, ...] = (
 
 
 class UnclearJson(ValueError):
-    """What json.loads would take and JSON does not have, or has two meanings for."""
+    """Text that json.loads accepts, but that is not JSON or has two meanings."""
 
 
 def finite(text: str) -> float:
@@ -10377,7 +10375,7 @@ def finite(text: str) -> float:
 
 
 def json_body(body: bytes) -> Any:
-    """What a body says. What is JSON only to Python, or can be read in two ways, is refused."""
+    """Parse a body. Refuses what json.loads takes: NaN, infinite numbers and duplicate keys."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
@@ -10401,7 +10399,7 @@ def content_of(*models: str) -> dict[str, Any]:
 
 
 def responses(route: Route) -> dict[str, Any]:
-    """What a route answers, by status; what refuses a request is `default`."""
+    """The answers of a route, by status; `default` is an error."""
     if isinstance(route.answer, str):
         shape = "object" if route.answer == "application/json" else "string"
         done: Any = {route.answer.partition(";")[0]: {"schema": {"type": shape}}}
@@ -10410,8 +10408,7 @@ def responses(route: Route) -> dict[str, Any]:
         done |= {"text/html": {"schema": {"type": "string"}}} if route.page else {}
     made = {str(route.status): {"description": "Done", "content": done}}
     if route.method != "GET":
-        models = ["Accepted"] + [route.answer.__name__] * (route.status == 202)
-        made["202"] = {"description": "Under way", "content": content_of(*models)}
+        made["202"] = {"description": "Under way", "content": content_of("Done")}
     if route.answer in (Health, Done) and route.public:  # bad news has the same shape
         both = content_of(route.answer.__name__, "ErrorAnswer")
         made["503"] = {"description": "Not well", "content": both}
@@ -10444,9 +10441,9 @@ def operation(route: Route) -> dict[str, Any]:
 
 @cache
 def openapi() -> dict[str, Any]:
-    """The surface as an OpenAPI 3.1 document, out of ROUTES and the models."""
+    """The OpenAPI 3.1 document, made from ROUTES and the models."""
     inputs: set[Any] = {JobSpec, IngestSpec, FlatJob, JobChanges, SecretBody}
-    answers = {r.answer for r in ROUTES if isinstance(r.answer, type)} | {ErrorAnswer, Accepted}
+    answers = {r.answer for r in ROUTES if isinstance(r.answer, type)} | {ErrorAnswer}
     models = sorted(inputs | answers, key=attrgetter("__name__"))
     wanted: Any = [(m, "validation" if m in inputs else "serialization") for m in models]
     place = "#/components/schemas/{model}"
@@ -10517,8 +10514,8 @@ def docs_section(method: str, path: str, described: Mapping[str, Any]) -> str:
 
 @cache
 def docs() -> str:
-    """/docs: the OpenAPI document as a page, with nothing from another host. It reads without
-    JavaScript; with it, each route can be tried."""
+    """/docs: the OpenAPI document as a page, which loads nothing from other hosts. JavaScript is
+    needed only to try a route."""
     api, esc = openapi(), html.escape
     operations = [(m, path, d) for path, ways in api["paths"].items() for m, d in ways.items()]
     contents = "".join(
@@ -10548,16 +10545,16 @@ user name, which browsers ask for.</p>
 
 # ── HTTP ──────────────────────────────────────────────────────────────────────────────────────
 #
-# Streams of asyncio wait; the standard library's handler reads each request and writes each answer,
-# in memory. So no client costs a thread, and none holds up another:
-# - A head is taken only if every parser reads it the same way. What is refused for its form closes
-#   the connection, so that nothing behind it passes for a request (RFC 9112, section 11.2).
-# - Who makes us wait, for a request or with its answer, has bounded time, and goes first when there
-#   are too many connections. Who waits for us is never cut off.
-# - A change that has begun is carried out, also when its caller has gone. One that takes long is
-#   answered 202 with where to look, never by an error.
-# - Host (a name may point here by DNS rebinding, an address cannot), Origin (pages of others, whose
-#   browser may add a password) and the token decide who may call.
+# asyncio reads and writes the sockets; the standard library's handler parses each request and
+# formats each answer in memory. No client needs a thread, and no client delays another:
+# - A head is accepted only if every parser reads it in the same way. A malformed one closes the
+#   connection, so that the bytes behind it are not read as a request (RFC 9112, section 11.2).
+# - A client that is slow to send a request or to take its answer has bounded time, and is dropped
+#   first when there are too many connections. A client that waits for an answer is never dropped.
+# - A change that has begun is carried out, even if its caller has gone. If it takes long, the
+#   answer is 202 with the place to look, and not an error.
+# - Three things decide who may call: Host (a name may point here by DNS rebinding, an address
+#   cannot), Origin (the browser may add a password to requests of other sites' pages), the token.
 
 HTTP_IDLE = 5.0  # s that a connection is kept between requests
 HTTP_DEADLINE = 8.0  # s from a request's first byte to its last, and for its answer to be taken
@@ -10596,8 +10593,8 @@ CORS_HEADERS = {  # for pages of the origins that CORS_ORIGINS names
 
 
 async def read_head(reader: asyncio.StreamReader, begun: bytes) -> bytes:
-    """A request's head, which begins with `begun`. Its lines are checked as they come: bare CR and
-    LF, folded lines, control characters and odd names are refused at once."""
+    """Read a request's head, whose first byte is `begun`. Each line is checked as it arrives: bare
+    CR or LF, folded lines, control characters and invalid names are refused."""
     head = bytearray()
     while not head.endswith(b"\r\n\r\n"):
         try:
@@ -10631,7 +10628,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         self.more_headers: dict[str, str] = {}  # of the answer
 
     def read(self, head: bytes) -> None:
-        """Take in the head. Raises Refused for what could be read in two ways."""
+        """Parse the head. Raises Refused if it could be read in two ways."""
         self.rfile = io.BytesIO(head)
         self.raw_requestline = self.rfile.readline()
         self.parse_request()
@@ -10657,7 +10654,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         return str(self.headers.get(name, default)).strip(" \t")
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses: another version of HTTP, or too many headers."""
+        """The base class calls this for another version of HTTP, or for too many headers."""
         raise Refused(code, message or "malformed request")
 
     def version_string(self) -> str:
@@ -10706,19 +10703,19 @@ class Exchange(http.server.BaseHTTPRequestHandler):
 
 
 def bare_host(host: str) -> str:
-    """A Host header, or an entry of ADMIN_HOSTS, without its port, case and final dot."""
+    """A Host header, or an entry of ADMIN_HOSTS: in lower case, without port and final dot."""
     return re.sub(r"\.?(:\d*)?$", "", host.strip().lower())
 
 
 def same_place(origin: str, host: str) -> bool:
-    """Whether a page's origin is the host that it asks. Schemes are not compared, for a proxy may
-    have taken the TLS off, and so the ports 80 and 443 count as none."""
+    """Whether a page's origin is the host that it calls. A proxy may have ended the TLS, so the
+    scheme and the default ports 80 and 443 are ignored."""
     found = re.fullmatch(r"https?://(.+?)(?::(?:80|443))?", origin)
     return found is not None and found[1] == re.sub(":(80|443)$", "", host.lower())
 
 
 def given_token(authorization: str) -> bytes:
-    """The token out of `Bearer TOKEN`, or out of Basic authentication, whatever its user name."""
+    """The token of a Bearer header, or the password of a Basic one with any user name."""
     scheme, _, value = authorization.partition(" ")
     raw = value.strip().encode("latin-1")  # as http.client decoded it
     if scheme.lower() != "basic":
@@ -10729,16 +10726,16 @@ def given_token(authorization: str) -> bytes:
 
 
 class Admin:
-    """The admin surface: its connections, who may call, and the work of routes."""
+    """The admin surface: connections, access control, and running the routes."""
 
     def __init__(self, service: Service, url: str) -> None:
         self.service, self.url = service, url
         self._connections: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
-        # those whose client we wait for, the longest first; whether to take its answer
+        # connections on which we wait for the client, longest first; True: until it takes an answer
         self._waiting: dict[asyncio.StreamWriter, bool] = {}
-        self._late: set[asyncio.Task[Any]] = set()  # work that goes on after its caller's answer
+        self._late: set[asyncio.Task[Any]] = set()  # changes that go on after their 202
         self._stopping = False
-        self._hurry = asyncio.get_running_loop().create_future()  # done when no one waits longer
+        self._hurry = asyncio.get_running_loop().create_future()  # done: answer 202 at once
         service.connections = lambda: len(self._connections)
 
     async def listen(self, listener: socket.socket) -> None:
@@ -10747,7 +10744,7 @@ class Admin:
             try:
                 connection, _ = await asyncio.get_running_loop().sock_accept(listener)
                 streams = await asyncio.open_connection(sock=connection, limit=HTTP_HEAD)
-            except Exception as e:  # for lack of descriptors, mostly; nothing may end this loop
+            except Exception as e:  # mostly a lack of descriptors; nothing may end this loop
                 log.warning("cannot accept a connection: %s", e)
                 await asyncio.sleep(ACCEPT_PAUSE)
             else:
@@ -10758,8 +10755,8 @@ class Admin:
     async def _serve_connection(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """One connection, until either side has enough. One more than there may be is heard out,
-        since it may ask for health."""
+        """Serve one connection until a side closes it. Above the limit, requests are still read,
+        for they may ask for health; above twice the limit, the connection is dropped."""
         most = self.service.settings.api_max_connections
         while len(self._connections) > most and self._waiting:
             self._drop(next(iter(self._waiting)))
@@ -10783,7 +10780,7 @@ class Admin:
     async def _exchange(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, spare: bool
     ) -> bool:
-        """One request and its answer; whether another may follow."""
+        """Serve one request; True if another may follow on the connection."""
         exchange, body = Exchange(), b""
         self._waiting[writer] = False
         try:
@@ -10806,7 +10803,7 @@ class Admin:
     async def _send(
         self, exchange: Exchange, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> bool:
-        """Have the client take its answer; whether the connection stays open."""
+        """Send the answer; True if the connection stays open."""
         self._waiting[writer] = True
         async with asyncio.timeout(HTTP_DEADLINE):
             writer.write(exchange.wfile.getvalue())
@@ -10819,7 +10816,7 @@ class Admin:
         return not exchange.close_connection
 
     async def _respond(self, exchange: Exchange, body: bytes, spare: bool) -> None:
-        """Answer a request that has come in whole, whatever happens."""
+        """Answer a complete request, whatever happens."""
         try:
             found = {r.method: r for r in ROUTES if r.match(exchange.path) is not None}
             public = any(route.public for route in found.values())
@@ -10834,9 +10831,9 @@ class Admin:
                 raise Refused(401, "this needs ADMIN_TOKEN, as Bearer token or as Basic password")
             route = self._route(exchange, found)
             request = self._request(exchange, route, body, trusted)
-            done = await self._run_route(route, request)
+            status, answer = await self._run_route(route, request)
             exchange.close_connection |= self._stopping
-            self._answer(exchange, route, done)
+            self._answer(exchange, route, status, answer)
         except TeckoError as e:
             exchange.refuse(e)
         except Exception:
@@ -10845,7 +10842,7 @@ class Admin:
             exchange.refuse(Refused(500, said))
 
     def _check_host(self, exchange: Exchange, public: bool) -> bool:
-        """Whether Host names this machine. Raises Refused where it does not but must."""
+        """Whether Host names this machine. Raises Refused if not, except on public routes."""
         name, s = bare_host(exchange.host), self.service.settings
         bound = self.url.removeprefix("http://")
         ours = ["localhost", bound, socket.gethostname(), *s.admin_hosts.split(",")]
@@ -10859,7 +10856,7 @@ class Admin:
         return known
 
     def _check_origin(self, exchange: Exchange) -> bool:
-        """Whether a page of CORS_ORIGINS asks. Raises Refused for pages of other hosts."""
+        """Whether a page of CORS_ORIGINS calls. Raises Refused for pages of other hosts."""
         named = re.findall(ORIGIN, self.service.settings.cors_origins.lower())
         exchange.more_headers |= {"Vary": "Origin"} if named else {}
         origin = exchange.header("Origin").lower()
@@ -10892,7 +10889,7 @@ class Admin:
         return found[exchange.command]
 
     def _request(self, exchange: Exchange, route: Route, body: bytes, trusted: bool) -> Request:
-        """What the route's function gets. Raises Invalid and Refused."""
+        """Validate what the route declares. Raises Invalid and Refused."""
         ref, query, data = route.match(exchange.path) or "", None, None
         if "{id}" in route.path and not re.fullmatch("[0-9]{1,18}", ref):
             said = f"must be a number; GET {route.path.partition('/{id}')[0]} lists them"
@@ -10911,9 +10908,9 @@ class Admin:
         accept = exchange.header("Accept")
         return Request(self.service, ref, query, data, request_id, trusted, address, accept)
 
-    async def _run_route(self, route: Route, request: Request) -> Any:
-        """What the route's function returns within HTTP_ANSWER seconds. A change that takes longer
-        goes on, since half of one would be worse, and its caller is told Accepted."""
+    async def _run_route(self, route: Route, request: Request) -> tuple[int, Any]:
+        """The status and the answer of a route. A change that takes longer than HTTP_ANSWER seconds
+        goes on, since half of one would be worse, and is answered 202 with where to look."""
 
         async def run() -> Any:
             ACTOR.set(f"HTTP {request.request_id}")
@@ -10930,7 +10927,7 @@ class Admin:
         if work.cancelled():
             raise RuntimeError("the work of a route was cancelled")
         if work.done():
-            return work.result()
+            return route.status, work.result()
         self._late.add(work)
         work.add_done_callback(self._ended_late)
         if route.method == "GET":
@@ -10938,7 +10935,7 @@ class Admin:
             raise Refused(503, "no answer in time", headers={"Retry-After": "5"})
         place = route.path.partition("/{id}")[0] + (f"/{request.id}" if request.id else "")
         said = f"still being carried out; GET {place} shows the outcome"
-        return Accepted(detail=said, request_id=request.request_id)
+        return 202, Done(success=True, message=said)
 
     def _ended_late(self, work: asyncio.Task[Any]) -> None:
         self._late.discard(work)
@@ -10947,20 +10944,19 @@ class Admin:
         elif error := work.exception():
             log.error("%s failed after its caller was answered: %s", work.get_name(), error)
 
-    def _answer(self, exchange: Exchange, route: Route, answer: Any) -> None:
+    def _answer(self, exchange: Exchange, route: Route, status: int, answer: Any) -> None:
         bad = isinstance(answer, Health) and answer.status == "unhealthy"
         bad |= isinstance(answer, Done) and not answer.success
-        status = 503 if bad else 202 if isinstance(answer, Accepted) else route.status
         text = answer if isinstance(answer, str) else answer.model_dump_json()
         kind = route.answer if isinstance(route.answer, str) else "application/json"
         if route.page:
             kind = HTML if isinstance(answer, str) else kind
             exchange.more_headers["Vary"] = "Accept, Origin"
-        exchange.answer(status, kind, text)
+        exchange.answer(503 if bad else status, kind, text)
 
     async def stop(self) -> None:
-        """Take no new requests, and see to it that those under way are answered; then a change
-        that takes longer goes on while the service drains."""
+        """Take no new requests, and wait for those under way. Changes that take longer are answered
+        202, and go on while the service drains."""
         self._stopping = True
         for writer in [w for w, answering in self._waiting.items() if not answering]:
             self._drop(writer)
@@ -11256,7 +11252,6 @@ def confirmed(args: argparse.Namespace, question: str) -> bool:
         return True
     if not sys.stdin.isatty():
         raise Conflict("without a terminal to ask on, nothing is deleted", hint="add --force")
-
     answer = prompt_or_exit(partial(prompt_line, f"{redact(question)} [y/N]: "), "nothing deleted")
     sure = answer.strip().lower() in ("y", "yes")
     if not sure:
@@ -11294,9 +11289,16 @@ def config_despite_mistakes(args: argparse.Namespace) -> Config:
     return replace(load_config(path.with_name(".no-jobs.yaml"), env), path=path)
 
 
-def no_jobs_file(config: Config) -> Invalid:
-    text = f"no {config.path.name} in {config.base}"
-    return Invalid([text], hint=f"{COMMAND} init writes one")
+def require_jobs(config: Config, *, or_store: bool = True) -> None:
+    """Refuse to work without a jobs.yaml, or a database: a wrong folder would get a new one."""
+    if not config.path.exists() and not (or_store and config.settings.has_store):
+        text = f"no {config.path.name} in {config.base}"
+        raise Invalid([text], hint=f"{COMMAND} init writes one")
+
+
+def require_store(config: Config) -> None:
+    """Refuse to change a database that is not there; otherwise an empty one would be made."""
+    run_operation(config, lambda operations: operations.store.counts(), looks=True)
 
 
 @contextlib.asynccontextmanager
@@ -11340,8 +11342,7 @@ def run_read_only(config: Config, work: Callable[[Operations], Awaitable[T]]) ->
 def cmd_validate(args: argparse.Namespace, config: Config) -> int:
     """Everything `start` would refuse, that every stored secret decrypts, and what would change;
     --online also asks the other sides."""
-    if not config.path.exists():
-        raise no_jobs_file(config)
+    require_jobs(config, or_store=False)
     for warning in config.warnings:
         print(redact(f"warning: {warning}"), file=sys.stderr)
     jobs = config.jobs or []
@@ -11380,14 +11381,15 @@ def shown_findings(findings: Iterable[Finding]) -> list[str]:
 def cmd_alert_test(args: argparse.Namespace, config: Config) -> int:
     """Send a message to each target, and say of each whether it went."""
 
+    if not config.alerts:
+        raise Conflict(f"{config.path} names nobody to tell", hint="`alerts:` does, see README.md")
+
     async def tell() -> list[Finding]:
         async with Store(config.settings.store) as store, make_steps(config, store) as steps:
             steps.vault.load(required=False)
             return await Alerts(steps).test()
 
     findings = asyncio.run(tell())
-    if not findings:
-        raise Conflict(f"{config.path} names nobody to tell", hint="`alerts:` does, see README.md")
     document = {"targets": [f._asdict() for f in findings]}
     report(args, document, "\n".join(shown_findings(findings)))
     return int(not all(f.good for f in findings))
@@ -11402,8 +11404,7 @@ def missing_secret_hint(problems: Sequence[Problem]) -> str:
 
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
     database = config.settings.database
-    if not config.path.exists() and not config.settings.has_store:
-        raise no_jobs_file(config)
+    require_jobs(config)
     if args.daemon:
         return start_daemon(args, config)
     waiting = RunLock(database, "start", wait=START_WAIT)
@@ -11536,10 +11537,15 @@ def cmd_reload(args: argparse.Namespace, config: Config) -> int:
 
 def service_of(config: Config) -> Holder | None:
     """The service that works on the database, once it can be asked; None where none does."""
-    until = time.monotonic() + START_WAIT
-    while (found := holder(config.settings.database)) and found.command == "start":
+    database, until = config.settings.database, time.monotonic() + START_WAIT
+    while (found := holder(database)) and found.command == "start":
         if found.address:
             return found
+        if not os.access(lock_path(database), os.R_OK):
+            raise Conflict(f"pid {found.pid} belongs to another user, who has to do this")
+        if found.started_at:
+            said = f"the TeckoChecker here, pid {found.pid}, is in reserve: another node works"
+            raise Conflict(f"{said} on this database", hint="ask it there")
         if time.monotonic() > until:
             raise Conflict(f"TeckoChecker, pid {found.pid}, starts or ends, and cannot be asked")
         time.sleep(0.1)
@@ -11634,7 +11640,7 @@ def file_of(settings: Settings, command: str) -> Path:
 def cmd_backup(args: argparse.Namespace, config: Config) -> int:
     settings, now, vault = config.settings, time.time(), Vault(config.settings)
     database = file_of(settings, "pg_dump")
-    run_operation(config, lambda operations: operations.store.counts(), looks=True)
+    require_store(config)
     file = args.file or settings.backups / f"{file_timestamp(now)}.db"
     if file.exists() or (args.with_key and vault.file is None):
         there = f"{file} is there already" if file.exists() else "the key is in SECRET_KEY alone"
@@ -11650,6 +11656,7 @@ def cmd_backup(args: argparse.Namespace, config: Config) -> int:
 def cmd_restore(args: argparse.Namespace, config: Config) -> int:
     database = file_of(config.settings, "pg_restore")
     if args.acknowledge:
+        require_store(config)
         noted = run_operation(config, lambda operations: operations.store.acknowledge())
         return report(args, {"acknowledged": noted}, "noted" if noted else "nothing was restored")
     if args.file is None:
@@ -11704,7 +11711,8 @@ async def show_progress(store: Store, turns: Sequence[JobRound]) -> None:
 async def rounds_of(store: Store, args: argparse.Namespace) -> list[JobRound]:
     """The jobs of a round: those that are named, else all that have something left to do."""
     ready, verb = await store.schedule(), "run" if args.command == "job" else "check"
-    jobs = [await store.find_job(ref) for ref in args.jobs]
+    async with suggesting_names(store):
+        jobs = [await store.find_job(ref) for ref in args.jobs]
     for job in jobs:
         if verb == "run" and not isinstance(job.spec, IngestSpec):
             raise Conflict(f"job {job.name!r} watches batches", hint="`check` looks at them now")
@@ -11718,6 +11726,7 @@ async def rounds_of(store: Store, args: argparse.Namespace) -> list[JobRound]:
 
 def cmd_check(args: argparse.Namespace, config: Config) -> int:
     """One round now: by the service where one runs, else here, with the retries that it allows."""
+    require_jobs(config)
     found = service_of(config)
     try:
         turns = asyncio.run(check_there(args, config, found) if found else check_here(args, config))
@@ -11749,8 +11758,7 @@ async def check_here(args: argparse.Namespace, config: Config) -> list[JobRound]
     with RunLock(config.settings.database, "check"):
         alone = partial(make_service, timers=False, in_reserve=not_beside_another)
         async with alone(config, lambda: config) as service:
-            async with suggesting_names(service.store):
-                turns = await rounds_of(service.store, args)
+            turns = await rounds_of(service.store, args)
             await run_rounds(service, turns)
             for turn in turns:
                 await turn.refresh(service.store)
@@ -11799,8 +11807,7 @@ async def follow_up_steps(service: Service, job_id: int, stepped: StepResult) ->
 async def check_there(args: argparse.Namespace, config: Config, found: Holder) -> list[JobRound]:
     """Have the running service do it, and wait until the store shows that it did."""
     async with Store(config.settings.store, read_only=True) as store:
-        async with suggesting_names(store):
-            turns = await rounds_of(store, args)
+        turns = await rounds_of(store, args)
         for turn in turns:
             path = f"/api/jobs/{turn.job.id}/check"
             try:
@@ -11817,12 +11824,10 @@ async def check_there(args: argparse.Namespace, config: Config, found: Holder) -
 
 async def await_round(store: Store, turn: JobRound, config: Config) -> None:
     """Until the service has done what it was asked for. A trigger may be on its way for long."""
-    until = time.monotonic() + CHECK_WAIT
-    gone = False
+    until, gone = time.monotonic() + CHECK_WAIT, False
     while not await turn.refresh(store):
         if gone:
-            text = f"job {turn.job.name!r} did not run to its end: the service has ended"
-            raise Conflict(text)
+            raise Conflict(f"job {turn.job.name!r} did not run to its end: the service has ended")
         if isinstance(turn.job.spec, JobSpec) and time.monotonic() > until:
             if turn.job.status == "active":
                 turn.said, turn.bad = f"not checked within {duration_text(CHECK_WAIT)}", True
@@ -11870,11 +11875,9 @@ def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
-    count, vault = (
-        run_operation(config, lambda operations: operations.rotate()),
-        Vault(config.settings),
-    )
-    place = config.settings.shown_store
+    require_store(config)
+    count = run_operation(config, Operations.rotate)
+    place, vault = config.settings.shown_store, Vault(config.settings)
     text = f"sealed {count_of(count, 'secret')} of {place} with a new master key"
     if vault.file is not None:
         text += f": back up {vault.file} (the one before is in {vault.old_file()})"
@@ -11944,6 +11947,7 @@ def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
+    require_store(config)
     with named_by_option():
         answer = run_operation(
             config, lambda operations: operations.update_job(args.job, flat_job(args))
@@ -11952,20 +11956,15 @@ def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
-    async def look(operations: Operations) -> tuple[JobList, dict[str, tuple[int, int]]]:
-        return await operations.jobs(args.status, 10**9, 0), await operations.store.ingested()
-
-    (found, brought), now = run_operation(config, look, looks=True), time.time()
-    rows = []
+    ask = partial(Operations.jobs, status=args.status, limit=10**9, after=0, recent=True)
+    found, now, rows = run_operation(config, ask, looks=True), time.time(), []
     for job in found.jobs:
-        mine, pace = brought.get(job.name, (0, 0)), job.poll_interval_seconds
+        recent, pace = cast(Recent, job.recent), job.poll_interval_seconds
         every = pace if pace == "auto" else duration_text(pace)
         last = job.last_check_at and ago(job.last_check_at, now)
         following = job.next_check_at and job.status == "active" and due_in(job.next_check_at, now)
         times = (every, last or None, following or None)
-        rows.append(
-            (job.id, job.name, job.status, progress_text(job, mine), reason_text(job, mine), *times)
-        )
+        rows.append((job.id, job.name, job.status, recent.done, recent.why, *times))
     columns = ("ID", "Name", "State", "Done", "Why", "Every", "Checked", "Next")
     return report(args, found, Table(columns, rows, (5, 6, 7, 0, 3, 4)))
 
@@ -11984,8 +11983,8 @@ def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
         config, lambda operations: operations.job(args.job, args.logs), looks=True
     )
     document = answer.model_dump(mode="json")
-    apart = {"batches", "logs", "triggers", "batch_id", "batch_ids", "totals", "runs", "rejects"}
-    apart |= {"recent"}
+    apart = {"batches", "logs", "triggers", "totals", "runs", "rejects", "recent"}
+    apart |= {"batch_id", "batch_ids"}
     apart |= {"batch_count", "completed_count", "failed_count"} if answer.ingest else set()
     facts = {k: v for k, v in document.items() if k not in apart and v not in (None, {})}
     head = [
