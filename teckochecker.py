@@ -9577,7 +9577,7 @@ def notify(*states: str) -> None:
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-            channel.setblocking(False)  # who does not listen must not stop the event loop
+            channel.setblocking(False)  # a manager that does not read must not stop the event loop
             channel.connect("\0" + address[1:] if address.startswith("@") else address)
             channel.sendall("\n".join(states).encode())
     except OSError as e:
@@ -9585,8 +9585,8 @@ def notify(*states: str) -> None:
 
 
 class Service(Timers):
-    """The running program: reload, figures, drain. Everything happens on the event loop;
-    signals only set `stop` and `reload`."""
+    """The running program: ticks, reload, health, statistics, drain. Everything runs on the event
+    loop; signals only set `stop` and `reload`."""
 
     def __init__(self, steps: Steps, load: Callable[[], Config]) -> None:
         super().__init__(steps)
@@ -9604,8 +9604,8 @@ class Service(Timers):
         self._ticked, self._lag = time.monotonic(), 0.0
 
     async def start(self, *, timers: bool = True) -> None:
-        """Bring the store up to jobs.yaml and start the timers. Another process that holds the
-        store's lock is waited for."""
+        """Bring the store in line with jobs.yaml and start the timers. Waits while another process
+        holds the store's lock."""
         self.store.patience = LOCK_WAIT
         await self.store.clamp_times(time.time())
         await self._apply_config(self.steps.config)
@@ -9622,11 +9622,11 @@ class Service(Timers):
         self.store.on_write = self._written
         self._scheduler.start()
         gc.collect()
-        gc.freeze()  # what lives from here on need not be looked at by each full collection,
-        gc.set_threshold(GC_THRESHOLD)  # nor what lives no longer than a check by the others
+        gc.freeze()  # full collections then skip all that exists now,
+        gc.set_threshold(GC_THRESHOLD)  # and the others, what lives only as long as a check
 
     async def run(self) -> None:
-        """Until `stop` is set; `reload` makes it read its configuration again."""
+        """Wait until `stop` is set; read the configuration again whenever `reload` is."""
         while not self.stop.is_set():
             waits = [asyncio.create_task(event.wait()) for event in (self.stop, self.reload)]
             _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -9637,12 +9637,11 @@ class Service(Timers):
                 await self._reload()
 
     def sync_soon(self) -> None:
-        """Something changed in the store that did not come from a step: the next tick takes it
-        up."""
+        """Have the next tick read a change of the store that no step has made."""
         self._stale = True
 
     async def drain(self) -> None:
-        """Take no more work, let what is in flight finish or be recorded, end the timers."""
+        """Begin no more steps, let those under way finish or be recorded, end the timers."""
         if not self._scheduler.running:
             return
         self._scheduler.pause()
@@ -9683,8 +9682,8 @@ class Service(Timers):
         log.info("%s: %s", config.path, words or "no job changed")
 
     async def _reload(self) -> None:
-        """A bad file keeps the old configuration and says so; so do settings that are bound at the
-        start. A job whose last step failed is tried at once: the file may have mended it."""
+        """Read the configuration again. A bad file changes nothing, nor do settings bound at the
+        start; both are logged. A job whose last step failed is tried at once."""
         notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         old, error = self.settings, None
         try:
@@ -9712,13 +9711,13 @@ class Service(Timers):
     # ticks
 
     def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], since: float = 0.0) -> None:
-        """What the service's own timers call: begin `work`, unless it still goes on."""
+        """The service's own timers call this: begin `work`, unless it is still running."""
         if not self._draining and ((task := self._repeated.get(work)) is None or task.done()):
             self._repeated[work] = self._spawn(work())
 
     async def _tick(self) -> None:
-        """Once a second: write down the quiet checks, take up what other processes changed, and
-        feed the watchdog."""
+        """Once a second: store the checks that changed nothing, read what other processes changed,
+        and notify the watchdog."""
         ACTOR.set(None)
         try:
             await self._check_store()
@@ -9737,7 +9736,7 @@ class Service(Timers):
             log.exception("internal error in a tick; the next one follows in %s s", TICK)
 
     async def _check_store(self) -> None:
-        """See that the database is ours, and that it can be written."""
+        """Check that the database is still ours, and that it can be written."""
         if self.lock is not None:
             self.lock.hold()
         if self.store.superseded:
@@ -9753,7 +9752,7 @@ class Service(Timers):
             self._store_failed(e)
 
     def _written(self, seconds: float) -> None:
-        """A transaction of the store was committed, in so many seconds."""
+        """The store calls this after each commit, with its duration."""
         self.metrics.writes.observe(seconds)
         if self.store_error is not None:
             log.info("the store can be written again")
@@ -9766,7 +9765,7 @@ class Service(Timers):
             await self.store.prune(time.time() - 86400 * days, keep)
 
     async def _alert(self) -> None:
-        """Tell who is to know it what is wrong."""
+        """Send the alerts that are due."""
         if self.steps.config.alerts:
             with contextlib.suppress(StoreError):  # the next look follows
                 await self.alerts.update(await self.health(ALERTED))
@@ -9777,8 +9776,7 @@ class Service(Timers):
     # figures
 
     async def health(self, named: int = NAMED) -> Health:
-        """Judged by work really done. It reads the store beside whoever writes it. Of each kind, at
-        most so many jobs are `named`."""
+        """Waits for no writer of the store. At most `named` jobs of each kind are listed."""
         now, settle = time.time(), float(self.settings.trigger_settle_seconds)
         seen: dict[str, Any] = {"db_connected": False}
         with contextlib.suppress(StoreError, TimeoutError):
@@ -9869,7 +9867,7 @@ class Service(Timers):
 
 @contextlib.asynccontextmanager
 async def make_steps(config: Config, store: Store) -> AsyncIterator[Steps]:
-    """The steps with their upstreams, which are closed at the end."""
+    """The steps with their upstream clients, which are closed at the end."""
     settings = config.settings
     openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
     upstreams = openai, Keboola(), Web()
@@ -11017,8 +11015,8 @@ class JsonLines(logging.Formatter):
 
 
 class LogFile(logging.handlers.RotatingFileHandler, logging.handlers.WatchedFileHandler):
-    """LOG_FILE: begun anew at LOG_BYTES, and wherever another program has moved it away. That it
-    cannot be written is said once."""
+    """LOG_FILE. A new file is begun at LOG_BYTES, or when another program has moved the old one. A
+    failure to write it is reported once."""
 
     dev = ino = -1  # of the open file, for `reopenIfNeeded`
     failed = False
@@ -11034,7 +11032,7 @@ class LogFile(logging.handlers.RotatingFileHandler, logging.handlers.WatchedFile
 
 
 def set_up_logging(settings: Settings, level: str, *, to_file: bool = True) -> None:
-    """To stderr, and to LOG_FILE where one is set; every handler redacts."""
+    """Log to stderr, and to LOG_FILE if it is set; every handler redacts."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     file = settings.log_file if to_file else None
     if file is not None:
@@ -11052,8 +11050,8 @@ def set_up_logging(settings: Settings, level: str, *, to_file: bool = True) -> N
 
 
 def open_streams() -> None:
-    """Make stdin, stdout and stderr usable where they were closed: the next file to be opened, a
-    database, would become one of them. Characters that their encoding lacks are escaped."""
+    """Open /dev/null for each standard stream that was closed: otherwise the next file to be
+    opened, like the database, would become one. Characters that an encoding lacks are escaped."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         if stream is None:
@@ -11064,8 +11062,8 @@ def open_streams() -> None:
 
 
 def close_streams(code: int) -> int:
-    """Write out what is still to be written; the exit code. The interpreter would do it later on,
-    and end with 120 and a traceback where it cannot."""
+    """Flush stdout and stderr; the exit code. If the interpreter flushed them at its end, a failure
+    would give exit code 120 and a traceback."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -11079,7 +11077,7 @@ def close_streams(code: int) -> int:
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal; stdout is for the answer. Nobody may be there."""
+    """Print a message on stderr, for stdout is for results. It is lost if nobody reads stderr."""
     with contextlib.suppress(OSError):
         print(redact(text), file=sys.stderr)
 
@@ -11106,15 +11104,15 @@ ISO_TIME = re.compile(r"\d{4}-(\d\d-\d\d)T(\d\d:\d\d):\d\dZ")
 
 
 class Table(NamedTuple):
-    """Rows under a header (none where no column has a name). `spare`: the places of the columns
-    that are left out, one after the other, where a terminal is too narrow."""
+    """Rows under a header; no header if no column has a name. On a terminal that is too narrow, the
+    columns at the indexes in `spare` are left out, in that order."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     spare: Sequence[int] = ()
 
     def texts(self) -> list[list[str]]:
-        """The cells of each column, with its name; one line each."""
+        """Each column's name and cells, without line breaks."""
         rows = [["-" if v in (None, "") else redact(str(v)) for v in row] for row in self.rows]
         clean = [[CONTROL.sub(" ", text) for text in row] for row in (self.columns, *rows)]
         columns = [list(column) for column in zip(*clean, strict=True)]
@@ -11126,12 +11124,12 @@ class Table(NamedTuple):
 
 
 def fit_columns(table: Table, room: int) -> Iterator[tuple[list[str], int | None]]:
-    """The columns that fit, and the width of those that are not to be narrowed: times become short
-    first, then columns go, then lines break between words, and only then within one."""
+    """The columns that fit, each with its width if that must not shrink. To fit, times are
+    shortened first, then columns are left out, then cells wrap between words, then within words."""
     from rich.cells import cell_len
 
     def least(column: Sequence[str]) -> int:
-        """A longer word, like a URL, may break; a sign stays with its state."""
+        """A column's least width: a long word may break, a sign and its state may not."""
         whole = max(map(cell_len, column))
         word = max((cell_len(word) for text in column for word in text.split()), default=1)
         return min(whole if whole <= word + GAP else word, max(min(room // 2, 40), 8))
@@ -11148,7 +11146,7 @@ def fit_columns(table: Table, room: int) -> Iterator[tuple[list[str], int | None
 
 
 def print_table(table: Table) -> None:
-    """Print a table: on a terminal so that it fits, else whole, each row on a line of its own."""
+    """Print a table: fitted to a terminal, else with each row whole on one line."""
     if not sys.stdout.isatty():
         columns = table.texts()
         widths = [max(map(len, column)) for column in columns]
@@ -11172,7 +11170,7 @@ def print_table(table: Table) -> None:
 
 
 def redacted(value: Any) -> Any:
-    """A document without any secret's value in its texts; keys and numbers stay what they are."""
+    """A document with all secret values removed from its strings; keys and numbers are kept."""
     if isinstance(value, dict):
         return {key: redacted(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -11181,7 +11179,7 @@ def redacted(value: Any) -> Any:
 
 
 def report(args: argparse.Namespace, document: Any, *shown: str | Table) -> int:
-    """One JSON document with --json, else what a person reads; both to stdout."""
+    """Print a result on stdout: with --json one JSON document, else `shown`."""
     if args.json:
         if isinstance(document, BaseModel):
             document = document.model_dump(mode="json")
@@ -11201,7 +11199,7 @@ PRIVATE_LINE = re.compile(
 
 
 def source_lines(problem: Problem) -> Iterator[str]:
-    """The line that a problem is about, with a mark below its place."""
+    """The line of a problem's file, and a caret below the column."""
     line, column = CONTROL.sub(" ", problem.source), problem.column
     if line.strip() and column and not PRIVATE_LINE.search(line + problem.where):
         yield f"{problem.line:>5} | {line}"
@@ -11209,7 +11207,7 @@ def source_lines(problem: Problem) -> Iterator[str]:
 
 
 def print_error(error: TeckoError, args: argparse.Namespace | None = None) -> None:
-    """Say what is wrong and what to do, one line each; with --json also as a document on stdout."""
+    """Print an error and its hint, a line each; with --json also a JSON document on stdout."""
     problems = error.problems if isinstance(error, Invalid) else [Problem("", str(error))]
     for problem in problems:
         place = f"{problem.file}:{problem.line}:"
@@ -11238,7 +11236,7 @@ def prompt_line(prompt: str) -> str:
 
 
 def prompt_or_exit(prompt: Callable[[], T], nothing: str) -> T:
-    """What a person types; who leaves with Ctrl-C or Ctrl-D is told that `nothing` was done."""
+    """A person's input. Ctrl-C and Ctrl-D print `nothing` and end the program."""
     try:
         return prompt()
     except (KeyboardInterrupt, EOFError) as e:
@@ -11247,7 +11245,7 @@ def prompt_or_exit(prompt: Callable[[], T], nothing: str) -> T:
 
 
 def confirmed(args: argparse.Namespace, question: str) -> bool:
-    """Ask before deleting; without a terminal only --force goes on."""
+    """Ask before deleting. Without a terminal, --force is needed."""
     if args.force:
         return True
     if not sys.stdin.isatty():
@@ -11274,8 +11272,8 @@ def config_of(args: argparse.Namespace) -> Config:
 
 
 def config_despite_mistakes(args: argparse.Namespace) -> Config:
-    """The same for what has to work while jobs.yaml has a mistake: defaults then, and the database
-    that it names, as far as that can be read."""
+    """The configuration, for commands that must work while jobs.yaml has a mistake: then defaults,
+    with the database that jobs.yaml names, if that can be read."""
     path = args.config or Path("jobs.yaml")
     try:
         return config_of(args)
@@ -11303,7 +11301,7 @@ def require_store(config: Config) -> None:
 
 @contextlib.asynccontextmanager
 async def suggesting_names(store: Store) -> AsyncIterator[None]:
-    """A job or secret that is not there is met with the one that was probably meant."""
+    """Add to the error of an unknown job or secret the name that was probably meant."""
     try:
         yield
     except NotFound as e:
@@ -11316,8 +11314,8 @@ async def suggesting_names(store: Store) -> AsyncIterator[None]:
 def run_operation(
     config: Config, work: Callable[[Operations], Awaitable[T]], *, looks: bool = False
 ) -> T:
-    """What comes of an operation; no loop is left when a person is asked next. Who only `looks`
-    creates nothing, and needs no key."""
+    """Run an operation in an event loop of its own, and return its result. With `looks`, it may
+    only read: nothing is created and no key is needed."""
     vault = Vault(config.settings)
 
     async def asking() -> T:
@@ -11330,7 +11328,7 @@ def run_operation(
 
 
 def run_read_only(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
-    """What who only looks finds; in an empty database where there is none yet."""
+    """Run an operation that only reads; if there is no database yet, on an empty temporary one."""
     if config.settings.has_store:
         return run_operation(config, work, looks=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -11340,8 +11338,8 @@ def run_read_only(config: Config, work: Callable[[Operations], Awaitable[T]]) ->
 
 
 def cmd_validate(args: argparse.Namespace, config: Config) -> int:
-    """Everything `start` would refuse, that every stored secret decrypts, and what would change;
-    --online also asks the other sides."""
+    """Report everything that `start` would refuse, secrets that do not decrypt, and what would
+    change; with --online also ask each upstream."""
     require_jobs(config, or_store=False)
     for warning in config.warnings:
         print(redact(f"warning: {warning}"), file=sys.stderr)
@@ -11379,7 +11377,7 @@ def shown_findings(findings: Iterable[Finding]) -> list[str]:
 
 
 def cmd_alert_test(args: argparse.Namespace, config: Config) -> int:
-    """Send a message to each target, and say of each whether it went."""
+    """Send a message to each target, and report which ones were reached."""
 
     if not config.alerts:
         raise Conflict(f"{config.path} names nobody to tell", hint="`alerts:` does, see README.md")
@@ -11415,8 +11413,8 @@ def cmd_start(args: argparse.Namespace, config: Config) -> int:
 
 
 def report_reserve(lock: RunLock) -> Iterator[None]:
-    """What each second brings in which another node works on the database. Neither systemd nor
-    `start --daemon` waits for its end."""
+    """Report each second that this node waits in reserve, because another node works on the
+    database. systemd and `start --daemon` take that for a successful start."""
     said = "in reserve: another node works on this database"
     log.warning(said)
     lock.write("", time.time())
@@ -11430,7 +11428,7 @@ def not_beside_another() -> None:
 
 
 async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> None:
-    """Run the service until SIGTERM or SIGINT; those cancel it while it still starts."""
+    """Run the service until SIGTERM or SIGINT. During the start, these cancel it."""
     loop, starting = asyncio.get_running_loop(), cast(asyncio.Task[None], asyncio.current_task())
     reload = asyncio.Event()  # may be set before there is a service to reload
     ends = (signal.SIGTERM, signal.SIGINT)
@@ -11453,8 +11451,8 @@ async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> No
 
 
 def start_daemon(args: argparse.Namespace, config: Config) -> int:
-    """Start this program again in a session of its own, and wait until it works or is in reserve,
-    or has ended: then what it said is the reason."""
+    """Start this program in a session of its own, and wait until it works or is in reserve. If it
+    ends before, its last message is the reason."""
     database = config.settings.database
     log_file = config.settings.log_file or database.with_suffix(".log")
     options = ["-v"] * args.verbose + ["-q"] * args.quiet
@@ -11490,7 +11488,7 @@ def start_daemon(args: argparse.Namespace, config: Config) -> int:
 
 
 def signal_holder(config: Config, number: signal.Signals) -> Holder:
-    """Send a signal to the process that holds the lock, and to no other: who that is."""
+    """Send a signal to the process that holds the lock, and return that."""
     found = holder(config.settings.database)
     if found is None:
         raise Conflict(f"no TeckoChecker runs on this database, {config.settings.database}")
@@ -11515,7 +11513,7 @@ def cmd_stop(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_reload(args: argparse.Namespace, config: Config) -> int:
-    """Have the running service read its configuration again; what came of it."""
+    """Have the running service read its configuration again, and report the result."""
     if (found := service_of(config)) is None:
         raise Conflict("no service runs on this database", hint="each start reads jobs.yaml")
     before = ask_service(found.address, "GET", "/health", config.settings)["config_last_reload_at"]
@@ -11536,7 +11534,7 @@ def cmd_reload(args: argparse.Namespace, config: Config) -> int:
 
 
 def service_of(config: Config) -> Holder | None:
-    """The service that works on the database, once it can be asked; None where none does."""
+    """The service that works on the database, once it can be asked; None: there is none."""
     database, until = config.settings.database, time.monotonic() + START_WAIT
     while (found := holder(database)) and found.command == "start":
         if found.address:
@@ -11618,7 +11616,7 @@ def cmd_stats(args: argparse.Namespace, config: Config) -> int:
 
 
 def refused_reload(address: str, settings: Settings) -> list[dict[str, Any]]:
-    """What the service itself says that needs a person."""
+    """What needs a person and only the service knows: a refused reload, or that it is silent."""
     try:
         why = ask_service(address, "GET", "/health", settings)["config_last_reload_error"]
         return [{"job": "jobs.yaml", "what": "refused", "reason": why}] if why else []
@@ -11671,7 +11669,7 @@ def cmd_restore(args: argparse.Namespace, config: Config) -> int:
 
 @dataclass
 class JobRound:
-    """A job in a round, and how it stands."""
+    """A job of a `check`, and its result so far."""
 
     before: Job
     last: int  # id of the ingest's run before the round
@@ -11682,7 +11680,7 @@ class JobRound:
     over: bool = False  # what was asked for has been done
 
     async def refresh(self, store: Store) -> bool:
-        """See how the job stands; whether its turn is over."""
+        """Read the job's state from the store; True if its check is over."""
         job = self.job = await store.job(self.before.id) or self.before
         if isinstance(job.spec, IngestSpec):
             self.run = run = next(iter(await store.runs(job.name, 1)), None)
@@ -11700,7 +11698,7 @@ class JobRound:
 
 
 async def show_progress(store: Store, turns: Sequence[JobRound]) -> None:
-    """How far the runs of ingests are: on a terminal, a line that the next one overwrites."""
+    """Print the progress of ingests on a terminal, on one line that is overwritten."""
     for turn in turns if sys.stderr.isatty() else ():
         for run in await store.runs(turn.job.name, 1) if turn.job.is_ingest else ():
             share = "" if run.progress is None else f", {run.progress:.0%}"
@@ -11725,12 +11723,12 @@ async def rounds_of(store: Store, args: argparse.Namespace) -> list[JobRound]:
 
 
 def cmd_check(args: argparse.Namespace, config: Config) -> int:
-    """One round now: by the service where one runs, else here, with the retries that it allows."""
+    """Check jobs once: by the running service if there is one, else in this process."""
     require_jobs(config)
     found = service_of(config)
     try:
         turns = asyncio.run(check_there(args, config, found) if found else check_here(args, config))
-    finally:  # whatever is said next, it begins on a line of its own
+    finally:  # clear the progress, so that the next message begins a line
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     bad = any(turn.bad for turn in turns)
@@ -11743,7 +11741,7 @@ def cmd_check(args: argparse.Namespace, config: Config) -> int:
 
 
 def report_run(args: argparse.Namespace, run: Run) -> int:
-    """How the run of an ingest ended; the exit code."""
+    """Report how the run of an ingest ended; the exit code."""
     text = [f"{run.source}: {run.status}: {run.summary}", *(f"  {note}" for note in run.notes)]
     times = {"start_time": iso(run.start_time), "end_time": iso(run.end_time or run.start_time)}
     report(args, asdict(run) | times, "\n".join(text))
@@ -11766,8 +11764,8 @@ async def check_here(args: argparse.Namespace, config: Config) -> list[JobRound]
 
 
 async def run_rounds(service: Service, turns: Sequence[JobRound]) -> None:
-    """The steps of a round. Ctrl-C or SIGTERM ends them: nothing new is begun, what is in flight
-    may end; time or a second signal cuts it off, which is recorded. Then SystemExit."""
+    """Run the steps of a check. After Ctrl-C or SIGTERM no step begins; those under way have some
+    seconds, until a second signal, before they are cancelled and recorded. Then SystemExit."""
     loop, caught = asyncio.get_running_loop(), list[int]()
     ids = [turn.job.id for turn in turns]
     grace = DRAIN_SECONDS if any(isinstance(t.job.spec, JobSpec) for t in turns) else STOP_SECONDS
@@ -11805,7 +11803,7 @@ async def follow_up_steps(service: Service, job_id: int, stepped: StepResult) ->
 
 
 async def check_there(args: argparse.Namespace, config: Config, found: Holder) -> list[JobRound]:
-    """Have the running service do it, and wait until the store shows that it did."""
+    """Have the running service check the jobs, and wait until the store shows the results."""
     async with Store(config.settings.store, read_only=True) as store:
         turns = await rounds_of(store, args)
         for turn in turns:
@@ -11823,7 +11821,7 @@ async def check_there(args: argparse.Namespace, config: Config, found: Holder) -
 
 
 async def await_round(store: Store, turn: JobRound, config: Config) -> None:
-    """Until the service has done what it was asked for. A trigger may be on its way for long."""
+    """Wait until the service has checked a job, at most CHECK_WAIT seconds; ingests take longer."""
     until, gone = time.monotonic() + CHECK_WAIT, False
     while not await turn.refresh(store):
         if gone:
@@ -11918,7 +11916,7 @@ JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by fl
 
 @contextlib.contextmanager
 def named_by_option() -> Iterator[None]:
-    """Name what is wrong by the option that was typed in place of the field that it became."""
+    """In errors, name the option that was typed in place of the field that it became."""
     names = {"poll_interval": "--poll-interval"} | {f: o for f, (o, _) in JOB_OPTIONS.items()}
 
     def named(problem: Problem) -> Problem:
@@ -11970,7 +11968,7 @@ def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
 
 
 def as_written(value: object) -> str:
-    """A value of a job's definition, as its author could have written it."""
+    """A value of a job's definition, as it could stand in jobs.yaml."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {as_written(inner)}" for key, inner in value.items())
     if isinstance(value, list):
@@ -12013,7 +12011,7 @@ def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
-    """pause, resume, retry: one change of state each."""
+    """pause, resume and retry."""
     before = run_operation(config, lambda operations: operations.job(args.job, None), looks=True)
     answer = run_operation(config, lambda operations: operations.step_job(args.job, args.action))
     report(args, answer, f"job {answer.name!r} is {answer.status} now")
@@ -12043,7 +12041,7 @@ def cmd_explain(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_logs(args: argparse.Namespace, config: Config) -> int:
-    """What was done and by whom, oldest first; with --follow also what comes, until Ctrl-C."""
+    """Print what was done and by whom, oldest first; with --follow go on until Ctrl-C."""
     after, limit = 0, args.lines
 
     async def look(operations: Operations) -> list[dict[str, Any]]:
@@ -12078,7 +12076,7 @@ def log_line(row: Mapping[str, Any]) -> str:
 
 
 def cmd_data(args: argparse.Namespace, config: Config) -> int:
-    """list, rejects: a table of some, in the order they came; all of them as JSON or CSV."""
+    """list and rejects: some rows as a table, or all as JSON or CSV, in the order of arrival."""
     rejects, whole = args.action == "rejects", args.csv or (args.json and args.action == "list")
     limit = args.limit if args.limit is not None else 10**9 if whole else 100 if rejects else 20
 
@@ -12119,7 +12117,7 @@ async def check_source(store: Store, source: str | None) -> None:
 async def export(
     args: argparse.Namespace, model: type[BaseModel], rows: AsyncIterator[BaseModel]
 ) -> None:
-    """Print rows as they come: as CSV with its blocks as JSON, or as one JSON array."""
+    """Print rows as they are read: as CSV, in which blocks are JSON, or as one JSON array."""
     # a writer whose lines end with CRLF quotes both; of those lines the CR is dropped
     out = argparse.Namespace(write=lambda line: sys.stdout.write(f"{line[:-2]}\n"))
     writer, joint = csv.DictWriter(out, [*model.model_fields]), "["
@@ -12139,7 +12137,7 @@ async def export(
 
 
 def reject_table(rejects: Sequence[RejectAnswer]) -> Table:
-    """On a terminal with the beginning of each record."""
+    """A table of rejected records; a terminal shows only the beginning of each."""
     most = 60 if sys.stdout.isatty() else sys.maxsize
     records = [r.record[:most] + "..." * (len(r.record) > most) for r in rejects]
     rows = [(r.source, r.place, r.reason, t) for r, t in zip(rejects, records, strict=True)]
@@ -12158,7 +12156,7 @@ COMPLETED = {"JOB": "jobs", "SECRET": "secrets", "SOURCE": "sources"}  # by meta
 
 
 def cmd_completion(args: argparse.Namespace) -> int:
-    """A shell's script, or the names that it asks for: of those none that a shell would expand."""
+    """Print a completion script, or the names it asks for, without those a shell would expand."""
     import shtab
 
     what = args.shell
@@ -12250,8 +12248,8 @@ async def configuration_table(stack: str, token: SecretValue) -> Table:
 def prompt_key_and_choice(
     name: str, listing: Callable[[SecretValue], Coroutine[Any, Any, Table]], what: str, most: int
 ) -> tuple[str, list[Sequence[Any]]]:
-    """A key that was typed, and the rows that a person chooses of what it lists; "" and no rows
-    where nothing was typed. A key that cannot list is asked for again."""
+    """Ask for a key, list what it may see, and ask for the rows to use. Both results are empty if
+    nothing is typed. A key that cannot list anything is asked for again."""
     value, table = "", Table((), ())
     while not value and (text := getpass.getpass(f"{name} (is not shown): ")):
         try:
@@ -12281,7 +12279,7 @@ def prompt_stack() -> str:
 def first_jobs_file(
     stack: str = FIRST_STACK, batches: Sequence[str] = (), target: Sequence[str] = ()
 ) -> str:
-    """One job; an example behind # unless it is said what to watch and what to start."""
+    """A jobs.yaml with one job, which is commented out unless batches and target are known."""
     ids = ", ".join(batches or ["batch_abc123"])
     component, configuration = target or ("kds-team.app-custom-python", "123456")
     job = FIRST_JOB % (ids, stack, json.dumps(component), json.dumps(configuration))
@@ -12289,7 +12287,7 @@ def first_jobs_file(
 
 
 def interview(settings: Settings) -> tuple[list[SecretBody], str]:
-    """What a person wants: the secrets to store, and a jobs.yaml. Nothing is written yet."""
+    """Ask for secrets and a first job, for which nothing is written yet."""
     say("Enter skips a question. Ctrl-C ends this, and nothing is made.")
     ask = partial(batch_table, settings.openai_base_url)
     key, batches = prompt_key_and_choice("OpenAI key", ask, "Batches to watch, like 1, 2", 10)
@@ -12302,7 +12300,8 @@ def interview(settings: Settings) -> tuple[list[SecretBody], str]:
 
 
 def create_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) -> Iterator[str]:
-    """Make key, database, secrets and jobs.yaml where they are not; what was made, as sentences."""
+    """Create the key, the database, the secrets and jobs.yaml where they are missing; a sentence
+    for each that was created."""
     settings, vault = config.settings, Vault(config.settings)
     key_file = vault.file
     if key_file is not None and not key_file.exists():
@@ -12321,7 +12320,7 @@ def create_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) 
 
 
 def cmd_init(args: argparse.Namespace, config: Config) -> int:
-    """On a terminal a first jobs.yaml is what a person says; nothing that exists is changed."""
+    """Create what is missing, and change nothing that exists. On a terminal, ask what to watch."""
     settings, vault = config.settings, Vault(config.settings)
     sealed = list[str]()
     if settings.has_store:  # of a server, it makes the tables where they are missing
@@ -12354,8 +12353,8 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """No abbreviated options, which would become interface; a misspelt word is met with the one
-    that was probably meant."""
+    """Takes no abbreviated options, for users would come to rely on them. For a misspelt word, it
+    suggests the one that was probably meant."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(allow_abbrev=False, **how)
@@ -12387,7 +12386,7 @@ def whole_number(text: str) -> int:
 
 
 def job_options(*, create: bool) -> Iterator[Argument]:
-    """The options of `job create` and `job update`, out of the models."""
+    """The options of `job create` and `job update`, with help from the models."""
     for name, (option, metavar) in JOB_OPTIONS.items():
         info = FlatJob.model_fields[name]
         shown = create and info.default in (120, "resend", "all_completed")
@@ -12538,7 +12537,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """The exit code of a command. Nothing that it raises gets any further."""
+    """Run a command and report what it raises; the exit code."""
     waits = args.command == "start" and not args.daemon  # until it can end in good order
     if not waits and signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
