@@ -3075,6 +3075,7 @@ class Sqlite:
         self._unwritten = self._state_if_unwritten()
         uri = f"file:{quote(str(self._path))}?mode={self._mode}"
         uri += "&immutable=1" if self._unwritten else ""
+        sqlite3.connect(uri, uri=True).close()  # or fail without a thread of aiosqlite
         self._db = await aiosqlite.connect(uri, uri=True, isolation_level=None)
         patience = LOCK_TURN if self._writes else PATIENCE  # transactions try again
         await self.run(f"PRAGMA busy_timeout = {int(1000 * patience)}")
@@ -4302,7 +4303,7 @@ class Jobs(Secrets):
         await self._log(job.id, "updated", said, now)
         if isinstance(spec, IngestSpec):
             return
-        for trigger in await self._triggers(job.id, "state = 'pending' AND unknown_at IS NULL"):
+        for trigger in await self._triggers([job.id], "state = 'pending' AND unknown_at IS NULL"):
             await self._save_trigger(trigger, retargeted(trigger, spec))
         if {*spec.watch.batch_ids} != {batch.batch_id for batch in job.batches}:
             await self._start_round(job, "new_round", spec, now)
@@ -4398,7 +4399,7 @@ class Jobs(Secrets):
         job = await self.find_job(job_id)
         if job.removed_at is not None or job.status != "failed":
             raise Conflict(f"Cannot retry job {job.name!r}: it is {job.shown_status}")
-        held = await self._triggers(job.id, "state = 'held'")
+        held = await self._triggers([job.id], "state = 'held'")
         if held and held[-1].round == job.round:
             what = "asks Keboola once more for its trigger, then sends it again"
             after = trigger_after(held[-1], "resettle", now, on_ambiguous="resend")
@@ -4445,18 +4446,19 @@ class Jobs(Secrets):
 
     # triggers
 
-    async def triggers(self, job_id: int) -> list[Trigger]:
-        return await self._triggers(job_id, "TRUE")
+    async def triggers(self, *job_ids: int) -> list[Trigger]:
+        """Those of some jobs, of each job the oldest first."""
+        return await self._triggers(job_ids, "TRUE")
 
     async def open_triggers(self, job_id: int) -> list[Trigger]:
         """Those that are not settled or held."""
-        return await self._triggers(job_id, OPEN_TRIGGER)
+        return await self._triggers([job_id], OPEN_TRIGGER)
 
-    async def _triggers(self, job_id: int, condition: str) -> list[Trigger]:
+    async def _triggers(self, job_ids: Iterable[int], condition: str) -> list[Trigger]:
         found = await self._select_dicts(
             f"SELECT {columns_of(Trigger)} FROM triggers"
-            f" WHERE job_id = :job_id AND {condition} ORDER BY round",
-            {"job_id": job_id},
+            f" WHERE job_id IN {number_list(job_ids)} AND {condition} ORDER BY round",
+            {},
         )
         return [Trigger(**row | {"partial": bool(row["partial"])}) for row in found]
 
@@ -6860,7 +6862,7 @@ class Files:
         if self.source.in_s3:
             found = [(each.name, each) for each in await self.run.objects()]
         else:
-            found = await self.run.in_thread(self._find_here)
+            found = [*await self.run.in_thread(self._find_here)]
         return sorted(found, key=lambda file: natural_order(file[0]))
 
     def _find_here(self) -> list[tuple[str, Path]]:
@@ -8206,8 +8208,8 @@ class Recent(Answer):
 
 
 class JobAnswer(Answer):
-    """A job in the flat form, with its batches and how far they are; an ingest has none of them,
-    and its definition in `ingest`."""
+    """A job in the flat form, with its batches and their progress. An ingest has no batches; its
+    definition is in `ingest`."""
 
     id: int
     name: str
@@ -8240,7 +8242,7 @@ class JobAnswer(Answer):
 
 
 class RejectAnswer(Answer):
-    """A record that was not taken."""
+    """A record that was rejected."""
 
     source: str
     place: str = Field(description="file and line, or page and number")
@@ -8271,7 +8273,7 @@ class Done(Answer):
 
 
 class PausedKey(Answer):
-    """A key that is left alone for a while, since it was rate-limited or its calls failed."""
+    """A key that is not used for a while, because it was rate-limited or its calls failed."""
 
     secret: str
     reason: str
@@ -8293,7 +8295,7 @@ class Attention(Answer):
 
 
 class Health(Answer):
-    """How the program is, judged by work really done."""
+    """The state of the service, judged by the work it has really done."""
 
     status: Literal["healthy", "degraded", "unhealthy"] = "healthy"
     problems: list[str] = Field([], description="why it is not healthy; without names")
@@ -8321,7 +8323,7 @@ class Health(Answer):
     etl_status: str | None = Field(None, description="in_progress, success, failed or interrupted")
 
     def anonymous(self) -> Health:
-        """What a caller without a token may read: no job's name, no secret's, no reason."""
+        """What a caller without a token may read: no names of jobs or secrets, and no reasons."""
         named = "overdue_jobs", "undelivered_jobs", "attention", "paused_keys"
         errors = "config_last_reload_error", "backup_last_error"
         return self.model_copy(update={name: [] for name in named} | dict.fromkeys(errors))
@@ -8333,8 +8335,8 @@ def count_of(count: int, one: str, many: str = "") -> str:
 
 
 def with_status(health: Health, file_problem: str | None, store_error: str | None) -> Health:
-    """Health with its status: `unhealthy` where nothing can go on, `degraded` where something
-    does not. A store that is only locked by another process will be free again."""
+    """Health with its status: `unhealthy` if the service cannot work, `degraded` if a part of its
+    work fails. A store that another process has locked degrades it, for the lock will end."""
     overdue, undelivered = len(health.overdue_jobs), len(health.undelivered_jobs)
     locked = store_error is not None and "locked" in store_error
     lost = file_problem is not None or (store_error is not None and not locked)
@@ -8362,7 +8364,7 @@ def with_status(health: Health, file_problem: str | None, store_error: str | Non
 
 
 class StoredRecord(Answer):
-    """A unified record, and when it came and last changed."""
+    """A unified record, with the times of its arrival and of its last change."""
 
     source: str = Field(description="name of the ingest's job")
     source_id: str = Field(description="what identifies the record in its source")
@@ -8379,7 +8381,7 @@ class StoredRecord(Answer):
 
 
 class DataPage(Answer):
-    """Some of the unified records, in the order they came."""
+    """A page of unified records, in the order of their arrival."""
 
     request_id: str
     total_count: int = Field(description="how many there are of that source, or in all")
@@ -8391,7 +8393,7 @@ class DataPage(Answer):
 
 
 class Day(Answer):
-    """What was done on a day of UTC."""
+    """What the service did on one day (UTC)."""
 
     day: str
     checks: int
@@ -8401,8 +8403,7 @@ class Day(Answer):
 
 
 class Stats(Answer):
-    """How much there is, and what was done: checks and errors since the start, records and runs
-    ever."""
+    """Totals. Checks and errors are counted since the start, records and runs for ever."""
 
     total_jobs: int
     active_jobs: int
@@ -8460,7 +8461,7 @@ def rejects_of(source: str, n: int) -> str:
     return f"{count_of(n, 'record')} rejected: data rejects --source {source}"
 
 
-WAITS = {  # what a job without an error waits for, by its state
+WAITS = {  # what a job without an error waits for, by state
     "triggering": "waits for Keboola to take its trigger",
     "triggered": "waits for its Keboola job to end",
     "paused": "waits for job resume",
@@ -8501,7 +8502,7 @@ def stored_record(row: Any) -> StoredRecord:
 
 # ── Operations ────────────────────────────────────────────────────────────────────────────────
 
-NEXT: dict[str, str] = {  # what follows in a state without checks
+NEXT: dict[str, str] = {  # what happens next, in states without checks
     "paused": "nothing, until `job resume`",
     "triggering": "the trigger is delivered to Keboola, while the service runs",
     "triggered": "the Keboola job is followed to its end",
@@ -8525,8 +8526,7 @@ TRIGGER_MEANS: dict[TriggerState, str] = {
 def explain(
     job: Job, trigger: Trigger | None, runs: Sequence[Run], records: int, now: float
 ) -> list[str]:
-    """In plain sentences: what a job waits for, what was seen, why it did or did not fire, and
-    what happens next."""
+    """Sentences: what a job waits for, what was seen, whether it fired and why, what is next."""
     if isinstance(job.spec, IngestSpec):
         said = explain_ingest(job.name, job.spec.ingest.place, runs, records, now)
     else:
@@ -8597,7 +8597,7 @@ def next_step(job: Job, trigger: Trigger | None, now: float) -> str:
 
 
 class Operations:
-    """What people and programs may ask for, on the command line and over HTTP: each rule once.
+    """Everything that the command line and the HTTP API can ask for; each rule stands here once.
 
     `ref` is an id or a name. Raises Invalid, NotFound, Conflict, SecretError and StoreError.
     """
@@ -8639,9 +8639,9 @@ class Operations:
         return Done(success=True, message=f"Secret {name!r} deleted successfully")
 
     async def rotate(self) -> int:
-        """New key in front of the old one, everything sealed anew, the old key dropped: a crash
-        between any two of these leaves keys that open every secret. Of two rotations one waits for
-        the other, in the transaction."""
+        """Put a new key in front of the old one, seal every secret with it, then drop the old key.
+        After a crash between two of these steps, the key file still opens every secret. The
+        transaction lets only one rotation run at a time."""
 
         def reseal(row: SealedSecret) -> tuple[bytes, str]:
             return self.vault.seal(row.name, row.type, self.vault.open(row))
@@ -8666,8 +8666,8 @@ class Operations:
         return await self.job(str(await self.store.create_job(spec, "store", self.clock())))
 
     def _check_path(self, source: Source) -> None:
-        """A job that does not come from jobs.yaml reads data files beneath its folder, and no
-        others: whoever may call must not read this machine's files through /data."""
+        """Allow a job from outside jobs.yaml only data files in or below the folder of jobs.yaml:
+        a caller of the API must not read other files of this machine through /data."""
         if not isinstance(source, CsvSource) or source.remote:
             return
         if source.in_s3 and source.secret is None:
@@ -8680,7 +8680,7 @@ class Operations:
             raise Invalid([Problem("ingest.path", text)])
 
     async def update_job(self, ref: str, changes: Mapping[str, Any]) -> JobDetail:
-        """Change what `changes` names in the flat form."""
+        """Change the fields of a job's flat form that `changes` names."""
         if not changes:
             await self.store.find_job(ref)
             raise Invalid(["nothing to change was named"], hint="job update --help lists it")
@@ -8711,24 +8711,28 @@ class Operations:
         rows = await self.store.jobs(status, limit + 1, after, search)
         page, ids = rows[:limit], await self._secret_ids()
         shown = [JobAnswer.model_construct(**job_fields(job, ids)) for job in page]
-        for job in shown if recent else ():
-            job.recent = await self._recent(job)
+        if recent:
+            await self._add_recent(shown)
         total = await self.store.count_jobs(status, search)
         more = page[-1].id if len(rows) > limit else None
         return JobList(jobs=shown, total=total, next_after=more)
 
-    async def _recent(self, job: JobAnswer) -> Recent:
-        brought = (await self.store.ingested(job.name)).get(job.name, (0, 0))
-        runs = await self.store.runs(job.name, 20) if job.ingest else []
-        return Recent(
-            done=progress_text(job, brought),
-            why=reason_text(job, brought),
-            trigger=next(reversed(await self.store.triggers(job.id)), None),
-            runs=[
-                "rejected" if run.status == "success" and run.records_failed else run.status
-                for run in runs
-            ],
-        )
+    async def _add_recent(self, jobs: Sequence[JobAnswer]) -> None:
+        """Add what each of these jobs has done, and what it did last."""
+        ingested = await self.store.ingested(jobs[0].name if len(jobs) == 1 else "")
+        last = {t.job_id: t for t in await self.store.triggers(*(job.id for job in jobs))}
+        for job in jobs:
+            brought = ingested.get(job.name, (0, 0))
+            runs = await self.store.runs(job.name, 20) if job.ingest else []
+            job.recent = Recent(
+                done=progress_text(job, brought),
+                why=reason_text(job, brought),
+                trigger=last.get(job.id),
+                runs=[
+                    "rejected" if run.status == "success" and run.records_failed else run.status
+                    for run in runs
+                ],
+            )
 
     async def job(self, ref: str, logs: int | None = 20) -> JobDetail:
         job = await self.store.find_job(ref)
@@ -8740,7 +8744,7 @@ class Operations:
             shown.totals = await self.store.totals(job.name)
             shown.runs = await self.store.runs(job.name, 10)
             shown.rejects = await self.rejects(job.name, 10)
-        shown.recent = await self._recent(shown)
+        await self._add_recent([shown])
         return shown
 
     async def rejects(self, source: str | None, limit: int) -> list[RejectAnswer]:
@@ -8749,7 +8753,7 @@ class Operations:
     async def data(
         self, source: str | None, limit: int, after: int = 0, offset: int = 0
     ) -> tuple[list[StoredRecord], int | None]:
-        """Unified records, and the `after` of those that follow."""
+        """A page of unified records, and the `after` of the next page."""
         rows = await self.store.data(source, limit + 1, after, offset)
         more = rows[limit - 1]["id"] if 0 < limit < len(rows) else None
         return [stored_record(row) for row in rows[:limit]], more
@@ -8905,36 +8909,36 @@ class Import:
 
 # ── Run lock ──────────────────────────────────────────────────────────────────────────────────
 
-# One working process per database. The lock is a POSIX record lock on `<database>.lock` beside the
-# resolved path of the database:
+# Only one process works on a database. It holds a POSIX record lock on `<database>.lock`, beside
+# the resolved path of the database:
 #
-# - the kernel lifts it when its process dies, however it dies, and it says itself who holds it
-#   (F_GETLK): nobody has to believe a number that a dead process, or one in another container, left
-#   behind in a file. `stop` and `reload` signal that process and no other;
-# - symbolic links are followed to one path, and a database with a second hard link is refused (two
-#   names of a file would be two locks, and two write-ahead logs, which damages it);
-# - the file is 0600, so that no other user can keep the program out with a lock of his own;
-# - a lock file that is deleted under us is made and locked again at the next tick.
+# - The kernel releases the lock when its process ends in any way, and names the holder (F_GETLK).
+#   So no command trusts a pid that a dead process, or one in another container, left in a file:
+#   `stop` and `reload` signal the holder of the lock and no other process.
+# - The path is resolved, so symbolic links lead to one lock. A database with a second hard link is
+#   refused: two names would mean two locks and two write-ahead logs, which damages the file.
+# - The file has mode 0600, so another user cannot lock it and keep the program out.
+# - If the lock file is deleted while the service runs, the next tick makes and locks a new one.
 #
-# What the lock does not see: a process on another host that shares the folder over a file system
-# without record locks.
+# The lock does not stop a process on another host that shares the folder over a file system without
+# record locks.
 
 
 class Holder(NamedTuple):
     """The process that works on a database."""
 
-    pid: int  # 0: it lives in another pid namespace
-    started_at: float  # unix seconds; 0: it has not said so yet
+    pid: int  # 0: the process is in another pid namespace
+    started_at: float  # unix seconds; 0: unknown so far
     address: str  # of its admin surface; "": it has none, or none yet
-    command: str  # start, check ...; "": it has not said so yet
+    command: str  # start, check ...; "": unknown so far
 
 
 FLOCK = "qqihh" if sys.platform == "darwin" else "hhqqi4x"  # struct flock, as <fcntl.h> has it
 
 
 def lock_holder(file: IO[str]) -> int | None:
-    """The pid that holds a write lock on an open file; 0 where this pid namespace has no number
-    for it, None where nobody does. Our own locks do not count."""
+    """The pid of the process that has locked an open file; 0 if this pid namespace has no number
+    for it, None if no other process has locked it."""
     is_mac = sys.platform == "darwin"
     whole = (0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET) if is_mac else (fcntl.F_WRLCK, 0, 0, 0, 0)
     found = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(FLOCK, *whole)))
@@ -8943,7 +8947,7 @@ def lock_holder(file: IO[str]) -> int | None:
 
 
 def holder(database: Path) -> Holder | None:
-    """Who works on this database; None when no process does."""
+    """The process that works on this database; None: there is none."""
     try:
         with open(lock_path(database)) as file:
             if (pid := lock_holder(file)) is None:
@@ -8957,14 +8961,14 @@ def holder(database: Path) -> Holder | None:
 
 
 def foreign_holder(pid_file: Path) -> Holder | None:
-    """The process of another user that a pid file names, whose lock we may not look at. It is for
-    show: this user cannot signal that process either."""
+    """The process that a pid file names, for a user who may not read the lock file. It is only
+    shown: this user cannot signal that process either."""
     with contextlib.suppress(OSError, ValueError):
         pid = int(pid_file.read_text())
         try:
             os.kill(pid, 0)
         except PermissionError:
-            return Holder(pid, pid_file.stat().st_mtime, "", "start")
+            return Holder(pid, 0.0, "", "start")
     return None
 
 
@@ -8974,8 +8978,8 @@ def lock_path(database: Path) -> Path:
 
 
 class RunLock:
-    """Holds the lock while its context lasts. A `check` that holds it is waited for, at most
-    `wait` seconds; a service is not."""
+    """Holds the lock while its context lasts. If a `check` holds the lock, this waits at most
+    `wait` seconds for it; if a service does, it raises Conflict at once."""
 
     def __init__(self, database: Path, command: str = "start", wait: float = 0.0) -> None:
         self.path, self.command = lock_path(database), command
@@ -9005,7 +9009,7 @@ class RunLock:
         return self
 
     def _take(self) -> bool:
-        """Make the file where it is missing, and lock it; whether that was possible."""
+        """Create the file if it is missing, and lock it; False if another process has locked it."""
         try:
             file = open(  # noqa: SIM115 held until __exit__
                 self.path, "a+", opener=partial(os.open, mode=0o600)
@@ -9022,7 +9026,7 @@ class RunLock:
         return True
 
     def write(self, address: str, started_at: float) -> None:
-        """Say where the admin surface is, and since when; the bare pid goes into the pid file."""
+        """Record the address of the admin surface and the start time; the pid file has the pid."""
         assert self._file is not None
         self._said = (address, started_at)
         self._file.truncate(0)
@@ -9032,8 +9036,8 @@ class RunLock:
             self.pid_file.write_text(f"{os.getpid()}\n")
 
     def hold(self) -> None:
-        """Lock the file again where somebody deleted it. Raises Conflict where another process
-        was quicker."""
+        """Lock the file again if somebody has deleted it. Raises Conflict if another process has
+        locked the new one first."""
         assert self._file is not None
         if not self.path.exists() or not os.path.samestat(
             os.stat(self.path), os.fstat(self._file.fileno())
@@ -9060,17 +9064,18 @@ CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one b
 
 
 def make_scheduler(on_step: Callable[[float], None] = lambda seconds: None) -> AsyncIOScheduler:
-    """APScheduler with the settings that drop nothing, and a guard against a clock that is set:
-    its due times are wall clock, its timer is monotonic, so that a clock set back by ten minutes
-    would stop all checks for ten minutes. The guard moves all due times along, and tells
-    `on_step` by how many seconds the clock was moved."""
+    """APScheduler with settings that drop no check, and with a guard for steps of the clock. Its
+    due times are wall clock and its timer is monotonic, so a clock set back by ten minutes would
+    stop all checks for ten minutes. The guard moves all due times by the same step, and calls
+    `on_step` with its seconds."""
     from apscheduler.executors.base import BaseExecutor
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
     logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped tick is no news
 
     class Notice(BaseExecutor):  # type: ignore[misc]
-        """Tells at once that a job is due, and since when. A task for each costs half a check."""
+        """Calls the job's function at once, with the due time. A task each would cost half a
+        check."""
 
         def submit_job(self, job: Any, run_times: Sequence[datetime]) -> None:
             job.func(*job.args, run_times[-1].timestamp())
@@ -9092,7 +9097,7 @@ def make_scheduler(on_step: Callable[[float], None] = lambda seconds: None) -> A
             return super()._process_jobs()
 
         def move(self, job: Any, at: datetime) -> None:
-            """Another due time; `wakeup` is left to the caller, who may move many."""
+            """Change a due time. The caller calls `wakeup`, once for all that it moves."""
             job._modify(next_run_time=at)
             self._jobstores["default"].update_job(job)
 
@@ -9109,14 +9114,14 @@ def on_grid(at: float) -> datetime:
 
 
 def phase(job_id: int, interval: float, jobs: int) -> float:
-    """Seconds until a job's first check: at once when there are few, else spread evenly (golden
-    ratio, so that any run of ids spreads) at START_RATE a second over at most the interval."""
+    """Seconds until a job's first check: START_RATE checks a second, over at most the interval. The
+    golden ratio spreads any range of ids evenly."""
     return job_id * 0.6180339887 % 1 * min(interval, jobs / START_RATE)
 
 
 def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
-    """Seconds from the start to a job's first check. Those of one key fall into half of the
-    interval, less a little for delays, so that one list of its batches is young enough for all."""
+    """Seconds from the start to a job's first check. All jobs of one key fall within half of the
+    interval, less a little for delays, so that one list of its batches is recent enough for all."""
     key = phase(zlib.crc32(secret.encode()), interval / 2, jobs)
     if jobs < WHOLE_SECONDS_FROM:
         return key + 0.9 * phase(job_id, interval / 2, jobs)
@@ -9125,8 +9130,8 @@ def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
 
 @lru_cache(maxsize=4096)
 def slots(interval: float, first: float) -> IntervalTrigger:
-    """A timer's interval, counted from `first`: a job that was moved off its times comes back to
-    them by itself, after a quarter of the interval at the earliest."""
+    """A trigger that fires at `first` plus multiples of `interval`. A job whose due time was moved
+    returns to these times, after a quarter of the interval at the earliest."""
     from apscheduler.triggers.interval import IntervalTrigger
 
     class Slots(IntervalTrigger):  # type: ignore[misc]
@@ -9149,8 +9154,8 @@ PLANNED: dict[FileStep, str] = {
 
 
 async def describe_plan(specs: Sequence[Spec], store: Store) -> list[str]:
-    """What would become of the store's jobs if jobs.yaml had these, a sentence each; and of those
-    that are new or watch other batches, whether they will fire."""
+    """Sentences: what loading these jobs from jobs.yaml would change in the store, and whether each
+    job that is new or watches other batches will fire."""
     said: list[str] = []
     for what, name, job, spec in await store.file_changes(specs):
         differs = describe_changes(job.spec, spec) if job and spec and not job.damage else ""
@@ -9174,7 +9179,7 @@ async def describe_plan(specs: Sequence[Spec], store: Store) -> list[str]:
 async def every_problem(
     config: Config, store: Store, vault: Vault, *, unused: bool = False
 ) -> list[Problem]:
-    """What keeps this configuration from being run, a stored secret that does not open included."""
+    """Everything that prevents a start with this configuration, stored secrets included."""
     rows = await store.secrets()
     problems = all_problems(config, await store.secret_types(), unused=unused)
     try:
@@ -9408,17 +9413,17 @@ class Alerts:
 
 # ── Timers ────────────────────────────────────────────────────────────────────────────────────
 
-# What is unexpected costs the job that met it that step, and nothing else:
+# An unexpected error costs a job one step, and costs other jobs nothing:
 #
-# - Whether a job has a step under way is not a flag that somebody has to take back. It is a fact:
-#   the task that its `JobTimer` names is not done. However that task ends, the job is free then.
-# - Its timer fires again by its interval whatever became of the step: nothing has to be put back.
-# - A group of jobs that is checked together falls apart into single steps where it fails, so that
-#   each meets its own trouble, and tells it.
-# - A step that raises what nobody expects is logged with its traceback, told in the job's
-#   last_error, and tried again at the job's pace, which doubles up to an hour.
-# - While the store cannot be written, no step is begun: it could not keep what it learns, and would
-#   ask upstream in vain. Each tick tries a small write, and all goes on when that succeeds.
+# - A job is busy while the task that its `JobTimer` names is not done. No flag has to be cleared:
+#   when that task ends in any way, the job is free.
+# - The timer of a job fires at its interval, whatever the last step did.
+# - If a group of jobs cannot be checked together, each is checked alone, so that an error is
+#   reported at the job that causes it.
+# - An unexpected exception in a step is logged with its traceback and shown in the job's
+#   last_error. The job is tried again after its interval, then after twice that, up to an hour.
+# - While the store cannot be written, no step begins: its result would be lost, and its requests
+#   wasted. Each tick tries a small write; when one succeeds, the steps go on.
 
 STORE_PAUSE = 5.0  # s until a step that met a failing store is tried again
 READ_TOGETHER = 500  # jobs read by one query of those due in one tick
@@ -9426,15 +9431,15 @@ READ_TOGETHER = 500  # jobs read by one query of those due in one tick
 
 @dataclass(slots=True)
 class JobTimer:
-    """All that the service remembers of a job. Its step is under way while `task` is not done."""
+    """What the service remembers of a job."""
 
-    plan: TimerPlan | None = None  # None: nothing is left to do; kept while a step is under way
+    plan: TimerPlan | None = None  # None: nothing is left to do, but a step may be under way
     timer: Any = None  # APScheduler's job
-    task: asyncio.Task[None] | None = None  # owns the present step, alone or with those of a group
+    task: asyncio.Task[None] | None = None  # runs the present step, perhaps with those of others
     began_with: TimerPlan | None = None  # the plan when that step began
     since: float = 0.0  # unix time at which that step fell due
-    asked: bool = False  # somebody wants it checked for itself, and at once
-    ended: bool = False  # the last step left nothing to do; the next tick looks whether that holds
+    asked: bool = False  # it is to be checked at once, and not by a list of batches
+    ended: bool = False  # the last step left nothing to do; the next tick asks the store again
     failed: bool = False  # the last step met an error
     failures: int = 0  # steps in a row that met a failing store, or an internal error
 
@@ -9471,7 +9476,7 @@ class Timers:
         self.store_error = str(error)
 
     async def _sync(self, ids: Collection[int] | None = None) -> None:
-        """Make the timers what the store says: all, or those of `ids`."""
+        """Bring the timers in line with the store: all of them, or those of `ids`."""
         self._stale &= ids is not None
         wanted = await self.store.schedule(ids)
         for job_id in [*self._timers] if ids is None else ids:
@@ -9484,8 +9489,8 @@ class Timers:
                 self._schedule(job_id, timer, plan, max(len(self._timers), len(wanted)))
 
     def _drop(self, job_id: int, timer: JobTimer) -> None:
-        """The job has nothing left to do. A step under way ends first: were the job to come back
-        meanwhile, a second one would run beside it."""
+        """Remove the timer of a job that has nothing left to do. Its entry stays while a step is
+        under way: if the job came back meanwhile, a second step would run beside the first."""
         if timer.plan is not None:
             self._scheduler.remove_job(str(job_id))
         timer.plan, timer.ended = None, timer.busy
@@ -9509,7 +9514,7 @@ class Timers:
         )
 
     def _move(self, timer: JobTimer, at: float) -> None:
-        """Give a job another due time; its timer goes on from there."""
+        """Give a job another due time."""
         if timer.plan is not None and self._scheduler.running:
             self._scheduler.move(timer.timer, on_grid(at))
             if not self._woken:
@@ -9517,15 +9522,15 @@ class Timers:
                 asyncio.get_running_loop().call_soon(self._wake)
 
     def _wake(self) -> None:
-        """Let the scheduler look at its due times, once for all that were moved in this turn of
-        the event loop: each look at them costs more than a move."""
+        """Have the scheduler read its due times, once for all that were moved in this turn of the
+        event loop: one reading costs more than a move."""
         self._woken = False
         if self._scheduler.running:
             self._scheduler.wakeup()
 
     def _make_due_now(self, job_ids: Collection[int]) -> None:
-        """A list showed that these have a finished batch: let them confirm that at once. Those
-        with a step under way do so already."""
+        """Make jobs due at once, because a list showed a finished batch of theirs. A job with a
+        step under way confirms it in that step."""
         for job_id in job_ids:
             timer = self._timers.get(job_id)
             if timer is not None and not timer.busy:
@@ -9535,7 +9540,7 @@ class Timers:
     # steps
 
     def _fall_due(self, job_id: int, since: float = 0.0) -> None:
-        """What a job's timer calls. A job with a step under way is looked at again after it."""
+        """A job's timer calls this. It does nothing while a step of the job is under way."""
         timer = self._timers.get(job_id)
         if self._draining or timer is None or timer.busy:
             return
@@ -9544,7 +9549,7 @@ class Timers:
         self._due.setdefault(job_id, since)
 
     def _begin(self) -> None:
-        """Begin the steps of all that fell due in this turn of the event loop."""
+        """Begin the steps of all jobs that fell due in this turn of the event loop."""
         due, self._due = self._due, {}
         ids = sorted(due.keys() & self._timers.keys(), key=due.__getitem__)
         for job_id in ids:
@@ -9555,8 +9560,8 @@ class Timers:
             self._spawn(self._run_due(some), some)
 
     def _spawn(self, work: Coroutine[Any, Any, Any], ids: Iterable[int] = ()) -> asyncio.Task[None]:
-        """Run something in a task that owns the steps of `ids` until it reports them, or passes
-        them on to another task."""
+        """Run `work` in a task that holds the steps of `ids`, until it reports them or hands them
+        to another task."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         for job_id in ids:
@@ -9571,8 +9576,8 @@ class Timers:
             log.error(what or "internal error in a step", exc_info=None if what else error)
 
     async def _run_due(self, ids: Sequence[int]) -> None:
-        """Steps for jobs that fell due together: by a list of their batches where one may answer,
-        else one by one."""
+        """Check jobs that fell due together: by a list of their batches where that is enough, the
+        others one by one."""
         ACTOR.set(None)  # a timer inherits the context of whoever set it
         if self.store_error is not None:
             error = StoreError(self.store_error)
@@ -9591,7 +9596,7 @@ class Timers:
 
     @contextlib.contextmanager
     def _one_by_one_instead(self, jobs: int) -> Iterator[None]:
-        """Whatever goes wrong with many is met again by each for itself, and told there."""
+        """Log an error of a group; each of its jobs then meets and reports it by itself."""
         try:
             yield
         except StoreError as e:
@@ -9631,8 +9636,8 @@ class Timers:
         self._finish_step(job_id, stepped)
 
     async def _internal_error(self, job_id: int, timer: JobTimer, error: Exception) -> StepResult:
-        """A step met what nobody expected: told in the log and in the job's last_error, of which
-        all but the words of our own errors may name what no caller may read."""
+        """Report an unexpected error of a step in the log and in the job's last_error. There, only
+        our own errors show their text: that of others may name what a caller may not read."""
         timer.failures += 1
         said, traceback = str(error), None
         if not isinstance(error, TeckoError):
@@ -9646,7 +9651,7 @@ class Timers:
         return StepResult(wait, said, TeckoError(said))
 
     def _finish_step(self, job_id: int, stepped: StepResult) -> None:
-        """A step has ended: count it, and see to the next one."""
+        """Count a step that has ended, and plan the next one."""
         log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
         timer, now = self._timers[job_id], time.time()
         timer.task, plan = None, timer.plan
@@ -9665,7 +9670,7 @@ class Timers:
             self._move(timer, now + stepped.wait)
 
     async def check_now(self, ref: str) -> Done:
-        """Have a job's next step made at once."""
+        """Make a job due at once."""
         job = await self.store.find_job(ref)
         await self._sync()  # what was changed a moment ago counts
         timer = self._timers.get(job.id)
@@ -9703,7 +9708,7 @@ def notify(*states: str) -> None:
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-            channel.setblocking(False)  # who does not listen must not stop the event loop
+            channel.setblocking(False)  # a manager that does not read must not stop the event loop
             channel.connect("\0" + address[1:] if address.startswith("@") else address)
             channel.sendall("\n".join(states).encode())
     except OSError as e:
@@ -9711,8 +9716,8 @@ def notify(*states: str) -> None:
 
 
 class Service(Timers):
-    """The running program: reload, figures, drain. Everything happens on the event loop;
-    signals only set `stop` and `reload`."""
+    """The running program: ticks, reload, health, statistics, drain. Everything runs on the event
+    loop; signals only set `stop` and `reload`."""
 
     def __init__(self, steps: Steps, load: Callable[[], Config]) -> None:
         super().__init__(steps)
@@ -9731,8 +9736,8 @@ class Service(Timers):
         self._ticked, self._lag = time.monotonic(), 0.0
 
     async def start(self, *, timers: bool = True) -> None:
-        """Bring the store up to jobs.yaml and start the timers. Another process that holds the
-        store's lock is waited for."""
+        """Bring the store in line with jobs.yaml and start the timers. Waits while another process
+        holds the store's lock."""
         self.store.patience = LOCK_WAIT
         await self.store.clamp_times(time.time())
         await self.store.detect_restore(time.time())
@@ -9750,11 +9755,11 @@ class Service(Timers):
         self.store.on_write = self._written
         self._scheduler.start()
         gc.collect()
-        gc.freeze()  # what lives from here on need not be looked at by each full collection,
-        gc.set_threshold(GC_THRESHOLD)  # nor what lives no longer than a check by the others
+        gc.freeze()  # full collections then skip all that exists now,
+        gc.set_threshold(GC_THRESHOLD)  # and the others, what lives only as long as a check
 
     async def run(self) -> None:
-        """Until `stop` is set; `reload` makes it read its configuration again."""
+        """Wait until `stop` is set; read the configuration again whenever `reload` is."""
         while not self.stop.is_set():
             waits = [asyncio.create_task(event.wait()) for event in (self.stop, self.reload)]
             _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -9765,12 +9770,11 @@ class Service(Timers):
                 await self._reload()
 
     def sync_soon(self) -> None:
-        """Something changed in the store that did not come from a step: the next tick takes it
-        up."""
+        """Have the next tick read a change of the store that no step has made."""
         self._stale = True
 
     async def drain(self) -> None:
-        """Take no more work, let what is in flight finish or be recorded, end the timers."""
+        """Begin no more steps, let those under way finish or be recorded, end the timers."""
         if not self._scheduler.running:
             return
         self._scheduler.pause()
@@ -9811,8 +9815,8 @@ class Service(Timers):
         log.info("%s: %s", config.path, words or "no job changed")
 
     async def _reload(self) -> None:
-        """A bad file keeps the old configuration and says so; so do settings that are bound at the
-        start. A job whose last step failed is tried at once: the file may have mended it."""
+        """Read the configuration again. A bad file changes nothing, nor do settings bound at the
+        start; both are logged. A job whose last step failed is tried at once."""
         notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         old, error = self.settings, None
         try:
@@ -9840,13 +9844,13 @@ class Service(Timers):
     # ticks
 
     def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], since: float = 0.0) -> None:
-        """What the service's own timers call: begin `work`, unless it still goes on."""
+        """The service's own timers call this: begin `work`, unless it is still running."""
         if not self._draining and ((task := self._repeated.get(work)) is None or task.done()):
             self._repeated[work] = self._spawn(work())
 
     async def _tick(self) -> None:
-        """Once a second: write down the quiet checks, take up what other processes changed, and
-        feed the watchdog."""
+        """Once a second: store the checks that changed nothing, read what other processes changed,
+        and notify the watchdog."""
         ACTOR.set(None)
         try:
             await self._check_store()
@@ -9865,7 +9869,7 @@ class Service(Timers):
             log.exception("internal error in a tick; the next one follows in %s s", TICK)
 
     async def _check_store(self) -> None:
-        """See that the database is ours, and that it can be written."""
+        """Check that the database is still ours, and that it can be written."""
         if self.lock is not None:
             self.lock.hold()
         if self.store.superseded:
@@ -9881,7 +9885,7 @@ class Service(Timers):
             self._store_failed(e)
 
     def _written(self, seconds: float) -> None:
-        """A transaction of the store was committed, in so many seconds."""
+        """The store calls this after each commit, with its duration."""
         self.metrics.writes.observe(seconds)
         if self.store_error is not None:
             log.info("the store can be written again")
@@ -9894,7 +9898,7 @@ class Service(Timers):
             await self.store.prune(time.time() - 86400 * days, keep)
 
     async def _alert(self) -> None:
-        """Tell who is to know it what is wrong."""
+        """Send the alerts that are due."""
         if self.steps.config.alerts:
             with contextlib.suppress(StoreError):  # the next look follows
                 await self.alerts.update(await self.health(ALERTED))
@@ -9907,8 +9911,7 @@ class Service(Timers):
     # figures
 
     async def health(self, named: int = NAMED) -> Health:
-        """Judged by work really done. It reads the store beside whoever writes it. Of each kind, at
-        most so many jobs are `named`."""
+        """Waits for no writer of the store. At most `named` jobs of each kind are listed."""
         now, settle = time.time(), float(self.settings.trigger_settle_seconds)
         seen: dict[str, Any] = {"db_connected": False}
         with contextlib.suppress(StoreError, TimeoutError):
@@ -10006,7 +10009,7 @@ class Service(Timers):
 
 @contextlib.asynccontextmanager
 async def make_steps(config: Config, store: Store) -> AsyncIterator[Steps]:
-    """The steps with their upstreams, which are closed at the end."""
+    """The steps with their upstream clients, which are closed at the end."""
     settings = config.settings
     openai = OpenAI(settings.openai_base_url, settings.max_requests_per_minute)
     upstreams = openai, Keboola(), Web()
@@ -10314,15 +10317,8 @@ class ErrorAnswer(Answer):
     details: list[FieldError] | None = Field(None, description="with 422: each wrong field")
 
 
-class Accepted(Answer):
-    """A change that takes longer than a caller is kept waiting. It is carried out all the same."""
-
-    detail: str = Field(description="where its outcome will be seen")
-    request_id: str
-
-
 class Query(BaseModel):
-    """Query parameters; unknown ones are refused, so that a misspelt filter does not show all."""
+    """Query parameters. Unknown ones are refused: a misspelt filter must not list everything."""
 
     model_config = ConfigDict(defer_build=True, extra="forbid")
 
@@ -10359,7 +10355,7 @@ class JobQuery(Query):
 
 
 class Request(NamedTuple):
-    """What a route's function gets: the service, and what the route declares, validated."""
+    """The argument of a route's function: the service, and the validated parts of the request."""
 
     service: Service
     id: str
@@ -10509,7 +10505,7 @@ ROUTES: tuple[Route, ...] = (
 
 
 class UnclearJson(ValueError):
-    """What json.loads would take and JSON does not have, or has two meanings for."""
+    """Text that json.loads accepts, but that is not JSON or has two meanings."""
 
 
 def finite(text: str) -> float:
@@ -10519,7 +10515,7 @@ def finite(text: str) -> float:
 
 
 def json_body(body: bytes) -> Any:
-    """What a body says. What is JSON only to Python, or can be read in two ways, is refused."""
+    """Parse a body. Refuses what json.loads takes: NaN, infinite numbers and duplicate keys."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
@@ -10543,7 +10539,7 @@ def content_of(*models: str) -> dict[str, Any]:
 
 
 def responses(route: Route) -> dict[str, Any]:
-    """What a route answers, by status; what refuses a request is `default`."""
+    """The answers of a route, by status; `default` is an error."""
     if isinstance(route.answer, str):
         shape = "object" if route.answer == "application/json" else "string"
         done: Any = {route.answer.partition(";")[0]: {"schema": {"type": shape}}}
@@ -10552,8 +10548,7 @@ def responses(route: Route) -> dict[str, Any]:
         done |= {"text/html": {"schema": {"type": "string"}}} if route.page else {}
     made = {str(route.status): {"description": "Done", "content": done}}
     if route.method != "GET":
-        models = ["Accepted"] + [route.answer.__name__] * (route.status == 202)
-        made["202"] = {"description": "Under way", "content": content_of(*models)}
+        made["202"] = {"description": "Under way", "content": content_of("Done")}
     if route.answer in (Health, Done) and route.public:  # bad news has the same shape
         both = content_of(route.answer.__name__, "ErrorAnswer")
         made["503"] = {"description": "Not well", "content": both}
@@ -10586,9 +10581,9 @@ def operation(route: Route) -> dict[str, Any]:
 
 @cache
 def openapi() -> dict[str, Any]:
-    """The surface as an OpenAPI 3.1 document, out of ROUTES and the models."""
+    """The OpenAPI 3.1 document, made from ROUTES and the models."""
     inputs: set[Any] = {JobSpec, IngestSpec, FlatJob, JobChanges, SecretBody}
-    answers = {r.answer for r in ROUTES if isinstance(r.answer, type)} | {ErrorAnswer, Accepted}
+    answers = {r.answer for r in ROUTES if isinstance(r.answer, type)} | {ErrorAnswer}
     models = sorted(inputs | answers, key=attrgetter("__name__"))
     wanted: Any = [(m, "validation" if m in inputs else "serialization") for m in models]
     place = "#/components/schemas/{model}"
@@ -10659,8 +10654,8 @@ def docs_section(method: str, path: str, described: Mapping[str, Any]) -> str:
 
 @cache
 def docs() -> str:
-    """/docs: the OpenAPI document as a page, with nothing from another host. It reads without
-    JavaScript; with it, each route can be tried."""
+    """/docs: the OpenAPI document as a page, which loads nothing from other hosts. JavaScript is
+    needed only to try a route."""
     api, esc = openapi(), html.escape
     operations = [(m, path, d) for path, ways in api["paths"].items() for m, d in ways.items()]
     contents = "".join(
@@ -10690,16 +10685,16 @@ user name, which browsers ask for.</p>
 
 # ── HTTP ──────────────────────────────────────────────────────────────────────────────────────
 #
-# Streams of asyncio wait; the standard library's handler reads each request and writes each answer,
-# in memory. So no client costs a thread, and none holds up another:
-# - A head is taken only if every parser reads it the same way. What is refused for its form closes
-#   the connection, so that nothing behind it passes for a request (RFC 9112, section 11.2).
-# - Who makes us wait, for a request or with its answer, has bounded time, and goes first when there
-#   are too many connections. Who waits for us is never cut off.
-# - A change that has begun is carried out, also when its caller has gone. One that takes long is
-#   answered 202 with where to look, never by an error.
-# - Host (a name may point here by DNS rebinding, an address cannot), Origin (pages of others, whose
-#   browser may add a password) and the token decide who may call.
+# asyncio reads and writes the sockets; the standard library's handler parses each request and
+# formats each answer in memory. No client needs a thread, and no client delays another:
+# - A head is accepted only if every parser reads it in the same way. A malformed one closes the
+#   connection, so that the bytes behind it are not read as a request (RFC 9112, section 11.2).
+# - A client that is slow to send a request or to take its answer has bounded time, and is dropped
+#   first when there are too many connections. A client that waits for an answer is never dropped.
+# - A change that has begun is carried out, even if its caller has gone. If it takes long, the
+#   answer is 202 with the place to look, and not an error.
+# - Three things decide who may call: Host (a name may point here by DNS rebinding, an address
+#   cannot), Origin (the browser may add a password to requests of other sites' pages), the token.
 
 HTTP_IDLE = 5.0  # s that a connection is kept between requests
 HTTP_DEADLINE = 8.0  # s from a request's first byte to its last, and for its answer to be taken
@@ -10739,8 +10734,8 @@ CORS_HEADERS = {  # for pages of the origins that CORS_ORIGINS names
 
 
 async def read_head(reader: asyncio.StreamReader, begun: bytes) -> bytes:
-    """A request's head, which begins with `begun`. Its lines are checked as they come: bare CR and
-    LF, folded lines, control characters and odd names are refused at once."""
+    """Read a request's head, whose first byte is `begun`. Each line is checked as it arrives: bare
+    CR or LF, folded lines, control characters and invalid names are refused."""
     head = bytearray()
     while not head.endswith(b"\r\n\r\n"):
         try:
@@ -10774,7 +10769,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         self.more_headers: dict[str, str] = {}  # of the answer
 
     def read(self, head: bytes) -> None:
-        """Take in the head. Raises Refused for what could be read in two ways."""
+        """Parse the head. Raises Refused if it could be read in two ways."""
         self.rfile = io.BytesIO(head)
         self.raw_requestline = self.rfile.readline()
         self.parse_request()
@@ -10800,7 +10795,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         return str(self.headers.get(name, default)).strip(" \t")
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses: another version of HTTP, or too many headers."""
+        """The base class calls this for another version of HTTP, or for too many headers."""
         raise Refused(code, message or "malformed request")
 
     def version_string(self) -> str:
@@ -10849,19 +10844,19 @@ class Exchange(http.server.BaseHTTPRequestHandler):
 
 
 def bare_host(host: str) -> str:
-    """A Host header, or an entry of ADMIN_HOSTS, without its port, case and final dot."""
+    """A Host header, or an entry of ADMIN_HOSTS: in lower case, without port and final dot."""
     return re.sub(r"\.?(:\d*)?$", "", host.strip().lower())
 
 
 def same_place(origin: str, host: str) -> bool:
-    """Whether a page's origin is the host that it asks. Schemes are not compared, for a proxy may
-    have taken the TLS off, and so the ports 80 and 443 count as none."""
+    """Whether a page's origin is the host that it calls. A proxy may have ended the TLS, so the
+    scheme and the default ports 80 and 443 are ignored."""
     found = re.fullmatch(r"https?://(.+?)(?::(?:80|443))?", origin)
     return found is not None and found[1] == re.sub(":(80|443)$", "", host.lower())
 
 
 def given_token(authorization: str) -> bytes:
-    """The token out of `Bearer TOKEN`, or out of Basic authentication, whatever its user name."""
+    """The token of a Bearer header, or the password of a Basic one with any user name."""
     scheme, _, value = authorization.partition(" ")
     raw = value.strip().encode("latin-1")  # as http.client decoded it
     if scheme.lower() != "basic":
@@ -10872,17 +10867,17 @@ def given_token(authorization: str) -> bytes:
 
 
 class Admin:
-    """The admin surface: its connections, who may call, and the work of routes."""
+    """The admin surface: connections, access control, and running the routes."""
 
     def __init__(self, service: Service, url: str) -> None:
         self.service, self.url = service, url
         self._connections: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
-        # those whose client we wait for, the longest first; whether to take its answer
+        # connections on which we wait for the client, longest first; True: until it takes an answer
         self._waiting: dict[asyncio.StreamWriter, bool] = {}
         self._reads = asyncio.Semaphore(READS_AT_ONCE)
-        self._late: set[asyncio.Task[Any]] = set()  # work that goes on after its caller's answer
+        self._late: set[asyncio.Task[Any]] = set()  # changes that go on after their 202
         self._stopping = False
-        self._hurry = asyncio.get_running_loop().create_future()  # done when no one waits longer
+        self._hurry = asyncio.get_running_loop().create_future()  # done: answer 202 at once
         service.connections = lambda: len(self._connections)
 
     async def listen(self, listener: socket.socket) -> None:
@@ -10891,7 +10886,7 @@ class Admin:
             try:
                 connection, _ = await asyncio.get_running_loop().sock_accept(listener)
                 streams = await asyncio.open_connection(sock=connection, limit=HTTP_HEAD)
-            except Exception as e:  # for lack of descriptors, mostly; nothing may end this loop
+            except Exception as e:  # mostly a lack of descriptors; nothing may end this loop
                 log.warning("cannot accept a connection: %s", e)
                 await asyncio.sleep(ACCEPT_PAUSE)
             else:
@@ -10902,8 +10897,8 @@ class Admin:
     async def _serve_connection(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """One connection, until either side has enough. One more than there may be is heard out,
-        since it may ask for health."""
+        """Serve one connection until a side closes it. Above the limit, requests are still read,
+        for they may ask for health; above twice the limit, the connection is dropped."""
         most = self.service.settings.api_max_connections
         while len(self._connections) > most and self._waiting:
             self._drop(next(iter(self._waiting)))
@@ -10927,7 +10922,7 @@ class Admin:
     async def _exchange(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, spare: bool
     ) -> bool:
-        """One request and its answer; whether another may follow."""
+        """Serve one request; True if another may follow on the connection."""
         exchange, body = Exchange(), b""
         self._waiting[writer] = False
         try:
@@ -10950,7 +10945,7 @@ class Admin:
     async def _send(
         self, exchange: Exchange, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> bool:
-        """Have the client take its answer; whether the connection stays open."""
+        """Send the answer; True if the connection stays open."""
         self._waiting[writer] = True
         async with asyncio.timeout(HTTP_DEADLINE):
             writer.write(exchange.wfile.getvalue())
@@ -10963,7 +10958,7 @@ class Admin:
         return not exchange.close_connection
 
     async def _respond(self, exchange: Exchange, body: bytes, spare: bool) -> None:
-        """Answer a request that has come in whole, whatever happens."""
+        """Answer a complete request, whatever happens."""
         try:
             found = {r.method: r for r in ROUTES if r.match(exchange.path) is not None}
             public = any(route.public for route in found.values())
@@ -10978,9 +10973,9 @@ class Admin:
                 raise Refused(401, "this needs ADMIN_TOKEN, as Bearer token or as Basic password")
             route = self._route(exchange, found)
             request = self._request(exchange, route, body, trusted)
-            done = await self._run_route(route, request)
+            status, answer = await self._run_route(route, request)
             exchange.close_connection |= self._stopping
-            self._answer(exchange, route, done)
+            self._answer(exchange, route, status, answer)
         except TeckoError as e:
             exchange.refuse(e)
         except Exception:
@@ -10989,7 +10984,7 @@ class Admin:
             exchange.refuse(Refused(500, said))
 
     def _check_host(self, exchange: Exchange, public: bool) -> bool:
-        """Whether Host names this machine. Raises Refused where it does not but must."""
+        """Whether Host names this machine. Raises Refused if not, except on public routes."""
         name, s = bare_host(exchange.host), self.service.settings
         bound = self.url.removeprefix("http://")
         ours = ["localhost", bound, socket.gethostname(), *s.admin_hosts.split(",")]
@@ -11003,7 +10998,7 @@ class Admin:
         return known
 
     def _check_origin(self, exchange: Exchange) -> bool:
-        """Whether a page of CORS_ORIGINS asks. Raises Refused for pages of other hosts."""
+        """Whether a page of CORS_ORIGINS calls. Raises Refused for pages of other hosts."""
         named = re.findall(ORIGIN, self.service.settings.cors_origins.lower())
         exchange.more_headers |= {"Vary": "Origin"} if named else {}
         origin = exchange.header("Origin").lower()
@@ -11036,7 +11031,7 @@ class Admin:
         return found[exchange.command]
 
     def _request(self, exchange: Exchange, route: Route, body: bytes, trusted: bool) -> Request:
-        """What the route's function gets. Raises Invalid and Refused."""
+        """Validate what the route declares. Raises Invalid and Refused."""
         ref, query, data = route.match(exchange.path) or "", None, None
         if "{id}" in route.path and not re.fullmatch("[0-9]{1,18}", ref):
             said = f"must be a number; GET {route.path.partition('/{id}')[0]} lists them"
@@ -11055,9 +11050,9 @@ class Admin:
         accept = exchange.header("Accept")
         return Request(self.service, ref, query, data, request_id, trusted, address, accept)
 
-    async def _run_route(self, route: Route, request: Request) -> Any:
-        """What the route's function returns within HTTP_ANSWER seconds. A change that takes longer
-        goes on, since half of one would be worse, and its caller is told Accepted."""
+    async def _run_route(self, route: Route, request: Request) -> tuple[int, Any]:
+        """The status and the answer of a route. A change that takes longer than HTTP_ANSWER seconds
+        goes on, since half of one would be worse, and is answered 202 with where to look."""
 
         reads = route.method == "GET" and not route.public  # health waits for nobody
 
@@ -11077,7 +11072,7 @@ class Admin:
         if work.cancelled():
             raise RuntimeError("the work of a route was cancelled")
         if work.done():
-            return work.result()
+            return route.status, work.result()
         self._late.add(work)
         work.add_done_callback(self._ended_late)
         if route.method == "GET":
@@ -11085,7 +11080,7 @@ class Admin:
             raise Refused(503, "no answer in time", headers={"Retry-After": "5"})
         place = route.path.partition("/{id}")[0] + (f"/{request.id}" if request.id else "")
         said = f"still being carried out; GET {place} shows the outcome"
-        return Accepted(detail=said, request_id=request.request_id)
+        return 202, Done(success=True, message=said)
 
     def _ended_late(self, work: asyncio.Task[Any]) -> None:
         self._late.discard(work)
@@ -11094,20 +11089,19 @@ class Admin:
         elif error := work.exception():
             log.error("%s failed after its caller was answered: %s", work.get_name(), error)
 
-    def _answer(self, exchange: Exchange, route: Route, answer: Any) -> None:
+    def _answer(self, exchange: Exchange, route: Route, status: int, answer: Any) -> None:
         bad = isinstance(answer, Health) and answer.status == "unhealthy"
         bad |= isinstance(answer, Done) and not answer.success
-        status = 503 if bad else 202 if isinstance(answer, Accepted) else route.status
         text = answer if isinstance(answer, str) else answer.model_dump_json()
         kind = route.answer if isinstance(route.answer, str) else "application/json"
         if route.page:
             kind = HTML if isinstance(answer, str) else kind
             exchange.more_headers["Vary"] = "Accept, Origin"
-        exchange.answer(status, kind, text)
+        exchange.answer(503 if bad else status, kind, text)
 
     async def stop(self) -> None:
-        """Take no new requests, and see to it that those under way are answered; then a change
-        that takes longer goes on while the service drains."""
+        """Take no new requests, and wait for those under way. Changes that take longer are answered
+        202, and go on while the service drains."""
         self._stopping = True
         for writer in [w for w, answering in self._waiting.items() if not answering]:
             self._drop(writer)
@@ -11168,8 +11162,8 @@ class JsonLines(logging.Formatter):
 
 
 class LogFile(logging.handlers.RotatingFileHandler, logging.handlers.WatchedFileHandler):
-    """LOG_FILE: begun anew at LOG_BYTES, and wherever another program has moved it away. That it
-    cannot be written is said once."""
+    """LOG_FILE. A new file is begun at LOG_BYTES, or when another program has moved the old one. A
+    failure to write it is reported once."""
 
     dev = ino = -1  # of the open file, for `reopenIfNeeded`
     failed = False
@@ -11185,7 +11179,7 @@ class LogFile(logging.handlers.RotatingFileHandler, logging.handlers.WatchedFile
 
 
 def set_up_logging(settings: Settings, level: str, *, to_file: bool = True) -> None:
-    """To stderr, and to LOG_FILE where one is set; every handler redacts."""
+    """Log to stderr, and to LOG_FILE if it is set; every handler redacts."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     file = settings.log_file if to_file else None
     if file is not None:
@@ -11203,8 +11197,8 @@ def set_up_logging(settings: Settings, level: str, *, to_file: bool = True) -> N
 
 
 def open_streams() -> None:
-    """Make stdin, stdout and stderr usable where they were closed: the next file to be opened, a
-    database, would become one of them. Characters that their encoding lacks are escaped."""
+    """Open /dev/null for each standard stream that was closed: otherwise the next file to be
+    opened, like the database, would become one. Characters that an encoding lacks are escaped."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         if stream is None:
@@ -11215,8 +11209,8 @@ def open_streams() -> None:
 
 
 def close_streams(code: int) -> int:
-    """Write out what is still to be written; the exit code. The interpreter would do it later on,
-    and end with 120 and a traceback where it cannot."""
+    """Flush stdout and stderr; the exit code. If the interpreter flushed them at its end, a failure
+    would give exit code 120 and a traceback."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -11230,7 +11224,7 @@ def close_streams(code: int) -> int:
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal; stdout is for the answer. Nobody may be there."""
+    """Print a message on stderr, for stdout is for results. It is lost if nobody reads stderr."""
     with contextlib.suppress(OSError):
         print(redact(text), file=sys.stderr)
 
@@ -11257,15 +11251,15 @@ ISO_TIME = re.compile(r"\d{4}-(\d\d-\d\d)T(\d\d:\d\d):\d\dZ")
 
 
 class Table(NamedTuple):
-    """Rows under a header (none where no column has a name). `spare`: the places of the columns
-    that are left out, one after the other, where a terminal is too narrow."""
+    """Rows under a header; no header if no column has a name. On a terminal that is too narrow, the
+    columns at the indexes in `spare` are left out, in that order."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     spare: Sequence[int] = ()
 
     def texts(self) -> list[list[str]]:
-        """The cells of each column, with its name; one line each."""
+        """Each column's name and cells, without line breaks."""
         rows = [["-" if v in (None, "") else redact(str(v)) for v in row] for row in self.rows]
         clean = [[CONTROL.sub(" ", text) for text in row] for row in (self.columns, *rows)]
         columns = [list(column) for column in zip(*clean, strict=True)]
@@ -11277,12 +11271,12 @@ class Table(NamedTuple):
 
 
 def fit_columns(table: Table, room: int) -> Iterator[tuple[list[str], int | None]]:
-    """The columns that fit, and the width of those that are not to be narrowed: times become short
-    first, then columns go, then lines break between words, and only then within one."""
+    """The columns that fit, each with its width if that must not shrink. To fit, times are
+    shortened first, then columns are left out, then cells wrap between words, then within words."""
     from rich.cells import cell_len
 
     def least(column: Sequence[str]) -> int:
-        """A longer word, like a URL, may break; a sign stays with its state."""
+        """A column's least width: a long word may break, a sign and its state may not."""
         whole = max(map(cell_len, column))
         word = max((cell_len(word) for text in column for word in text.split()), default=1)
         return min(whole if whole <= word + GAP else word, max(min(room // 2, 40), 8))
@@ -11299,7 +11293,7 @@ def fit_columns(table: Table, room: int) -> Iterator[tuple[list[str], int | None
 
 
 def print_table(table: Table) -> None:
-    """Print a table: on a terminal so that it fits, else whole, each row on a line of its own."""
+    """Print a table: fitted to a terminal, else with each row whole on one line."""
     if not sys.stdout.isatty():
         columns = table.texts()
         widths = [max(map(len, column)) for column in columns]
@@ -11323,7 +11317,7 @@ def print_table(table: Table) -> None:
 
 
 def redacted(value: Any) -> Any:
-    """A document without any secret's value in its texts; keys and numbers stay what they are."""
+    """A document with all secret values removed from its strings; keys and numbers are kept."""
     if isinstance(value, dict):
         return {key: redacted(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -11332,7 +11326,7 @@ def redacted(value: Any) -> Any:
 
 
 def report(args: argparse.Namespace, document: Any, *shown: str | Table) -> int:
-    """One JSON document with --json, else what a person reads; both to stdout."""
+    """Print a result on stdout: with --json one JSON document, else `shown`."""
     if args.json:
         if isinstance(document, BaseModel):
             document = document.model_dump(mode="json")
@@ -11352,7 +11346,7 @@ PRIVATE_LINE = re.compile(
 
 
 def source_lines(problem: Problem) -> Iterator[str]:
-    """The line that a problem is about, with a mark below its place."""
+    """The line of a problem's file, and a caret below the column."""
     line, column = CONTROL.sub(" ", problem.source), problem.column
     if line.strip() and column and not PRIVATE_LINE.search(line + problem.where):
         yield f"{problem.line:>5} | {line}"
@@ -11360,7 +11354,7 @@ def source_lines(problem: Problem) -> Iterator[str]:
 
 
 def print_error(error: TeckoError, args: argparse.Namespace | None = None) -> None:
-    """Say what is wrong and what to do, one line each; with --json also as a document on stdout."""
+    """Print an error and its hint, a line each; with --json also a JSON document on stdout."""
     problems = error.problems if isinstance(error, Invalid) else [Problem("", str(error))]
     for problem in problems:
         place = f"{problem.file}:{problem.line}:"
@@ -11389,7 +11383,7 @@ def prompt_line(prompt: str) -> str:
 
 
 def prompt_or_exit(prompt: Callable[[], T], nothing: str) -> T:
-    """What a person types; who leaves with Ctrl-C or Ctrl-D is told that `nothing` was done."""
+    """A person's input. Ctrl-C and Ctrl-D print `nothing` and end the program."""
     try:
         return prompt()
     except (KeyboardInterrupt, EOFError) as e:
@@ -11398,12 +11392,11 @@ def prompt_or_exit(prompt: Callable[[], T], nothing: str) -> T:
 
 
 def confirmed(args: argparse.Namespace, question: str) -> bool:
-    """Ask before deleting; without a terminal only --force goes on."""
+    """Ask before deleting. Without a terminal, --force is needed."""
     if args.force:
         return True
     if not sys.stdin.isatty():
         raise Conflict("without a terminal to ask on, nothing is deleted", hint="add --force")
-
     answer = prompt_or_exit(partial(prompt_line, f"{redact(question)} [y/N]: "), "nothing deleted")
     sure = answer.strip().lower() in ("y", "yes")
     if not sure:
@@ -11426,8 +11419,8 @@ def config_of(args: argparse.Namespace) -> Config:
 
 
 def config_despite_mistakes(args: argparse.Namespace) -> Config:
-    """The same for what has to work while jobs.yaml has a mistake: defaults then, and the database
-    that it names, as far as that can be read."""
+    """The configuration, for commands that must work while jobs.yaml has a mistake: then defaults,
+    with the database that jobs.yaml names, if that can be read."""
     path = args.config or Path("jobs.yaml")
     try:
         return config_of(args)
@@ -11441,14 +11434,21 @@ def config_despite_mistakes(args: argparse.Namespace) -> Config:
     return replace(load_config(path.with_name(".no-jobs.yaml"), env), path=path)
 
 
-def no_jobs_file(config: Config) -> Invalid:
-    text = f"no {config.path.name} in {config.base}"
-    return Invalid([text], hint=f"{COMMAND} init writes one")
+def require_jobs(config: Config, *, or_store: bool = True) -> None:
+    """Refuse to work without a jobs.yaml, or a database: a wrong folder would get a new one."""
+    if not config.path.exists() and not (or_store and config.settings.has_store):
+        text = f"no {config.path.name} in {config.base}"
+        raise Invalid([text], hint=f"{COMMAND} init writes one")
+
+
+def require_store(config: Config) -> None:
+    """Refuse to change a database that is not there; otherwise an empty one would be made."""
+    run_operation(config, lambda operations: operations.store.counts(), looks=True)
 
 
 @contextlib.asynccontextmanager
 async def suggesting_names(store: Store) -> AsyncIterator[None]:
-    """A job or secret that is not there is met with the one that was probably meant."""
+    """Add to the error of an unknown job or secret the name that was probably meant."""
     try:
         yield
     except NotFound as e:
@@ -11461,8 +11461,8 @@ async def suggesting_names(store: Store) -> AsyncIterator[None]:
 def run_operation(
     config: Config, work: Callable[[Operations], Awaitable[T]], *, looks: bool = False
 ) -> T:
-    """What comes of an operation; no loop is left when a person is asked next. Who only `looks`
-    creates nothing, and needs no key."""
+    """Run an operation in an event loop of its own, and return its result. With `looks`, it may
+    only read: nothing is created and no key is needed."""
     vault = Vault(config.settings)
 
     async def asking() -> T:
@@ -11475,7 +11475,7 @@ def run_operation(
 
 
 def run_read_only(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
-    """What who only looks finds; in an empty database where there is none yet."""
+    """Run an operation that only reads; if there is no database yet, on an empty temporary one."""
     if config.settings.has_store:
         return run_operation(config, work, looks=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -11485,10 +11485,9 @@ def run_read_only(config: Config, work: Callable[[Operations], Awaitable[T]]) ->
 
 
 def cmd_validate(args: argparse.Namespace, config: Config) -> int:
-    """Everything `start` would refuse, that every stored secret decrypts, and what would change;
-    --online also asks the other sides."""
-    if not config.path.exists():
-        raise no_jobs_file(config)
+    """Report everything that `start` would refuse, secrets that do not decrypt, and what would
+    change; with --online also ask each upstream."""
+    require_jobs(config, or_store=False)
     for warning in config.warnings:
         print(redact(f"warning: {warning}"), file=sys.stderr)
     jobs = config.jobs or []
@@ -11525,7 +11524,10 @@ def shown_findings(findings: Iterable[Finding]) -> list[str]:
 
 
 def cmd_alert_test(args: argparse.Namespace, config: Config) -> int:
-    """Send a message to each target, and say of each whether it went."""
+    """Send a message to each target, and report which ones were reached."""
+
+    if not config.alerts:
+        raise Conflict(f"{config.path} names nobody to tell", hint="`alerts:` does, see README.md")
 
     async def tell() -> list[Finding]:
         async with Store(config.settings.store) as store, make_steps(config, store) as steps:
@@ -11533,8 +11535,6 @@ def cmd_alert_test(args: argparse.Namespace, config: Config) -> int:
             return await Alerts(steps).test()
 
     findings = asyncio.run(tell())
-    if not findings:
-        raise Conflict(f"{config.path} names nobody to tell", hint="`alerts:` does, see README.md")
     document = {"targets": [f._asdict() for f in findings]}
     report(args, document, "\n".join(shown_findings(findings)))
     return int(not all(f.good for f in findings))
@@ -11549,8 +11549,7 @@ def missing_secret_hint(problems: Sequence[Problem]) -> str:
 
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
     database = config.settings.database
-    if not config.path.exists() and not config.settings.has_store:
-        raise no_jobs_file(config)
+    require_jobs(config)
     if args.daemon:
         return start_daemon(args, config)
     waiting = RunLock(database, "start", wait=START_WAIT)
@@ -11561,8 +11560,8 @@ def cmd_start(args: argparse.Namespace, config: Config) -> int:
 
 
 def report_reserve(lock: RunLock) -> Iterator[None]:
-    """What each second brings in which another node works on the database. Neither systemd nor
-    `start --daemon` waits for its end."""
+    """Report each second that this node waits in reserve, because another node works on the
+    database. systemd and `start --daemon` take that for a successful start."""
     said = "in reserve: another node works on this database"
     log.warning(said)
     lock.write("", time.time())
@@ -11576,7 +11575,7 @@ def not_beside_another() -> None:
 
 
 async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> None:
-    """Run the service until SIGTERM or SIGINT; those cancel it while it still starts."""
+    """Run the service until SIGTERM or SIGINT. During the start, these cancel it."""
     loop, starting = asyncio.get_running_loop(), cast(asyncio.Task[None], asyncio.current_task())
     reload = asyncio.Event()  # may be set before there is a service to reload
     ends = (signal.SIGTERM, signal.SIGINT)
@@ -11599,8 +11598,8 @@ async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> No
 
 
 def start_daemon(args: argparse.Namespace, config: Config) -> int:
-    """Start this program again in a session of its own, and wait until it works or is in reserve,
-    or has ended: then what it said is the reason."""
+    """Start this program in a session of its own, and wait until it works or is in reserve. If it
+    ends before, its last message is the reason."""
     database = config.settings.database
     log_file = config.settings.log_file or database.with_suffix(".log")
     options = ["-v"] * args.verbose + ["-q"] * args.quiet
@@ -11636,7 +11635,7 @@ def start_daemon(args: argparse.Namespace, config: Config) -> int:
 
 
 def signal_holder(config: Config, number: signal.Signals) -> Holder:
-    """Send a signal to the process that holds the lock, and to no other: who that is."""
+    """Send a signal to the process that holds the lock, and return that."""
     found = holder(config.settings.database)
     if found is None:
         raise Conflict(f"no TeckoChecker runs on this database, {config.settings.database}")
@@ -11661,7 +11660,7 @@ def cmd_stop(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_reload(args: argparse.Namespace, config: Config) -> int:
-    """Have the running service read its configuration again; what came of it."""
+    """Have the running service read its configuration again, and report the result."""
     if (found := service_of(config)) is None:
         raise Conflict("no service runs on this database", hint="each start reads jobs.yaml")
     before = ask_service(found.address, "GET", "/health", config.settings)["config_last_reload_at"]
@@ -11682,11 +11681,16 @@ def cmd_reload(args: argparse.Namespace, config: Config) -> int:
 
 
 def service_of(config: Config) -> Holder | None:
-    """The service that works on the database, once it can be asked; None where none does."""
-    until = time.monotonic() + START_WAIT
-    while (found := holder(config.settings.database)) and found.command == "start":
+    """The service that works on the database, once it can be asked; None: there is none."""
+    database, until = config.settings.database, time.monotonic() + START_WAIT
+    while (found := holder(database)) and found.command == "start":
         if found.address:
             return found
+        if not os.access(lock_path(database), os.R_OK):
+            raise Conflict(f"pid {found.pid} belongs to another user, who has to do this")
+        if found.started_at:
+            said = f"the TeckoChecker here, pid {found.pid}, is in reserve: another node works"
+            raise Conflict(f"{said} on this database", hint="ask it there")
         if time.monotonic() > until:
             raise Conflict(f"TeckoChecker, pid {found.pid}, starts or ends, and cannot be asked")
         time.sleep(0.1)
@@ -11759,7 +11763,7 @@ def cmd_stats(args: argparse.Namespace, config: Config) -> int:
 
 
 def refused_reload(address: str, settings: Settings) -> list[dict[str, Any]]:
-    """What the service itself says that needs a person."""
+    """What needs a person and only the service knows: a refused reload, or that it is silent."""
     try:
         why = ask_service(address, "GET", "/health", settings)["config_last_reload_error"]
         return [{"job": "jobs.yaml", "what": "refused", "reason": why}] if why else []
@@ -11781,7 +11785,7 @@ def file_of(settings: Settings, command: str) -> Path:
 def cmd_backup(args: argparse.Namespace, config: Config) -> int:
     settings, now, vault = config.settings, time.time(), Vault(config.settings)
     database = file_of(settings, "pg_dump")
-    run_operation(config, lambda operations: operations.store.counts(), looks=True)
+    require_store(config)
     file = args.file or settings.backups / f"{file_timestamp(now)}.db"
     if file.exists() or (args.with_key and vault.file is None):
         there = f"{file} is there already" if file.exists() else "the key is in SECRET_KEY alone"
@@ -11796,6 +11800,7 @@ def cmd_backup(args: argparse.Namespace, config: Config) -> int:
 
 def cmd_restore(args: argparse.Namespace, config: Config) -> int:
     if args.acknowledge:
+        require_store(config)
         noted = run_operation(config, lambda operations: operations.store.acknowledge())
         return report(args, {"acknowledged": noted}, "noted" if noted else "nothing was restored")
     database = file_of(config.settings, "pg_restore")
@@ -11811,7 +11816,7 @@ def cmd_restore(args: argparse.Namespace, config: Config) -> int:
 
 @dataclass
 class JobRound:
-    """A job in a round, and how it stands."""
+    """A job of a `check`, and its result so far."""
 
     before: Job
     last: int  # id of the ingest's run before the round
@@ -11822,7 +11827,7 @@ class JobRound:
     over: bool = False  # what was asked for has been done
 
     async def refresh(self, store: Store) -> bool:
-        """See how the job stands; whether its turn is over."""
+        """Read the job's state from the store; True if its check is over."""
         job = self.job = await store.job(self.before.id) or self.before
         if isinstance(job.spec, IngestSpec):
             self.run = run = next(iter(await store.runs(job.name, 1)), None)
@@ -11840,7 +11845,7 @@ class JobRound:
 
 
 async def show_progress(store: Store, turns: Sequence[JobRound]) -> None:
-    """How far the runs of ingests are: on a terminal, a line that the next one overwrites."""
+    """Print the progress of ingests on a terminal, on one line that is overwritten."""
     for turn in turns if sys.stderr.isatty() else ():
         for run in await store.runs(turn.job.name, 1) if turn.job.is_ingest else ():
             share = "" if run.progress is None else f", {run.progress:.0%}"
@@ -11851,7 +11856,8 @@ async def show_progress(store: Store, turns: Sequence[JobRound]) -> None:
 async def rounds_of(store: Store, args: argparse.Namespace) -> list[JobRound]:
     """The jobs of a round: those that are named, else all that have something left to do."""
     ready, verb = await store.schedule(), "run" if args.command == "job" else "check"
-    jobs = [await store.find_job(ref) for ref in args.jobs]
+    async with suggesting_names(store):
+        jobs = [await store.find_job(ref) for ref in args.jobs]
     for job in jobs:
         if verb == "run" and not isinstance(job.spec, IngestSpec):
             raise Conflict(f"job {job.name!r} watches batches", hint="`check` looks at them now")
@@ -11864,11 +11870,12 @@ async def rounds_of(store: Store, args: argparse.Namespace) -> list[JobRound]:
 
 
 def cmd_check(args: argparse.Namespace, config: Config) -> int:
-    """One round now: by the service where one runs, else here, with the retries that it allows."""
+    """Check jobs once: by the running service if there is one, else in this process."""
+    require_jobs(config)
     found = service_of(config)
     try:
         turns = asyncio.run(check_there(args, config, found) if found else check_here(args, config))
-    finally:  # whatever is said next, it begins on a line of its own
+    finally:  # clear the progress, so that the next message begins a line
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     bad = any(turn.bad for turn in turns)
@@ -11881,7 +11888,7 @@ def cmd_check(args: argparse.Namespace, config: Config) -> int:
 
 
 def report_run(args: argparse.Namespace, run: Run) -> int:
-    """How the run of an ingest ended; the exit code."""
+    """Report how the run of an ingest ended; the exit code."""
     text = [f"{run.source}: {run.status}: {run.summary}", *(f"  {note}" for note in run.notes)]
     times = {"start_time": iso(run.start_time), "end_time": iso(run.end_time or run.start_time)}
     report(args, asdict(run) | times, "\n".join(text))
@@ -11896,8 +11903,7 @@ async def check_here(args: argparse.Namespace, config: Config) -> list[JobRound]
     with RunLock(config.settings.database, "check"):
         alone = partial(make_service, timers=False, in_reserve=not_beside_another)
         async with alone(config, lambda: config) as service:
-            async with suggesting_names(service.store):
-                turns = await rounds_of(service.store, args)
+            turns = await rounds_of(service.store, args)
             await run_rounds(service, turns)
             for turn in turns:
                 await turn.refresh(service.store)
@@ -11905,8 +11911,8 @@ async def check_here(args: argparse.Namespace, config: Config) -> list[JobRound]
 
 
 async def run_rounds(service: Service, turns: Sequence[JobRound]) -> None:
-    """The steps of a round. Ctrl-C or SIGTERM ends them: nothing new is begun, what is in flight
-    may end; time or a second signal cuts it off, which is recorded. Then SystemExit."""
+    """Run the steps of a check. After Ctrl-C or SIGTERM no step begins; those under way have some
+    seconds, until a second signal, before they are cancelled and recorded. Then SystemExit."""
     loop, caught = asyncio.get_running_loop(), list[int]()
     ids = [turn.job.id for turn in turns]
     grace = DRAIN_SECONDS if any(isinstance(t.job.spec, JobSpec) for t in turns) else STOP_SECONDS
@@ -11944,10 +11950,9 @@ async def follow_up_steps(service: Service, job_id: int, stepped: StepResult) ->
 
 
 async def check_there(args: argparse.Namespace, config: Config, found: Holder) -> list[JobRound]:
-    """Have the running service do it, and wait until the store shows that it did."""
+    """Have the running service check the jobs, and wait until the store shows the results."""
     async with Store(config.settings.store, read_only=True) as store:
-        async with suggesting_names(store):
-            turns = await rounds_of(store, args)
+        turns = await rounds_of(store, args)
         for turn in turns:
             path = f"/api/jobs/{turn.job.id}/check"
             try:
@@ -11963,13 +11968,11 @@ async def check_there(args: argparse.Namespace, config: Config, found: Holder) -
 
 
 async def await_round(store: Store, turn: JobRound, config: Config) -> None:
-    """Until the service has done what it was asked for. A trigger may be on its way for long."""
-    until = time.monotonic() + CHECK_WAIT
-    gone = False
+    """Wait until the service has checked a job, at most CHECK_WAIT seconds; ingests take longer."""
+    until, gone = time.monotonic() + CHECK_WAIT, False
     while not await turn.refresh(store):
         if gone:
-            text = f"job {turn.job.name!r} did not run to its end: the service has ended"
-            raise Conflict(text)
+            raise Conflict(f"job {turn.job.name!r} did not run to its end: the service has ended")
         if isinstance(turn.job.spec, JobSpec) and time.monotonic() > until:
             if turn.job.status == "active":
                 turn.said, turn.bad = f"not checked within {duration_text(CHECK_WAIT)}", True
@@ -12017,11 +12020,9 @@ def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
-    count, vault = (
-        run_operation(config, lambda operations: operations.rotate()),
-        Vault(config.settings),
-    )
-    place = config.settings.shown_store
+    require_store(config)
+    count = run_operation(config, Operations.rotate)
+    place, vault = config.settings.shown_store, Vault(config.settings)
     text = f"sealed {count_of(count, 'secret')} of {place} with a new master key"
     if vault.file is not None:
         text += f": back up {vault.file} (the one before is in {vault.old_file()})"
@@ -12062,7 +12063,7 @@ JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by fl
 
 @contextlib.contextmanager
 def named_by_option() -> Iterator[None]:
-    """Name what is wrong by the option that was typed in place of the field that it became."""
+    """In errors, name the option that was typed in place of the field that it became."""
     names = {"poll_interval": "--poll-interval"} | {f: o for f, (o, _) in JOB_OPTIONS.items()}
 
     def named(problem: Problem) -> Problem:
@@ -12091,6 +12092,7 @@ def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
+    require_store(config)
     with named_by_option():
         answer = run_operation(
             config, lambda operations: operations.update_job(args.job, flat_job(args))
@@ -12099,26 +12101,21 @@ def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
-    async def look(operations: Operations) -> tuple[JobList, dict[str, tuple[int, int]]]:
-        return await operations.jobs(args.status, 10**9, 0), await operations.store.ingested()
-
-    (found, brought), now = run_operation(config, look, looks=True), time.time()
-    rows = []
+    ask = partial(Operations.jobs, status=args.status, limit=10**9, after=0, recent=True)
+    found, now, rows = run_operation(config, ask, looks=True), time.time(), []
     for job in found.jobs:
-        mine, pace = brought.get(job.name, (0, 0)), job.poll_interval_seconds
+        recent, pace = cast(Recent, job.recent), job.poll_interval_seconds
         every = pace if pace == "auto" else duration_text(pace)
         last = job.last_check_at and ago(job.last_check_at, now)
         following = job.next_check_at and job.status == "active" and due_in(job.next_check_at, now)
         times = (every, last or None, following or None)
-        rows.append(
-            (job.id, job.name, job.status, progress_text(job, mine), reason_text(job, mine), *times)
-        )
+        rows.append((job.id, job.name, job.status, recent.done, recent.why, *times))
     columns = ("ID", "Name", "State", "Done", "Why", "Every", "Checked", "Next")
     return report(args, found, Table(columns, rows, (5, 6, 7, 0, 3, 4)))
 
 
 def as_written(value: object) -> str:
-    """A value of a job's definition, as its author could have written it."""
+    """A value of a job's definition, as it could stand in jobs.yaml."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {as_written(inner)}" for key, inner in value.items())
     if isinstance(value, list):
@@ -12131,8 +12128,8 @@ def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
         config, lambda operations: operations.job(args.job, args.logs), looks=True
     )
     document = answer.model_dump(mode="json")
-    apart = {"batches", "logs", "triggers", "batch_id", "batch_ids", "totals", "runs", "rejects"}
-    apart |= {"recent"}
+    apart = {"batches", "logs", "triggers", "totals", "runs", "rejects", "recent"}
+    apart |= {"batch_id", "batch_ids"}
     apart |= {"batch_count", "completed_count", "failed_count"} if answer.ingest else set()
     facts = {k: v for k, v in document.items() if k not in apart and v not in (None, {})}
     head = [
@@ -12161,7 +12158,7 @@ def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
-    """pause, resume, retry: one change of state each."""
+    """pause, resume and retry."""
     before = run_operation(config, lambda operations: operations.job(args.job, None), looks=True)
     answer = run_operation(config, lambda operations: operations.step_job(args.job, args.action))
     report(args, answer, f"job {answer.name!r} is {answer.status} now")
@@ -12191,7 +12188,7 @@ def cmd_explain(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_logs(args: argparse.Namespace, config: Config) -> int:
-    """What was done and by whom, oldest first; with --follow also what comes, until Ctrl-C."""
+    """Print what was done and by whom, oldest first; with --follow go on until Ctrl-C."""
     after, limit = 0, args.lines
 
     async def look(operations: Operations) -> list[dict[str, Any]]:
@@ -12226,7 +12223,7 @@ def log_line(row: Mapping[str, Any]) -> str:
 
 
 def cmd_data(args: argparse.Namespace, config: Config) -> int:
-    """list, rejects: a table of some, in the order they came; all of them as JSON or CSV."""
+    """list and rejects: some rows as a table, or all as JSON or CSV, in the order of arrival."""
     rejects, whole = args.action == "rejects", args.csv or (args.json and args.action == "list")
     limit = args.limit if args.limit is not None else 10**9 if whole else 100 if rejects else 20
 
@@ -12267,7 +12264,7 @@ async def check_source(store: Store, source: str | None) -> None:
 async def export(
     args: argparse.Namespace, model: type[BaseModel], rows: AsyncIterator[BaseModel]
 ) -> None:
-    """Print rows as they come: as CSV with its blocks as JSON, or as one JSON array."""
+    """Print rows as they are read: as CSV, in which blocks are JSON, or as one JSON array."""
     # a writer whose lines end with CRLF quotes both; of those lines the CR is dropped
     out = argparse.Namespace(write=lambda line: sys.stdout.write(f"{line[:-2]}\n"))
     writer, joint = csv.DictWriter(out, [*model.model_fields]), "["
@@ -12287,7 +12284,7 @@ async def export(
 
 
 def reject_table(rejects: Sequence[RejectAnswer]) -> Table:
-    """On a terminal with the beginning of each record."""
+    """A table of rejected records; a terminal shows only the beginning of each."""
     most = 60 if sys.stdout.isatty() else sys.maxsize
     records = [r.record[:most] + "..." * (len(r.record) > most) for r in rejects]
     rows = [(r.source, r.place, r.reason, t) for r, t in zip(rejects, records, strict=True)]
@@ -12306,7 +12303,7 @@ COMPLETED = {"JOB": "jobs", "SECRET": "secrets", "SOURCE": "sources"}  # by meta
 
 
 def cmd_completion(args: argparse.Namespace) -> int:
-    """A shell's script, or the names that it asks for: of those none that a shell would expand."""
+    """Print a completion script, or the names it asks for, without those a shell would expand."""
     import shtab
 
     what = args.shell
@@ -12398,8 +12395,8 @@ async def configuration_table(stack: str, token: SecretValue) -> Table:
 def prompt_key_and_choice(
     name: str, listing: Callable[[SecretValue], Coroutine[Any, Any, Table]], what: str, most: int
 ) -> tuple[str, list[Sequence[Any]]]:
-    """A key that was typed, and the rows that a person chooses of what it lists; "" and no rows
-    where nothing was typed. A key that cannot list is asked for again."""
+    """Ask for a key, list what it may see, and ask for the rows to use. Both results are empty if
+    nothing is typed. A key that cannot list anything is asked for again."""
     value, table = "", Table((), ())
     while not value and (text := getpass.getpass(f"{name} (is not shown): ")):
         try:
@@ -12429,7 +12426,7 @@ def prompt_stack() -> str:
 def first_jobs_file(
     stack: str = FIRST_STACK, batches: Sequence[str] = (), target: Sequence[str] = ()
 ) -> str:
-    """One job; an example behind # unless it is said what to watch and what to start."""
+    """A jobs.yaml with one job, which is commented out unless batches and target are known."""
     ids = ", ".join(batches or ["batch_abc123"])
     component, configuration = target or ("kds-team.app-custom-python", "123456")
     job = FIRST_JOB % (ids, stack, json.dumps(component), json.dumps(configuration))
@@ -12437,7 +12434,7 @@ def first_jobs_file(
 
 
 def interview(settings: Settings) -> tuple[list[SecretBody], str]:
-    """What a person wants: the secrets to store, and a jobs.yaml. Nothing is written yet."""
+    """Ask for secrets and a first job, for which nothing is written yet."""
     say("Enter skips a question. Ctrl-C ends this, and nothing is made.")
     ask = partial(batch_table, settings.openai_base_url)
     key, batches = prompt_key_and_choice("OpenAI key", ask, "Batches to watch, like 1, 2", 10)
@@ -12450,7 +12447,8 @@ def interview(settings: Settings) -> tuple[list[SecretBody], str]:
 
 
 def create_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) -> Iterator[str]:
-    """Make key, database, secrets and jobs.yaml where they are not; what was made, as sentences."""
+    """Create the key, the database, the secrets and jobs.yaml where they are missing; a sentence
+    for each that was created."""
     settings, vault = config.settings, Vault(config.settings)
     key_file = vault.file
     if key_file is not None and not key_file.exists():
@@ -12469,7 +12467,7 @@ def create_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) 
 
 
 def cmd_init(args: argparse.Namespace, config: Config) -> int:
-    """On a terminal a first jobs.yaml is what a person says; nothing that exists is changed."""
+    """Create what is missing, and change nothing that exists. On a terminal, ask what to watch."""
     settings, vault = config.settings, Vault(config.settings)
     sealed = list[str]()
     if settings.has_store:  # of a server, it makes the tables where they are missing
@@ -12502,8 +12500,8 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """No abbreviated options, which would become interface; a misspelt word is met with the one
-    that was probably meant."""
+    """Takes no abbreviated options, for users would come to rely on them. For a misspelt word, it
+    suggests the one that was probably meant."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(allow_abbrev=False, **how)
@@ -12535,7 +12533,7 @@ def whole_number(text: str) -> int:
 
 
 def job_options(*, create: bool) -> Iterator[Argument]:
-    """The options of `job create` and `job update`, out of the models."""
+    """The options of `job create` and `job update`, with help from the models."""
     for name, (option, metavar) in JOB_OPTIONS.items():
         info = FlatJob.model_fields[name]
         shown = create and info.default in (120, "resend", "all_completed")
@@ -12686,7 +12684,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """The exit code of a command. Nothing that it raises gets any further."""
+    """Run a command and report what it raises; the exit code."""
     waits = args.command == "start" and not args.daemon  # until it can end in good order
     if not waits and signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)

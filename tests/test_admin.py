@@ -791,7 +791,7 @@ def test_who_waits_for_a_change_is_told_the_truth(begun: dict[str, Future[Any]])
     assert all(is_error(a) and n not in names for n, a in said.items() if a.status == 503)
     late = {name: answer.body for name, answer in said.items() if answer.status == 202}
     assert late.keys() & names
-    assert all("GET /api/admin/secrets shows" in body["detail"] for body in late.values())
+    assert all("GET /api/admin/secrets shows" in body["message"] for body in late.values())
 
 
 def test_who_waits_for_an_answer_is_told_to_come_again(begun: dict[str, Future[Any]]) -> None:

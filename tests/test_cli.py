@@ -1008,11 +1008,20 @@ LOOKING = (
     "stop",
     "reload",
     "start",
+    "check",
+    "job run 1",
+    "job update 1 --name other",
+    "job pause 1",
+    "secret rotate",
+    "alert test",
+    "backup",
+    "restore --acknowledge",
 )
 
 
-def test_who_only_looks_creates_nothing(tmp_path: Path) -> None:
-    """In an empty folder, with a LOG_FILE and no usable key, the folder is as empty as before."""
+def test_an_empty_folder_stays_empty(tmp_path: Path) -> None:
+    """A command that only looks, or changes what is there, makes no file where there is nothing;
+    with a LOG_FILE and no usable key."""
     env = {"LOG_FILE": "t.log"} | PLACEHOLDER
     told = [Told(line, env if line != "start" else {}) for line in LOOKING]
     done = run_many(tmp_path, told)
@@ -1025,7 +1034,9 @@ def test_who_only_looks_creates_nothing(tmp_path: Path) -> None:
     ]
     ended["validate"].refused("no jobs.yaml in", "init writes one")
     ended["start"].refused("no jobs.yaml in", "init writes one")
+    ended["check"].refused("no jobs.yaml in", "init writes one")
     ended["job list"].refused("there is no database at", "init")
+    ended["secret rotate"].refused("there is no database at", "init")
 
 
 def test_looking_leaves_a_database_as_it_is(home: Path, tmp_path: Path) -> None:
@@ -1441,7 +1452,10 @@ def test_two_nodes_on_postgresql(
             assert "in reserve" in waiting.text() and not any(
                 "admin" in n for n in waiting.notified
             )
-            shown, listed = run_many(second, ["status", "job list"], env)
+            begun = time.monotonic()
+            shown, listed, asked = run_many(second, ["status", "job list", "check"], env)
+            asked.refused("is in reserve: another node works on this database")
+            assert time.monotonic() - begun < 20, "what cannot be done here is said at once"
             assert "in reserve" in shown.out and "job" in listed.out, listed.err
             assert "postgresql:///postgres" in shown.out
             assert "hunter2" not in shown.out + listed.out + waiting.text() + working.text()

@@ -7,10 +7,13 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import sqlite3
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import postgres
 import pytest
@@ -608,3 +611,19 @@ async def until_fired(world: World, job_id: int) -> None:
         else:
             world.clock.turn(min(stepped.wait or 0.0, 40.0))
     raise AssertionError(f"job {job_id} has not fired")
+
+
+@pytest.mark.sqlite
+def test_a_failed_open_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that cannot be opened is one StoreError, without a thread's traceback later."""
+    failed: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "x.db"))  # which nobody can open as a file
+        for _ in range(200):
+            with pytest.raises(tecko.StoreError, match="unable to open"):
+                asyncio.run(tecko.Store(tmp_path / "x.db").touch())
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(5)
+    assert not failed

@@ -12,6 +12,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -842,6 +843,7 @@ async def test_the_watchdog_is_fed_by_ticks(world: World, ear: socket.socket) ->
 
 HOLDER = """
 import sys
+import tempfile
 import teckochecker as tecko
 with tecko.RunLock(tecko.Path(sys.argv[1]), sys.argv[2]) as lock:
     lock.write("http://127.0.0.1:2", 1.0)
@@ -943,3 +945,31 @@ def test_a_lock_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(tecko.StoreError, match=r"t\.db\.lock"), tecko.RunLock(missing):
         pass
     assert tecko.holder(missing) is None
+
+
+AS_NOBODY = """
+import encodings.utf_8_sig, os, sys, teckochecker
+os.setgroups([]), os.setgid(65534), os.setuid(65534)
+sys.exit(teckochecker.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+@pytest.mark.parametrize("command", ["stop", "check", "reload"])
+def test_another_user_is_told_at_once_whose_service_it_is(command: str) -> None:
+    """A user who may not read the lock is told the pid, and does not wait for an answer."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, 65534, 65534)
+        (Path(folder) / "jobs.yaml").write_text("jobs: []\n")
+        with tecko.RunLock(Path(folder) / "teckochecker.db"):
+            told = subprocess.run(
+                [sys.executable, "-c", AS_NOBODY, command],
+                cwd=folder,
+                env=clean_environment({"PYTHONPATH": str(PROGRAM.parent)}),
+                capture_output=True,
+                text=True,
+                timeout=25,
+                check=False,
+            )
+    assert told.returncode == 1, told.stderr
+    assert f"pid {os.getpid()} belongs to another user, who has to do this" in told.stderr
