@@ -6865,7 +6865,7 @@ class Files:
             found = [*await self.run.in_thread(self._find_here)]
         return sorted(found, key=lambda file: natural_order(file[0]))
 
-    def _find_here(self) -> list[tuple[str, Path]]:
+    def _find_here(self) -> list[tuple[str, Path | RemoteFile]]:
         exact, path = self.base / self.source.path, self.source.path
         try:
             found = [exact] if exact.is_file() else map(Path, glob.glob(str(exact), recursive=True))
