@@ -247,6 +247,21 @@ LOG_BYTES = 10_000_000  # per log file, five are kept
 
 # ── Redaction ─────────────────────────────────────────────────────────────────────────────────
 
+# No secret's value leaves the process: not in a log line, a traceback, an error, an answer, or a
+# row of the log. The argument:
+#
+# - A value enters memory as a `SecretValue`, and that makes it known from then on, in every form in
+#   which it may be written: as it is, in JSON, in a URL, as repr has it.
+# - Every way out is a call of `redact`. A filter on each log handler redacts what our code and the
+#   libraries log. A `TeckoError` redacts its message when it is made, so that nobody who shows one
+#   has to think of it. The command line redacts what it prints, the store what it logs.
+# - What looks like a key is cut out even where its value is not known: somebody may have pasted it
+#   into the wrong place.
+# - A text is cut to a bounded length before it is redacted, for an upstream may send one without
+#   end; but never in the middle of a value, whose half would not be recognized.
+#
+# Not promised: a value that another program has transformed (base64, a hash), and core dumps.
+
 
 KEY_SHAPES = re.compile(
     # OpenAI's; unlike in a name such as sk-nightly-2026, its words mix letters and digits
@@ -7433,6 +7448,26 @@ class Metrics:
 
 
 # ── Steps ─────────────────────────────────────────────────────────────────────────────────────
+
+# How a trigger starts one Keboola job, though Keboola has no idempotency key. Each step leaves on
+# disk what the next one needs, so that a crash between any two of them is met by the next start:
+#
+# 1. Decide. One transaction writes the trigger, `pending`, with a frozen body that carries its id,
+#    and moves the job to `triggering` (see Checks and triggers). Nothing has been sent.
+# 2. Prepare. All that can fail before sending is done first: the token, the queue's address, a
+#    place among the calls to that stack, Keboola's time.
+# 3. Claim. Compare-and-set makes it `sending`. Of two processes one wins.
+# 4. POST. A job id: `running`. Known not to have been sent, or 429: back to `pending`. Refused by
+#    Keboola itself: `rejected`. Everything else: `unknown`.
+# 5. After a crash between 3 and the end of 4, it is found `sending`, and becomes `unknown`.
+# 6. Settle what is `unknown`: ask Keboola's search for the trigger's id. If it is there: `running`.
+#    A search that fails counts for nothing. If it is missing in at least SETTLE_SEARCHES searches,
+#    the last of them at the end of the settle window, and in one more without a bound in time, it
+#    is sent again under the same id, or held where `on_ambiguous: hold` asks for that.
+#
+# The settle window runs on the monotonic clock, the search's bound on Keboola's own, so that no
+# clock that differs or is set can end a window early. Not promised: one job where Keboola's index
+# lags for longer than the settle window. Both jobs then carry the same trigger id.
 
 FIX_IT = "fix the cause, then run `job retry`"
 ON_HOLD = "on hold: run `job retry` to search again and resend if missing"
