@@ -11598,8 +11598,8 @@ def report_reserve(lock: RunLock) -> Iterator[None]:
     """Report each second that this node waits in reserve, because another node works on the
     database. systemd and `start --daemon` take that for a successful start."""
     said = "in reserve: another node works on this database"
-    log.warning(said)
     lock.write("", time.time())
+    log.warning(said)
     while True:
         notify("READY=1", "WATCHDOG=1", f"STATUS={said}")
         yield

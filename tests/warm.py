@@ -47,6 +47,9 @@ class Program(Script):
 
     def _execute_child(self, *given: Any) -> None:
         """Have it forked instead of fork and exec, and become its parent."""
+        if sys.platform != "linux":  # which alone makes the forked process a child of this one
+            super()._execute_child(*given)  # type: ignore[misc]
+            return
         ordinary = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
         asked = ordinary.bind(self, *given).arguments
         ends = [asked[name] for name in ("p2cread", "c2pwrite", "errwrite")]
