@@ -417,12 +417,14 @@ class RunningProgram:
         """Wait for a notification that contains `word`."""
         until = time.monotonic() + timeout
         while time.monotonic() < until:
-            if self.process.poll() is not None:
-                raise AssertionError(f"ended with {self.process.returncode}:\n{self.text()}")
+            ended = self.process.poll() is not None  # what it said before may still be unread
             self.ear.settimeout(0.1)
             try:
                 self.notified.append(self.ear.recv(65536).decode())
             except TimeoutError:
+                if ended:
+                    said = f"ended with {self.process.returncode}:\n{self.text()}"
+                    raise AssertionError(said) from None
                 continue
             if word in self.notified[-1]:
                 return self.notified[-1]
