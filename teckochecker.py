@@ -3378,9 +3378,10 @@ class Database:
     async def __aenter__(self) -> Self:
         try:
             self._reader, self._writer = self._engines()
+            await self._translate_errors(self._reader.open())
+            await self._refuse_foreign()  # before anything of it is changed
             if self._writer is not None:
                 await self._translate_errors(self._writer.open())
-            await self._translate_errors(self._reader.open())
             await self._check_schema()
         except BaseException:
             await self.close()
@@ -3590,10 +3591,21 @@ class Database:
                 hint="run that version, or restore a backup made before it",
             )
         if version < newest and self.read_only:
-            what = "was written by an older TeckoChecker" if version else "is no database of ours"
+            what = (
+                "was written by an older TeckoChecker" if version else "holds no database of ours"
+            )
             raise StoreError(f"{self.place} {what}", hint="`init` brings it up to date")
         if version < newest:
             await self._make_schema()
+
+    async def _refuse_foreign(self) -> None:
+        """Raises StoreError where a file has tables, and none of ours. A server may be shared."""
+        tables = self.is_file and await self._sql("SELECT 1 FROM sqlite_master LIMIT 1")
+        if tables and not await self._schema_version():
+            raise StoreError(
+                f"{self.place} is a database of another program",
+                hint="name another file; `import FILE` takes over what the original program has",
+            )
 
     async def _schema_version(self) -> int:
         if not await self._sql(self._engine().has_schema):

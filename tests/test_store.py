@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import sqlite3
 import stat
 import sys
 import tempfile
@@ -169,6 +170,18 @@ async def test_what_the_connection_is_set_to(store: tecko.Store) -> None:
         "foreign_keys": 1,
         "busy_timeout": 1000 * tecko.LOCK_TURN,
     }
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+async def test_a_database_of_another_program_is_refused(tmp_path: Path, read_only: bool) -> None:
+    """It is left as it is, also where a table has a name that ours have."""
+    path = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE secrets (id INTEGER)")
+    before = path.read_bytes()
+    with pytest.raises(tecko.StoreError, match="a database of another program") as e:
+        await tecko.Store(path, read_only=read_only).__aenter__()
+    assert "import FILE" in e.value.hint and path.read_bytes() == before
 
 
 async def test_a_newer_schema_is_refused(path: Place) -> None:
