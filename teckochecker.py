@@ -11789,10 +11789,10 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
         "attention": needs,
     }
     does = "running" if document["running"] else f"not running; a {found and found.command} is"
-    does = "in reserve" if up and not serves else does
+    does = "in reserve" if up is not None and not serves else does
     what = f"{does}, pid {found.pid or 'unknown'}" if found else "not running"
     rows = [
-        ("Service", what + (f", for {duration_text(up)}" if up else "")),
+        ("Service", what + (f", for {duration_text(up)}" if up is not None else "")),
         ("Admin surface", document["admin"]),
         ("Database", settings.shown_store + " (not there yet)" * (not settings.has_store)),
         ("Jobs", ", ".join(f"{n:,} {status}" for status, n in sorted(counts.items())) or "none"),
