@@ -305,6 +305,20 @@ def test_health_is_that_of_the_service(open_to_all: Surface) -> None:
     )
 
 
+def test_reads_take_turns_and_health_waits_for_none(open_to_all: Surface) -> None:
+    """While as many GETs are worked on as may be at once, another waits; health is answered."""
+    reads = open_to_all.server._reads
+    for _ in range(tecko.READS_AT_ONCE):
+        open_to_all.on_loop(reads.acquire())
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(ask, open_to_all, "/stats")
+        assert ask(open_to_all, "/health").status == ask(open_to_all, "/livez").status == 200
+        assert not wait([waiting], timeout=0.2).done
+        for _ in range(tecko.READS_AT_ONCE):
+            open_to_all.loop.call_soon_threadsafe(reads.release)
+        assert waiting.result(10).status == 200
+
+
 @pytest.mark.parametrize(("path", "status"), [("/health", b"200"), ("/nothing", b"404")])
 def test_head(open_to_all: Surface, path: str, status: bytes) -> None:
     """HEAD has the headers of GET, and no body, so that the next answer is found."""
