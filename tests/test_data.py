@@ -909,7 +909,7 @@ def test_sigterm_in_the_middle_of_a_run(live: Live) -> None:
     running = live.begin("job", "run", "slow")
     held = gate()
     live.program.process.send_signal(signal.SIGTERM)
-    live.program.heard("STOPPING=1")
+    until(lambda: "INFO     stopping" in live.program.text(), "the beginning of its end")
     held.release()
     assert live.program.process.wait(10) == 0 and "Traceback" not in live.program.text()
     assert running.communicate(timeout=10)[0].startswith("slow: interrupted")

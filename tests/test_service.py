@@ -948,7 +948,8 @@ def test_a_lock_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 AS_NOBODY = """
-import encodings.utf_8_sig, os, sys, teckochecker
+import encodings.utf_8_sig, os, pathlib, sys, teckochecker
+teckochecker.load_config(pathlib.Path("jobs.yaml"), {})  # imports what nobody may not read
 os.setgroups([]), os.setgid(65534), os.setuid(65534)
 sys.exit(teckochecker.main(sys.argv[1:]))
 """
