@@ -2850,7 +2850,7 @@ COUNTED_COLUMNS = ",\n    ".join(f"records_{n} BIGINT NOT NULL DEFAULT 0" for n 
 SCHEMA = f"""
 CREATE TABLE schema_version (
     version BIGINT NOT NULL,
-    changes BIGINT NOT NULL                  -- transactions so far; not used on SQLite
+    changes BIGINT NOT NULL                  -- by others than the service; not used on SQLite
 );
 CREATE TABLE secrets (
     id {{id}},
@@ -2996,9 +2996,6 @@ CREATE TABLE etl_reject (
 );
 CREATE INDEX rejects_by_age ON etl_reject (created_at, id);
 CREATE INDEX rejects_of_a_source ON etl_reject (source, id);
-INSERT INTO schema_version VALUES (1, 0);
-"""
-VERSION_2 = """
 CREATE TABLE alerts (
     target TEXT PRIMARY KEY,                 -- a digest of where they go
     told TEXT NOT NULL                       -- the problems reported to it, with times; JSON
@@ -3016,8 +3013,9 @@ CREATE TABLE daily_sums (
     delay_ms BIGINT NOT NULL,                -- of all of them, see Day.done_to_post_ms
     records BIGINT NOT NULL                  -- inserted or updated
 );
+INSERT INTO schema_version VALUES (1, 0);
 """
-MIGRATIONS: Sequence[str] = (VERSION_2,)  # from version 1 to 2, from 2 to 3, and so on
+MIGRATIONS: Sequence[str] = ()  # from version 1 to 2, from 2 to 3, and so on
 ACTIVE = "j.status = 'active' AND j.removed_at IS NULL"
 OPEN_TRIGGER = "finished_at IS NULL AND state <> 'held'"
 
@@ -3055,9 +3053,23 @@ INSIDE: ContextVar[object] = ContextVar("inside", default=None)  # database of o
 Values = Mapping[str, Any]
 
 
+def storable(value: Any) -> Any:
+    """The value as both engines take it. Command-line arguments and environment variables that are
+    not UTF-8 contain lone surrogates, which no database takes; they become question marks. So does
+    NUL, which PostgreSQL's texts cannot contain."""
+    if type(value) is int:
+        return min(value, LARGEST)
+    if isinstance(value, str):
+        return value.replace("\0", "?").encode(errors="replace").decode()
+    return value
+
+
 class Sqlite:
     """One connection to an SQLite file."""
 
+    begin_sql = "BEGIN IMMEDIATE"  # a deferred one that reads before it writes cannot wait
+    commit_sql = "COMMIT"
+    changes_sql = "PRAGMA data_version"  # a number that the commits of others change
     errors: type[Exception] = sqlite3.Error
     refused: type[Exception] = sqlite3.IntegrityError
     id = "INTEGER PRIMARY KEY AUTOINCREMENT"
@@ -3097,32 +3109,19 @@ class Sqlite:
         if not self._writes:
             await self.run("PRAGMA query_only = ON")
             return
-        for turns_left in reversed(range(int(PATIENCE / LOCK_TURN))):
-            try:  # fails without a wait while another process makes the file, too
-                await self.run("PRAGMA journal_mode = WAL")
-                break
-            except sqlite3.OperationalError:
-                if not turns_left:
-                    raise
-                await asyncio.sleep(LOCK_TURN)
+        with contextlib.suppress(sqlite3.OperationalError):  # another process does it right now
+            await self.run("PRAGMA journal_mode = WAL")
         await self.run("PRAGMA synchronous = FULL")
         await self.run("PRAGMA foreign_keys = ON")
         await self.run(f"PRAGMA journal_size_limit = {WAL_BYTES}")
 
     async def run(self, sql: str, values: Values | Sequence[Any] = ()) -> list[Any]:
+        if self._db is not None and self._unwritten != self._state_if_unwritten():
+            await self.close()  # a writer has come since, or has gone
+            await self.open()
         if self._db is None:
             raise StoreError("the database is closed")
-        try:
-            rows = list(await self._db.execute_fetchall(sql, values))
-        except sqlite3.DatabaseError:
-            if self._unwritten == self._state_if_unwritten():
-                raise
-        else:
-            if self._unwritten is None or self._unwritten == self._state_if_unwritten():
-                return rows
-        await self.close()  # a writer has come since: what was read may be half old, half new
-        await self.open()
-        return await self.run(sql, values)
+        return list(await self._db.execute_fetchall(sql, values))
 
     async def many(self, sql: str, rows: Sequence[Values]) -> None:
         assert self._db is not None
@@ -3138,16 +3137,6 @@ class Sqlite:
             values = ", ".join([row] * len(some))
             sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES {values} {conflict}"
             await self.run(sql, [value for given in some for value in given])
-
-    async def begin(self) -> None:
-        await self.run("BEGIN IMMEDIATE")  # a deferred one that reads before it writes cannot wait
-
-    async def commit(self) -> None:
-        await self.run("COMMIT")
-
-    async def changes(self) -> int:
-        [[version]] = await self.run("PRAGMA data_version")
-        return int(version)
 
     async def claim(self) -> bool:
         return True
@@ -3189,6 +3178,7 @@ class Postgres:
         " SET LOCAL lock_timeout = 0"
     )
     claim_sql = "SELECT pg_try_advisory_lock(7239, hashtext(current_schema()))"
+    changes_sql = "SELECT changes FROM schema_version"
     busy = ("55P03",)  # lock_not_available
     lasting = ("53100", "25006")  # disk_full, read_only_sql_transaction
 
@@ -3205,20 +3195,15 @@ class Postgres:
         self.refused: type[Exception] = psycopg.IntegrityError
         self._db: AsyncConnection | None = None
         self._opening = asyncio.Lock()
-        self._commits = 0
         self._sole = self.superseded = False
 
+    @property
+    def commit_sql(self) -> str:
+        """The node that works does not count its own commits as changes."""
+        noted = "UPDATE schema_version SET changes = changes + 1; "
+        return "COMMIT" if self._sole else f"{noted}COMMIT"
+
     async def open(self) -> None:
-        from psycopg.types.string import StrDumper
-
-        class TextDumper(StrDumper):
-            """Replaces NUL, which PostgreSQL's texts cannot contain; leaves the type open."""
-
-            oid = 0
-
-            def dump(self, obj: str) -> Any:
-                return super().dump(obj.replace("\0", "\ufffd"))
-
         silence = 1000 * (KEEPALIVES["idle"] + KEEPALIVES["interval"] * KEEPALIVES["count"])  # ms
         ours: Any = {f"keepalives_{n}": v for n, v in KEEPALIVES.items()}
         ours |= {"tcp_user_timeout": silence}
@@ -3228,7 +3213,6 @@ class Postgres:
             self._url, autocommit=True, connect_timeout=5, **ours
         )
         try:
-            db.adapters.register_dumper(str, TextDumper)
             db.prepare_threshold = None  # so that a pooler may stand in between
             await db.execute(theirs)
             if not self._writes:
@@ -3243,34 +3227,27 @@ class Postgres:
             raise
         self._db = db
 
-    async def _open_again(self, lost: object) -> None:
-        async with self._opening:  # if several tasks met the loss, one opens for all
-            if self._db is lost and self._db is not None:
-                await self._db.close()
-                await self.open()
-
-    async def _with_reconnect(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do `work`, and if the connection is lost, again on a new one. Only for what may be done
-        twice: a read, or the beginning of a transaction."""
-        db = self._db
-        try:
-            return await work()
-        except self._psycopg.OperationalError as e:
-            if (e.sqlstate or "08")[:2] not in ("08", "57"):  # lost, or the server shuts down
-                raise
-        await self._open_again(db)
-        return await work()
-
-    async def _execute(self, sql: str, values: Values | None = None) -> list[Any]:
+    async def _execute(self, sql: str, values: Values) -> list[Any]:
         if self._db is None:
             raise StoreError("the database is closed")
-        cursor = await self._db.execute(psycopg_sql(sql) if values else sql, values)
+        cursor = await self._db.execute(psycopg_sql(sql) if values else sql, values or None)
         return await cursor.fetchall() if cursor.description else []
 
     async def run(self, sql: str, values: Values = MappingProxyType({})) -> list[Any]:
-        if INSIDE.get() is not None:  # a transaction that lost its connection is over
-            return await self._execute(sql, values or None)
-        return await self._with_reconnect(partial(self._execute, sql, values or None))
+        """Execute a statement. If the connection is lost, do it again on a new one, unless that was
+        in a transaction, which is over then."""
+        db, may_repeat = self._db, INSIDE.get() is None or sql == self.begin_sql
+        try:
+            return await self._execute(sql, values)
+        except self._psycopg.OperationalError as e:
+            lost = (e.sqlstate or "08")[:2] in ("08", "57")  # or the server shuts down
+            if not (lost and may_repeat):
+                raise
+        async with self._opening:  # if several tasks met the loss, one opens for all
+            if self._db is db and db is not None:
+                await db.close()
+                await self.open()
+        return await self._execute(sql, values)
 
     async def many(self, sql: str, rows: Sequence[Values]) -> None:
         assert self._db is not None
@@ -3283,7 +3260,7 @@ class Postgres:
         """Insert rows by COPY, at a fifth of the CPU time of executemany."""
         assert self._db is not None
         names = ", ".join(columns)
-        await self._execute(
+        await self.run(
             f"CREATE TEMP TABLE IF NOT EXISTS new_{table} ON COMMIT DELETE ROWS"
             f" AS SELECT {names} FROM {table} LIMIT 0"
         )
@@ -3292,21 +3269,8 @@ class Postgres:
             cursor.copy(f"COPY new_{table} ({names}) FROM STDIN") as copy,
         ):
             for row in rows:
-                await copy.write_row(row)
-        await self._execute(
-            f"INSERT INTO {table} ({names}) SELECT {names} FROM new_{table} {conflict}"
-        )
-
-    async def begin(self) -> None:
-        await self._with_reconnect(partial(self._execute, self.begin_sql))
-
-    async def commit(self) -> None:
-        await self._execute("UPDATE schema_version SET changes = changes + 1; COMMIT")
-        self._commits += 1
-
-    async def changes(self) -> int:
-        [[changes]] = await self.run("SELECT changes FROM schema_version")
-        return int(changes) - self._commits
+                await copy.write_row([storable(value) for value in row])
+        await self.run(f"INSERT INTO {table} ({names}) SELECT {names} FROM new_{table} {conflict}")
 
     async def claim(self) -> bool:
         if not self._sole:
@@ -3324,14 +3288,6 @@ class Postgres:
 
 
 # ── Transactions ──────────────────────────────────────────────────────────────────────────────
-
-
-def storable(value: Any) -> Any:
-    """The value as both engines take it. Command-line arguments and environment variables that are
-    not UTF-8 contain lone surrogates, which no database takes; they become question marks."""
-    if type(value) is int:
-        return min(value, LARGEST)
-    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def transactional(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -3379,10 +3335,11 @@ class Database:
         try:
             self._reader, self._writer = self._engines()
             await self._translate_errors(self._reader.open())
-            await self._refuse_foreign()  # before anything of it is changed
+            version = await self._check_schema()  # before anything of it is changed
             if self._writer is not None:
                 await self._translate_errors(self._writer.open())
-            await self._check_schema()
+                if version <= len(MIGRATIONS):
+                    await self._make_schema()
         except BaseException:
             await self.close()
             raise
@@ -3446,25 +3403,20 @@ class Database:
         whoever holds the lock. What is not written by then is lost, as after a kill."""
         self._end = time.monotonic() + seconds
 
-    @contextlib.asynccontextmanager
-    async def hold_exclusively(
-        self, in_reserve: Callable[[], None] = lambda: None
-    ) -> AsyncIterator[None]:
-        """Wait until no other node works on this database, and keep others out. `in_reserve` is
-        called before each pause. On SQLite the run lock does this. If another node gets the lock
-        after our connection was lost, `superseded` is true and every write fails."""
-        while not await self._claimed():
+    async def hold_exclusively(self, in_reserve: Callable[[], None] = lambda: None) -> None:
+        """Wait until no other node works on this database, and keep others out for as long as the
+        connection lasts. `in_reserve` is called before each pause. On SQLite the run lock does
+        this. If another node gets the lock after our connection was lost, `superseded` is true and
+        every write fails."""
+        assert self._writer is not None
+        while True:
+            try:
+                if await self._translate_errors(self._writer.claim()):
+                    return
+            except StoreError as e:  # in reserve, wait for the server as well
+                log.warning("%s", e)
             in_reserve()
             await asyncio.sleep(SOLE_SECONDS)
-        yield  # the lock goes with the connection
-
-    async def _claimed(self) -> bool:
-        assert self._writer is not None
-        try:
-            return await self._translate_errors(self._writer.claim())
-        except StoreError as e:  # in reserve, wait for the server as well
-            log.warning("%s", e)
-            return False
 
     @property
     def superseded(self) -> bool:
@@ -3492,7 +3444,7 @@ class Database:
                 await self._begin()
                 try:
                     result = await work()
-                    await self._translate_errors(self._engine().commit())
+                    await self._sql(self._engine().commit_sql)
                 except BaseException:
                     with contextlib.suppress(StoreError):  # it may be rolled back already
                         await self._sql("ROLLBACK")
@@ -3514,7 +3466,7 @@ class Database:
             raise StoreError(problem, hint="put it back, or restart")
         while time.monotonic() < self._end:
             try:
-                await engine.begin()
+                await engine.run(engine.begin_sql)
                 self._blocked_since = None
                 return
             except engine.errors as e:
@@ -3583,29 +3535,25 @@ class Database:
         rows that exist."""
         await self._translate_errors(self._engine().upsert(table, columns, rows, conflict))
 
-    async def _check_schema(self) -> None:
+    async def _check_schema(self) -> int:
+        """The version of the schema; 0: there is none. Raises StoreError if the database cannot be
+        used, or a file has tables of another program. A server may be shared."""
         version, newest = await self._schema_version(), 1 + len(MIGRATIONS)
+        has_tables = self.is_file and await self._sql("SELECT 1 FROM sqlite_master LIMIT 1")
+        if has_tables and not version:
+            raise StoreError(
+                f"{self.place} is a database of another program",
+                hint="name another file; `import FILE` takes over what the original program has",
+            )
         if version > newest:
             raise StoreError(
                 f"{self.place} was written by a newer TeckoChecker (schema {version})",
                 hint="run that version, or restore a backup made before it",
             )
         if version < newest and self.read_only:
-            what = (
-                "was written by an older TeckoChecker" if version else "holds no database of ours"
-            )
+            what = "was written by an older TeckoChecker" if version else "holds no database"
             raise StoreError(f"{self.place} {what}", hint="`init` brings it up to date")
-        if version < newest:
-            await self._make_schema()
-
-    async def _refuse_foreign(self) -> None:
-        """Raises StoreError where a file has tables, and none of ours. A server may be shared."""
-        tables = self.is_file and await self._sql("SELECT 1 FROM sqlite_master LIMIT 1")
-        if tables and not await self._schema_version():
-            raise StoreError(
-                f"{self.place} is a database of another program",
-                hint="name another file; `import FILE` takes over what the original program has",
-            )
+        return version
 
     async def _schema_version(self) -> int:
         if not await self._sql(self._engine().has_schema):
@@ -3625,8 +3573,9 @@ class Database:
     async def data_version(self) -> int:
         """A number that changes whenever another process commits. During a transaction of our own
         it is the last one known: readers never wait."""
+        engine = self._writer or self._engine()
         if not self._lock.locked():
-            self._version = await self._translate_errors((self._writer or self._engine()).changes())
+            [[self._version]] = await self._translate_errors(engine.run(engine.changes_sql))
         return self._version
 
     async def _insert(self, table: str, row: Values) -> Any:
@@ -10076,11 +10025,8 @@ async def make_service(
     in_reserve: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Service]:
     """The service with its store and upstreams, started; drained and closed at the end."""
-    async with (
-        Store(config.settings.store) as store,
-        store.hold_exclusively(in_reserve),
-        make_steps(config, store) as steps,
-    ):
+    async with Store(config.settings.store) as store, make_steps(config, store) as steps:
+        await store.hold_exclusively(in_reserve)
         service = Service(steps, load)
         try:
             await service.start(timers=timers)

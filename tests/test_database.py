@@ -316,19 +316,13 @@ async def test_numbers_without_an_end(store: tecko.Store, number: int) -> None:
             await store.find_job(ref)
 
 
-@pytest.mark.parametrize(
-    ("text", "stored"),
-    [("a\0b", ("a\0b", "a\ufffdb")), ("a\ud800b", ("a?b",))],
-    ids=["NUL", "surrogate"],
-)
-async def test_texts_that_a_database_does_not_take(
-    store: tecko.Store, text: str, stored: tuple[str, ...]
-) -> None:
-    """A NUL (PostgreSQL) or half a surrogate in what comes from outside costs no check and no
-    question; a mark stands for it."""
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b"], ids=["NUL", "surrogate"])
+async def test_texts_that_a_database_does_not_take(store: tecko.Store, text: str) -> None:
+    """A NUL or half a surrogate in what comes from outside costs no check and no question; a
+    question mark stands for it."""
     job = await made(store)
     assert await checked(store, job, error=text, errors=[tecko.OpenAIError("no")])
-    assert (await get(store, job.id)).last_error in stored
+    assert (await get(store, job.id)).last_error == "a?b"
     await store.log_event("updated", text, 1.0)
     assert await store.jobs(search=text) == []
     with pytest.raises(tecko.NotFound):
@@ -539,6 +533,7 @@ async def test_a_transaction_that_lost_its_connection(server: postgres.Server, u
 async def test_another_node_s_writing_is_noticed(url: str) -> None:
     """data_version moves with what others commit, and not with our own."""
     async with tecko.Store(url) as store, tecko.Store(url) as other:
+        await store.hold_exclusively()
         first = await store.data_version()
         job = await made(store)
         assert await store.data_version() == first
@@ -551,9 +546,9 @@ async def test_one_node_works_and_one_waits(server: postgres.Server, url: str) -
     says why, and works again only once the second has gone."""
     async with contextlib.AsyncExitStack() as stack:
         first = await stack.enter_async_context(tecko.Store(url))
-        await stack.enter_async_context(first.hold_exclusively())
+        await first.hold_exclusively()
         second = await stack.enter_async_context(tecko.Store(url))
-        waiting = asyncio.ensure_future(second.hold_exclusively().__aenter__())
+        waiting = asyncio.ensure_future(second.hold_exclusively())
         await made(first, "before")
         await asyncio.sleep(0.05)
         assert not waiting.done() and not first.superseded
