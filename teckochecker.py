@@ -137,7 +137,7 @@ from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from functools import cache, lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from secrets import token_bytes
 from types import MappingProxyType
@@ -4035,17 +4035,6 @@ class FileChange(NamedTuple):
     spec: Spec | None  # None: it has left the file
 
 
-class FiredRound(NamedTuple):
-    """A round that started a Keboola job, or may have."""
-
-    job_id: int
-    job: str
-    round: int
-    trigger_id: str
-    created_at: float
-    removed: bool  # the job has left jobs.yaml
-
-
 def aim_of(stack_url: str, body: str) -> str:
     """A digest of a trigger's batches and target, which does not depend on the job's name."""
     sent = json.loads(body)
@@ -4089,24 +4078,9 @@ class Jobs(Secrets):
     """Jobs, their batches and triggers. Every change has a condition on the state it starts from,
     since the command line may write while the service runs. `now` is in unix seconds.
 
-    Checks without news are kept in memory until `flush`, which the service calls each second. This
-    process sees their times at once, others after that.
     """
 
-    def __init__(self, place: Path | str, *, read_only: bool = False) -> None:
-        super().__init__(place, read_only=read_only)
-        self._unchanged: dict[int, UnchangedCheck] = {}  # by job, not flushed yet
-        self.sums: Counter[str] = Counter()  # of daily_sums, not flushed yet
-
     # reading jobs
-
-    def _with_unflushed(self, job: Job) -> Job:
-        """The job with the times of a check that is not flushed yet."""
-        quiet = self._unchanged.get(job.id)
-        if quiet and (job.status, job.revision, job.round) == ("active", *quiet[1:3]):
-            job.last_check_at = job.last_ok_at = quiet.now
-            job.next_check_at = quiet.next_check_at
-        return job
 
     async def _jobs(self, where: str, values: Values = MappingProxyType({})) -> list[Job]:
         """The jobs that match `where`, by id, with their batches; one statement."""
@@ -4118,7 +4092,7 @@ class Jobs(Secrets):
         found = dict[int, Job]()
         for row in rows:
             if (job := found.get(row[0])) is None:
-                found[row[0]] = job = self._with_unflushed(Job(*row[:COLUMNS_OF_JOB]))
+                found[row[0]] = job = Job(*row[:COLUMNS_OF_JOB])
             if row[COLUMNS_OF_JOB] is not None:  # an ingest has no batches
                 job.batches.append(Batch(*row[COLUMNS_OF_JOB:]))
         return list(found.values())
@@ -4279,8 +4253,9 @@ class Jobs(Secrets):
         await self._log(job.id, "updated", said, now)
         if isinstance(spec, IngestSpec):
             return
-        for trigger in await self._triggers([job.id], "state = 'pending' AND unknown_at IS NULL"):
-            await self._save_trigger(trigger, retargeted(trigger, spec))
+        for trigger in await self.triggers(job.id):
+            if trigger.state == "pending" and trigger.unknown_at is None:
+                await self._save_trigger(trigger, retargeted(trigger, spec))
         if {*spec.watch.batch_ids} != {batch.batch_id for batch in job.batches}:
             await self._start_round(job, "new_round", spec, now)
 
@@ -4375,11 +4350,11 @@ class Jobs(Secrets):
         job = await self.find_job(job_id)
         if job.removed_at is not None or job.status != "failed":
             raise Conflict(f"Cannot retry job {job.name!r}: it is {job.shown_status}")
-        held = await self._triggers([job.id], "state = 'held'")
-        if held and held[-1].round == job.round:
+        last = (await self.triggers(job.id))[-1:]
+        if last and (last[0].state, last[0].round) == ("held", job.round):
             what = "asks Keboola once more for its trigger, then sends it again"
-            after = trigger_after(held[-1], "resettle", now, on_ambiguous="resend")
-            await self._save_trigger(held[-1], after)
+            after = trigger_after(last[0], "resettle", now, on_ambiguous="resend")
+            await self._save_trigger(last[0], after)
             await self._move_job(job, "resettle", None, now)
         else:
             what = "checks its batches from the start"
@@ -4424,18 +4399,15 @@ class Jobs(Secrets):
 
     async def triggers(self, *job_ids: int) -> list[Trigger]:
         """Those of some jobs, of each job the oldest first."""
-        return await self._triggers(job_ids, "TRUE")
+        return await self._triggers(f"job_id IN {number_list(job_ids)}")
 
     async def open_triggers(self, job_id: int) -> list[Trigger]:
         """Those that are not settled or held."""
-        return await self._triggers([job_id], OPEN_TRIGGER)
+        return await self._triggers(f"job_id = :id AND {OPEN_TRIGGER}", id=job_id)
 
-    async def _triggers(self, job_ids: Iterable[int], condition: str) -> list[Trigger]:
-        found = await self._select_dicts(
-            f"SELECT {columns_of(Trigger)} FROM triggers"
-            f" WHERE job_id IN {number_list(job_ids)} AND {condition} ORDER BY round",
-            {},
-        )
+    async def _triggers(self, where: str, **values: Any) -> list[Trigger]:
+        sql = f"SELECT {columns_of(Trigger)} FROM triggers WHERE {where} ORDER BY round"
+        found = await self._select_dicts(sql, values)
         return [Trigger(**row | {"partial": bool(row["partial"])}) for row in found]
 
     async def _save_trigger(self, before: Trigger, after: Trigger) -> bool:
@@ -4450,17 +4422,13 @@ class Jobs(Secrets):
             body0=before.body,
         )
 
-    async def fired(self, aim: str) -> list[FiredRound]:
-        """The rounds of all jobs that started a Keboola job with this aim, or may have; the latest
-        first."""
-        rows = await self._sql(
-            "SELECT j.id, j.name, t.round, t.id, t.created_at, j.removed_at IS NOT NULL"
-            " FROM triggers t JOIN polling_jobs j ON j.id = t.job_id"
-            " WHERE t.aim = :aim AND t.state <> 'rejected'"
-            " ORDER BY t.created_at DESC, t.round DESC",
-            {"aim": aim},
-        )
-        return [FiredRound(*row) for row in rows]
+    async def fired(self, aim: str) -> list[tuple[Job, Trigger]]:
+        """The triggers that started a Keboola job with this aim, or may have, with their jobs; the
+        latest first."""
+        found = await self._triggers("aim = :aim AND state <> 'rejected'", aim=aim)
+        found.sort(key=lambda trigger: (trigger.created_at, trigger.round), reverse=True)
+        jobs = {job.id: job for job in await self.jobs_among({t.job_id for t in found})}
+        return [(jobs[trigger.job_id], trigger) for trigger in found]
 
 
 # ── Checks and triggers ───────────────────────────────────────────────────────────────────────
@@ -4491,17 +4459,6 @@ def describe_progress(batch: Batch) -> str:
     return f"{batch.batch_id} {batch.status}, {done} of {batch.requests_total} requests done"
 
 
-class UnchangedCheck(NamedTuple):
-    """A good check without news, which is not stored yet."""
-
-    id: int
-    revision: int
-    round: int
-    now: float
-    next_check_at: float
-    pace: float | None = None  # s, of a job with `poll_interval: auto`
-
-
 @dataclass(frozen=True, slots=True)
 class CheckResult:
     """A check of a job's batches, and its consequences."""
@@ -4525,13 +4482,19 @@ class CheckResult:
         same = self.job.batches == self.batches and self.verdict.event is None
         return same and self.ok and self.error is None and self.job.last_error is None
 
-    def unchanged(self) -> UnchangedCheck:
-        job, next_check_at = self.job, self.now + self.wait
-        return UnchangedCheck(job.id, job.revision, job.round, self.now, next_check_at, self.pace)
+    def row(self) -> dict[str, Any]:
+        """What it changes in every case, and of which job."""
+        job, row = self.job, {"now": self.now, "next_check_at": self.now + self.wait}
+        return row | {"id": job.id, "revision": job.revision, "round": job.round, "pace": self.pace}
 
 
 class Checks(Jobs):
     """Writes of checks and triggers. Every change is a compare-and-set."""
+
+    def __init__(self, place: Path | str, *, read_only: bool = False) -> None:
+        super().__init__(place, read_only=read_only)
+        self._quiet: list[dict[str, Any]] = []  # rows of quiet checks, not flushed yet
+        self.sums: Counter[str] = Counter()  # of daily_sums, not flushed yet
 
     async def close(self) -> None:
         with contextlib.suppress(StoreError):  # that loses times of checks at most
@@ -4540,25 +4503,28 @@ class Checks(Jobs):
 
     async def record_checks(self, checks: Sequence[CheckResult]) -> set[int]:
         """Write down checks and what was decided on them, in one transaction. A quiet check is
-        kept until the next `flush`.
+        kept until the next `flush`, which the service calls each second.
 
         The jobs of which that was done: nothing is written of one that was paused, removed,
         deleted or changed while it was being checked, for what was seen then decides nothing.
         """
-        quiet = {check.job.id: check.unchanged() for check in checks if check.is_quiet()}
-        self._unchanged |= quiet
-        news = [check for check in checks if check.job.id not in quiet]
-        return quiet.keys() | (await self._record_news(news) if news else set())
+        news = [check for check in checks if not check.is_quiet()]
+        self._quiet += [check.row() for check in checks if check.is_quiet()]
+        quiet = {check.job.id for check in checks} - {check.job.id for check in news}
+        if not news:
+            return quiet
+        await self.flush()  # earlier checks of the same jobs come first
+        return quiet | await self._record_news(news)
 
     async def flush(self) -> None:
         """Store the quiet checks and the sums of the day, in one transaction."""
-        kept, self._unchanged = self._unchanged, {}
+        quiet, self._quiet = self._quiet, []
         sums, self.sums = +self.sums, Counter()  # without what is zero
         try:
-            if kept or sums:
-                await self._write_quiet(sorted(kept.values()), sums)  # by job, as their rows lie
+            if quiet or sums:
+                await self._flush(quiet, sums)
         except StoreError:
-            self._unchanged, self.sums = kept | self._unchanged, sums + self.sums
+            self._quiet, self.sums = quiet + self._quiet, sums + self.sums
             raise
 
     async def daily_sums(self, days: int) -> list[Any]:
@@ -4576,16 +4542,14 @@ class Checks(Jobs):
         await self._sql("DELETE FROM daily_sums WHERE day <= :oldest", {"oldest": oldest})
 
     @transactional
-    async def _write_quiet(
-        self, kept: Sequence[UnchangedCheck], sums: Counter[str] | None = None
-    ) -> None:
+    async def _flush(self, quiet: Sequence[Values], sums: Counter[str]) -> None:
         if sums:
             await self._add_to_day(sums)
         await self._many(
             "UPDATE polling_jobs AS j SET last_check_at = :now, last_ok_at = :now,"
             " errors_in_row = 0, next_check_at = :next_check_at, pace = coalesce(:pace, pace)"
-            f" WHERE {AS_CHECKED} AND coalesce(last_check_at, 0) <= :now",
-            [quiet._asdict() for quiet in kept],
+            f" WHERE {AS_CHECKED}",
+            sorted(quiet, key=itemgetter("id", "now")),  # by job, as their rows lie
         )
 
     @transactional
@@ -4593,8 +4557,6 @@ class Checks(Jobs):
         return {check.job.id for check in checks if await self._record(check)}
 
     async def _record(self, check: CheckResult) -> bool:
-        if earlier := self._unchanged.get(check.job.id):
-            await self._write_quiet([earlier])
         check = await self._refuse_second_firing(check)
         if not await self._update_checked_job(check):
             return False
@@ -4634,9 +4596,9 @@ class Checks(Jobs):
             "SELECT 1 FROM polling_jobs WHERE id = :id AND fires_again", {"id": check.job.id}
         ):
             return check
-        for fired in await self.fired(aim_of(check.trigger.stack_url, check.trigger.body)):
-            if fired.removed or fired.job_id == check.job.id:
-                said = f"in round {fired.round} of job {fired.job!r}, trigger {fired.trigger_id}"
+        for job, trigger in await self.fired(aim_of(check.trigger.stack_url, check.trigger.body)):
+            if job.removed_at is not None or job.id == check.job.id:
+                said = f"in round {trigger.round} of job {job.name!r}, trigger {trigger.id}"
                 reason = f"these batches have started this Keboola job before ({said});"
                 reason += " run `job retry` to start it again"
                 verdict = Verdict("give_up", reason)
@@ -4644,7 +4606,7 @@ class Checks(Jobs):
         return check
 
     async def _update_checked_job(self, check: CheckResult) -> bool:
-        event, job = check.verdict.event, check.job
+        event = check.verdict.event
         status: JobStatus = next_state(JOB_STEPS, "active", event) if event else "active"
         rows = await self._sql(
             "UPDATE polling_jobs AS j SET status = :status, last_check_at = :now,"
@@ -4652,12 +4614,10 @@ class Checks(Jobs):
             " last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END,"
             " next_check_at = :next_check_at, completed_at = :ended_at,"
             f" pace = coalesce(:pace, pace) WHERE {AS_CHECKED} RETURNING id",
-            {
-                **{"id": job.id, "revision": job.revision, "round": job.round, "status": status},
-                **{"error": check.error, "ok": check.ok, "now": check.now, "pace": check.pace},
-                "next_check_at": check.now + check.wait if status == "active" else None,
-                "ended_at": check.now if status == "failed" else None,
-            },
+            check.row()
+            | {"status": status, "error": check.error, "ok": check.ok}
+            | ({} if status == "active" else {"next_check_at": None})
+            | {"ended_at": check.now if status == "failed" else None},
         )
         return bool(rows)
 
@@ -4784,14 +4744,11 @@ class Store(Checks):
         """After the clock was set by `step` seconds, to `now`: move the times that are compared
         with it, so that intervals and windows keep their lengths and no past time is in the
         future."""
+        await self.flush()
         for table, columns in LIVE_TIMES.items():
             moved_on = ", ".join(f"{name} = {name} + :step" for name in columns)
             where = " WHERE finished_at IS NULL" if table == "triggers" else ""
             await self._sql(f"UPDATE {table} SET {moved_on}{where}", {"step": step})
-        for job_id, quiet in self._unchanged.items():
-            self._unchanged[job_id] = quiet._replace(
-                now=quiet.now + step, next_check_at=quiet.next_check_at + step
-            )
         await self._log(None, "updated", f"the clock was set by {step:+.0f} s", now)
 
     async def clamp_times(self, now: float) -> None:
@@ -9161,12 +9118,9 @@ async def describe_plan(specs: Sequence[Spec], store: Store) -> list[str]:
         if isinstance(spec, JobSpec) and not (
             known and job and aim_of_spec(job.watches) == aim_of_spec(spec)
         ):
-            fired = next(iter(await store.fired(aim_of_spec(spec))), None)
             then = "will fire when its batches are done"
-            if fired is not None:
-                when = (
-                    f"as trigger {fired.trigger_id} of job {fired.job!r}, {iso(fired.created_at)}"
-                )
+            for by, trigger in (await store.fired(aim_of_spec(spec)))[:1]:
+                when = f"as trigger {trigger.id} of job {by.name!r}, {iso(trigger.created_at)}"
                 then = f"fires again only by `job retry`, for these batches have fired: {when}"
             said.append(f"job {name!r} {then}")
     return said
@@ -11898,6 +11852,7 @@ async def check_here(args: argparse.Namespace, config: Config) -> list[JobRound]
         async with alone(config, lambda: config) as service:
             turns = await rounds_of(service.store, args)
             await run_rounds(service, turns)
+            await service.store.flush()
             for turn in turns:
                 await turn.refresh(service.store)
             return turns
