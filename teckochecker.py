@@ -3018,6 +3018,12 @@ INSERT INTO schema_version VALUES (1, 0);
 MIGRATIONS: Sequence[str] = ()  # from version 1 to 2, from 2 to 3, and so on
 ACTIVE = "j.status = 'active' AND j.removed_at IS NULL"
 OPEN_TRIGGER = "finished_at IS NULL AND state <> 'held'"
+NOTE_CHECK = (  # of a job that was not paused, removed, deleted or changed meanwhile
+    "UPDATE polling_jobs AS j SET last_check_at = :now, next_check_at = :next_check_at,"
+    " last_error = :error, errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END,"
+    " last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END, pace = coalesce(:pace, pace)"
+    f" WHERE j.id = :id AND revision = :revision AND round = :round AND {ACTIVE}"
+)
 
 # ── Database ──────────────────────────────────────────────────────────────────────────────────
 
@@ -3044,7 +3050,6 @@ LOCK_TURN = 0.05  # s that it waits at a time: the end of the program need not w
 WAL_BYTES = 8 << 20  # to which the log is truncated after a long read has let it grow
 SOLE_SECONDS = 1.0  # s between attempts of a node in reserve to take over
 KEEPALIVES = {"idle": 10, "interval": 5, "count": 2}  # s; a silent peer is given up after 20
-STATEMENT_ROWS = 500  # rows of one INSERT; SQLite allows ten times as many values
 LARGEST = (1 << 63) - 1  # the largest integer of both engines
 SQLITE_NEEDED = (3, 35, 0)  # for RETURNING
 
@@ -3130,13 +3135,11 @@ class Sqlite:
     async def upsert(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
     ) -> None:
-        """Insert hundreds of rows by one statement, which is a third cheaper than one for each."""
-        row = f"({', '.join('?' * len(columns))})"
-        for start in range(0, len(rows), STATEMENT_ROWS):
-            some = rows[start : start + STATEMENT_ROWS]
-            values = ", ".join([row] * len(some))
-            sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES {values} {conflict}"
-            await self.run(sql, [value for given in some for value in given])
+        """Insert rows by one statement, which is a third cheaper than one for each. It may have
+        32,766 values, twice as many as the rows of a chunk."""
+        values = ", ".join([f"({', '.join('?' * len(columns))})"] * len(rows))
+        sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES {values} {conflict}"
+        await self.run(sql, [value for row in rows for value in row])
 
     async def claim(self) -> bool:
         return True
@@ -3533,7 +3536,8 @@ class Database:
     ) -> None:
         """Insert rows, at most once per transaction and table; `conflict` says what happens to
         rows that exist."""
-        await self._translate_errors(self._engine().upsert(table, columns, rows, conflict))
+        if rows:
+            await self._translate_errors(self._engine().upsert(table, columns, rows, conflict))
 
     async def _check_schema(self) -> int:
         """The version of the schema; 0: there is none. Raises StoreError if the database cannot be
@@ -3614,7 +3618,8 @@ def text_list(name: str, values: Collection[str]) -> tuple[str, dict[str, str]]:
 # ── Stored records ────────────────────────────────────────────────────────────────────────────
 
 RUN_COLUMNS = columns_of(Run)
-DELETE_ROWS = 5000  # of a deleted job's records in one transaction, so that it stays short
+RECORD_TABLES = ("normalized_data", "raw_data_csv", "raw_data_api", "etl_reject")
+DELETE_ROWS = 2000  # rows deleted in one transaction, which so stays short
 
 
 def digest_of(text: str | bytes) -> bytes:
@@ -3794,24 +3799,16 @@ class Records(Database):
         return done
 
     async def _tell_job(self, run: Run, end: RunEnd, now: float) -> None:
-        ok = end.status == "success"
-        keep = end.status == "interrupted" or (ok and not run.records_processed)
-        share = f"{run.records_failed} of {run.records_processed}"
-        said = end.error or (
-            f"{share} records were rejected in the run of {iso(run.start_time)}: data rejects"
-            if run.records_failed
-            else None
-        )
-        rows = await self._sql(
-            "UPDATE polling_jobs AS j SET last_check_at = :now, next_check_at = :next,"
-            " last_error = CASE WHEN :keep THEN last_error ELSE :said END,"
-            " last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END,"
-            " errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END"
-            f" WHERE j.id = :id AND {ACTIVE} RETURNING id",
-            {"now": now, "next": now + end.wait, "said": said, "keep": keep, "ok": ok}
-            | {"id": run.job_id},
-        )
-        job_id = run.job_id if rows else None
+        ok, said, job_id = end.status == "success", end.error, None
+        if run.records_failed and said is None:
+            said = f"{run.records_failed} of {run.records_processed} records were rejected"
+            said += f" in the run of {iso(run.start_time)}: data rejects"
+        active = f"SELECT id, revision, round, last_error FROM polling_jobs j WHERE {ACTIVE}"
+        for job in await self._select_dicts(f"{active} AND id = :id", {"id": run.job_id}):
+            job_id, row = job["id"], job | {"now": now, "next_check_at": now + end.wait, "ok": ok}
+            if end.status == "interrupted" or (ok and not run.records_processed):
+                said = job["last_error"]
+            await self._sql(NOTE_CHECK, row | {"error": said, "pace": None})
         for note in end.notes:
             await self._log(job_id, "updated", f"{run.source}: {note}", now)
         counts = [f"{getattr(run, f'records_{n}')} {n}" for n in COUNTED[1:] if n != "unchanged"]
@@ -3865,41 +3862,25 @@ class Records(Database):
             {"limit": limit, "source": source},
         )
 
-    async def delete_records(self, source: str) -> None:
-        """Delete all that is stored of a source, in short transactions. How far it was read goes
-        first: after a crash in the middle it is read again from its start."""
-        await self._forget(source)
-        for table in ("normalized_data", "raw_data_csv", "raw_data_api", "etl_reject"):
-            while await self._delete_some(table, source) == DELETE_ROWS:
-                pass  # others take their turns at the store in between
-        await self._drop_checkpoint(source)
+    async def delete_rows(self, table: str, which: str, **given: Any) -> None:
+        """Delete the rows of a table that match `which`, but for the first `skip`, in short
+        transactions: others take their turns in between."""
+        while await self._delete_some(table, which, given) == DELETE_ROWS:
+            pass
 
     @transactional
-    async def _forget(self, source: str) -> None:
-        mine = {"source": source}
-        clean = {"watermark": None, "fields": "{}"}
-        await self._change("etl_checkpoint", clean, "source = :source", **mine)
-        await self._sql("DELETE FROM etl_part WHERE source = :source", mine)
-
-    @transactional
-    async def _delete_some(self, table: str, source: str) -> int:
+    async def _delete_some(self, table: str, which: str, given: Values) -> int:
         rows = await self._sql(
-            f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE source = :source"
-            " LIMIT :some) RETURNING 1",
-            {"source": source, "some": DELETE_ROWS},
+            f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE {which}"
+            " LIMIT :some OFFSET :skip) RETURNING 1",
+            {"some": DELETE_ROWS, "skip": 0, **given},
         )
         if table == "normalized_data":
             await self._sql(
                 "UPDATE etl_checkpoint SET records = records - :n WHERE source IN (:source, '')",
-                {"source": source, "n": len(rows)},
+                {**given, "n": len(rows)},
             )
         return len(rows)
-
-    @transactional
-    async def _drop_checkpoint(self, source: str) -> None:
-        mine = {"source": source}
-        await self._sql("DELETE FROM etl_checkpoint WHERE source = :source", mine)
-        await self._sql("UPDATE etl_run SET job_id = NULL WHERE source = :source", mine)
 
 
 # ── Stored secrets ────────────────────────────────────────────────────────────────────────────
@@ -4129,31 +4110,17 @@ class Jobs(Secrets):
 
     async def watched_batches(
         self, secrets: Collection[str], until: float
-    ) -> tuple[dict[str, float | None], int]:
-        """The unfinished batches of active jobs that use one of these secrets, each with its time
-        of creation (None: not seen yet), and how many checks of them are due before `until`."""
+    ) -> list[tuple[str, int, float | None, bool]]:
+        """The unfinished batches of active jobs that use one of these secrets: the batch, its job,
+        its time of creation (None: not seen yet), and whether its check is due before `until`."""
         names, given = text_list("name", secrets)
         ended, ends = text_list("end", FINISHED_BATCH)
-        rows = await self._sql(
-            "SELECT b.batch_id, b.created_at, coalesce(j.next_check_at, 0) < :until"
+        return await self._sql(
+            "SELECT b.batch_id, j.id, b.created_at, coalesce(j.next_check_at, 0) < :until"
             " FROM polling_jobs j JOIN polling_batches b ON b.job_id = j.id"
             f" WHERE j.watch_secret IN {names} AND {ACTIVE} AND b.status NOT IN {ended}",
             {**given, **ends, "until": until},
         )
-        return {row[0]: row[1] for row in rows}, sum(bool(row[2]) for row in rows)
-
-    async def jobs_watching(
-        self, secrets: Collection[str], batch_ids: Collection[str]
-    ) -> list[int]:
-        """The active jobs that watch one of these batches with one of these secrets."""
-        names, given = text_list("name", secrets)
-        batches, ids = text_list("batch", batch_ids)
-        rows = await self._sql(
-            "SELECT DISTINCT j.id FROM polling_batches b JOIN polling_jobs j ON j.id = b.job_id"
-            f" WHERE b.batch_id IN {batches} AND j.watch_secret IN {names} AND {ACTIVE}",
-            given | ids,
-        )
-        return [row[0] for row in rows]
 
     async def schedule(self, ids: Collection[int] | None = None) -> dict[int, TimerPlan]:
         """The jobs that have something left to do, all of them or those among `ids`."""
@@ -4285,11 +4252,9 @@ class Jobs(Secrets):
                     hint="delete that one, or rename one of the two",
                 )
         gone = [job for job in known.values() if job.name not in names]
-        lost: dict[str, Job] = {}  # of those, the ones that watch, by aim
-        if names - known.keys():
-            last = sorted(gone, key=lambda job: job.removed_at is None)
-            watching = (job for job in last if not job.is_ingest and not job.damage)
-            lost = {aim_of_spec(job.watches): job for job in watching}
+        last = sorted(gone, key=lambda job: job.removed_at is None)
+        watching = (job for job in last if not job.is_ingest and not job.damage)
+        lost = {aim_of_spec(job.watches): job for job in watching}
         found: list[FileChange] = []
         for spec in specs:
             spec, job = await self._with_secret_names(spec), known.get(spec.name)
@@ -4371,10 +4336,11 @@ class Jobs(Secrets):
         )
 
     async def delete_job(self, job_id: int, now: float) -> None:
-        """Delete a job with its history and, of an ingest, its records."""
+        """Delete a job with its history and, of an ingest, its records. How far it was read goes
+        first: after a crash in the middle it is read again from its start."""
         job = await self._stop_for_good(job_id)
-        if job.is_ingest:
-            await self.delete_records(job.name)
+        for table in RECORD_TABLES if job.is_ingest else ():
+            await self.delete_rows(table, "source = :source", source=job.name)
         await self._delete_job(job_id, now)
 
     @transactional
@@ -4387,11 +4353,18 @@ class Jobs(Secrets):
             )
         if job.is_ingest:  # a run under way can write nothing any more
             await self._set_job(job, status="paused", revision=job.revision + 1)
+            clean, mine = {"watermark": None, "fields": "{}"}, {"source": job.name}
+            await self._change("etl_checkpoint", clean, "source = :source", **mine)
+            await self._sql("DELETE FROM etl_part WHERE source = :source", mine)
         return job
 
     @transactional
     async def _delete_job(self, job_id: int, now: float) -> None:
         job = await self.find_job(job_id)
+        if job.is_ingest:
+            mine = {"source": job.name}
+            await self._sql("DELETE FROM etl_checkpoint WHERE source = :source", mine)
+            await self._sql("UPDATE etl_run SET job_id = NULL WHERE source = :source", mine)
         await self._sql("DELETE FROM polling_jobs WHERE id = :id", {"id": job_id})
         await self._log(None, "deleted", f"job {job.name!r} (ID {job.id})", now)
 
@@ -4411,16 +4384,11 @@ class Jobs(Secrets):
         return [Trigger(**row | {"partial": bool(row["partial"])}) for row in found]
 
     async def _save_trigger(self, before: Trigger, after: Trigger) -> bool:
-        return await self._change(
-            "triggers",
-            asdict(after) | {"aim": aim_of(after.stack_url, after.body)},
-            "id = :id AND state = :state0 AND secret = :secret0 AND stack_url = :stack0"
-            " AND body = :body0",
-            state0=before.state,
-            secret0=before.secret,
-            stack0=before.stack_url,
-            body0=before.body,
-        )
+        """Compare and set; False if the trigger is not as it was `before`."""
+        same = {f"{n}_before": getattr(before, n) for n in ("state", "secret", "stack_url", "body")}
+        where = " AND ".join(f"{name.removesuffix('_before')} = :{name}" for name in same)
+        row = asdict(after) | {"aim": aim_of(after.stack_url, after.body)}
+        return await self._change("triggers", row, f"id = :id AND {where}", **same)
 
     async def fired(self, aim: str) -> list[tuple[Job, Trigger]]:
         """The triggers that started a Keboola job with this aim, or may have, with their jobs; the
@@ -4446,7 +4414,6 @@ LOG_STATUS: dict[Event, str] = {  # the status in a log row of a trigger's step;
     "fail": "failed",
 }
 CLOCK_DOUBT = 86400.0  # s that OpenAI's clock and ours may differ at most
-AS_CHECKED = f"j.id = :id AND revision = :revision AND round = :round AND {ACTIVE}"
 SUMS = ("checks", "triggers", "delay_ms", "records")
 DAYS_KEPT = 90  # of daily_sums
 
@@ -4483,9 +4450,10 @@ class CheckResult:
         return same and self.ok and self.error is None and self.job.last_error is None
 
     def row(self) -> dict[str, Any]:
-        """What it changes in every case, and of which job."""
-        job, row = self.job, {"now": self.now, "next_check_at": self.now + self.wait}
-        return row | {"id": job.id, "revision": job.revision, "round": job.round, "pace": self.pace}
+        """The values for NOTE_CHECK."""
+        job, times = self.job, {"now": self.now, "next_check_at": self.now + self.wait}
+        row = {"id": job.id, "revision": job.revision, "round": job.round, "pace": self.pace}
+        return {**row, **times, "error": self.error, "ok": self.ok}
 
 
 class Checks(Jobs):
@@ -4522,7 +4490,7 @@ class Checks(Jobs):
         sums, self.sums = +self.sums, Counter()  # without what is zero
         try:
             if quiet or sums:
-                await self._flush(quiet, sums)
+                await self._flush(sorted(quiet, key=itemgetter("id", "now")), sums)
         except StoreError:
             self._quiet, self.sums = quiet + self._quiet, sums + self.sums
             raise
@@ -4532,25 +4500,17 @@ class Checks(Jobs):
         sql = f"SELECT day, {', '.join(SUMS)} FROM daily_sums ORDER BY day DESC LIMIT :days"
         return (await self._select_dicts(sql, {"days": days}))[::-1]
 
-    async def _add_to_day(self, sums: Counter[str]) -> None:
-        now, names = time.time(), ("day", *SUMS)
-        row = (iso(now)[:10], *(sums[name] for name in SUMS))
-        added = ", ".join(f"{name} = daily_sums.{name} + excluded.{name}" for name in SUMS)
-        conflict = f"ON CONFLICT (day) DO UPDATE SET {added}"
-        await self._upsert("daily_sums", names, [row], conflict)
-        oldest = iso(now - 86400 * DAYS_KEPT)[:10]
-        await self._sql("DELETE FROM daily_sums WHERE day <= :oldest", {"oldest": oldest})
-
     @transactional
     async def _flush(self, quiet: Sequence[Values], sums: Counter[str]) -> None:
+        await self._many(NOTE_CHECK, quiet)  # by job, as their rows lie
         if sums:
-            await self._add_to_day(sums)
-        await self._many(
-            "UPDATE polling_jobs AS j SET last_check_at = :now, last_ok_at = :now,"
-            " errors_in_row = 0, next_check_at = :next_check_at, pace = coalesce(:pace, pace)"
-            f" WHERE {AS_CHECKED}",
-            sorted(quiet, key=itemgetter("id", "now")),  # by job, as their rows lie
-        )
+            now = time.time()
+            row = (iso(now)[:10], *(sums[name] for name in SUMS))
+            added = ", ".join(f"{name} = daily_sums.{name} + excluded.{name}" for name in SUMS)
+            conflict = f"ON CONFLICT (day) DO UPDATE SET {added}"
+            await self._upsert("daily_sums", ("day", *SUMS), [row], conflict)
+            oldest = iso(now - 86400 * DAYS_KEPT)[:10]
+            await self._sql("DELETE FROM daily_sums WHERE day <= :oldest", {"oldest": oldest})
 
     @transactional
     async def _record_news(self, checks: Sequence[CheckResult]) -> set[int]:
@@ -4558,9 +4518,13 @@ class Checks(Jobs):
 
     async def _record(self, check: CheckResult) -> bool:
         check = await self._refuse_second_firing(check)
-        if not await self._update_checked_job(check):
+        if not await self._sql(f"{NOTE_CHECK} RETURNING 1", check.row()):
             return False
-        job, now = check.job, check.now
+        job, now, event = check.job, check.now, check.verdict.event
+        if event is not None:
+            status = next_state(JOB_STEPS, "active", event)
+            ended_at = now if status == "failed" else None
+            await self._set_job(job, status=status, next_check_at=None, completed_at=ended_at)
         for old, new in zip(job.batches, check.batches, strict=True):
             if old != new:
                 await self._save_batch(job.id, new)
@@ -4573,7 +4537,7 @@ class Checks(Jobs):
             said = f"{done}: {does} the Keboola job (trigger {trigger.id})"
             said += f"; {check.verdict.reason}" if check.verdict.reason else ""
             await self._log(job.id, "triggered", said, now)
-        elif check.verdict.event is not None:
+        elif event is not None:
             await self._log(job.id, "failed", check.verdict.reason, now)
         elif check.error and check.error != job.last_error:
             await self._log(job.id, "error", check.error, now)
@@ -4604,22 +4568,6 @@ class Checks(Jobs):
                 verdict = Verdict("give_up", reason)
                 return replace(check, trigger=None, verdict=verdict, error=reason)
         return check
-
-    async def _update_checked_job(self, check: CheckResult) -> bool:
-        event = check.verdict.event
-        status: JobStatus = next_state(JOB_STEPS, "active", event) if event else "active"
-        rows = await self._sql(
-            "UPDATE polling_jobs AS j SET status = :status, last_check_at = :now,"
-            " last_error = :error, errors_in_row = CASE WHEN :ok THEN 0 ELSE errors_in_row + 1 END,"
-            " last_ok_at = CASE WHEN :ok THEN :now ELSE last_ok_at END,"
-            " next_check_at = :next_check_at, completed_at = :ended_at,"
-            f" pace = coalesce(:pace, pace) WHERE {AS_CHECKED} RETURNING id",
-            check.row()
-            | {"status": status, "error": check.error, "ok": check.ok}
-            | ({} if status == "active" else {"next_check_at": None})
-            | {"ended_at": check.now if status == "failed" else None},
-        )
-        return bool(rows)
 
     async def _save_batch(self, job_id: int, batch: Batch) -> None:
         where = "job_id = :job_id AND batch_id = :batch_id"
@@ -4685,7 +4633,6 @@ class Checks(Jobs):
 
 # ── Housekeeping ──────────────────────────────────────────────────────────────────────────────
 
-PRUNE_ROWS = 1000  # rows deleted in one transaction, which so stays short
 KEPT_FOR_A_WHILE = {  # the column that tells a row's age, and which rows may go
     "polling_logs": ("created_at", "TRUE"),
     "etl_run": ("start_time", "status <> 'in_progress'"),
@@ -4724,20 +4671,10 @@ class Store(Checks):
 
     async def prune(self, before: float, keep: int) -> None:
         """Delete what ended before `before` or is not among the newest `keep` of its table."""
-        for table in KEPT_FOR_A_WHILE:
-            while await self._prune(table, before, keep) >= PRUNE_ROWS:
-                pass  # other transactions run in between
-
-    @transactional
-    async def _prune(self, table: str, before: float, keep: int) -> int:
-        age, may_go = KEPT_FOR_A_WHILE[table]
-        rows = await self._sql(
-            f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE {may_go}"
-            f" AND {age} < :before ORDER BY {age} LIMIT :some) OR id IN (SELECT id FROM {table}"
-            f" WHERE {may_go} ORDER BY {age} DESC, id DESC LIMIT :some OFFSET :keep) RETURNING id",
-            {"before": before, "keep": keep, "some": PRUNE_ROWS},
-        )
-        return len(rows)
+        for table, (age, may_go) in KEPT_FOR_A_WHILE.items():
+            await self.delete_rows(table, f"{may_go} AND {age} < :before", before=before)
+            newest_first = f"{may_go} ORDER BY {age} DESC, id DESC"
+            await self.delete_rows(table, newest_first, skip=keep)
 
     @transactional
     async def shift_times(self, step: float, now: float) -> None:
@@ -4751,18 +4688,13 @@ class Store(Checks):
             await self._sql(f"UPDATE {table} SET {moved_on}{where}", {"step": step})
         await self._log(None, "updated", f"the clock was set by {step:+.0f} s", now)
 
+    @transactional
     async def clamp_times(self, now: float) -> None:
-        """At the start: set past times that are in the future, since the clock was ahead, to now.
-        If there are none, this does not wait for the lock."""
+        """At the start: set past times that are in the future, as the clock was ahead, to now."""
         for table, columns in LIVE_TIMES.items():
             for name in columns:
-                latest = now + FARTHEST if name == "next_check_at" else now
-                later = {"latest": latest}
-                sql = f"SELECT 1 FROM {table} WHERE {name} > :latest LIMIT 1"
-                if await self._sql(sql, later):
-                    await self.transact(
-                        partial(self._change, table, {name: now}, f"{name} > :latest", **later)
-                    )
+                latest = now + (FARTHEST if name == "next_check_at" else 0.0)
+                await self._change(table, {name: now}, f"{name} > :latest", latest=latest)
 
     async def logs(self, job_id: int | None, limit: int, after: int = 0) -> list[LogRow]:
         """The last rows of a job, or of all (None), the oldest first; ids greater than `after`."""
@@ -5055,7 +4987,8 @@ def ensure_usable_database(settings: Settings, now: float) -> None:
     under the run lock, before the store is opened. What is damaged is only read."""
     database, files = settings.database, backups_in(settings.backups)
     found = ["it is gone"] if files else []
-    if database.exists() and database.stat().st_size:
+    seen = database.stat() if database.exists() else None
+    if seen and seen.st_size and seen.st_nlink == 1:  # two names are for its opening to refuse
         try:
             with open_sqlite(database, "ro") as db:
                 found = [said for (said,) in db.execute("PRAGMA quick_check(3)") if said != "ok"]
@@ -5082,7 +5015,14 @@ class Backups:
         a thread."""
         try:
             if self._is_due(settings, now):
-                self._make(settings, now)
+                file = settings.backups / f"{file_timestamp(now)}.db"
+                for draft in file.parent.glob(".*.db.*"):
+                    if now - draft.stat().st_mtime > LEFT_OVER:
+                        draft.unlink()
+                make_backup(settings.database, file, self.vault, now, self.ends)
+                for old in backups_in(file.parent)[: -settings.backup.keep]:
+                    old.unlink()
+                self.last, self.error = now, None
         except (TeckoError, OSError) as e:
             if str(e) != self.error and not self.ends():
                 log.error("a backup failed, and is tried again: %s", e)
@@ -5091,20 +5031,9 @@ class Backups:
     def _is_due(self, settings: Settings, now: float) -> bool:
         times = [file.stat().st_mtime for file in backups_in(settings.backups)]
         self.last = max((at for at in times if at <= now), default=None)  # by no clock ahead
-        key = self.vault.file
+        key, last = self.vault.file, self.last or 0.0
         since = key.stat().st_mtime if key is not None and key.exists() else 0.0
-        good = self.last if self.last is not None and self.last > since else 0.0
-        return now - good >= settings.backup.every
-
-    def _make(self, settings: Settings, now: float) -> None:
-        file = settings.backups / f"{file_timestamp(now)}.db"
-        for draft in file.parent.glob(".*.db.*"):
-            if now - draft.stat().st_mtime > LEFT_OVER:
-                draft.unlink()
-        make_backup(settings.database, file, self.vault, now, self.ends)
-        for old in backups_in(file.parent)[: -settings.backup.keep]:
-            old.unlink()
-        self.last, self.error = now, None
+        return now - (last if last > since else 0.0) >= settings.backup.every
 
 
 # ── Asking over HTTP ──────────────────────────────────────────────────────────────────────────
@@ -7541,13 +7470,15 @@ class Steps:
         if checks <= 2 or not self.openai.may_list(key):  # two single ones cost no more than a page
             return None
         until = now + min(row.pace for row in stale) / 2
-        wanted, worth = await self.store.watched_batches(names, until)
+        watched = await self.store.watched_batches(names, until)
+        wanted = {batch_id: created_at for batch_id, _, created_at, _ in watched}
+        worth = max(checks, sum(due for *_, due in watched))
         try:
-            finished = await self.openai.read_list(key, wanted, max(checks, worth))
+            finished = await self.openai.read_list(key, wanted, worth)
         except OpenAIError as e:
             return e
-        if finished:  # their jobs need not wait until they are due
-            self.on_finished(await self.store.jobs_watching(names, finished))
+        # their jobs need not wait until they are due
+        self.on_finished({job_id for batch_id, job_id, *_ in watched if batch_id in finished})
         return None
 
     def _batches_from_list(self, key: SecretValue, row: Job, now: float) -> list[Batch] | None:
@@ -8745,10 +8676,9 @@ class Operations:
 
 # What the original program has in its SQLite file comes over in one transaction: each secret and
 # each job whole or not at all, by its name and under its id, unless that was given here; what is
-# here already stays as it is. A job that has
-# fired there gets a trigger that has ended, so that its batches start no second Keboola job; one
-# that goes on is checked afresh. Not promised: that both programs may run side by side, for the
-# original writes nothing down before it fires.
+# here already stays as it is. A job that has fired there gets a trigger that has ended, so that its
+# batches start no second Keboola job; one that goes on is checked afresh. Not promised: that both
+# programs may run side by side, for the original writes nothing down before it fires.
 
 Ask = Callable[..., list[dict[str, Any]]]
 JOBS_THERE = (
@@ -8909,20 +8839,14 @@ def holder(database: Path) -> Holder | None:
             return Holder(pid, float(started_at or 0), address, command)
     except FileNotFoundError:
         return None
-    except PermissionError:
-        return foreign_holder(lock_path(database).with_suffix(".pid"))
-
-
-def foreign_holder(pid_file: Path) -> Holder | None:
-    """The process that a pid file names, for a user who may not read the lock file. It is only
-    shown: this user cannot signal that process either."""
-    with contextlib.suppress(OSError, ValueError):
-        pid = int(pid_file.read_text())
-        try:
-            os.kill(pid, 0)
-        except PermissionError:
-            return Holder(pid, 0.0, "", "start")
-    return None
+    except PermissionError:  # another user's process, which this one cannot signal either
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(lock_path(database).with_suffix(".pid").read_text())
+            try:
+                os.kill(pid, 0)
+            except PermissionError:
+                return Holder(pid, 0.0, "", "start")
+        return None
 
 
 def lock_path(database: Path) -> Path:
@@ -8942,17 +8866,11 @@ class RunLock:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        if self._database.exists() and self._database.stat().st_nlink > 1:
-            raise Conflict(
-                f"{self._database} has a second hard link; SQLite files must have one name",
-                hint=f"find the other one: find / -samefile {self._database}",
-            )
         until, waited = time.monotonic() + self._wait, False
         while not self._take():
-            found = holder(self._database)
-            by = f"TeckoChecker {found.command if found else ''} (pid {found.pid if found else 0})"
-            may_wait = found is None or found.command != "start"
-            if not may_wait or time.monotonic() > until:
+            found = holder(self._database) or Holder(0, 0.0, "", "")
+            by = f"TeckoChecker {found.command} (pid {found.pid})"
+            if found.command == "start" or time.monotonic() > until:
                 hint = "`status` shows it, `stop` ends a service"
                 raise Conflict(f"another {by} works on this database", hint=hint)
             if not waited:
@@ -9154,7 +9072,7 @@ async def every_problem(
 #   over when it was away for as many. What a new process cannot know yet is not over: a job stays
 #   overdue until a good check.
 # - That a target took a message is written to the store, or kept in memory while the store fails.
-#   What it did not take is sent with the next news, after a pause that doubles.
+#   What it did not take is sent at the next look, with what is new by then.
 #
 # Not promised: a target that took a message just before the program was killed is told once more.
 LOOK_SECONDS, PING_SECONDS = 30.0, 60.0
@@ -9167,11 +9085,6 @@ SERVICE_KINDS = ("backup", "reload", "database", "scheduler")  # words of the pr
 ToldAt = Mapping[str, float]  # conditions, and when they were last told
 News = Mapping[str, str]  # conditions, and whether they are firing, a reminder or resolved
 FAILED_WORK = ("error", "dropped", "failed", "interrupted")  # outcomes of checks and runs
-
-
-def target_name(target: AlertTarget) -> str:
-    """What the store calls it: nothing that could be read."""
-    return digest_of(repr((target.apprise, target.webhook, target.command))).hex()
 
 
 def conditions(health: Health) -> dict[str, str]:
@@ -9200,12 +9113,6 @@ def news_for(wrong: Collection[str], steady: Collection[str], told: ToldAt, due:
         elif key in steady and key not in wrong:
             news[key] = "resolved"
     return news
-
-
-def told_after(told: ToldAt, news: News, now: float) -> ToldAt:
-    """What a target was told that is not over, when it has taken the news."""
-    after = {**told, **dict.fromkeys(news, now)}
-    return {key: at for key, at in after.items() if news.get(key) != "resolved"}
 
 
 def alert_message(news: News, wrong: Mapping[str, str]) -> dict[str, Any]:
@@ -9244,14 +9151,17 @@ class Alerts:
         self._told: dict[str, ToldAt] | None = None  # by target; None: not read yet
         self._unsaved: set[str] = set()  # targets
         self._since: dict[tuple[str, bool], float] = {}  # when a condition came, or went
-        self._failures: dict[str, tuple[int, float]] = {}  # in a row; until when it is left alone
+        self._failing: set[str] = set()  # targets that did not take the last message
         self._worked, self._ping_failed = 0, False
 
     async def update(self, health: Health) -> None:
         """Tell each target what is new to it. Raises StoreError where the store cannot say what it
         was told before."""
         self._told = told = await self._store.alerts() if self._told is None else self._told
-        targets = {target_name(target): target for target in self._steps.config.alerts}
+        targets = dict[str, AlertTarget]()
+        for target in self._steps.config.alerts:
+            way = repr((target.apprise, target.webhook, target.command))  # which may be secret
+            targets[digest_of(way).hex()] = target
         wrong = await asyncio.to_thread(conditions, health)  # 10,000 texts are redacted
         now = self._steps.monotonic()
         known = {key for name in targets for key in told.get(name, {})}
@@ -9260,8 +9170,8 @@ class Alerts:
         self._since = {change: self._since.get(change, now) for change in seen}
         lasts = {key: now - since for (key, _), since in self._since.items()}
         steady = {k for k, s in lasts.items() if s >= LASTING.get(k.partition(" ")[0], LASTING[""])}
-        tell = partial(self._notify_target, told, wrong, steady)
-        await asyncio.gather(*(tell(*named) for named in targets.items()))
+        asked = (self._notify(*named, wrong, steady) for named in targets.items())
+        await asyncio.gather(*asked)
 
     async def _possibly_ongoing(self, health: Health, known: Collection[str]) -> set[str]:
         """What may go on though /health does not say so: all that the store would tell if it
@@ -9273,27 +9183,23 @@ class Alerts:
         limited = {key for key in known if young and key.startswith("limited ")}
         return limited | {redact(f"overdue job {name}") for name in late}
 
-    async def _notify_target(
-        self,
-        told: dict[str, ToldAt],
-        wrong: Mapping[str, str],
-        steady: Collection[str],
-        name: str,
-        target: AlertTarget,
+    async def _notify(
+        self, name: str, target: AlertTarget, wrong: Mapping[str, str], steady: Collection[str]
     ) -> None:
-        now, passed = self._steps.clock(), self._steps.monotonic()
-        mine, (failures, until) = told.get(name, {}), self._failures.get(name, (0, 0.0))
-        news = news_for(wrong, steady, mine, now - target.remind)
-        if news and passed >= until:
+        now, told = self._steps.clock(), self._told
+        assert told is not None
+        mine = told.get(name, {})
+        if news := news_for(wrong, steady, mine, now - target.remind):
             try:
                 await self._send(target, alert_message(news, wrong))
-                told[name] = told_after(mine, news, now)
+                after = {**mine, **dict.fromkeys(news, now)}
+                told[name] = {k: at for k, at in after.items() if news.get(k) != "resolved"}
                 self._unsaved.add(name)
-                self._failures.pop(name, None)
+                self._failing.discard(name)
             except TeckoError as e:
-                wait = backoff(failures + 1, LONGEST_WAIT, 0.0)
-                self._failures[name] = failures + 1, passed + wait
-                log.warning("%s was not told, again in %.0f s: %s", target.shown, wait, e)
+                if name not in self._failing:
+                    log.warning("%s was not told, and is tried again: %s", target.shown, e)
+                self._failing.add(name)
         if name in self._unsaved:
             with contextlib.suppress(StoreError):  # tried again at the next look
                 await self._store.save_alerts(name, told[name])

@@ -677,6 +677,7 @@ class Restores(Histories):
         file, settings_ = self.copies[which % len(self.copies)], self.world.config.settings
         tecko.restore([file], settings_, "lost", self.world.clock())
         self.open(self.world.clock)
+        self.ids = {batch.batch_id for batch in self.job().batches}
 
     def person(self, command: str) -> None:
         self.retries += command == "retry_job"

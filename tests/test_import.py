@@ -153,7 +153,7 @@ async def test_what_has_fired_there_does_not_fire_here(world: World, there: Orig
     job = await world.store.find_job("job 1")
     [trigger] = await world.store.triggers(job.id)
     assert (trigger.state, trigger.keboola_job_id) == ("succeeded", "4711")
-    assert [fired.job for fired in await world.store.fired(tecko.aim_of_spec(job.watches))] == [
+    assert [by.name for by, _ in await world.store.fired(tecko.aim_of_spec(job.watches))] == [
         "job 1"
     ]
     watch = job.watches.watch.model_copy(update={"batch_ids": ["batch_2"]})

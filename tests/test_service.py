@@ -882,12 +882,7 @@ def link_file(folder: Path) -> Path:
     return folder / "other.db"
 
 
-def hard_link(folder: Path) -> Path:
-    os.link(folder / "t.db", folder / "hard.db")
-    return folder / "hard.db"
-
-
-@pytest.mark.parametrize("spell", [lambda f: f / "t.db", link_folder, link_file, hard_link])
+@pytest.mark.parametrize("spell", [lambda f: f / "t.db", link_folder, link_file])
 def test_a_second_process_is_refused(tmp_path: Path, spell: Callable[[Path], Path]) -> None:
     """By whatever name it calls the database; it is told who works on it."""
     (tmp_path / "t.db").touch()
@@ -895,7 +890,7 @@ def test_a_second_process_is_refused(tmp_path: Path, spell: Callable[[Path], Pat
         other = spell(tmp_path)
         with pytest.raises(tecko.Conflict) as e, tecko.RunLock(other):
             pass
-        assert f"pid {process.pid}" in str(e.value) or "second hard link" in str(e.value)
+        assert f"pid {process.pid}" in str(e.value)
         found = tecko.holder(tmp_path / "t.db")
         assert found == (process.pid, 1.0, "http://127.0.0.1:2", "start")
         assert (tmp_path / "t.db.pid").read_text() == f"{process.pid}\n"
