@@ -2201,15 +2201,6 @@ class Vault:
         file = self.file.resolve()
         return file.with_name(f"{file.name}.old")
 
-    def add_keys(self, other: Path) -> None:
-        """Add the keys of another file, so that they open secrets, too."""
-        if self.file is None:
-            raise SecretError(f"SECRET_KEY lacks the key of {other}: add it after a comma")
-        if self.file.exists():
-            self.load(required=True)
-        texts = [*self._keys.values(), *read_text(other, 10_000).split()]
-        self._write(list(dict.fromkeys(texts)))
-
     def _write(self, texts: Sequence[str]) -> None:
         assert self.file is not None
         write_private(self.file, "\n".join(texts) + "\n")
@@ -3987,8 +3978,9 @@ OF_JOB = (
     f" EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = j.id AND {OPEN_TRIGGER})"
 )
 OF_BATCH = f"b.{columns_of(Batch).replace(', ', ', b.')}"
+SHOWN_STATUS = "CASE WHEN j.removed_at IS NULL THEN j.status ELSE 'removed' END"
 MATCHING = (  # the shown status, and a part of the name; empty: any
-    "(:status = '' OR :status = CASE WHEN j.removed_at IS NULL THEN j.status ELSE 'removed' END)"
+    f"(:status = '' OR :status = {SHOWN_STATUS})"
     " AND (:search = '' OR replace(lower(j.name), :search, '') <> lower(j.name))"
 )
 COLUMNS_OF_JOB = len(fields(Job)) - 1  # but for its batches
@@ -4114,12 +4106,12 @@ class Jobs(Secrets):
         """The unfinished batches of active jobs that use one of these secrets: the batch, its job,
         its time of creation (None: not seen yet), and whether its check is due before `until`."""
         names, given = text_list("name", secrets)
-        ended, ends = text_list("end", FINISHED_BATCH)
         return await self._sql(
             "SELECT b.batch_id, j.id, b.created_at, coalesce(j.next_check_at, 0) < :until"
             " FROM polling_jobs j JOIN polling_batches b ON b.job_id = j.id"
-            f" WHERE j.watch_secret IN {names} AND {ACTIVE} AND b.status NOT IN {ended}",
-            {**given, **ends, "until": until},
+            f" WHERE j.watch_secret IN {names} AND {ACTIVE}"
+            f" AND b.status NOT IN {tuple(FINISHED_BATCH)}",
+            {**given, "until": until},
         )
 
     async def schedule(self, ids: Collection[int] | None = None) -> dict[int, TimerPlan]:
@@ -4157,16 +4149,14 @@ class Jobs(Secrets):
 
     async def _with_secret_names(self, spec: Spec) -> Spec:
         """The job with names in place of ids of secrets."""
-        blocks: dict[str, Any] = {k: v for k, v in dict(spec).items() if isinstance(v, StrictModel)}
-        for key, block in blocks.items():
-            if isinstance(block.secret, int):
-                rows = await self._sql(
-                    "SELECT name FROM secrets WHERE id = :id", {"id": block.secret}
-                )
+        for key, block in dict(spec).items():
+            if isinstance(block, StrictModel) and isinstance(number := dict(block)["secret"], int):
+                rows = await self._sql("SELECT name FROM secrets WHERE id = :id", {"id": number})
                 if not rows:
-                    raise NotFound(f"Secret with ID {block.secret} not found", code=1001)
-                blocks[key] = block.model_copy(update={"secret": rows[0][0]})
-        return spec.model_copy(update=blocks)
+                    raise NotFound(f"Secret with ID {number} not found", code=1001)
+                named = block.model_copy(update={"secret": rows[0][0]})
+                spec = spec.model_copy(update={key: named})
+        return spec
 
     async def _renew_batches(self, job_id: int, spec: JobSpec, now: float) -> None:
         await self._sql("DELETE FROM polling_batches WHERE job_id = :id", {"id": job_id})
@@ -4229,14 +4219,10 @@ class Jobs(Secrets):
     async def _start_round(self, job: Job, event: Event, spec: JobSpec, now: float) -> None:
         """Forget what is known of the batches; they may fire again."""
         await self._renew_batches(job.id, spec, now)
-        clean = dict.fromkeys(("last_error", "next_check_at", "completed_at"))
-        await self._set_job(
-            job,
-            status=next_state(JOB_STEPS, job.status, event),
-            **{"round": job.round + 1, "fires_again": event == "retry"},
-            **{"last_ok_at": now, "errors_in_row": 0},
-            **clean,
-        )
+        columns = dict.fromkeys(("last_error", "next_check_at", "completed_at"))
+        columns |= {"status": next_state(JOB_STEPS, job.status, event), "round": job.round + 1}
+        columns |= {"fires_again": event == "retry", "last_ok_at": now, "errors_in_row": 0}
+        await self._set_job(job, **columns)
 
     async def _set_job(self, job: Job, **columns: Any) -> None:
         await self._change("polling_jobs", columns, "id = :id", id=job.id)
@@ -4708,16 +4694,12 @@ class Store(Checks):
 
     async def counts(self) -> dict[str, Any]:
         """The numbers of jobs by shown status, secrets, triggers and log rows."""
-        rows = await self._sql(
-            "SELECT CASE WHEN removed_at IS NULL THEN status ELSE 'removed' END, count(*), 1"
-            " FROM polling_jobs GROUP BY 1"
-            " UNION ALL SELECT 'secrets', count(*), 0 FROM secrets"
-            " UNION ALL SELECT 'triggers', count(*), 0 FROM triggers"
-            " UNION ALL SELECT 'logs', count(*), 0 FROM polling_logs"
-            f" UNION ALL SELECT 'restored', count(*), 0 FROM {RESTORED}"
-        )
-        jobs = {what: n for what, n, of_jobs in rows if of_jobs}
-        return {"jobs": jobs} | {what: n for what, n, of_jobs in rows if not of_jobs}
+        sql = f"SELECT {SHOWN_STATUS}, count(*) FROM polling_jobs j GROUP BY 1"
+        counted = {"secrets": "secrets", "triggers": "triggers", "logs": "polling_logs"}
+        counted |= {"restored": RESTORED}
+        numbers = ", ".join(f"(SELECT count(*) FROM {rows})" for rows in counted.values())
+        [row] = await self._sql(f"SELECT {numbers}")
+        return {"jobs": dict(await self._sql(sql)), **dict(zip(counted, row, strict=True))}
 
     async def ages(self, now: float, since: float) -> tuple[float, float]:
         """In seconds: the longest time since a successful check of an active job, at most since
@@ -4786,9 +4768,8 @@ class Store(Checks):
             return
         [[oid]] = await self._sql("SELECT 'triggers'::regclass::oid::text")
         known = await self._sql("SELECT taken_at, counts FROM backups WHERE restored_at IS NULL")
-        if not known or known[0][1] != oid:
-            if known:
-                taken_at = known[0][0]
+        for taken_at, made_as in known:
+            if made_as != oid:
                 said = f"this database was restored from a dump of {iso(taken_at)}."
                 said += f" {LATER_IS_MISSING}"
                 log.critical("%s", said)
@@ -4799,9 +4780,9 @@ class Store(Checks):
                     " FROM normalized_data_id_seq",
                     {"lost": IDS_LOST},
                 )
+        if not await self._change("backups", {"taken_at": now}, "restored_at IS NULL"):
             insert = "INSERT INTO backups (taken_at, counts) VALUES (:now, :oid)"
             await self._sql(insert, {"now": now, "oid": oid})
-        await self._change("backups", {"taken_at": now}, "restored_at IS NULL")
 
     @transactional
     async def reserve_ids(self, table: Literal["polling_jobs", "secrets"], next_id: int) -> None:
@@ -4817,12 +4798,10 @@ class Store(Checks):
     @transactional
     async def note_failure(self, job_id: int, said: str, now: float, wait: float) -> None:
         """Store that a step of a job met an internal error."""
-        job = await self.job(job_id)
-        if job is None:  # it was deleted meanwhile
-            return
-        row = job.errors_in_row + 1
-        await self._set_job(job, last_error=said, errors_in_row=row, next_check_at=now + wait)
-        await self._log(job_id, "error", said, now)
+        for job in await self.jobs_among([job_id]):  # it may be deleted meanwhile
+            await self._set_error(job, said)
+            await self._set_job(job, next_check_at=now + wait)
+            await self._log(job_id, "error", said, now)
 
     @transactional
     async def log_event(self, status: str, message: str, now: float) -> None:
@@ -4943,22 +4922,17 @@ def make_backup(
 
 def restore(files: Iterable[Path], settings: Settings, why: str, now: float) -> str:
     """Let the first of these backups that is good take the place of the database; what a person
-    has to know. Where the master key does not open it, the key file beside it is used, too."""
+    has to know."""
     refused, vault = list[str](), Vault(settings)
     for file in files:
         try:
-            try:
-                taken_at = verify_backup(file, vault)
-            except SecretError:
-                if not (key := Path(f"{file}.key")).exists():
-                    raise
-                other = {"secret_key": None, "secret_key_file": key}
-                taken_at = verify_backup(file, Vault(settings.model_copy(update=other)))
-                vault.add_keys(key)
-                why += f"; {vault.file} has the keys of {key} now, too"
+            taken_at = verify_backup(file, vault)
             return install_backup(file, taken_at, settings.database, why, now)
-        except (StoreError, SecretError) as e:
+        except StoreError as e:
             refused.append(str(e))
+        except SecretError as e:
+            key = Path(f"{file}.key")
+            refused.append(f"{e}; its key is in {key}: copy that first" if key.exists() else str(e))
     refused = refused or [f"there is no backup in {settings.backups}"]
     hint = "nothing was changed; `restore FILE` puts another backup back"
     raise StoreError(f"{why}; {'; '.join(refused)}", hint=hint)
@@ -8754,7 +8728,11 @@ class Import:
     async def _job(self, row: Mapping[str, Any]) -> str:
         sql = f"SELECT * FROM {self._batches} WHERE job_id = ? ORDER BY id"
         there = self._ask(sql, row["id"]) if self._batches else [row]
-        spec = self._spec(row, [batch["batch_id"] for batch in there])
+        flat = FlatJob.model_fields.keys() - {"openai_secret_id", "keboola_secret_id", "batch_id"}
+        data = {name: row[name] for name in flat & row.keys()}
+        data["batch_ids"] = [batch["batch_id"] for batch in there]
+        data["trigger_when"] = "all_finished" if self._batches else "all_completed"
+        spec = job_spec(data, self._operations.config().settings.job_context)
         self._operations._check_secrets(spec.model_dump(), await self._store.secret_types())
         logs = [
             log | {"message": redact(log["message"])} for log in self._ask(LOGS_THERE, row["id"])
@@ -8782,12 +8760,6 @@ class Import:
             trigger = replace(done, keboola_job_id=its_id, message="started by the original")
         await self._store.import_history(job, trigger, logs, **columns)
         return f"ID {job_id}, {status}"
-
-    def _spec(self, row: Mapping[str, Any], batch_ids: Sequence[str]) -> JobSpec:
-        flat = FlatJob.model_fields.keys() - {"openai_secret_id", "keboola_secret_id", "batch_id"}
-        data = {name: row[name] for name in flat & row.keys()} | {"batch_ids": batch_ids}
-        data["trigger_when"] = "all_finished" if self._batches else "all_completed"
-        return cast(JobSpec, job_spec(data, self._operations.config().settings.job_context))
 
 
 # ── Run lock ──────────────────────────────────────────────────────────────────────────────────
@@ -9128,18 +9100,18 @@ def alert_message(news: News, wrong: Mapping[str, str]) -> dict[str, Any]:
     return {"title": f"TeckoChecker: {counts}", "text": "\n".join(lines), "alerts": alerts}
 
 
-def run_alert_command(command: Sequence[str], text: bytes) -> None:
-    """Run a program, without a shell, that reads `text` from its stdin."""
-    apart: Any = {"stdout": subprocess.DEVNULL, "start_new_session": True}
-    killed_after = SEND_SECONDS + 1  # when nobody waits for it any more
-    done = subprocess.run(command, input=text, timeout=killed_after, check=False, **apart)
-    if done.returncode:
-        raise TeckoError(f"it ended with exit code {done.returncode}")
-
-
-def send_by_apprise(url: str, title: str, text: str) -> None:
-    if not apprise_of(url).notify(body=text, title=title, notify_type="warning"):
-        raise TeckoError("Apprise could not send it; the log says why")
+def send_from_thread(target: AlertTarget, said: Mapping[str, Any]) -> None:
+    """Send a message by a program, without a shell, which reads it from stdin; or by Apprise."""
+    if target.command is not None:
+        how: Any = {"stdout": subprocess.DEVNULL, "start_new_session": True, "check": False}
+        how |= {"timeout": SEND_SECONDS + 1}  # when nobody waits for it any more
+        done = subprocess.run(target.command, input=orjson.dumps(said), **how)
+        if done.returncode:
+            raise TeckoError(f"it ended with exit code {done.returncode}")
+    else:
+        deliver = apprise_of(str(target.apprise)).notify
+        if not deliver(body=said["text"], title=said["title"], notify_type="warning"):
+            raise TeckoError("Apprise could not send it; the log says why")
 
 
 class Alerts:
@@ -9207,15 +9179,13 @@ class Alerts:
 
     async def _send(self, target: AlertTarget, said: Mapping[str, Any]) -> str:
         """Raises TeckoError, also where the target hangs. What blocks is done in a thread."""
-        text = orjson.dumps(said)
-        work = partial(send_by_apprise, str(target.apprise), said["title"], said["text"])
-        if target.command is not None:
-            work = partial(run_alert_command, target.command, text)
         try:
             async with asyncio.timeout(SEND_SECONDS):
                 if target.webhook is not None:
+                    text = orjson.dumps(said)
                     await self._ask("POST", target.webhook, target.secret, content=text)
                 else:
+                    work = partial(send_from_thread, target, said)
                     await asyncio.wrap_future(run_in_daemon_thread(work))
         except TimeoutError:
             raise TeckoError(f"no answer within {SEND_SECONDS:.0f} s") from None
