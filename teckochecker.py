@@ -3075,11 +3075,10 @@ class Sqlite:
         "UPDATE sqlite_sequence SET seq = :next - 1 WHERE name = '{table}' AND seq < :next - 1",
     )
     has_schema = "SELECT 1 FROM sqlite_master WHERE name = 'schema_version'"
-    superseded = False  # the run lock beside the file prevents it
     busy = (sqlite3.SQLITE_BUSY,)  # error codes: another process holds the lock
     lasting = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 
-    def __init__(self, path: Path, *, mode: Literal["ro", "rw"], writes: bool) -> None:
+    def __init__(self, path: Path, mode: Literal["ro", "rw"], *, writes: bool) -> None:
         self._path, self._mode, self._writes = path, mode, writes
         self._unwritten: tuple[int, int] | None = None  # see `_state_if_unwritten`
         self._db: aiosqlite.Connection | None = None
@@ -3131,9 +3130,6 @@ class Sqlite:
         values = ", ".join([f"({', '.join('?' * len(columns))})"] * len(rows))
         sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES {values} {conflict}"
         await self.run(sql, [value for row in rows for value in row])
-
-    async def claim(self) -> bool:
-        return True
 
     @staticmethod
     def code(error: Exception) -> Any:
@@ -3342,12 +3338,10 @@ class Database:
     def _engines(self) -> tuple[Sqlite | Postgres, Sqlite | Postgres | None]:
         """The engine that reads, and the one that writes."""
         if isinstance(self.place, str):
-            reader = Postgres(self.place, writes=False)
-            return reader, None if self.read_only else Postgres(self.place, writes=True)
-        path = self._find_file(self.path)
-        if self.read_only:
-            return Sqlite(path, mode="ro", writes=False), None
-        return Sqlite(path, mode="rw", writes=False), Sqlite(path, mode="rw", writes=True)
+            kind: Callable[..., Sqlite | Postgres] = partial(Postgres, self.place)
+        else:
+            kind = partial(Sqlite, self._find_file(self.path), "ro" if self.read_only else "rw")
+        return kind(writes=False), None if self.read_only else kind(writes=True)
 
     def _find_file(self, path: Path) -> Path:
         """The database file, which is made if need be."""
@@ -3402,8 +3396,7 @@ class Database:
         connection lasts. `in_reserve` is called before each pause. On SQLite the run lock does
         this. If another node gets the lock after our connection was lost, `superseded` is true and
         every write fails."""
-        assert self._writer is not None
-        while True:
+        while isinstance(self._writer, Postgres):
             try:
                 if await self._translate_errors(self._writer.claim()):
                     return
@@ -3414,21 +3407,18 @@ class Database:
 
     @property
     def superseded(self) -> bool:
-        return self._writer is not None and self._writer.superseded
+        return isinstance(self._writer, Postgres) and self._writer.superseded
 
     def file_problem(self) -> str | None:
         """Why the open file cannot be written, if a person has to mend that; costs one stat."""
         return self._lost_file() or self._cannot_write
 
     def _lost_file(self) -> str | None:
-        if self._identity is None:
-            return None
-        try:
-            found = self.path.stat()
-        except OSError:
-            return "the database file was deleted while it was in use"
-        same = (found.st_dev, found.st_ino) == self._identity
-        return None if same else "the database file was replaced while it was in use"
+        with contextlib.suppress(OSError):
+            found = self.path.stat() if self._identity is not None else None
+            if found is None or (found.st_dev, found.st_ino) == self._identity:
+                return None
+        return "the database file was deleted or replaced while it was in use"
 
     async def transact(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` in a transaction of its own."""
@@ -3436,18 +3426,17 @@ class Database:
             inside, began = INSIDE.set(self), time.perf_counter()
             try:
                 await self._begin()
-                try:
-                    result = await work()
-                    await self._sql(self._engine().commit_sql)
-                except BaseException:
-                    with contextlib.suppress(StoreError):  # it may be rolled back already
-                        await self._sql("ROLLBACK")
-                    raise
+                result = await work()
+                await self._sql(self._engine().commit_sql)
                 self._cannot_write = None
                 self.on_write(time.perf_counter() - began)
                 for level, text in self._news:  # only of what was committed
                     log.log(level, "%s", text)
                 return result
+            except BaseException:
+                with contextlib.suppress(StoreError):  # it may be rolled back already
+                    await self._sql("ROLLBACK")
+                raise
             finally:
                 self._news.clear()
                 INSIDE.reset(inside)
@@ -3680,15 +3669,12 @@ class Records(Database):
         run was given up, or its job was paused, changed, removed or deleted meanwhile."""
         added = {f"records_{name}": chunk.counts[name] for name in COUNTED}
         sums = ", ".join(f"{name} = {name} + :{name}" for name in added)
+        of_run = {"id": run.id, "job_id": run.job_id, "revision": revision}
         still = await self._sql(
             f"UPDATE etl_run SET {sums}, progress = :progress WHERE id = :id"
             " AND status = 'in_progress' AND EXISTS (SELECT 1 FROM polling_jobs j"
             f" WHERE j.id = :job_id AND revision = :revision AND {ACTIVE}) RETURNING id",
-            {
-                **added,
-                **{"id": run.id, "job_id": run.job_id, "revision": revision},
-                "progress": chunk.fetched.progress,
-            },
+            {**added, **of_run, "progress": chunk.fetched.progress},
         )
         if not still:
             return False
@@ -3750,38 +3736,33 @@ class Records(Database):
             "ON CONFLICT (source, place, digest) DO UPDATE SET reason = excluded.reason,"
             " run_id = excluded.run_id",
         )
-        label, span = chunk.fetched.label, chunk.fetched.span
-        if span is not None:
+        if (span := chunk.fetched.span) is not None:
+            label = f"{chunk.fetched.label} "
             await self._sql(
                 "DELETE FROM etl_reject WHERE source = :source AND run_id <> :run AND"
                 " CASE WHEN substr(place, 1, :length) = :label"
                 " THEN CAST(substr(place, :length + 1) AS BIGINT) ELSE -1 END"
                 " BETWEEN :first AND :last",
-                {
-                    **{"source": run.source, "run": run.id, "label": f"{label} "},
-                    **{"length": len(label) + 1, "first": span[0], "last": span[1]},
-                },
+                {"source": run.source, "run": run.id, "first": span[0], "last": span[1]}
+                | {"label": label, "length": len(label)},
             )
 
     @transactional
     async def end_run(self, run: Run, end: RunEnd, now: float) -> Run:
         """Close a run and update its job. A run that was given up meanwhile stays as it is."""
+        notes = json.dumps(end.notes)
         ended = await self._sql(
             "UPDATE etl_run SET status = :status, end_time = :now, error_message = :error,"
             " notes = :notes, progress = CASE :status WHEN 'success' THEN 1.0 ELSE progress END"
             " WHERE id = :id AND status = 'in_progress'"
             f" RETURNING {RUN_COLUMNS}",
-            {
-                **{"status": end.status, "error": end.error, "now": now, "id": run.id},
-                "notes": json.dumps(end.notes),
-            },
+            {"status": end.status, "error": end.error, "notes": notes, "now": now, "id": run.id},
         )
         if not ended:
             return run
         if end.forget:
-            mine = {"source": run.source, "run": run.id}
             sql = "DELETE FROM etl_part WHERE source = :source AND run_id = :run"
-            await self._sql(sql, mine)
+            await self._sql(sql, {"source": run.source, "run": run.id})
         if end.watermark is not None:
             mark = {"watermark": end.watermark}
             await self._change("etl_checkpoint", mark, "source = :source", source=run.source)
@@ -3877,21 +3858,17 @@ class Records(Database):
 # ── Stored secrets ────────────────────────────────────────────────────────────────────────────
 
 SECRET_COLUMNS = columns_of(SealedSecret)
+Sealed = tuple[bytes, str]  # a sealed value and the id of its key
 
 
 class Secrets(Records):
-    """Sealed secrets. `seal` returns a sealed value and the id of its key. It is called in the
-    transaction, so that no rotation comes between."""
+    """Sealed secrets. `seal` is called in the transaction, so that no rotation comes between."""
 
     @transactional
-    async def add_secret(
-        self, name: str, kind: str, seal: Callable[[], tuple[bytes, str]], now: float
-    ) -> int:
+    async def add_secret(self, name: str, kind: str, seal: Callable[[], Sealed], now: float) -> int:
         if await self._sql("SELECT 1 FROM secrets WHERE name = :name", {"name": name}):
-            raise Conflict(
-                f"Secret with name {name!r} already exists",
-                hint="delete it first, or choose another name",
-            )
+            said = f"Secret with name {name!r} already exists"
+            raise Conflict(said, hint="delete it first, or choose another name")
         value, key_id = seal()
         row = {"name": name, "type": kind, "value": value, "key_id": key_id, "created_at": now}
         secret_id: int = await self._insert("secrets", row)
@@ -3900,7 +3877,7 @@ class Secrets(Records):
 
     @transactional
     async def replace_secret(
-        self, name: str, kind: str, seal: Callable[[], tuple[bytes, str]], now: float
+        self, name: str, kind: str, seal: Callable[[], Sealed], now: float
     ) -> None:
         value, key_id = seal()
         sealed, where = {"value": value, "key_id": key_id}, "name = :name AND type = :kind"
@@ -3941,17 +3918,14 @@ class Secrets(Records):
             names = ", ".join(repr(row[0]) for row in users[:5])
             said = f"Cannot delete secret {name!r}: it is referenced by active jobs: {names}"
             raise Conflict(said, hint="delete those jobs first")
-        if not await self._sql(
-            "DELETE FROM secrets WHERE name = :name RETURNING id", {"name": name}
-        ):
+        delete = "DELETE FROM secrets WHERE name = :name RETURNING id"
+        if not await self._sql(delete, {"name": name}):
             raise NotFound(f"there is no stored secret {name!r}", code=1001)
         await self._log(None, "deleted", f"secret {name!r}", now)
 
     @transactional
-    async def reseal_secrets(
-        self, reseal: Callable[[SealedSecret], tuple[bytes, str]], now: float
-    ) -> int:
-        """Store every secret as `reseal` returns it: its value and key id. Returns how many."""
+    async def reseal_secrets(self, reseal: Callable[[SealedSecret], Sealed], now: float) -> int:
+        """Store every secret as `reseal` returns it. Returns how many."""
         rows = await self.secrets()
         for row in rows:
             value, key_id = reseal(row)
@@ -4132,9 +4106,8 @@ class Jobs(Secrets):
         spec = await self._with_secret_names(spec)
         row = {"origin": origin, "status": "active", **spec_columns(spec)}
         row |= {"pace": row["poll_interval_seconds"] or AUTO_PACE}
-        job_id: int = await self._insert(
-            "polling_jobs", row | {"last_ok_at": now, "created_at": now}
-        )
+        row |= {"last_ok_at": now, "created_at": now}
+        job_id: int = await self._insert("polling_jobs", row)
         if isinstance(spec, JobSpec):
             await self._renew_batches(job_id, spec, now)
             said = f"watches {', '.join(spec.watch.batch_ids)}"
@@ -4160,13 +4133,11 @@ class Jobs(Secrets):
 
     async def _renew_batches(self, job_id: int, spec: JobSpec, now: float) -> None:
         await self._sql("DELETE FROM polling_batches WHERE job_id = :id", {"id": job_id})
+        ids = enumerate(spec.watch.batch_ids)
         await self._many(
             "INSERT INTO polling_batches (job_id, position, batch_id, changed_at)"
-            " VALUES (:job, :position, :batch, :now)",
-            [
-                {"job": job_id, "position": position, "batch": batch_id, "now": now}
-                for position, batch_id in enumerate(spec.watch.batch_ids)
-            ],
+            " VALUES (:job, :at, :batch, :now)",
+            [{"job": job_id, "at": at, "batch": batch_id, "now": now} for at, batch_id in ids],
         )
 
     @transactional
@@ -4175,9 +4146,8 @@ class Jobs(Secrets):
         transaction, so that of two changes at once none is lost. Returns the job's id."""
         job = await self.find_job(ref)
         if job.origin == "file":
-            raise Conflict(
-                f"Cannot update {job.name!r}: it comes from jobs.yaml", hint="edit it there"
-            )
+            said = f"Cannot update {job.name!r}: it comes from jobs.yaml"
+            raise Conflict(said, hint="edit it there")
         spec = await self._with_secret_names(change(job))
         if job.differs(spec):
             await self._update(job, spec, now)
@@ -4189,24 +4159,20 @@ class Jobs(Secrets):
         Other batches start a new round. Another target applies to triggers that are known not to
         have been sent; one that may have been sent keeps its target.
         """
-        if isinstance(spec, IngestSpec) != job.is_ingest or (
-            job.is_ingest and spec.name != job.name
-        ):
+        renamed = spec.name != job.name
+        if isinstance(spec, IngestSpec) != job.is_ingest or (job.is_ingest and renamed):
             raise Conflict(
                 f"job {job.name!r} keeps its kind, and an ingest its name, which its records have",
                 hint="delete it, or give the new one another name",
             )
-        if spec.name != job.name:
+        if renamed:
             await self._claim_name(spec.name)
         columns = spec_columns(spec)
         if (interval := columns["poll_interval_seconds"]) != job.interval:
             columns["pace"] = interval or AUTO_PACE
         await self._set_job(job, revision=job.revision + 1, **columns)
-        said = (
-            "its old definition could not be read"
-            if job.damage
-            else describe_changes(job.spec, spec)
-        )
+        unread = "its old definition could not be read"
+        said = unread if job.damage else describe_changes(job.spec, spec)
         await self._log(job.id, "updated", said, now)
         if isinstance(spec, IngestSpec):
             return
@@ -4327,7 +4293,7 @@ class Jobs(Secrets):
         job = await self._stop_for_good(job_id)
         for table in RECORD_TABLES if job.is_ingest else ():
             await self.delete_rows(table, "source = :source", source=job.name)
-        await self._delete_job(job_id, now)
+        await self._delete_job(job, now)
 
     @transactional
     async def _stop_for_good(self, job_id: int) -> Job:
@@ -4345,13 +4311,12 @@ class Jobs(Secrets):
         return job
 
     @transactional
-    async def _delete_job(self, job_id: int, now: float) -> None:
-        job = await self.find_job(job_id)
+    async def _delete_job(self, job: Job, now: float) -> None:
         if job.is_ingest:
             mine = {"source": job.name}
             await self._sql("DELETE FROM etl_checkpoint WHERE source = :source", mine)
             await self._sql("UPDATE etl_run SET job_id = NULL WHERE source = :source", mine)
-        await self._sql("DELETE FROM polling_jobs WHERE id = :id", {"id": job_id})
+        await self._sql("DELETE FROM polling_jobs WHERE id = :id", {"id": job.id})
         await self._log(None, "deleted", f"job {job.name!r} (ID {job.id})", now)
 
     # triggers
@@ -4392,13 +4357,8 @@ class Jobs(Secrets):
 # second trigger of a round. If this job, or one that has left jobs.yaml, has fired before for the
 # same batches and target, a later round fires only after `job retry`, whatever the job is called.
 
-LOG_STATUS: dict[Event, str] = {  # the status in a log row of a trigger's step; default: error
-    "accept": "triggered",
-    "succeed": "completed",
-    "reject": "failed",
-    "hold": "failed",
-    "fail": "failed",
-}
+LOG_STATUS = {"accept": "triggered", "succeed": "completed"}  # of the log row of a trigger's step
+LOG_STATUS |= dict.fromkeys(("reject", "hold", "fail"), "failed")  # of the others: error
 CLOCK_DOUBT = 86400.0  # s that OpenAI's clock and ours may differ at most
 SUMS = ("checks", "triggers", "delay_ms", "records")
 DAYS_KEPT = 90  # of daily_sums
@@ -4701,17 +4661,13 @@ class Store(Checks):
         [row] = await self._sql(f"SELECT {numbers}")
         return {"jobs": dict(await self._sql(sql)), **dict(zip(counted, row, strict=True))}
 
-    async def ages(self, now: float, since: float) -> tuple[float, float]:
-        """In seconds: the longest time since a successful check of an active job, at most since
-        `since`, when the service started; and the age of the oldest trigger that has not reached
-        Keboola. 0 without any."""
-        [[checked, decided]] = await self._sql(
-            f"SELECT (SELECT min(last_ok_at) FROM polling_jobs j WHERE {ACTIVE}),"
-            " (SELECT min(created_at) FROM triggers WHERE finished_at IS NULL"
-            " AND state IN ('pending', 'sending', 'unknown'))"
+    async def oldest_trigger(self, now: float) -> float:
+        """The age in seconds of the oldest trigger that has not reached Keboola; 0 without one."""
+        [[decided]] = await self._sql(
+            "SELECT min(created_at) FROM triggers WHERE finished_at IS NULL"
+            " AND state IN ('pending', 'sending', 'unknown')"
         )
-        check_age = now - max(checked, since) if checked is not None else 0.0
-        return check_age, max(0.0, now - decided) if decided is not None else 0.0
+        return max(0.0, now - decided) if decided is not None else 0.0
 
     async def overdue(self, now: float, since: float) -> list[str]:
         """Active jobs without a successful check for three intervals after `since`, when the
@@ -7188,7 +7144,6 @@ LATENESS = (  # s; fine where the aims lie: a median in milliseconds, 99 of 100 
 METERED_JOBS = 1000  # jobs with series of their own: more would burden who collects them
 GAUGES = {  # set when Prometheus asks
     "overdue_jobs": "Active jobs without a successful check for three poll intervals.",
-    "check_age_seconds": "Longest time since a successful check of an active job.",
     "oldest_open_trigger_seconds": "Age of the oldest trigger that Keboola has not got yet.",
     "store_writable": "1: the last write to the store succeeded.",
     "loop_lag_seconds": "How late the last tick of the event loop was.",
@@ -8654,7 +8609,6 @@ class Operations:
 # batches start no second Keboola job; one that goes on is checked afresh. Not promised: that both
 # programs may run side by side, for the original writes nothing down before it fires.
 
-Ask = Callable[..., list[dict[str, Any]]]
 JOBS_THERE = (
     "SELECT j.*, o.name AS openai_secret, k.name AS keboola_secret,"
     " coalesce(strftime('%s', j.created_at), 0) + 0.0 AS made,"
@@ -8669,30 +8623,22 @@ LOGS_THERE = (
 )
 
 
-@contextlib.contextmanager
-def open_original(file: Path) -> Iterator[Ask]:
-    """What answers questions to the original's database, as it is at this moment."""
-    try:
-        place = f"{file.resolve(strict=True).as_uri()}?mode=ro"
-        with contextlib.closing(sqlite3.connect(place, uri=True, isolation_level=None)) as db:
-            db.row_factory = sqlite3.Row
-            db.execute("BEGIN")
-            yield lambda sql, *values: [dict(row) for row in db.execute(sql, values)]
-    except (OSError, sqlite3.Error) as e:
-        raise Invalid([f"{file} cannot be read as the original's database: {e}"]) from e
-
-
 class Import:
-    """Takes over what `ask` finds in the original, whose SECRET_KEY opens its secrets."""
+    """Takes over what is in the original's database, whose SECRET_KEY opens its secrets."""
 
-    def __init__(self, ask: Ask, secret_key: str, operations: Operations) -> None:
+    def __init__(self, db: sqlite3.Connection, secret_key: str, operations: Operations) -> None:
         from cryptography.fernet import Fernet
 
         digest = hashlib.sha256(secret_key.encode()).digest()  # as the original derives its key
         self._fernet = Fernet(base64.urlsafe_b64encode(digest))
-        self._ask, self._operations, self._store = ask, operations, operations.store
-        tables = ask("SELECT name FROM sqlite_master WHERE name LIKE '%job_batches'")
+        self._db, self._operations, self._store = db, operations, operations.store
+        db.row_factory = sqlite3.Row
+        db.execute("BEGIN")  # all is read as it is at this moment
+        tables = self._ask("SELECT name FROM sqlite_master WHERE name LIKE '%job_batches'")
         self._batches = tables[0]["name"] if tables else None  # in its first version: one a job
+
+    def _ask(self, sql: str, *values: object) -> list[dict[str, Any]]:
+        return [dict(row) for row in self._db.execute(sql, values)]
 
     async def run(self) -> list[tuple[str, bool, str]]:
         """Of each secret and job: which, whether it is here now, and its id or why not."""
@@ -9123,8 +9069,8 @@ class Alerts:
         self._told: dict[str, ToldAt] | None = None  # by target; None: not read yet
         self._unsaved: set[str] = set()  # targets
         self._since: dict[tuple[str, bool], float] = {}  # when a condition came, or went
-        self._failing: set[str] = set()  # targets that did not take the last message
-        self._worked, self._ping_failed = 0, False
+        self._failing: set[str] = set()  # who did not take the last message
+        self._worked = 0  # what was done until the last ping
 
     async def update(self, health: Health) -> None:
         """Tell each target what is new to it. Raises StoreError where the store cannot say what it
@@ -9161,21 +9107,28 @@ class Alerts:
         now, told = self._steps.clock(), self._told
         assert told is not None
         mine = told.get(name, {})
-        if news := news_for(wrong, steady, mine, now - target.remind):
-            try:
-                await self._send(target, alert_message(news, wrong))
-                after = {**mine, **dict.fromkeys(news, now)}
-                told[name] = {k: at for k, at in after.items() if news.get(k) != "resolved"}
-                self._unsaved.add(name)
-                self._failing.discard(name)
-            except TeckoError as e:
-                if name not in self._failing:
-                    log.warning("%s was not told, and is tried again: %s", target.shown, e)
-                self._failing.add(name)
+        news = news_for(wrong, steady, mine, now - target.remind)
+        send = partial(self._send, target, alert_message(news, wrong))
+        if news and await self._is_taken(target.shown, send()):
+            after = {**mine, **dict.fromkeys(news, now)}
+            told[name] = {k: at for k, at in after.items() if news.get(k) != "resolved"}
+            self._unsaved.add(name)
         if name in self._unsaved:
             with contextlib.suppress(StoreError):  # tried again at the next look
                 await self._store.save_alerts(name, told[name])
                 self._unsaved.discard(name)
+
+    async def _is_taken(self, who: str, message: Awaitable[object]) -> bool:
+        """Whether it was sent. That it was not is logged once, until one is sent."""
+        try:
+            await message
+        except TeckoError as e:
+            if who not in self._failing:
+                log.warning("%s failed, and is tried again: %s", who, e)
+            self._failing.add(who)
+            return False
+        self._failing.discard(who)
+        return True
 
     async def _send(self, target: AlertTarget, said: Mapping[str, Any]) -> str:
         """Raises TeckoError, also where the target hangs. What blocks is done in a thread."""
@@ -9212,15 +9165,8 @@ class Alerts:
         """Ask the URL of `ping:`, if any work was done since the last time."""
         metrics, url, before = self._steps.metrics, self._steps.config.ping, self._worked
         self._worked = metrics.total(metrics.checks, metrics.ingest_runs, without=FAILED_WORK)
-        if url is None or self._worked == before:
-            return
-        try:
-            await self._ask("GET", url)
-            self._ping_failed = False
-        except TeckoError as e:
-            if not self._ping_failed:
-                log.warning("the ping failed, which is not said again until one succeeds: %s", e)
-            self._ping_failed = True
+        if url is not None and self._worked != before:
+            await self._is_taken("the ping", self._ask("GET", url))
 
     async def test(self) -> list[Finding]:
         """Send each target a message; whether it went."""
@@ -9814,11 +9760,9 @@ class Service(Timers):
         now, jobs = time.time(), await self.store.jobs(None, METERED_JOBS)
         counted = dict.fromkeys((*JOB_STEPS, "removed"), 0) | (await self.store.counts())["jobs"]
         self.metrics.jobs_are(jobs, counted)
-        check_age, trigger_age = await self.store.ages(now, self.started_at)
         self.metrics.set(
             overdue_jobs=len(await self.store.overdue(now, self.started_at)),
-            check_age_seconds=check_age,
-            oldest_open_trigger_seconds=trigger_age,
+            oldest_open_trigger_seconds=await self.store.oldest_trigger(now),
             store_writable=self.store_error is None,
             loop_lag_seconds=self._lag,
             http_connections=self.connections(),
@@ -11860,8 +11804,8 @@ def cmd_import(args: argparse.Namespace, config: Config) -> int:
     SecretValue(secret_key, "the original's SECRET_KEY")
 
     async def work(operations: Operations) -> list[tuple[str, bool, str]]:
-        with open_original(args.file) as ask:
-            return await operations.store.transact(Import(ask, secret_key, operations).run)
+        with open_sqlite(args.file, "ro") as db:
+            return await operations.store.transact(Import(db, secret_key, operations).run)
 
     done = run_operation(config, work)
     shown = [{"what": what, "here": here, "said": said} for what, here, said in done]

@@ -284,7 +284,7 @@ async def test_a_broken_target_stops_no_other(
     inbox.heal()
     await look(world, alerts, failed("a"), times=2)
     assert inbox.states(broken)[-1] == ("firing", "failed", "job a")
-    assert caplog.text.count("was not told") == 1 and broken not in caplog.text
+    assert caplog.text.count("failed, and is tried again") == 1 and broken not in caplog.text
 
 
 async def test_a_command_reads_it_from_stdin(world: World, tmp_path: Path) -> None:

@@ -338,7 +338,6 @@ async def test_auto_is_not_overdue_before_its_first_check(store: tecko.Store) ->
     assert await checked(store, job, now=10.0, pace=30.0)
     await store.update_job(job.id, lambda _: spec(poll_interval="auto", variables={"a": "b"}), 11.0)
     assert (await get(store, job.id)).pace == 30.0
-    assert await store.ages(101.0, 0.0) == (91.0, 0.0)
 
 
 async def test_what_is_kept_is_counted_in_rows(store: tecko.Store, path: Place) -> None:
