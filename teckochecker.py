@@ -137,7 +137,7 @@ from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from functools import cache, lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from pathlib import Path
 from secrets import token_bytes
 from types import MappingProxyType
@@ -3043,6 +3043,8 @@ SOLE_SECONDS = 1.0  # s between attempts of a node in reserve to take over
 KEEPALIVES = {"idle": 10, "interval": 5, "count": 2}  # s; a silent peer is given up after 20
 LARGEST = (1 << 63) - 1  # the largest integer of both engines
 SQLITE_NEEDED = (3, 35, 0)  # for RETURNING
+SUMS = ("checks", "triggers", "delay_ms", "records")
+DAYS_KEPT = 90  # of daily_sums
 
 ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the log: who asks
 INSIDE: ContextVar[object] = ContextVar("inside", default=None)  # database of our transaction
@@ -3118,9 +3120,10 @@ class Sqlite:
             raise StoreError("the database is closed")
         return list(await self._db.execute_fetchall(sql, values))
 
-    async def many(self, sql: str, rows: Sequence[Values]) -> None:
+    async def many(self, sql: str, rows: Sequence[Values]) -> int:
         assert self._db is not None
-        await (await self._db.executemany(sql, rows)).close()
+        async with self._db.executemany(sql, rows) as cursor:
+            return cursor.rowcount
 
     async def upsert(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
@@ -3239,10 +3242,11 @@ class Postgres:
                 await self.open()
         return await self._execute(sql, values)
 
-    async def many(self, sql: str, rows: Sequence[Values]) -> None:
+    async def many(self, sql: str, rows: Sequence[Values]) -> int:
         assert self._db is not None
         async with self._db.cursor() as cursor:
             await cursor.executemany(psycopg_sql(sql), rows)
+            return cursor.rowcount
 
     async def upsert(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
@@ -3506,10 +3510,10 @@ class Database:
         sql = f"UPDATE {table} SET {sets} WHERE {where} RETURNING 1"
         return bool(await self._sql(sql, {**columns, **given}))
 
-    async def _many(self, sql: str, rows: Sequence[Values]) -> None:
-        """Run one statement for each of `rows`, inside of a transaction."""
+    async def _many(self, sql: str, rows: Sequence[Values]) -> int:
+        """Run one statement for each of `rows`, inside of a transaction. How many rows changed."""
         given = [{name: storable(value) for name, value in row.items()} for row in rows]
-        await self._translate_errors(self._engine().many(sql, given))
+        return await self._translate_errors(self._engine().many(sql, given)) if rows else 0
 
     async def _upsert(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], conflict: str
@@ -3577,6 +3581,18 @@ class Database:
         who = f"job {job_id}: " if job_id is not None else ""
         by = f" (by {ACTOR.get()})" if ACTOR.get() else ""
         self._news.append((level, f"{who}{status}: {message}".rstrip(": ") + by))
+
+    async def _add_to_day(self, now: float, **sums: int) -> None:
+        row = {"day": iso(now)[:10], **dict.fromkeys(SUMS, 0), **sums}
+        places = ", ".join(f":{name}" for name in row)
+        added = ", ".join(f"{name} = daily_sums.{name} + excluded.{name}" for name in SUMS)
+        await self._sql(
+            f"INSERT INTO daily_sums ({', '.join(row)}) VALUES ({places})"
+            f" ON CONFLICT (day) DO UPDATE SET {added}",
+            row,
+        )
+        oldest = {"oldest": iso(now - 86400 * DAYS_KEPT)[:10]}
+        await self._sql("DELETE FROM daily_sums WHERE day <= :oldest", oldest)
 
 
 def columns_of(kind: type) -> str:
@@ -3767,6 +3783,8 @@ class Records(Database):
             mark = {"watermark": end.watermark}
             await self._change("etl_checkpoint", mark, "source = :source", source=run.source)
         done = run_of(ended[0])
+        if written := done.records_inserted + done.records_updated:
+            await self._add_to_day(now, records=written)
         await self._tell_job(done, end, now)
         return done
 
@@ -4360,8 +4378,6 @@ class Jobs(Secrets):
 LOG_STATUS = {"accept": "triggered", "succeed": "completed"}  # of the log row of a trigger's step
 LOG_STATUS |= dict.fromkeys(("reject", "hold", "fail"), "failed")  # of the others: error
 CLOCK_DOUBT = 86400.0  # s that OpenAI's clock and ours may differ at most
-SUMS = ("checks", "triggers", "delay_ms", "records")
-DAYS_KEPT = 90  # of daily_sums
 
 
 def describe_progress(batch: Batch) -> str:
@@ -4405,62 +4421,19 @@ class CheckResult:
 class Checks(Jobs):
     """Writes of checks and triggers. Every change is a compare-and-set."""
 
-    def __init__(self, place: Path | str, *, read_only: bool = False) -> None:
-        super().__init__(place, read_only=read_only)
-        self._quiet: list[dict[str, Any]] = []  # rows of quiet checks, not flushed yet
-        self.sums: Counter[str] = Counter()  # of daily_sums, not flushed yet
-
-    async def close(self) -> None:
-        with contextlib.suppress(StoreError):  # that loses times of checks at most
-            await self.flush()
-        await super().close()
-
+    @transactional
     async def record_checks(self, checks: Sequence[CheckResult]) -> set[int]:
-        """Write down checks and what was decided on them, in one transaction. A quiet check is
-        kept until the next `flush`, which the service calls each second.
+        """Write down checks and what was decided on them, in one transaction.
 
         The jobs of which that was done: nothing is written of one that was paused, removed,
         deleted or changed while it was being checked, for what was seen then decides nothing.
         """
-        news = [check for check in checks if not check.is_quiet()]
-        self._quiet += [check.row() for check in checks if check.is_quiet()]
-        quiet = {check.job.id for check in checks} - {check.job.id for check in news}
-        if not news:
-            return quiet
-        await self.flush()  # earlier checks of the same jobs come first
-        return quiet | await self._record_news(news)
-
-    async def flush(self) -> None:
-        """Store the quiet checks and the sums of the day, in one transaction."""
-        quiet, self._quiet = self._quiet, []
-        sums, self.sums = +self.sums, Counter()  # without what is zero
-        try:
-            if quiet or sums:
-                await self._flush(sorted(quiet, key=itemgetter("id", "now")), sums)
-        except StoreError:
-            self._quiet, self.sums = quiet + self._quiet, sums + self.sums
-            raise
-
-    async def daily_sums(self, days: int) -> list[Any]:
-        """The last days on which anything was done, the oldest first."""
-        sql = f"SELECT day, {', '.join(SUMS)} FROM daily_sums ORDER BY day DESC LIMIT :days"
-        return (await self._select_dicts(sql, {"days": days}))[::-1]
-
-    @transactional
-    async def _flush(self, quiet: Sequence[Values], sums: Counter[str]) -> None:
-        await self._many(NOTE_CHECK, quiet)  # by job, as their rows lie
-        if sums:
-            now = time.time()
-            row = (iso(now)[:10], *(sums[name] for name in SUMS))
-            added = ", ".join(f"{name} = daily_sums.{name} + excluded.{name}" for name in SUMS)
-            conflict = f"ON CONFLICT (day) DO UPDATE SET {added}"
-            await self._upsert("daily_sums", ("day", *SUMS), [row], conflict)
-            oldest = iso(now - 86400 * DAYS_KEPT)[:10]
-            await self._sql("DELETE FROM daily_sums WHERE day <= :oldest", {"oldest": oldest})
-
-    @transactional
-    async def _record_news(self, checks: Sequence[CheckResult]) -> set[int]:
-        return {check.job.id for check in checks if await self._record(check)}
+        quiet = {check.job.id: check.row() for check in checks if check.is_quiet()}
+        news = [check for check in checks if check.job.id not in quiet]
+        recorded = {check.job.id for check in news if await self._record(check)}
+        if done := await self._many(NOTE_CHECK, [*quiet.values()]) + len(recorded):
+            await self._add_to_day(checks[0].now, checks=done)
+        return recorded | quiet.keys()
 
     async def _record(self, check: CheckResult) -> bool:
         check = await self._refuse_second_firing(check)
@@ -4554,6 +4527,9 @@ class Checks(Jobs):
             await self._move_job(job, job_event, said, now)
         elif job.round == trigger.round and said:
             await self._set_error(job, said)
+        if event == "claim" and after.attempts == 1:
+            delay = max(0, int(1000 * (now - trigger.created_at)))
+            await self._add_to_day(now, triggers=1, delay_ms=delay)
         if said:
             await self._log(trigger.job_id, LOG_STATUS.get(event, "error"), said, now)
         return after
@@ -4627,7 +4603,6 @@ class Store(Checks):
         """After the clock was set by `step` seconds, to `now`: move the times that are compared
         with it, so that intervals and windows keep their lengths and no past time is in the
         future."""
-        await self.flush()
         for table, columns in LIVE_TIMES.items():
             moved_on = ", ".join(f"{name} = {name} + :step" for name in columns)
             where = " WHERE finished_at IS NULL" if table == "triggers" else ""
@@ -4660,6 +4635,11 @@ class Store(Checks):
         numbers = ", ".join(f"(SELECT count(*) FROM {rows})" for rows in counted.values())
         [row] = await self._sql(f"SELECT {numbers}")
         return {"jobs": dict(await self._sql(sql)), **dict(zip(counted, row, strict=True))}
+
+    async def daily_sums(self, days: int) -> list[Any]:
+        """The last days on which anything was done, the oldest first."""
+        sql = f"SELECT day, {', '.join(SUMS)} FROM daily_sums ORDER BY day DESC LIMIT :days"
+        return (await self._select_dicts(sql, {"days": days}))[::-1]
 
     async def oldest_trigger(self, now: float) -> float:
         """The age in seconds of the oldest trigger that has not reached Keboola; 0 without one."""
@@ -7487,7 +7467,6 @@ class Steps:
             return StepResult(0.0, "changed while it was checked")
         event, errors = check.verdict.event, check.errors
         self.metrics.checks.labels(event or ("error" if errors else "waiting")).inc()
-        self.store.sums["checks"] += 1
         for error in errors:
             self._count_error(error)
         done = sum(outcome(b) is not None for b in check.batches)
@@ -7545,9 +7524,6 @@ class Steps:
         claimed = await self.store.move_trigger(trigger, "claim", "", now, sent_at=at)
         if claimed is None:
             return StepResult(0.0, "changed while it was triggered")
-        if claimed.attempts == 1:
-            delay = max(0, int(1000 * (now - trigger.created_at)))
-            self.store.sums.update(triggers=1, delay_ms=delay)
         try:
             job = await self._actions[trigger.kind].send(claimed, token)
         except KeboolaError as e:
@@ -7747,7 +7723,6 @@ class Ingesting:
         steps.metrics.ingest_runs.labels(status).inc()
         for what in COUNTED:
             steps.metrics.records.labels(what).inc(getattr(run, f"records_{what}"))
-        steps.store.sums["records"] += run.records_inserted + run.records_updated
         if isinstance(error, asyncio.CancelledError):
             raise error
         failure = error if isinstance(error, TeckoError) else None
@@ -9069,7 +9044,7 @@ class Alerts:
         self._told: dict[str, ToldAt] | None = None  # by target; None: not read yet
         self._unsaved: set[str] = set()  # targets
         self._since: dict[tuple[str, bool], float] = {}  # when a condition came, or went
-        self._failing: set[str] = set()  # who did not take the last message
+        self._failing: set[str] = set()  # targets that did not take the last message; "": `ping`
         self._worked = 0  # what was done until the last ping
 
     async def update(self, health: Health) -> None:
@@ -9109,7 +9084,7 @@ class Alerts:
         mine = told.get(name, {})
         news = news_for(wrong, steady, mine, now - target.remind)
         send = partial(self._send, target, alert_message(news, wrong))
-        if news and await self._is_taken(target.shown, send()):
+        if news and await self._is_taken(name, target.shown, send()):
             after = {**mine, **dict.fromkeys(news, now)}
             told[name] = {k: at for k, at in after.items() if news.get(k) != "resolved"}
             self._unsaved.add(name)
@@ -9118,16 +9093,16 @@ class Alerts:
                 await self._store.save_alerts(name, told[name])
                 self._unsaved.discard(name)
 
-    async def _is_taken(self, who: str, message: Awaitable[object]) -> bool:
+    async def _is_taken(self, key: str, who: str, message: Awaitable[object]) -> bool:
         """Whether it was sent. That it was not is logged once, until one is sent."""
         try:
             await message
         except TeckoError as e:
-            if who not in self._failing:
+            if key not in self._failing:
                 log.warning("%s failed, and is tried again: %s", who, e)
-            self._failing.add(who)
+            self._failing.add(key)
             return False
-        self._failing.discard(who)
+        self._failing.discard(key)
         return True
 
     async def _send(self, target: AlertTarget, said: Mapping[str, Any]) -> str:
@@ -9166,7 +9141,7 @@ class Alerts:
         metrics, url, before = self._steps.metrics, self._steps.config.ping, self._worked
         self._worked = metrics.total(metrics.checks, metrics.ingest_runs, without=FAILED_WORK)
         if url is not None and self._worked != before:
-            await self._is_taken("the ping", self._ask("GET", url))
+            await self._is_taken("", "the ping", self._ask("GET", url))
 
     async def test(self) -> list[Finding]:
         """Send each target a message; whether it went."""
@@ -9621,8 +9596,8 @@ class Service(Timers):
             self._repeated[work] = self._spawn(work())
 
     async def _tick(self) -> None:
-        """Once a second: store the checks that changed nothing, read what other processes changed,
-        and notify the watchdog."""
+        """Once a second: check the store, read what other processes changed in it, and notify the
+        watchdog."""
         ACTOR.set(None)
         try:
             await self._check_store()
@@ -9649,12 +9624,12 @@ class Service(Timers):
             self.stop.set()
         if problem := self.store.file_problem():
             self._store_failed(StoreError(problem))
-        try:
-            await self.store.flush()
-            if self.store_error is not None:  # without quiet checks, nothing was tried
-                await self.store.log_event("error", f"it failed: {self.store_error}", time.time())
-        except StoreError as e:
-            self._store_failed(e)
+        if self.store_error is not None:  # no step is begun, so that nothing else is tried
+            said = f"it failed: {self.store_error}"
+            try:
+                await self.store.log_event("error", said, time.time())
+            except StoreError as e:
+                self._store_failed(e)
 
     def _written(self, seconds: float) -> None:
         """The store calls this after each commit, with its duration."""
@@ -11672,7 +11647,6 @@ async def check_here(args: argparse.Namespace, config: Config) -> list[JobRound]
         async with alone(config, lambda: config) as service:
             turns = await rounds_of(service.store, args)
             await run_rounds(service, turns)
-            await service.store.flush()
             for turn in turns:
                 await turn.refresh(service.store)
             return turns

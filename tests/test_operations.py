@@ -24,7 +24,6 @@ import standins
 from conftest import (
     JOB_YAML,
     PROGRAM,
-    Holder,
     RunningProgram,
     World,
     clean_environment,
@@ -612,18 +611,15 @@ async def fire(world: World) -> int:
 
 
 async def test_days_are_summed_up(world: World, operations: tecko.Operations) -> None:
-    """Checks, triggers with their delay, and records that came, once they are flushed."""
+    """Checks, triggers with their delay, and records that came."""
     await fire(world)
     (world.config.base / "a.csv").write_text("id\n1\n2\n")
     source = await world.ingest(type="csv", path="a.csv", id="id")
     await world.run(source)
-    assert await operations.history(30) == []
-    await world.store.flush()
     [day] = await operations.history(30)
     assert day.day == tecko.iso(time.time())[:10]
     assert (day.checks, day.triggers, day.done_to_post_ms, day.records) == (1, 1, 0, 2)
     await world.run(source)
-    await world.store.flush()
     assert await operations.history(30) == [day]
 
 
@@ -633,27 +629,12 @@ async def test_days_are_kept_for_a_quarter(world: World, operations: tecko.Opera
     for day in days[:-1]:
         row = {"day": day, "checks": 10, "triggers": 4, "delay_ms": 90, "records": 0}
         execute(world.store.place, INSERT_DAY, *row.values())
-    world.store.sums.update(checks=5)
-    await world.store.flush()
+    await world.store.transact(partial(world.store._add_to_day, time.time(), checks=5))
     assert [day.day for day in await operations.history(90)] == days[2:]
     assert [(d.checks, d.done_to_post_ms) for d in await operations.history(2)] == [
         (10, 22),
         (5, None),
     ]
-
-
-async def test_sums_outlast_a_store_that_is_locked(
-    world: World, operations: tecko.Operations
-) -> None:
-    """What could not be written is added to what comes, and nothing counts twice."""
-    world.store.patience = 0.1
-    world.store.sums.update(checks=5)
-    with Holder(world.store.place), pytest.raises(tecko.StoreError):
-        await world.store.flush()
-    world.store.sums.update(checks=2)
-    await world.store.flush()
-    await world.store.flush()
-    assert [day.checks for day in await operations.history(9)] == [7]
 
 
 INSERT_DAY = "INSERT INTO daily_sums VALUES (?, ?, ?, ?, ?)"

@@ -163,7 +163,7 @@ class Brittle:
 
 
 AWAITED = {  # what the service and its steps ask on the way from a batch to its trigger, by part
-    "store": "flush data_version schedule jobs_among job record_checks secret prune open_triggers"
+    "store": "data_version schedule jobs_among job record_checks secret prune open_triggers"
     " move_trigger",
     "openai": "register_secret listing retrieve",
     "keboola": "prepare send",
@@ -171,7 +171,7 @@ AWAITED = {  # what the service and its steps ask on the way from a batch to its
 }
 UNEXPECTED = [
     *((part, m, KeyError("odd")) for part, all_ in AWAITED.items() for m in all_.split()),
-    *(("store", m, tecko.StoreError("no disk")) for m in ("flush", "schedule", "record_checks")),
+    *(("store", m, tecko.StoreError("no disk")) for m in ("schedule", "record_checks")),
     ("steps", "step", MemoryError()),
 ]
 
