@@ -445,6 +445,15 @@ async def test_nothing_makes_an_empty_database_in_place_of_one_that_is_gone(home
     assert not (home / "teckochecker.db").exists()
 
 
+def test_a_database_with_two_names_is_not_replaced(home: Path) -> None:
+    """A service may work on it under the other one; its opening refuses it."""
+    copy_of(home, "teckochecker.db.backups/20250101T000000Z.db")
+    os.link(home / "teckochecker.db", home / "other.db")
+    before = sorted(home.iterdir())
+    tecko.ensure_usable_database(settings_in(home), 1.8e9)
+    assert sorted(home.iterdir()) == before
+
+
 def test_the_first_start_needs_no_backup(tmp_path: Path) -> None:
     """No database and no backups: a new one is made, and soon the first backup of it."""
     (tmp_path / "jobs.yaml").write_text("admin: {port: 0}\njobs: []\n")
