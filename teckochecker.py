@@ -3043,7 +3043,7 @@ SOLE_SECONDS = 1.0  # s between attempts of a node in reserve to take over
 KEEPALIVES: dict[str, Any] = {"keepalives_idle": 10, "keepalives_interval": 5}  # s, on both sides:
 KEEPALIVES |= {"keepalives_count": 2, "tcp_user_timeout": 20_000}  # ms; a silent peer is lost then
 LARGEST = (1 << 63) - 1  # the largest integer of both engines
-SQLITE_NEEDED = (3, 35, 0)  # for RETURNING
+SQLITE_NEEDED = (3, 35)  # for RETURNING
 SUMS = ("checks", "triggers", "delay_ms", "records")  # of daily_sums
 
 ACTOR: ContextVar[str | None] = ContextVar("actor", default=None)  # for the log: who asks
@@ -3344,11 +3344,8 @@ class Database:
     def _find_file(self, path: Path) -> Path:
         """The database file, which is made if need be."""
         if sqlite3.sqlite_version_info < SQLITE_NEEDED:
-            needed = ".".join(map(str, SQLITE_NEEDED[:2]))
-            raise StoreError(
-                f"SQLite {sqlite3.sqlite_version} is too old; needed: {needed} or newer",
-                hint="use a Python with a newer SQLite",
-            )
+            said = f"SQLite {sqlite3.sqlite_version} is too old; needed: 3.35 or newer"
+            raise StoreError(said, hint="use a Python with a newer SQLite")
         try:
             if not path.exists():
                 if any(Path(f"{path}.backups").glob("*.db")):
@@ -3362,10 +3359,8 @@ class Database:
         except OSError as e:
             raise StoreError(f"cannot open the database {path}: {e.strerror}") from e
         if found.st_nlink > 1:
-            raise StoreError(
-                f"{path} has {found.st_nlink} names, and each would have a log of its own",
-                hint="remove the other hard links, or copy the file",
-            )
+            said = f"{path} has {found.st_nlink} names, and each would have a log of its own"
+            raise StoreError(said, hint="remove the other hard links, or copy the file")
         self._identity = found.st_dev, found.st_ino
         return path
 
@@ -3379,10 +3374,10 @@ class Database:
 
     async def close(self) -> None:
         async with self._lock:  # a transaction under way ends first
-            engines = [engine for engine in (self._writer, self._reader) if engine is not None]
+            for engine in (self._writer, self._reader):
+                if engine is not None:
+                    await engine.close()
             self._writer = self._reader = None
-            for engine in engines:
-                await engine.close()
 
     def close_soon(self, seconds: float) -> None:
         """After `seconds` no transaction begins or waits any more, so that the program can end
@@ -3531,10 +3526,8 @@ class Database:
                 hint="name another file; `import FILE` takes over what the original program has",
             )
         if version > newest:
-            raise StoreError(
-                f"{self.place} was written by a newer TeckoChecker (schema {version})",
-                hint="run that version, or restore a backup made before it",
-            )
+            said = f"{self.place} was written by a newer TeckoChecker (schema {version})"
+            raise StoreError(said, hint="run that version, or restore a backup made before it")
         if version < newest and self.read_only:
             what = "was written by an older TeckoChecker" if version else "holds no database"
             raise StoreError(f"{self.place} {what}", hint="`init` brings it up to date")
@@ -4209,10 +4202,8 @@ class Jobs(Secrets):
         names = {spec.name for spec in specs}
         for (name,) in await self._sql("SELECT name FROM polling_jobs WHERE origin <> 'file'"):
             if name in names:
-                raise Conflict(
-                    f"job {name!r} of jobs.yaml was also made on the command line",
-                    hint="delete that one, or rename one of the two",
-                )
+                said = f"job {name!r} of jobs.yaml was also made on the command line"
+                raise Conflict(said, hint="delete that one, or rename one of the two")
         gone = [job for job in known.values() if job.name not in names]
         last = sorted(gone, key=lambda job: job.removed_at is None)
         watching = (job for job in last if not job.is_ingest and not job.damage)
@@ -4309,10 +4300,8 @@ class Jobs(Secrets):
     async def _stop_for_good(self, job_id: int) -> Job:
         job = await self.find_job(job_id)
         if job.origin == "file" and job.removed_at is None:
-            raise Conflict(
-                f"Cannot delete job {job.name!r}: it is in jobs.yaml and would come back",
-                hint="take it out of the file and reload, then delete it",
-            )
+            said = f"Cannot delete job {job.name!r}: it is in jobs.yaml and would come back"
+            raise Conflict(said, hint="take it out of the file and reload, then delete it")
         if job.is_ingest:  # a run under way can write nothing any more
             await self._set_job(job, status="paused", revision=job.revision + 1)
             clean, mine = {"watermark": None, "fields": "{}"}, {"source": job.name}
@@ -4394,20 +4383,16 @@ class CheckResult:
     now: float
     pace: float | None = None  # s, of a job with `poll_interval: auto`
 
-    @property
-    def ok(self) -> bool:
-        return not self.errors
-
     def is_quiet(self) -> bool:
         """Whether nothing but its time is to be written down."""
         same = self.job.batches == self.batches and self.verdict.event is None
-        return same and self.ok and self.error is None and self.job.last_error is None
+        return same and not self.errors and self.error is None and self.job.last_error is None
 
     def row(self) -> dict[str, Any]:
         """The values for NOTE_CHECK."""
         job, times = self.job, {"now": self.now, "next_check_at": self.now + self.wait}
         row = {"id": job.id, "revision": job.revision, "round": job.round, "pace": self.pace}
-        return {**row, **times, "error": self.error, "ok": self.ok}
+        return {**row, **times, "error": self.error, "ok": not self.errors}
 
 
 class Checks(Jobs):
@@ -8964,8 +8949,7 @@ async def every_problem(
 #
 # Not promised: a target that took a message just before the program was killed is told once more.
 LOOK_SECONDS, PING_SECONDS = 30.0, 60.0
-LASTING = {"limited": 300.0, "ingest": 300.0, "": 20.0}  # s; the first two are tried again. The
-# others have to be there in two looks.
+LASTING = {"limited": 300.0, "ingest": 300.0, "": 20.0}  # s; two mend themselves; else: two looks
 SEND_SECONDS = 20.0  # s that a target may take
 ALERTED = 10_000  # jobs of each kind
 LISTED = 10  # conditions that the text of a message names
