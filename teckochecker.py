@@ -378,15 +378,22 @@ ERROR_NAMES = {  # what `error` is in an answer, by code
 
 
 MISSING, UNKNOWN_KEY = "missing", "unknown key"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+Place = tuple[str | int, ...]  # ("jobs", 0, "watch", "batch_ids")
+
+
+def dotted(place: Place) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in place).lstrip(".")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong with an input.
 
-    `where` names the place as its author wrote it (keboola_stack_url, or job 'x': watch.secret).
-    `found` is the value at that place, or the whole message if `allowed` is empty. A file adds
-    `line` and `column` (from 1; 0: unknown) and `source`, the text of that line.
+    `where` names the place as its author wrote it (keboola_stack_url, or job 'x': watch.secret);
+    `place` is the same within the data. `found` is the value at that place, or the whole message if
+    `allowed` is empty. A file adds `line` and `column` (from 1; 0: unknown) and `source`, the text
+    of that line.
     """
 
     where: str = ""
@@ -396,6 +403,7 @@ class Problem:
     line: int = 0
     column: int = 0
     source: str = ""
+    place: Place = ()
 
     @property
     def text(self) -> str:
@@ -407,9 +415,17 @@ class Problem:
         word = "" if self.found.startswith(UNKNOWN_KEY) else "found "
         return f"{word}{self.found}; allowed: {self.allowed}"
 
+    def within(self, *outer: str | int) -> Problem:
+        """The same as a problem of what contains the data."""
+        return replace(self, place=(*outer, *self.place))
+
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
         return ": ".join(filter(None, (place, self.where, self.text)))
+
+
+def problem_at(place: Place, found: str, allowed: str = "") -> Problem:
+    return Problem(dotted(place), found, allowed, place=place)
 
 
 class Invalid(TeckoError):
@@ -423,9 +439,14 @@ class Invalid(TeckoError):
         self.problems = []
         for given in problems:
             p = Problem(found=given) if isinstance(given, str) else given
-            where, found, source = map(redact, (p.where, p.found, p.source))
+            where, found, source = map(printable, (p.where, p.found, p.source))
             self.problems.append(replace(p, where=where, found=found, source=source))
         super().__init__("\n".join(map(str, self.problems)), hint=hint)
+
+
+def printable(text: str) -> str:
+    """The text without secrets, and on one line."""
+    return CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", redact(text))
 
 
 class NotFound(TeckoError):
@@ -543,7 +564,6 @@ TriggerState = Literal[
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ORIGIN = r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?"
 ORIGINS = rf'(?i)^\s*\[?\s*("?{ORIGIN}"?\s*(,\s*|\]?\s*$))*$'  # a JSON list will do, too
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
 
 
@@ -603,6 +623,10 @@ def reject_bool(value: object) -> object:
     return value
 
 
+def one_or_more(value: object) -> object:
+    return value if isinstance(value, list) else [value]
+
+
 def reject_duplicates(value: list[str]) -> list[str]:
     if len(set(value)) < len(value):
         raise ValueError("a batch id stands twice in batch_ids")
@@ -621,12 +645,11 @@ def clean_stack_url(value: str) -> str:
 def clean_url(value: str) -> str:
     """An http(s) URL with a host and without a password, for which there is `secret`."""
     parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment:
+    whole = parts.scheme in ("http", "https") and parts.hostname and not parts.fragment
+    if not whole or re.search(r"[\s\x00-\x1f]", value) or parts.port == 0:  # .port may raise, too
         raise ValueError("not an http or https URL")
     if parts.username or parts.password:
         raise ValueError("a password in a URL; `secret` and `header` are for that")
-    if re.search(r"[\s\x00-\x1f]", value) or parts.port == 0:  # .port raises on nonsense
-        raise ValueError("not an http or https URL")
     return value
 
 
@@ -705,6 +728,13 @@ Label = Annotated[  # a name or an id
 Location = Annotated[  # a URL or a path; a presigned URL of S3 has some 1,500 characters
     str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True)
 ]
+Labels = Annotated[
+    list[Label],
+    Field(min_length=1),
+    BeforeValidator(one_or_more, json_schema_input_type=Label | list[Label]),
+]
+Url = Annotated[Location, AfterValidator(clean_url)]
+Character = Annotated[str, AfterValidator(one_character)]
 Name = Annotated[
     Label, AfterValidator(valid_name), Field(description="1 to 255 characters, not only digits")
 ]
@@ -722,6 +752,11 @@ BatchIds = Annotated[
         description="1 to 10 different ids, each batch_ with letters, digits, _ or -\n"
         "Another set of ids is a new round: the job fires again when those are done.",
     ),
+]
+FlatBatchIds = Annotated[  # also under the name batch_id
+    BatchIds,
+    BeforeValidator(one_or_more, json_schema_input_type=BatchIds | BatchId),
+    Field(validation_alias=AliasChoices("batch_ids", "batch_id")),
 ]
 IntervalText = Annotated[str, StringConstraints(pattern=r"^\s*\d{1,6}\s*[smhd]?\s*$")]
 PaceText = Annotated[str, StringConstraints(pattern=r"^(\s*\d{1,6}\s*[smhd]?\s*|auto)$")]
@@ -742,7 +777,20 @@ PollInterval = Annotated[  # of a watch
     ),
 ]
 SecretName = Annotated[str | int, PlainValidator(secret_name, json_schema_input_type=Text255 | int)]
-SecretId = Annotated[SecretName, Field(description="the id of a stored secret, not its name")]
+OpenAISecret = Annotated[
+    SecretName,
+    Field(
+        description="the name of a secret of type openai, or the id of a stored one",
+        validation_alias=AliasChoices("openai_secret", "openai_secret_id"),
+    ),
+]
+KeboolaSecret = Annotated[
+    SecretName,
+    Field(
+        description="the name of a secret of type keboola, or the id of a stored one",
+        validation_alias=AliasChoices("keboola_secret", "keboola_secret_id"),
+    ),
+]
 Integer = Annotated[int, BeforeValidator(reject_bool)]
 Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(reject_bool)]
 StackUrl = Annotated[
@@ -789,17 +837,36 @@ OnAmbiguous = Annotated[
 # ── Job ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def title_of(model: type[Any]) -> str:
-    """The title in the JSON Schema, which editors show: the first words of the docstring."""
-    return re.split(r"[.:;,]", str(model.__doc__), maxsplit=1)[0]
+def described(allowed: str, default: Any = None, **rules: Any) -> Any:
+    """A field that may be left out. Error messages use the first line of what is allowed; the other
+    lines say what the values do."""
+    return Field(default, description=allowed, **rules)
+
+
+def names_in_input(model: type[BaseModel]) -> dict[str, str]:
+    """The fields of a model, by each name that the input may use for one."""
+    aliases = {name: info.validation_alias for name, info in model.model_fields.items()}
+    return {
+        str(written): name
+        for name, alias in aliases.items()
+        for written in (alias.choices if isinstance(alias, AliasChoices) else [name])
+    }
+
+
+def add_other_names(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Add to a JSON Schema the other names of fields, of which pydantic has only the first."""
+    for name, first in names_in_input(model).items():
+        if name not in schema["properties"]:
+            schema["properties"][name] = schema["properties"][first]
+            if first in schema.get("required", ()):
+                schema["required"].remove(first)
+                either = {"oneOf": [{"required": [first]}, {"required": [name]}]}
+                schema.setdefault("allOf", []).append(either)
 
 
 class StrictModel(BaseModel):
     """A model that refuses unknown keys. Numbers become text where text is meant
-    (configuration_id: 12).
-
-    Error messages use the first line of a field's description as what is allowed; the other lines
-    say what the values do."""
+    (configuration_id: 12). Its title, which editors show, is how its docstring begins."""
 
     model_config = ConfigDict(
         defer_build=True,  # most commands need few of the models
@@ -807,15 +874,16 @@ class StrictModel(BaseModel):
         frozen=True,
         coerce_numbers_to_str=True,
         hide_input_in_errors=True,
-        model_title_generator=title_of,
+        json_schema_extra=add_other_names,
+        model_title_generator=lambda model: re.split("[.:;,]", str(model.__doc__), maxsplit=1)[0],
     )
 
 
 class OpenAIBatches(StrictModel):
     """The batches to watch, and when they count as done."""
 
-    type: Literal["openai_batches"] = Field("openai_batches", description="openai_batches")
-    secret: SecretName = Field(description="the name of a secret of type openai")
+    type: Literal["openai_batches"] = described("openai_batches", "openai_batches")
+    secret: SecretName = described("the name of a secret of type openai", ...)
     batch_ids: BatchIds
     trigger_when: TriggerWhen = "all_completed"
 
@@ -823,8 +891,8 @@ class OpenAIBatches(StrictModel):
 class KeboolaTrigger(StrictModel):
     """The Keboola job to start."""
 
-    type: Literal["keboola"] = Field("keboola", description="keboola")
-    secret: SecretName = Field(description="the name of a secret of type keboola")
+    type: Literal["keboola"] = described("keboola", "keboola")
+    secret: SecretName = described("the name of a secret of type keboola", ...)
     stack_url: StackUrl
     component_id: Component
     configuration_id: Configuration
@@ -857,35 +925,26 @@ class Paging(ShortForm):
         " last: a value of the page's last record; page and offset: a number that counts pages or"
         " records."
     )
-    param: Label | None = Field(
-        None, description="the query parameter; default cursor, starting_after, page or offset"
+    param: Label | None = described(
+        "the query parameter; default cursor, starting_after, page or offset"
     )
-    path: Label | None = Field(
-        None,
-        description="where the answer has the cursor, dotted, or with last the last record; default"
-        " next_cursor, or the id",
-    )
-    start: Integer | None = Field(
-        None, ge=0, le=10**9, description="the first page's number; default 1, for offset 0"
-    )
-    size: Integer | None = Field(None, ge=1, le=100_000, description="records a page, 1 to 100000")
-    size_param: Label | None = Field(
-        None, description="the query parameter of `size`; default per_page, for offset limit"
-    )
+    path: Label | None = described("where the cursor is, dotted; default next_cursor, or the id")
+    start: Integer | None = described("the first page's number; default 1 or 0", ge=0, le=10**9)
+    size: Integer | None = described("records a page, 1 to 100000", ge=1, le=100_000)
+    size_param: Label | None = described("the query parameter of `size`; default per_page or limit")
 
 
 class Since(ShortForm):
     """Incremental ingest of an API: the greatest value of a field is remembered, and sent with the
     next run's requests."""
 
-    field: Label = Field(description="the field of a record that tells when it changed, dotted")
-    param: Label = Field("since", description="the query parameter")
-    overlap: Annotated[Seconds, Field(ge=0, le=10**7)] = Field(
-        300,  # a source may be late to show a record under its own time stamp
-        description="seconds, or 30s, 5m, 1h; what is that old is asked for again",
+    field: Label = described("the field of a record that tells when it changed, dotted", ...)
+    param: Label = described("the query parameter", "since")
+    overlap: Seconds = described(  # a source may be late to show a record under its own time stamp
+        "seconds, or 30s, 5m, 1h; what is that old is asked for again", 300, ge=0, le=10**7
     )
-    format: Label | None = Field(
-        None, description="s, ms, us, or a form of UTC like %Y-%m-%d %H:%M:%S; default: as it came"
+    format: Label | None = described(
+        "s, ms, us, or a form of UTC like %Y-%m-%d %H:%M:%S; default: as it came"
     )
 
 
@@ -896,50 +955,36 @@ UNIFIED = get_args(UnifiedField)
 HEADER_LINE = r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+: ?[ -~]*\{secret\}[ -~]*$"  # RFC 9110, section 5
 
 
-IdNames = Label | Annotated[list[Label], Field(min_length=1)]
-
-
-def id_names(value: object) -> str | list[str]:
-    names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError("not a name, or a list of names")
-    return value if isinstance(value, str) else names
-
-
 class Source(StrictModel):
     """What CSV and API have in common."""
 
     type: str
-    id: Annotated[str | list[str], PlainValidator(id_names, json_schema_input_type=IdNames)] = (
-        Field("id", description="the column or field that identifies a record, or a list of them")
+    id: Labels = described(
+        "the column or field that identifies a record, or a list of them", ["id"]
     )
-    fields: dict[UnifiedField, Label] = Field(
-        {}, description=f"a block of unified field: source field; unified: {', '.join(UNIFIED)}"
+    fields: dict[UnifiedField, Label] = described(
+        f"a block of unified field: source field; unified: {', '.join(UNIFIED)}", {}
     )
-    dates: Literal["dmy", "mdy"] | None = Field(
-        None,
-        description="dmy or mdy: how to read 03/04/2024\nWithout it, such a record is rejected.",
+    dates: Literal["dmy", "mdy"] | None = described(
+        "dmy or mdy: how to read 03/04/2024\nWithout it, such a record is rejected."
     )
-    max_failed: (
-        Annotated[str, StringConstraints(pattern=r"^(\d{1,9}|\d{1,2}(\.\d+)?%)$")] | None
-    ) = Field(
-        None,
-        description="a number of records, or a share like 5%\nMore rejected ones fail the run.",
+    max_failed: Annotated[str, Field(pattern=r"^(\d{1,9}|\d{1,2}(\.\d+)?%)$")] | None = described(
+        "a number of records, or a share like 5%\nMore rejected ones fail the run."
     )
-    on_drift: Literal["evolve", "freeze"] = Field(
+    on_drift: Literal["evolve", "freeze"] = described(
+        "evolve or freeze\nWhen a source's fields change: evolve goes on and notes it; freeze fails"
+        " the run before records with other fields are written.",
         "evolve",
-        description="evolve or freeze\nWhen a source's fields change: evolve goes on and notes it;"
-        " freeze fails the run before records with other fields are written.",
     )
-    secret: SecretName | None = Field(None, description="the name of a secret of type api")
-    header: Annotated[str, StringConstraints(pattern=HEADER_LINE)] = Field(
-        "Authorization: Bearer {secret}", description="a header like X-Token: {secret}"
+    secret: SecretName | None = described("the name of a secret of type api")
+    header: Annotated[str, Field(pattern=HEADER_LINE)] = described(
+        "a header like X-Token: {secret}", "Authorization: Bearer {secret}"
     )
-    max_requests_per_minute: Integer | None = Field(
-        None, ge=1, le=100_000, description="1 to 100000, for all jobs on that host"
+    max_requests_per_minute: Integer | None = described(
+        "1 to 100000, for all jobs on that host", ge=1, le=100_000
     )
-    timeout: Annotated[int, BeforeValidator(parse_interval), Field(ge=1, le=3600)] | None = Field(
-        None, description="1 to 3600 seconds, or 30s, 2m, that an answer may take; default 2m"
+    timeout: Seconds | None = described(
+        "1 to 3600 seconds, or 30s, 2m, that an answer may take; default 2m", ge=1, le=3600
     )
 
     @field_validator("path", "url", check_fields=False)
@@ -951,45 +996,33 @@ class Source(StrictModel):
             raise ValueError("a secret goes with a URL, not with a file")
         return safe_for_secret(value)
 
-    @property
-    def ids(self) -> Sequence[str]:
-        return [self.id] if isinstance(self.id, str) else self.id
-
 
 class CsvSource(Source):
     """A CSV file, all files that a glob matches, or a file behind a URL."""
 
-    @property
-    def place(self) -> str:
-        return self.path
+    type: Literal["csv"] = described("csv or api", ...)
+    path: Annotated[Location, AfterValidator(clean_source)] = described(
+        "a path or glob, relative to jobs.yaml, or an https:// or s3:// URL", ...
+    )
+    endpoint: Url | None = described("of s3://, the URL of MinIO or another server than Amazon's")
+    region: Label | None = described("of s3://; default us-east-1")
+    delimiter: Character | None = described(
+        "one character, or tab; default: the one that parts the header best"
+    )
+    encoding: Annotated[Label, AfterValidator(known_encoding)] | None = described(
+        "a name like cp1252; default: that of a byte order mark, else utf-8"
+    )
+    columns: list[Label] | None = described("of files without a header row", min_length=1)
+    skip: Integer = described("lines before the header, 0 to 10000", 0, ge=0, le=10_000)
+    comment: Annotated[Label, Field(max_length=10)] | None = described(
+        "what lines that are no records begin with, like #"
+    )
+    quote: Annotated[str, AfterValidator(quote_character)] = described(
+        "one character, or none", '"'
+    )
+    escape: Character | None = described("one character, like \\; default: a quote is doubled")
 
-    type: Literal["csv"] = Field(description="csv or api")
-    path: Annotated[Location, AfterValidator(clean_source)] = Field(
-        description="a path or glob, relative to jobs.yaml, or an https:// or s3:// URL"
-    )
-    endpoint: Annotated[Location, AfterValidator(clean_url)] | None = Field(
-        None, description="of s3://, the URL of MinIO or another server; default: Amazon's"
-    )
-    region: Label | None = Field(None, description="of s3://; default us-east-1")
-    delimiter: Annotated[str, AfterValidator(one_character)] | None = Field(
-        None, description="one character, or tab; default: the one that parts the header best"
-    )
-    encoding: Annotated[Label, AfterValidator(known_encoding)] | None = Field(
-        None, description="a name like cp1252; default: that of a byte order mark, else utf-8"
-    )
-    columns: list[Label] | None = Field(
-        None, min_length=1, description="the names of the columns, for files without a header row"
-    )
-    skip: Integer = Field(0, ge=0, le=10_000, description="lines before the header, 0 to 10000")
-    comment: Annotated[Label, StringConstraints(max_length=10)] | None = Field(
-        None, description="what lines that are no records begin with, like #; default: nothing"
-    )
-    quote: Annotated[str, AfterValidator(quote_character)] = Field(
-        '"', description="one character, or none"
-    )
-    escape: Annotated[str, AfterValidator(one_character)] | None = Field(
-        None, description="one character, like \\; default: a quote is doubled"
-    )
+    place = property(attrgetter("path"))
 
     @property
     def remote(self) -> bool:
@@ -1003,34 +1036,23 @@ class CsvSource(Source):
 class ApiSource(Source):
     """A REST API that answers with JSON."""
 
-    @property
-    def place(self) -> str:
-        return self.url
+    type: Literal["api"] = described("csv or api", ...)
+    url: Url = described("an https:// URL", ...)
+    params: Annotated[dict[Label, str], BeforeValidator(booleans_as_text)] = described(
+        "names and values of query parameters", {}
+    )
+    items: Label | None = described("where the list is, dotted; default: the answer itself")
+    next: Paging | None = described(
+        "link, cursor, last, page or offset, or a block with type; default: link, if any"
+    )
+    more: Label | None = described("where the answer says whether there is a next page, dotted")
+    since: Since | None = described("a field, or a block with field, param, overlap, format")
 
-    type: Literal["api"] = Field(description="csv or api")
-    url: Annotated[Location, AfterValidator(clean_url)] = Field(description="an https:// URL")
-    params: Annotated[dict[Label, str], BeforeValidator(booleans_as_text)] = Field(
-        {}, description="names and values of query parameters"
-    )
-    items: Label | None = Field(
-        None, description="where the list is in the answer, dotted; default: the answer itself"
-    )
-    next: Paging | None = Field(
-        None,
-        description="link, cursor, last, page or offset, or a block with type; default: link, if"
-        " any",
-    )
-    more: Label | None = Field(
-        None, description="where the answer says whether there is a next page, dotted"
-    )
-    since: Since | None = Field(
-        None, description="a field, or a block with field, param, overlap, format"
-    )
+    place = property(attrgetter("url"))
 
 
 SOURCES: dict[str, type[Source]] = {"csv": CsvSource, "api": ApiSource}
 POLL_INTERVAL = AliasChoices("poll_interval", "poll_interval_seconds")
-POLL_INTERVAL_SECONDS = AliasChoices("poll_interval_seconds", "poll_interval")
 
 
 class AnyJob(StrictModel):
@@ -1043,9 +1065,9 @@ class JobSpec(AnyJob):
     """The definition of a job that watches batches."""
 
     poll_interval: PollInterval = Field(120, validation_alias=POLL_INTERVAL)
-    watch: OpenAIBatches = Field(description="a block with type, secret and batch_ids")
-    trigger: KeboolaTrigger = Field(
-        description="a block with type, secret, stack_url, component_id and configuration_id"
+    watch: OpenAIBatches = described("a block with type, secret and batch_ids", ...)
+    trigger: KeboolaTrigger = described(
+        "a block with type, secret, stack_url, component_id and configuration_id", ...
     )
 
 
@@ -1053,54 +1075,35 @@ class IngestSpec(AnyJob):
     """The definition of a job that ingests records."""
 
     poll_interval: Interval = Field(120, validation_alias=POLL_INTERVAL)
-    ingest: Annotated[CsvSource | ApiSource, Field(discriminator="type")] = Field(
-        description="a block with type: csv and path, or type: api and url"
+    ingest: Annotated[CsvSource | ApiSource, Field(discriminator="type")] = described(
+        "a block with type: csv and path, or type: api and url", ...
     )
 
 
 Spec = JobSpec | IngestSpec
 
 
-def optional_field(**said: str) -> Any:
-    """A field that may be left out, but not set to null."""
-    return Field(default_factory=lambda: None, **cast(Any, said))
-
-
 class FlatJob(AnyJob):
     """A job that watches batches, without nested blocks: for the REST API and the command line."""
 
-    batch_ids: BatchIds = optional_field()
-    batch_id: BatchId = optional_field(description="one batch, in place of batch_ids")
-    openai_secret: SecretName = optional_field(description="the name of a secret of type openai")
-    openai_secret_id: SecretId = optional_field()
+    batch_ids: FlatBatchIds
+    openai_secret: OpenAISecret
     trigger_when: TriggerWhen = "all_completed"
-    keboola_secret: SecretName = optional_field(description="the name of a secret of type keboola")
-    keboola_secret_id: SecretId = optional_field()
+    keboola_secret: KeboolaSecret
     keboola_stack_url: StackUrl
     keboola_component_id: Component
     keboola_configuration_id: Configuration
     variables: Variables = {}
     on_ambiguous: OnAmbiguous = "resend"
-    poll_interval_seconds: PollInterval = Field(120, validation_alias=POLL_INTERVAL_SECONDS)
-
-    EITHER: ClassVar = (
-        ("batch_ids", "batch_id"),
-        ("openai_secret", "openai_secret_id"),
-        ("keboola_secret", "keboola_secret_id"),
-    )
-    model_config = ConfigDict(
-        json_schema_extra={
-            "allOf": [{"oneOf": [{"required": [way]} for way in ways]} for ways in EITHER]
-        }
+    poll_interval_seconds: PollInterval = Field(
+        120, validation_alias=AliasChoices(*reversed(POLL_INTERVAL.choices))
     )
 
     def to_spec(self) -> JobSpec:
         """The same job as JobSpec. Its values are valid already."""
-        said = dict(self) | {"batch_ids": self.batch_ids or [self.batch_id]}
-        for name, by_id in self.EITHER[1:]:
-            said[name] = said[by_id] if said[name] is None else said[name]
         watch, trigger = (
-            {inner: said[name] for inner, name in names.items()} for names in FLAT_NAMES.values()
+            {inner: getattr(self, name) for inner, name in names.items()}
+            for names in FLAT_NAMES.values()
         )
         return JobSpec.model_construct(
             name=self.name,
@@ -1128,24 +1131,19 @@ def flat_fields(spec: Spec) -> dict[str, Any]:
     return flat
 
 
+OMITTED: Any = Field(default_factory=lambda: None)  # may be left out, but not set to null
+
+
 class JobChanges(FlatJob):
     """Changes of a job that did not come from jobs.yaml."""
 
-    name: Name = optional_field()
-    keboola_stack_url: StackUrl = optional_field()
-    keboola_component_id: Component = optional_field()
-    keboola_configuration_id: Configuration = optional_field()
-
-    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
-
-
-def with_changes(spec: Spec, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A job's fields with `changes`, for `job_spec`. They keep the names that `changes` uses, so
-    that an error message uses them, too."""
-    said = {other for ways in FlatJob.EITHER for name in ways if name in changes for other in ways}
-    if isinstance(spec, IngestSpec):
-        return {"ingest": spec.ingest.model_dump()} | flat_fields(spec) | dict(changes)
-    return {k: v for k, v in flat_fields(spec).items() if k not in said} | dict(changes)
+    name: Name = OMITTED
+    batch_ids: FlatBatchIds = OMITTED
+    openai_secret: OpenAISecret = OMITTED
+    keboola_secret: KeboolaSecret = OMITTED
+    keboola_stack_url: StackUrl = OMITTED
+    keboola_component_id: Component = OMITTED
+    keboola_configuration_id: Configuration = OMITTED
 
 
 def job_form(data: object) -> type[JobSpec | IngestSpec | FlatJob]:
@@ -1154,11 +1152,10 @@ def job_form(data: object) -> type[JobSpec | IngestSpec | FlatJob]:
         return JobSpec
     if "ingest" in data:
         return IngestSpec
-    flat = data.keys() & FlatJob.model_fields.keys() - {"name", "poll_interval_seconds"}
+    flat = data.keys() & names_in_input(FlatJob).keys() - names_in_input(JobSpec).keys()
     return FlatJob if flat and not {"watch", "trigger"} & data.keys() else JobSpec
 
 
-Place = tuple[str | int, ...]  # ("jobs", 0, "watch", "batch_ids")
 SECRETS_OF = {  # where a job names a secret, nested or flat, and of which type it has to be
     **{"watch.secret": "openai", "trigger.secret": "keboola", "ingest.secret": "api"},
     **{"openai_secret": "openai", "openai_secret_id": "openai"},
@@ -2224,16 +2221,8 @@ YAML_BYTES = 10 << 20  # of jobs.yaml: some 20,000 jobs
 YAML_DEPTH = 40  # levels; a job has six
 YAML_REPEATED = 100_000  # values that aliases may repeat: nested ones grow exponentially
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-PRIVATE = ("secrets", "alerts", "ping")  # blocks whose values no message shows
+PRIVATE = {"secrets", "alerts", "ping"}  # blocks whose values no message shows
 HIDDEN = re.compile(r"(?i)((?:value|token|password|header|key)['\"]?\s*:\s*)\S.*")
-
-
-class Fault(NamedTuple):
-    """A problem whose line in the file is not looked up yet."""
-
-    at: Place
-    found: str
-    allowed: str = ""
 
 
 def bounded(value: object, depth: int = 3) -> object:
@@ -2252,10 +2241,6 @@ def repr_excerpt(value: object) -> str:
     return excerpt(repr(bounded(value)), 80)
 
 
-def dotted(at: Place) -> str:
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
-
-
 def did_you_mean(word: object, names: Iterable[str], closeness: float = 0.65) -> str:
     """A question to add to an unknown word, if a known one is similar."""
     close = difflib.get_close_matches(str(word)[:80], names, 1, closeness)
@@ -2263,7 +2248,7 @@ def did_you_mean(word: object, names: Iterable[str], closeness: float = 0.65) ->
 
 
 class JobsYaml:
-    """The data of jobs.yaml, with the line of each value and every fault met in reading it.
+    """The data of jobs.yaml, with the line of each value and every problem met in reading it.
 
     Only null, true, false and decimal integers have types; everything else is text. So
     `region: no` is not False, `configuration_id: 0123` is not 83, and 1.10 stays 1.10.
@@ -2271,15 +2256,15 @@ class JobsYaml:
 
     def __init__(self, path: Path, env: Mapping[str, str]) -> None:
         self.path, self.env = path, env
-        self.faults: list[Fault] = []
+        self.problems: list[Problem] = []
         self._lines: list[str] = []
-        self._made: dict[int, tuple[Any, int]] = {}  # by node: the value, and how much is in it
-        self._count = 0  # values so far, those in aliases as well
+        self._left = YAML_REPEATED  # values that there may still be
         self._marks: dict[int, dict[str | int, Mark]] = {}  # by id of a block or list, by key
         data = self._read() if path.exists() else None
         if data is not None and not isinstance(data, dict):
-            kind = "a list" if isinstance(data, list) else "text"  # not shown: it may be a key
-            self.faults.append(Fault((), kind, ", ".join(JobsFile.model_fields)))
+            kind = "a list" if isinstance(data, list) else "text"
+            self.problems.append(problem_at((), kind, ", ".join(JobsFile.model_fields)))
+            self._lines = []  # not shown: it may be a key
         self.data: dict[str, Any] = data if isinstance(data, dict) else {}
 
     def _read(self) -> Any:
@@ -2288,46 +2273,36 @@ class JobsYaml:
         try:
             text = read_text(self.path, YAML_BYTES)
             self._lines = text.splitlines()
+            self._left += len(text)  # without aliases, there are fewer values than characters
             loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # all is text to it
             node = loader(text).get_single_node()
             return None if node is None else self._plain(node, ())
         except yaml.MarkedYAMLError as e:
-            at = e.problem_mark
-            mark = (at.line + 1, at.column + 1) if at else (1, 1)
-            broken = self._placed("", f"not YAML: {e.problem or e.context}", "", mark)
+            raise self._refused(e.problem_mark, f"not YAML: {e.problem or e.context}") from None
         except (yaml.YAMLError, RecursionError) as e:
             what = f"not a YAML text: {str(e).splitlines()[0]}"
-            broken = Problem(found=what, file=str(self.path))
         except OSError as e:
-            broken = Problem(found=f"cannot be read: {e.strerror}", file=str(self.path))
-        raise Invalid([broken])
+            what = f"cannot be read: {e.strerror}"
+        raise Invalid([Problem(found=what, file=str(self.path))])
+
+    def _refused(self, start: Any, what: str) -> Invalid:
+        return Invalid([self._placed(Problem(found=what), mark_of(start))])
 
     def _plain(self, node: Any, at: Place) -> Any:
-        """The value of a node. An alias gives the same value as its anchor, and counts as all the
-        values in it."""
-        value, size = self._made.get(id(node), (None, 0))
-        if size:
-            self._count += size
-        elif id(node) in self._made:
-            raise self._refused(node, "an alias that contains itself")
-        elif len(at) > YAML_DEPTH:
-            raise self._refused(node, f"nested more than {YAML_DEPTH} levels deep")
-        else:
-            self._made[id(node)] = None, 0  # under way
-            before, self._count = self._count, self._count + 1
-            make = {"mapping": self._block, "sequence": self._items}.get(node.id, self._scalar)
-            value = make(node, at)
-            self._made[id(node)] = value, self._count - before
-        if self._count > len(self._made) + YAML_REPEATED:
-            raise self._refused(node, f"its aliases repeat more than {YAML_REPEATED} values")
-        return value
-
-    def _refused(self, node: Any, what: str) -> Invalid:
-        return Invalid([self._placed("", what, "", mark_of(node))])
+        """The value of a node. What an alias repeats is made anew, and counts again."""
+        self._left -= 1
+        if self._left < 0:
+            what = f"its aliases repeat more than {YAML_REPEATED} values"
+            raise self._refused(node.start_mark, what)
+        if len(at) > YAML_DEPTH:
+            what = f"nested more than {YAML_DEPTH} levels deep, or an alias that contains itself"
+            raise self._refused(node.start_mark, what)
+        make = {"mapping": self._block, "sequence": self._items}.get(node.id, self._scalar)
+        return make(node, at)
 
     def _items(self, node: Any, at: Place) -> list[Any]:
         items = [self._plain(item, (*at, i)) for i, item in enumerate(node.value)]
-        self._marks[id(items)] = {i: mark_of(item) for i, item in enumerate(node.value)}
+        self._marks[id(items)] = {i: mark_of(item.start_mark) for i, item in enumerate(node.value)}
         return items
 
     def _block(self, node: Any, at: Place) -> dict[str, Any]:
@@ -2337,19 +2312,19 @@ class JobsYaml:
         for key_node, value_node in node.value:
             key = key_node.value
             if key_node.id != "scalar":
-                raise self._refused(key_node, "a list or block as a key; allowed: text")
+                what = "a list or block as a key; allowed: text"
+                raise self._refused(key_node.start_mark, what)
+            value = self._plain(value_node, (*at, key))
             if key == "<<" and not key_node.style:
-                value = self._plain(value_node, at)
                 merged += value if isinstance(value, list) else [value]
                 continue
             if key in block:
                 said = f'duplicate key "{key}" (first on line {marks[key][0]})'
-                self.faults.append(Fault((*at, key), said))
-            marks[key] = mark_of(key_node)
-            block[key] = self._plain(value_node, (*at, key))
+                self.problems.append(problem_at((*at, key), said))
+            marks[key], block[key] = mark_of(key_node.start_mark), value
         for other in merged:
             if not isinstance(other, dict):
-                raise self._refused(node, "<< takes blocks only")
+                raise self._refused(node.start_mark, "<< takes blocks only")
             for key in other.keys() - block.keys():
                 block[key], marks[key] = other[key], self._marks[id(other)][key]
         return block
@@ -2360,14 +2335,15 @@ class JobsYaml:
         if found and kind in ("str", found.lastgroup):
             return int(text) if found["int"] else {"true": True, "false": False}.get(text)
         if kind != "str":
-            self.faults.append(Fault(at, f"the tag {kind}", "plain text and numbers"))
+            self.problems.append(problem_at(at, f"the tag {kind}", "plain text and numbers"))
         return VARIABLE.sub(lambda m: self._variable(m, at), text)
 
     def _variable(self, found: re.Match[str], at: Place) -> str:
         """The value of ${NAME}. Under `secrets:` an unset one is an error only when the secret is
         used: $CREDENTIALS_DIRECTORY is set for the service alone."""
         if found[1] not in self.env and at[:1] != ("secrets",):
-            self.faults.append(Fault(at, f"{found[0]} is not set in the environment"))
+            said = f"{found[0]} is not set in the environment"
+            self.problems.append(problem_at(at, said))
         return self.env.get(found[1], found[0])
 
     def mark(self, at: Place) -> Mark:
@@ -2381,24 +2357,17 @@ class JobsYaml:
             mark, data = marks[part], data[part]
         return mark
 
-    def problems(self, faults: Iterable[Fault]) -> list[Problem]:
-        """The faults with file, line and job, in the order of the lines."""
-        ordered = sorted(dict.fromkeys(faults), key=lambda fault: self.mark(fault.at))
-        return [self._problem(fault) for fault in ordered]
+    def placed(self, problems: Iterable[Problem]) -> list[Problem]:
+        """The problems with file, line and job, in the order of the lines."""
+        ordered = sorted(dict.fromkeys(problems), key=lambda problem: self.mark(problem.place))
+        return [self._placed(problem, self.mark(problem.place)) for problem in ordered]
 
-    def _problem(self, fault: Fault) -> Problem:
-        problem = self._placed(self._who(fault.at), fault.found, fault.allowed, self.mark(fault.at))
-        shown = fault.at and fault.at[0] not in PRIVATE
-        return problem if shown else replace(problem, source="")
-
-    def _placed(self, where: str, found: str, allowed: str, mark: Mark) -> Problem:
+    def _placed(self, problem: Problem, mark: Mark) -> Problem:
         line, column = mark
-        source = self._lines[line - 1][:500] if line <= len(self._lines) else ""
-        texts = (where, found, allowed, HIDDEN.sub(r"\1***", source))
-        where, found, allowed, source = (
-            CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", text) for text in texts
-        )
-        return Problem(where, found, allowed, str(self.path), line, column, source)
+        shown = line <= len(self._lines) and not {*problem.place[:1]} & PRIVATE
+        source = HIDDEN.sub(r"\1***", self._lines[line - 1][:500]) if shown else ""
+        where, file = self._who(problem.place), str(self.path)
+        return replace(problem, where=where, file=file, line=line, column=column, source=source)
 
     def _who(self, at: Place) -> str:
         if at[:1] != ("jobs",) or len(at) < 2 or not isinstance(at[1], int):
@@ -2409,8 +2378,9 @@ class JobsYaml:
         return f"{job}: {dotted(at[2:]) or 'job'}"
 
 
-def mark_of(node: Any) -> Mark:
-    return node.start_mark.line + 1, node.start_mark.column + 1
+def mark_of(start: Any) -> Mark:
+    """Line and column of PyYAML's mark, if it has set one."""
+    return (start.line + 1, start.column + 1) if start else (1, 1)
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -2434,92 +2404,58 @@ def locate_error(model: type[BaseModel], path: Place) -> tuple[Place, type[BaseM
         if part == "[key]":
             continue
         place = (*place, part)
-        info = choice[0].model_fields.get(str(part)) if choice else None
-        if info is not None:
-            model, allowed = choice[0], info.description or allowed
-            choice = models_in(info.annotation)
+        name = names_in_input(choice[0]).get(str(part)) if choice else None
+        if name is not None:
+            model, info = choice[0], choice[0].model_fields[name]
+            allowed, choice = info.description or allowed, models_in(info.annotation)
     return place, choice[0] if len(choice) == 1 else model, allowed.partition("\n")[0]
 
 
-def unknown_key(place: Place, model: type[BaseModel]) -> Fault:
-    if model is SecretRef and place[-1] == "value":
-        said = "a secret's value does not belong here; allowed: env, file, or `secret add`"
-        return Fault(place, said)
-    if model is IngestSpec and place[-1] in ("watch", "trigger"):
-        return Fault(place, "does not go with ingest; a job has watch and trigger, or ingest")
-    others = ("watch", "trigger", "ingest") if issubclass(model, AnyJob) else ()
-    known = sorted({*model.model_fields, *others})
-    return Fault(place, f"{UNKNOWN_KEY}{did_you_mean(place[-1], known)}", ", ".join(known))
+def unknown_key(place: Place, model: type[BaseModel]) -> Problem:
+    name = str(place[-1])
+    if same := names_in_input(model).get(name):
+        return problem_at(place, f"{same} means the same, and is there, too")
+    known = sorted({*model.model_fields, *(["ingest"] if model is JobSpec else [])})
+    return problem_at(place, f"{UNKNOWN_KEY}{did_you_mean(name, known)}", ", ".join(known))
 
 
-def fault_of(model: type[BaseModel], error: Any) -> Fault:
+def problem_of(model: type[BaseModel], error: Any) -> Problem:
     """What was found and what is allowed, from an error of pydantic. A value is not shown where a
     secret could be."""
     place, inner, allowed = locate_error(model, error["loc"])
     if error["type"].startswith("union_tag") and isinstance(error["input"], dict):
         tag = error["ctx"].get("tag")
-        return Fault((*place, "type"), repr_excerpt(tag) if tag else MISSING, " or ".join(SOURCES))
+        found = repr_excerpt(tag) if tag else MISSING
+        return problem_at((*place, "type"), found, " or ".join(SOURCES))
     if error["type"] == "extra_forbidden":
         return unknown_key(place, inner)
     if error["type"] == "missing":
-        return Fault(place, MISSING, allowed)
+        return problem_at(place, MISSING, allowed)
     why = str(error["ctx"]["error"]) if error["type"] == "value_error" else ""
     if why.startswith("allowed: "):
         allowed = why.removeprefix("allowed: ")
     elif why:
         allowed += f" ({why})"
     hidden = inner in (SecretRef, SecretBody) or place[-1:] == ("header",)
-    if hidden or (model is JobsFile and place[:1] and place[0] in PRIVATE):
-        return Fault(place, "", allowed)
-    return Fault(place, repr_excerpt(error["input"]), allowed)
-
-
-def validated(
-    model: type[BaseModel], data: Any, context: Mapping[str, Any] = MappingProxyType({})
-) -> tuple[Any, list[Fault]]:
-    """The model, or None and the faults of `data`."""
-    try:
-        return model.model_validate(data, context={**context}), []
-    except ValidationError as e:
-        return None, [fault_of(model, error) for error in e.errors(include_url=False)]
+    hidden = hidden or (model is JobsFile and bool({*place[:1]} & PRIVATE))
+    return problem_at(place, "" if hidden else repr_excerpt(error["input"]), allowed)
 
 
 def parse(model: type[M], data: Any, context: Mapping[str, Any] = MappingProxyType({})) -> M:
-    """`data` as `model`. Raises Invalid, which names every wrong field."""
-    made, faults = validated(model, data, context)
-    if made is None:
-        raise invalid(faults)
-    return cast(M, made)
-
-
-def invalid(faults: Iterable[Fault]) -> Invalid:
-    """The error for input that did not come from a file."""
-    return Invalid([Problem(dotted(at), found, allowed) for at, found, allowed in faults])
-
-
-def read_job(data: Any, context: Mapping[str, Any]) -> tuple[Spec | None, list[Fault]]:
-    """A job in any of its forms, or None and its faults by the names of that form."""
-    form = job_form(data)
-    if isinstance(data, dict) and not {*POLL_INTERVAL.choices} & data.keys():
-        data = {"poll_interval": context.get("default_interval", 120)} | data
-    job, faults = validated(form, data, context)
-    if form is not FlatJob:
-        return job, faults
-    for one, other in FlatJob.EITHER:
-        given = [name for name in (one, other) if name in data]
-        if len(given) != 1:
-            found = f"{one} and {other}" if given else MISSING
-            faults.append(Fault(((given or [one])[-1],), found, f"either {one} or {other}"))
-    return (None if faults else job.to_spec()), faults
+    """`data` as `model`. Raises Invalid, which names every wrong field as it was given."""
+    try:
+        return model.model_validate(data, context={**context})
+    except ValidationError as e:
+        errors = e.errors(include_url=False)
+        raise Invalid([problem_of(model, error) for error in errors]) from None
 
 
 def job_spec(data: Any, context: Mapping[str, Any] = MappingProxyType({})) -> Spec:
-    """A job that does not come from jobs.yaml, nested or flat. Raises Invalid, which names the
-    fields as they were given."""
-    spec, faults = read_job(data, context)
-    if spec is None:
-        raise invalid(faults)
-    return spec
+    """A job in any of its forms. Raises Invalid as `parse` does."""
+    if isinstance(data, dict) and not {*POLL_INTERVAL.choices} & data.keys():
+        data = {"poll_interval": context.get("default_interval", 120)} | data
+    job = parse(job_form(data), data, context)
+    return job.to_spec() if isinstance(job, FlatJob) else job
 
 
 # ── Configuration ─────────────────────────────────────────────────────────────────────────────
@@ -2565,10 +2501,9 @@ def database_of(url: str, base: Path, where: str) -> dict[str, Any]:
         return given | {"backup": BackupBlock.model_validate({"every": "never"})}
     path = rest.removeprefix("/") if found else url
     local = scheme == "sqlite" and rest.startswith("/") if found else ":" not in url
-    if path in ("", ":memory:"):
-        raise Invalid([Problem(where, "no file", DATABASES)])
-    if not local or "?" in path or "\0" in path:
-        raise Invalid([Problem(where, f"{scheme}://" if found else repr_excerpt(url), DATABASES)])
+    if not local or path in ("", ":memory:") or "?" in path or "\0" in path:
+        shown = f"{scheme}://" if found else repr_excerpt(url)
+        raise Invalid([Problem(where, shown, DATABASES)])
     return {"database": (base / path).resolve()}
 
 
@@ -2591,35 +2526,28 @@ def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name:
         "log_file": base.joinpath,
     }
     given |= {name: shape(given[name]) for name, shape in shapes.items() if name in given}
-    settings, faults = validated(Settings, given)
-    problems = []
-    for (field_name, *_), _, allowed in faults:  # values are shown as they were written
-        name = str(field_name).upper()
-        found = repr_excerpt(written.get(name, given.get(str(field_name))))
-        problems.append(Problem(f"environment: {name}", found, allowed))
-    if len(written.get("ADMIN_TOKEN", "enough for no token")) < 8:
-        said = "fewer characters", "at least 8, for it is all that keeps others out"
-        problems.append(Problem("environment: ADMIN_TOKEN", *said))
-    if problems:
+    try:
+        settings = parse(Settings, given)
+    except Invalid as e:
+        named = [replace(p, where=f"environment: {p.where.upper()}") for p in e.problems]
+        raise Invalid(named) from None
+    if problems := [*contradictions(settings)]:
         raise Invalid(problems)
-    return check_consistency(cast(Settings, settings))
+    return settings
 
 
-def check_consistency(s: Settings) -> Settings:
-    """Raises Invalid if settings contradict each other."""
-    low, high = s.min_poll_interval, s.max_poll_interval
-    if low > high:
-        said = f"MIN_POLL_INTERVAL is {low}, which is more than MAX_POLL_INTERVAL, {high}"
-        raise Invalid([f"environment: {said}"])
-    if not low <= (usual := s.default_poll_interval) <= high:
+def contradictions(s: Settings) -> Iterator[Problem]:
+    """What is wrong with settings that are valid one by one."""
+    low, usual, high = s.min_poll_interval, s.default_poll_interval, s.max_poll_interval
+    if not low <= usual <= high:
         allowed = f"{low} to {high}, from MIN_POLL_INTERVAL to MAX_POLL_INTERVAL"
-        raise Invalid([Problem("environment: DEFAULT_POLL_INTERVAL", str(usual), allowed)])
+        yield Problem("environment: DEFAULT_POLL_INTERVAL", str(usual), allowed)
+    if s.admin_token is not None and len(s.admin_token.reveal()) < 8:
+        allowed = "at least 8, for it is all that keeps others out"
+        yield Problem("environment: ADMIN_TOKEN", "fewer characters", allowed)
     if s.api_host not in LOOPBACK and s.admin_token is None:
-        raise Invalid(
-            [f"the admin surface would listen on {s.api_host} without a token"],
-            hint="set ADMIN_TOKEN, or leave API_HOST at 127.0.0.1",
-        )
-    return s
+        listens = f"the admin surface would listen on {s.api_host} without a token"
+        yield Problem(found=f"{listens}; set ADMIN_TOKEN, or leave API_HOST at 127.0.0.1")
 
 
 def read_dot_env(path: Path) -> tuple[dict[str, str], list[str]]:
@@ -2689,40 +2617,43 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     register_references(text.data.get("secrets"), env)
     register_urls([text.data.get("alerts"), text.data.get("ping")])
     head = {k: v for k, v in text.data.items() if v is not None}
-    file, faults = validated(JobsFile, head)
-    in_head = [*(f for f in text.faults if len(f.at) < 2 or f.at[0] != "jobs"), *faults]
-    items = head.get("jobs")
-    file = file or JobsFile.model_validate({})  # go on, to report all problems at once
+    wrong = [p for p in text.problems if len(p.place) < 2 or p.place[0] != "jobs"]
+    file = JobsFile.model_validate({})
+    try:
+        file = parse(JobsFile, head)
+    except Invalid as e:  # go on, to report all problems at once
+        wrong += e.problems
     settings = settings_from(env, file, base, f"{path}:{text.mark(('database',))[0]}")
     key = Vault(settings).file
     if key is not None and key.exists() and key.stat().st_mode & 0o004:
         warnings.append(f"{key} can be read by all users of this machine: chmod 600 {key}")
+    items = head.get("jobs")
     jobs, in_jobs = read_jobs(items if isinstance(items, list) else [], settings, text)
-    if in_head:
-        raise Invalid(text.problems([*in_head, *in_jobs]))
-    specs, problems = None if items is None else jobs, text.problems(in_jobs)
+    if wrong:
+        raise Invalid(text.placed([*wrong, *in_jobs]))
+    specs, problems = None if items is None else jobs, text.placed(in_jobs)
     told = file.alerts, file.ping
     return Config(path, settings, env, file.secrets or {}, specs, text, problems, warnings, *told)
 
 
 def read_jobs(
     items: list[Any], settings: Settings, text: JobsYaml
-) -> tuple[list[Spec], list[Fault]]:
+) -> tuple[list[Spec], list[Problem]]:
     """The valid jobs, and what is wrong with the others."""
     jobs: list[Spec] = []
-    faults = [f for f in text.faults if len(f.at) > 1 and f.at[0] == "jobs"]
+    problems = [p for p in text.problems if len(p.place) > 1 and p.place[0] == "jobs"]
     firsts: dict[str, int] = {}
     for i, item in enumerate(items):
-        job, found = read_job(item, settings.job_context)
-        faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
+        try:
+            jobs.append(job_spec(item, settings.job_context))
+        except Invalid as e:
+            problems += [p.within("jobs", i) for p in e.problems]
         named = isinstance(item, dict) and "name" in item
         first = firsts.setdefault(str(item["name"]).strip(), i) if named else i
         if first != i:
             said = f"line {text.mark(('jobs', first))[0]} has a job of this name already"
-            faults.append(Fault(("jobs", i, "name"), said))
-        if job is not None:
-            jobs.append(job)
-    return jobs, faults
+            problems.append(problem_at(("jobs", i, "name"), said))
+    return jobs, problems
 
 
 def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
@@ -2746,31 +2677,31 @@ def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
 SECRET_KINDS = {"openai": "OpenAI", "keboola": "Keboola", "api": "API"}
 
 
-def secret_faults(
+def secret_problems(
     job: Mapping[str, Any], stored: Mapping[str | int, str], config: Config
-) -> list[Fault]:
+) -> list[Problem]:
     """Which secrets of a job do not exist, are of another type, or cannot be read, and where the
     job contains a secret's value instead of its name. `stored` has the types of the secrets in the
     store, by name and by id."""
-    said: list[Fault] = []
+    said: list[Problem] = []
     for place, kind, name in secrets_of(job):
         ref = config.secrets.get(str(name)) if name not in stored else None
         found = ref.type if ref else stored.get(name)
         if found is None and isinstance(name, int):
-            said.append(Fault(place, f"{SECRET_KINDS[kind]} secret with ID {name} not found"))
+            said.append(problem_at(place, f"{SECRET_KINDS[kind]} secret with ID {name} not found"))
         elif found is None:
             names = sorted({*config.secrets, *(n for n in stored if isinstance(n, str))})
             there = f"{did_you_mean(name, names)} (there are: {', '.join(names) or 'none yet'})"
-            command = f"secret add --name {name} --type {kind}"
-            said.append(Fault(place, f"there is no secret {name!r}{there}; `{command}` stores it"))
+            fix = f"`secret add --name {name} --type {kind}` stores it"
+            said.append(problem_at(place, f"there is no secret {name!r}{there}; {fix}"))
         elif found != kind:
-            said.append(Fault(place, f"secret {name!r} is of type {found}; needed: {kind}"))
+            said.append(problem_at(place, f"secret {name!r} is of type {found}; needed: {kind}"))
         elif ref and (why := why_unreadable(str(name), ref, config)):
-            said.append(Fault(place, why))
+            said.append(problem_at(place, why))
     held = "the value of a secret, which would be stored and shown; name it in `secret` instead"
     for place, text in all_texts(job):
         if any(form in text for form in SecretValue.forms):
-            said.append(Fault(place, held))
+            said.append(problem_at(place, held))
     return said
 
 
@@ -2796,17 +2727,17 @@ def apprise_of(url: str) -> Any:
     return service
 
 
-def alert_faults(config: Config, stored: Mapping[str | int, str]) -> Iterator[Fault]:
+def alert_problems(config: Config, stored: Mapping[str | int, str]) -> Iterator[Problem]:
     """What would keep alerts from being sent."""
     for i, target in enumerate(config.alerts):
         if target.secret is not None:
-            for fault in secret_faults({"ingest": {"secret": target.secret}}, stored, config):
-                yield fault._replace(at=("alerts", i, "secret"))
+            for problem in secret_problems({"ingest": {"secret": target.secret}}, stored, config):
+                yield replace(problem, place=("alerts", i, "secret"))
         try:
             if target.apprise is not None:
                 apprise_of(target.apprise)
         except TeckoError as e:
-            yield Fault(("alerts", i), str(e))
+            yield problem_at(("alerts", i), str(e))
 
 
 def all_problems(
@@ -2814,19 +2745,18 @@ def all_problems(
 ) -> list[Problem]:
     """Everything that keeps this configuration from running; if `unused`, also what is wrong with
     secrets that no job uses."""
-    faults: list[Fault] = []
+    found: list[Problem] = []
     used: set[str | int] = set()
     items = config.text.data.get("jobs")
     for i, item in enumerate(items if isinstance(items, list) else []):
         if isinstance(item, dict):
             used |= {name for _, _, name in secrets_of(item)}
-            found = secret_faults(item, stored, config)
-            faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
-    faults += alert_faults(config, stored)
+            found += [p.within("jobs", i) for p in secret_problems(item, stored, config)]
+    found += alert_problems(config, stored)
     for name, ref in config.secrets.items():
         if unused and name not in used and (why := why_unreadable(name, ref, config)):
-            faults.append(Fault(("secrets", name), why))
-    problems = dict.fromkeys([*config.problems, *config.text.problems(faults)])
+            found.append(problem_at(("secrets", name), why))
+    problems = dict.fromkeys([*config.problems, *config.text.placed(found)])
     return sorted(problems, key=lambda problem: (problem.line, problem.column))
 
 
@@ -6334,7 +6264,7 @@ class Mapper:
         self.name, self.source = name, source
         mapping = [source.id, sorted(source.fields.items()), source.dates]
         self._salt = digest_of(json.dumps(mapping))
-        self._ids = [(field, picker(field)) for field in source.ids]
+        self._ids = [(field, picker(field)) for field in source.id]
         self._plan = lru_cache(64)(self._make_plan)
 
     def identify(self, record: Mapping[str, Any]) -> str:
@@ -6369,7 +6299,7 @@ class Mapper:
     ) -> tuple[list[tuple[str, Picker]], dict[str, str], list[str]]:
         """For records with these fields: how each unified field is picked; which fields were
         matched to unified ones only by their names; and which go into the metadata."""
-        given, ids = self.source.fields, self.source.ids
+        given, ids = self.source.fields, self.source.id
         matched = dict[str, str]()
         for key in keys:
             name = key.strip().lower()
@@ -6672,7 +6602,7 @@ class CsvFile:
             self._delimiter = delimiter
             with contextlib.suppress(csv.Error):
                 columns = next(self._make_reader([line], strict=False), [])
-                return {*self.source.ids} <= {*column_names(columns)}, len(columns)
+                return {*self.source.id} <= {*column_names(columns)}, len(columns)
             return False, 0
 
         return max(",;\t|", key=merit)
@@ -6823,7 +6753,7 @@ class CsvFile:
         row = next(self._make_reader([line], quoting=csv.QUOTE_NONE, quotechar=None), [])
         named = dict(zip(self.columns, row, strict=False))
         return len(row) == len(self.columns) and all(
-            named.get(name, "").strip() for name in self.source.ids
+            named.get(name, "").strip() for name in self.source.id
         )
 
     def _give_up(self, reason: str) -> Rejected:
@@ -6992,7 +6922,7 @@ class Files:
             if not file.waits:
                 self.run.note(f"{file.part} is empty")
             return
-        wanted = {*self.source.ids}
+        wanted = {*self.source.id}
         if not self.run.checkpoint.fields:  # later on it is drift that one is gone
             wanted |= {*self.source.fields.values()}
         if missing := sorted(wanted - {*file.columns}):
@@ -7228,7 +7158,7 @@ class Pages:
             return next_link(got.headers.get("link", ""))
         last = paging.type == "last"
         holder = items[-1] if last and items else None if last else answer
-        path = paging.path or self.source.ids[0] if last else self._path
+        path = paging.path or self.source.id[0] if last else self._path
         cursor = picker(path)(holder) if isinstance(holder, dict) else None
         if isinstance(cursor, dict):
             cursor = cursor.get("href", cursor)
@@ -8730,26 +8660,25 @@ class Operations:
         """Change the fields of a job's flat form that `changes` names."""
         if not changes:
             await self.store.find_job(ref)
-            raise Invalid(["nothing to change was named"], hint="job update --help lists it")
+            said = Problem("job", "nothing to change was named")
+            raise Invalid([said], hint="job update --help lists it")
         stored = await self.store.secret_types()
 
         def change(job: Job) -> Spec:
-            unknown = changes.keys() - flat_fields(job.spec).keys()
-            if unknown and isinstance(job.spec, IngestSpec):
-                said = "an ingest has no such field; allowed: name, poll_interval_seconds"
-                raise Invalid([Problem(name, said) for name in sorted(unknown)])
-            data = with_changes(job.spec, changes)
+            data = flat_fields(job.spec) | dict(changes)
+            if isinstance(job.spec, IngestSpec):
+                data |= {"ingest": job.spec.ingest.model_dump()}
             self._check_secrets(data, stored)
             return job_spec(data, self.config().settings.job_context)
 
         return await self.job(str(await self.store.update_job(ref, change, self.clock())))
 
     def _check_secrets(self, job: Mapping[str, Any], stored: Mapping[str | int, str]) -> None:
-        if faults := secret_faults(job, stored, self.config()):
-            refused = invalid(faults)
+        if found := secret_problems(job, stored, self.config()):
+            refused = Invalid(found)
             if not re.search("there is no secret|secret with ID", str(refused)):
                 raise refused
-            raise NotFound("; ".join(f.found for f in faults), code=1001)
+            raise NotFound("; ".join(p.found for p in found), code=1001)
 
     async def jobs(
         self, status: str | None, limit: int, after: int, search: str = "", recent: bool = False
@@ -8948,8 +8877,8 @@ class Import:
         return f"ID {job_id}, {status}"
 
     def _spec(self, row: Mapping[str, Any], batch_ids: Sequence[str]) -> JobSpec:
-        flat = FlatJob.model_fields.keys() - {"openai_secret_id", "keboola_secret_id", "batch_id"}
-        data = {name: row[name] for name in flat & row.keys()} | {"batch_ids": batch_ids}
+        names = FlatJob.model_fields.keys() & row.keys()
+        data = {name: row[name] for name in names} | {"batch_ids": batch_ids}
         data["trigger_when"] = "all_finished" if self._batches else "all_completed"
         return cast(JobSpec, job_spec(data, self._operations.config().settings.job_context))
 
@@ -12584,8 +12513,8 @@ def job_options(*, create: bool) -> Iterator[Argument]:
     for name, (option, metavar) in JOB_OPTIONS.items():
         info = FlatJob.model_fields[name]
         shown = create and info.default in (120, "resend", "all_completed")
-        needed = info.is_required() or name in ("batch_ids", "openai_secret", "keboola_secret")
-        how: dict[str, Any] = {"dest": name, "metavar": metavar, "required": create and needed}
+        needed = create and info.is_required()
+        how: dict[str, Any] = {"dest": name, "metavar": metavar, "required": needed}
         how["help"] = str(info.description).splitlines()[0]
         how["help"] += f" (default: {info.default})" if shown else ""
         how |= {"choices": get_args(info.annotation)} if metavar is None else {}

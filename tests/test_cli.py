@@ -214,7 +214,7 @@ ROWS: tuple[tuple[Any, ...], ...] = (
     (Told("job list", {"DATABASE_URL": "mysql://host/db"}), "DATABASE_URL", "sqlite:///"),
     (Told("job list", {"LOG_LEVEL": "LOUD"}), "LOG_LEVEL", "DEBUG"),
     (Told("job list", {"API_PORT": "http"}), "API_PORT", "0 to 65535"),
-    (Told("job list", {"API_HOST": "0.0.0.0"}), "0.0.0.0", "hint: set ADMIN_TOKEN"),  # noqa: S104
+    (Told("job list", {"API_HOST": "0.0.0.0"}), "0.0.0.0", "set ADMIN_TOKEN"),  # noqa: S104
     (Told("-c binary.yaml job list"), "binary.yaml"),
     (Told("-c dotted/jobs.yaml job list"), ".env"),
     (Told("stop"), "no TeckoChecker runs"),

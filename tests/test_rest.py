@@ -511,7 +511,6 @@ FLAT_WRONG = [
     ("batch_ids", []),
     ("batch_ids", ["batch_1", "batch_1"]),
     ("batch_ids", [f"batch_{n}" for n in range(11)]),
-    ("batch_ids", "batch_1"),
     ("openai_secret_id", True),
     ("openai_secret_id", [1]),
     ("keboola_secret_id", None),
