@@ -587,17 +587,17 @@ At = Annotated[  # unix seconds, shown as a date in answers
 
 
 def parse_interval(value: object) -> object:
-    """Seconds out of 90, "90", "30s", "2m", "1h" or "1d"."""
+    """Seconds out of 90, "90", "30s", "2m", "1h" or "1d"; auto stays, for those that allow it."""
     if isinstance(value, str) and (found := re.fullmatch(r"(\d{1,6})\s*([smhd]?)", value.strip())):
         return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}[found[2]]
-    if isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int or value == "auto":
         return value
     raise ValueError("not an interval")
 
 
-def within_bounds(value: int, info: ValidationInfo) -> int:
+def within_bounds(value: int | str, info: ValidationInfo) -> int | str:
     low, high = (info.context or {}).get("bounds", (30, 3600))
-    if not low <= value <= high:
+    if isinstance(value, int) and not low <= value <= high:
         raise ValueError(f"allowed: {low} to {high} seconds")
     return value
 
@@ -610,7 +610,7 @@ def valid_name(value: str) -> str:
 
 def secret_name(value: object) -> str | int:
     """The name of a secret, or the id of a stored one."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int:
         return value
     if not isinstance(value, str) or not 1 <= len(value.strip()) <= 255:
         raise ValueError
@@ -681,10 +681,6 @@ def one_character(value: str) -> str:
     if len(delimiter) != 1 or delimiter in '"\r\n\0 ':
         raise ValueError("not one character")
     return delimiter
-
-
-def quote_character(value: str) -> str:
-    return value if value in ("none", '"') else one_character(value)
 
 
 def known_encoding(value: str) -> str:
@@ -766,11 +762,8 @@ Interval = Annotated[
 ]
 PollInterval = Annotated[  # of a watch
     int | Literal["auto"],
-    BeforeValidator(
-        lambda value: value if value == "auto" else parse_interval(value),
-        json_schema_input_type=int | PaceText,
-    ),
-    AfterValidator(lambda value, info: value if value == "auto" else within_bounds(value, info)),
+    BeforeValidator(parse_interval, json_schema_input_type=int | PaceText),
+    AfterValidator(within_bounds),
     Field(
         description="seconds, or 30s, 2m, 1h, or auto\n"
         "How often the batches are checked; auto: often while a batch is young, then less."
@@ -796,10 +789,7 @@ Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(reject_bool)]
 StackUrl = Annotated[
     str,
     AfterValidator(clean_stack_url),
-    Field(
-        description="https://connection.keboola.com or another stack, without a path",
-        json_schema_extra={"pattern": r"^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@\s]+/?$"},
-    ),
+    Field(description="https://connection.keboola.com or another stack, without a path"),
 ]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Variables = Annotated[
@@ -1017,9 +1007,7 @@ class CsvSource(Source):
     comment: Annotated[Label, Field(max_length=10)] | None = described(
         "what lines that are no records begin with, like #"
     )
-    quote: Annotated[str, AfterValidator(quote_character)] = described(
-        "one character, or none", '"'
-    )
+    quote: Literal['"', "none"] | Character = described("one character, or none", '"')
     escape: Character | None = described("one character, like \\; default: a quote is doubled")
 
     place = property(attrgetter("path"))
@@ -1055,15 +1043,10 @@ SOURCES: dict[str, type[Source]] = {"csv": CsvSource, "api": ApiSource}
 POLL_INTERVAL = AliasChoices("poll_interval", "poll_interval_seconds")
 
 
-class AnyJob(StrictModel):
-    """What every job has."""
-
-    name: Name
-
-
-class JobSpec(AnyJob):
+class JobSpec(StrictModel):
     """The definition of a job that watches batches."""
 
+    name: Name
     poll_interval: PollInterval = Field(120, validation_alias=POLL_INTERVAL)
     watch: OpenAIBatches = described("a block with type, secret and batch_ids", ...)
     trigger: KeboolaTrigger = described(
@@ -1071,9 +1054,10 @@ class JobSpec(AnyJob):
     )
 
 
-class IngestSpec(AnyJob):
+class IngestSpec(StrictModel):
     """The definition of a job that ingests records."""
 
+    name: Name
     poll_interval: Interval = Field(120, validation_alias=POLL_INTERVAL)
     ingest: Annotated[CsvSource | ApiSource, Field(discriminator="type")] = described(
         "a block with type: csv and path, or type: api and url", ...
@@ -1083,9 +1067,10 @@ class IngestSpec(AnyJob):
 Spec = JobSpec | IngestSpec
 
 
-class FlatJob(AnyJob):
+class FlatJob(StrictModel):
     """A job that watches batches, without nested blocks: for the REST API and the command line."""
 
+    name: Name
     batch_ids: FlatBatchIds
     openai_secret: OpenAISecret
     trigger_when: TriggerWhen = "all_completed"
@@ -1185,9 +1170,9 @@ class SecretRef(StrictModel):
     )
 
     type: SecretType
-    env: Label | None = Field(None, description="the name of an environment variable")
-    file: Annotated[Location, AfterValidator(clean_path)] | None = Field(
-        None, description="the path of a file with nothing but the value"
+    env: Label | None = described("the name of an environment variable")
+    file: Annotated[Location, AfterValidator(clean_path)] | None = described(
+        "the path of a file with nothing but the value"
     )
 
     @model_validator(mode="after")
@@ -1213,6 +1198,7 @@ class SecretBody(StrictModel):
 
 HOSTS = r"^\s*(([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:\d+)?\s*(,\s*|$))*$"
 SECONDS = "whole seconds, 1 to 86400"
+DATABASES = "sqlite:///path, a path, or postgresql://host/name"
 
 
 NEVER = 10**10  # s between two backups, 300 years
@@ -1228,9 +1214,9 @@ Between = Annotated[
 class BackupBlock(StrictModel):
     """The service's own backups of an SQLite database."""
 
-    every: Between = Field(86400, ge=60, description="at least 60 seconds, like 6h, 1d; or never")
-    keep: Integer = Field(7, ge=1, description="how many, at least 1")
-    folder: Location | None = Field(None, description="default: the database's path and .backups")
+    every: Between = described("at least 60 seconds, like 6h, 1d; or never", 86400, ge=60)
+    keep: Integer = described("how many, at least 1", 7, ge=1)
+    folder: Location | None = described("default: the database's path and .backups")
 
 
 class Settings(BaseModel):
@@ -1240,43 +1226,32 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, hide_input_in_errors=True)
 
     database: Path = Field(description="the SQLite file")
-    backup: BackupBlock = BackupBlock.model_validate({})
-    database_url: SecretValue | None = Field(
-        None, description="sqlite:///path, a path, or postgresql://user:password@host/name"
+    backup: BackupBlock = BackupBlock()
+    database_url: SecretValue | None = described(DATABASES)
+    api_host: str = described("a host name or address", "127.0.0.1", min_length=1)
+    api_port: Port = described("0 to 65535; 0 takes a free one", 8000)
+    admin_token: SecretValue | None = None
+    default_poll_interval: int = described(SECONDS, 120, ge=1, le=86400)
+    min_poll_interval: int = described(SECONDS, 30, ge=1, le=86400)
+    max_poll_interval: int = described(SECONDS, 3600, ge=1, le=86400)
+    max_retries: int = described("0 to 100", 3, ge=0, le=100)
+    retry_delay: int = described("whole seconds, 1 to 3600", 60, ge=1, le=3600)
+    trigger_settle_seconds: int = described(SECONDS, 120, ge=1, le=86400)
+    max_requests_per_minute: int | None = described("1 to 100000, per key", ge=1, le=100_000)
+    openai_base_url: Annotated[Url, AfterValidator(safe_for_secret)] | None = described(
+        "a URL like https://api.openai.com/v1"
     )
-    api_host: str = Field("127.0.0.1", min_length=1, description="a host name or address")
-    api_port: Port = Field(8000, description="0 to 65535; 0 takes a free one")
-    admin_token: SecretValue | None = Field(None, description="at least 8 characters")
-    default_poll_interval: int = Field(120, ge=1, le=86400, description=SECONDS)
-    min_poll_interval: int = Field(30, ge=1, le=86400, description=SECONDS)
-    max_poll_interval: int = Field(3600, ge=1, le=86400, description=SECONDS)
-    max_retries: int = Field(3, ge=0, le=100, description="0 to 100")
-    retry_delay: int = Field(60, ge=1, le=3600, description="whole seconds, 1 to 3600")
-    trigger_settle_seconds: int = Field(120, ge=1, le=86400, description=SECONDS)
-    max_requests_per_minute: int | None = Field(
-        None, ge=1, le=100_000, description="1 to 100000, for each OpenAI key"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = described(
+        "DEBUG, INFO, WARNING, ERROR or CRITICAL", "INFO"
     )
-    openai_base_url: (
-        Annotated[
-            str, StringConstraints(pattern=r"^https?://[^/\s]+"), AfterValidator(safe_for_secret)
-        ]
-        | None
-    ) = Field(None, description="a URL like https://api.openai.com/v1")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
-        "INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL"
-    )
-    log_format: Literal["text", "json"] = Field("text", description="text or json")
+    log_format: Literal["text", "json"] = described("text or json", "text")
     log_file: Path | None = None
-    log_retention_days: int = Field(90, ge=1, le=36500, description="whole days, 1 to 36500")
-    log_retention_rows: int = Field(
-        100_000, ge=100, le=10**9, description="log rows, 100 to 1000000000"
-    )
-    api_max_connections: int = Field(32, ge=1, le=1000, description="1 to 1000")
-    admin_hosts: Annotated[str, StringConstraints(pattern=HOSTS)] = Field(
-        "", description="host names, separated by commas"
-    )
-    cors_origins: Annotated[str, StringConstraints(pattern=ORIGINS)] = Field(
-        "", description="origins like https://app.example.com, separated by commas; no *"
+    log_retention_days: int = described("whole days, 1 to 36500", 90, ge=1, le=36500)
+    log_retention_rows: int = described("100 to 1000000000", 100_000, ge=100, le=10**9)
+    api_max_connections: int = described("1 to 1000", 32, ge=1, le=1000)
+    admin_hosts: Annotated[str, Field(pattern=HOSTS)] = described("host names, with commas", "")
+    cors_origins: Annotated[str, Field(pattern=ORIGINS)] = described(
+        "origins like https://app.example.com, separated by commas; no *", ""
     )
     secret_key: SecretValue | None = None
     secret_key_file: Path | None = None
@@ -1318,26 +1293,22 @@ ENVIRONMENT = [name.upper() for name in Settings.model_fields if name not in IN_
 class AdminBlock(StrictModel):
     """Where the admin surface listens."""
 
-    host: Label = Field("127.0.0.1", description="a host name or address")
-    port: Port = Field(8000, description="0 to 65535")
+    host: Label = described("a host name or address", "127.0.0.1")
+    port: Port = described("0 to 65535", 8000)
 
 
 class AlertTarget(ShortForm):
     """A receiver of alerts: exactly one of `apprise`, `webhook` and `command`."""
 
-    apprise: (
-        Annotated[Location, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://\S+$")] | None
-    ) = Field(None, description="a URL of Apprise, like slack://...")
-    webhook: Annotated[Location, AfterValidator(clean_url)] | None = Field(
-        None, description="an https:// URL that takes a POST of JSON"
+    apprise: Annotated[Location, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://\S+$")] | None = (
+        described("a URL of Apprise, like slack://...")
     )
-    secret: SecretName | None = Field(
-        None, description="the name of a secret of type api: the bearer token of a webhook"
+    webhook: Url | None = described("an https:// URL that takes a POST of JSON")
+    secret: SecretName | None = described("the name of a secret of type api, sent to a webhook")
+    command: list[Text255] | None = described(
+        "a list: a program, which reads JSON from stdin, and its arguments", min_length=1
     )
-    command: Annotated[list[Text255], Field(min_length=1)] | None = Field(
-        None, description="a list: a program, which reads JSON from stdin, and its arguments"
-    )
-    remind: Seconds = Field(86400, ge=60, description="at least 60 seconds, or 90m, 4h, 1d")
+    remind: Seconds = described("at least 60 seconds, or 90m, 4h, 1d", 86400, ge=60)
 
     @model_validator(mode="after")
     def _one_way(self) -> AlertTarget:
@@ -1359,23 +1330,13 @@ class AlertTarget(ShortForm):
 class JobsFile(StrictModel):
     """jobs.yaml. Its jobs are validated later, one by one."""
 
-    database: Location = Field("teckochecker.db", description="the path of the SQLite file")
-    admin: AdminBlock = Field(
-        AdminBlock(host="127.0.0.1", port=8000), description="a block with host and port"
-    )
-    backup: BackupBlock = Field(
-        BackupBlock.model_validate({}), description="a block with every, keep and folder"
-    )
-    secrets: dict[Name, SecretRef] | None = Field(
-        None, description="a block of name: {type, env or file}"
-    )
-    jobs: list[Any] | None = Field(None, description="a list of jobs")
-    alerts: list[AlertTarget] = Field(
-        [], description="a list of Apprise URLs, or blocks with webhook or command"
-    )
-    ping: Annotated[Location, AfterValidator(clean_url)] | None = Field(
-        None, description="an https:// URL, asked in each minute in which a check or run went well"
-    )
+    database: Location = described("the path of the SQLite file", "teckochecker.db")
+    admin: AdminBlock = described("a block with host and port", AdminBlock())
+    backup: BackupBlock = described("a block with every, keep and folder", BackupBlock())
+    secrets: dict[Name, SecretRef] | None = described("a block of name: {type, env or file}")
+    jobs: list[Any] | None = described("a list of jobs")
+    alerts: list[AlertTarget] = described("a list of Apprise URLs, webhooks or commands", [])
+    ping: Url | None = described("an https:// URL, asked in each minute in which work went well")
 
 
 # ── Rows ──────────────────────────────────────────────────────────────────────────────────────
@@ -2101,15 +2062,11 @@ class Vault:
     def file(self) -> Path | None:
         """The key file in use; None if the key comes from SECRET_KEY."""
         s = self._settings
-        if s.secret_key is not None:
-            return None
-        if s.secret_key_file is not None:
-            return s.secret_key_file
-        if s.credentials_directory is not None:
-            credential = s.credentials_directory / "secret_key"
-            if credential.exists():
-                return credential
-        return s.database.parent / "teckochecker.key"
+        if s.secret_key is not None or s.secret_key_file is not None:
+            return None if s.secret_key else s.secret_key_file
+        credential = s.credentials_directory and s.credentials_directory / "secret_key"
+        beside = s.database.parent / "teckochecker.key"
+        return credential if credential and credential.exists() else beside
 
     def load(self, *, required: bool) -> None:
         """Read the keys. If none is `required`, it is no error that there is none."""
@@ -2486,9 +2443,6 @@ class Config:
         return self.path.absolute().parent
 
 
-DATABASES = "sqlite:///path, a path, or postgresql://host/name"
-
-
 def database_of(url: str, base: Path, where: str) -> dict[str, Any]:
     """The settings from DATABASE_URL: sqlite:///relative, sqlite:////absolute, a path, or the URL
     of a PostgreSQL database, whose password is a secret. Symbolic links are followed, so that each
@@ -2498,7 +2452,7 @@ def database_of(url: str, base: Path, where: str) -> dict[str, Any]:
         SecretValue(unquote(urlsplit(url).password or ""), "DATABASE_URL's password")
         beside = base / "teckochecker.db"  # no such file, but key and lock have its name
         given = {"database": beside.resolve(), "database_url": SecretValue(url, "DATABASE_URL")}
-        return given | {"backup": BackupBlock.model_validate({"every": "never"})}
+        return given | {"backup": BackupBlock(every=NEVER)}
     path = rest.removeprefix("/") if found else url
     local = scheme == "sqlite" and rest.startswith("/") if found else ":" not in url
     if not local or path in ("", ":memory:") or "?" in path or "\0" in path:
@@ -2551,26 +2505,24 @@ def contradictions(s: Settings) -> Iterator[Problem]:
 
 
 def read_dot_env(path: Path) -> tuple[dict[str, str], list[str]]:
-    """The variables of .env, and a warning for each line that sets nothing, or whose name may be a
+    """The variables of .env, and a warning for each name without a value, or which may be a
     misspelt setting."""
-    from dotenv.parser import parse_stream
+    from dotenv import dotenv_values
 
     if not path.exists():
         return {}, []
     try:
-        bindings = list(parse_stream(io.StringIO(read_text(path, 1 << 20))))
+        text = io.StringIO(read_text(path, 1 << 20))
     except OSError as e:
         raise Invalid([f"{path}: cannot be read: {e.strerror}"]) from None
-    env, warnings = {}, []
-    for binding in bindings:
-        place, name = f"{path}:{binding.original.line}", binding.key
-        if binding.error or (name is not None and binding.value is None):
-            warnings.append(f"{place}: ignored, for it is not NAME=value")
-        elif name is not None and binding.value is not None:
-            env[name] = binding.value
-            if name not in ENVIRONMENT and (question := did_you_mean(name, ENVIRONMENT, 0.85)):
-                warnings.append(f"{place}: {name} is no setting of TeckoChecker{question}")
-    return env, warnings
+    warnings = []
+    written = dotenv_values(stream=text, interpolate=False)
+    for name, value in written.items():
+        if value is None:
+            warnings.append(f"{path}: {name} is ignored, for it is not NAME=value")
+        elif name not in ENVIRONMENT and (question := did_you_mean(name, ENVIRONMENT, 0.85)):
+            warnings.append(f"{path}: {name} is no setting of TeckoChecker{question}")
+    return {name: value for name, value in written.items() if value is not None}, warnings
 
 
 def register_references(secrets: Any, env: Mapping[str, str]) -> None:
@@ -2618,7 +2570,7 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     register_urls([text.data.get("alerts"), text.data.get("ping")])
     head = {k: v for k, v in text.data.items() if v is not None}
     wrong = [p for p in text.problems if len(p.place) < 2 or p.place[0] != "jobs"]
-    file = JobsFile.model_validate({})
+    file = JobsFile()
     try:
         file = parse(JobsFile, head)
     except Invalid as e:  # go on, to report all problems at once

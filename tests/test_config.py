@@ -1039,8 +1039,8 @@ def test_what_dot_env_sets_in_vain_is_said(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("API_PORT\n# a remark\nAPI_PRT=9000\nOPENAI_API_KEY=x\n\n")
     config = load(tmp_path, GOOD)
     assert [line.replace(f"{tmp_path}/", "") for line in config.warnings] == [
-        ".env:1: ignored, for it is not NAME=value",
-        ".env:3: API_PRT is no setting of TeckoChecker (did you mean 'API_PORT'?)",
+        ".env: API_PORT is ignored, for it is not NAME=value",
+        ".env: API_PRT is no setting of TeckoChecker (did you mean 'API_PORT'?)",
     ]
 
 
