@@ -2,9 +2,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "aiolimiter>=1.2", "aiosqlite>=0.22", "apscheduler>=3.11,<4", "cryptography>=46",
-#   "httpx2>=2.16", "openai>=3.54", "orjson>=3.11", "prometheus-client>=0.22", "pydantic>=2.12",
-#   "python-dotenv>=1.1", "pyyaml>=6.0.2", "rich>=14", "shtab>=1.7.2",
+#   "aiolimiter>=1.2", "aiosqlite>=0.22", "annotated-types>=0.7", "apscheduler>=3.11,<4",
+#   "cryptography>=46", "httpx2>=2.16", "openai>=3.54", "orjson>=3.11", "prometheus-client>=0.22",
+#   "pydantic>=2.12", "python-dotenv>=1.1", "pyyaml>=6.0.2", "rich>=14", "shtab>=1.7.2",
 # ]
 # ///
 r"""TeckoChecker: watch OpenAI batches and start a Keboola job when they are done, once; and
@@ -173,6 +173,7 @@ try:
     import fcntl
 
     import orjson
+    from annotated_types import Predicate
     from pydantic import (
         AfterValidator,
         AliasChoices,
@@ -602,19 +603,16 @@ def within_bounds(value: int | str, info: ValidationInfo) -> int | str:
     return value
 
 
-def valid_name(value: str) -> str:
-    if CONTROL.search(value) or value.isdigit():
-        raise ValueError("control characters, or digits only")
-    return value
+def is_name(text: str) -> bool:
+    return not CONTROL.search(text) and not text.isdigit()
 
 
 def secret_name(value: object) -> str | int:
     """The name of a secret, or the id of a stored one."""
-    if type(value) is int:
-        return value
-    if not isinstance(value, str) or not 1 <= len(value.strip()) <= 255:
+    text = value.strip() if isinstance(value, str) else ""
+    if type(value) is not int and not (1 <= len(text) <= 255 and is_name(text)):
         raise ValueError
-    return valid_name(value.strip())
+    return text or cast(int, value)
 
 
 def reject_bool(value: object) -> object:
@@ -625,12 +623,6 @@ def reject_bool(value: object) -> object:
 
 def one_or_more(value: object) -> object:
     return value if isinstance(value, list) else [value]
-
-
-def reject_duplicates(value: list[str]) -> list[str]:
-    if len(set(value)) < len(value):
-        raise ValueError("a batch id stands twice in batch_ids")
-    return value
 
 
 def clean_stack_url(value: str) -> str:
@@ -646,23 +638,17 @@ def clean_url(value: str) -> str:
     """An http(s) URL with a host and without a password, for which there is `secret`."""
     parts = urlsplit(value)
     whole = parts.scheme in ("http", "https") and parts.hostname and not parts.fragment
-    if not whole or re.search(r"[\s\x00-\x1f]", value) or parts.port == 0:  # .port may raise, too
+    if not whole or re.search(r"\s", value) or parts.port == 0:  # .port may raise, too
         raise ValueError("not an http or https URL")
     if parts.username or parts.password:
         raise ValueError("a password in a URL; `secret` and `header` are for that")
     return value
 
 
-def clean_path(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("a NUL")
-    return clean_url(value) if "://" in value else value
-
-
 def clean_source(value: str) -> str:
     if not value.startswith("s3://"):
-        return clean_path(value)
-    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/[^\x00-\x1f]+", value):
+        return clean_url(value) if "://" in value else value
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/.+", value):
         raise ValueError("allowed: s3://bucket/key, which may be a glob")
     if importlib.util.find_spec("obstore") is None:
         raise ValueError("allowed: s3:// once there is obstore: python -m pip install obstore")
@@ -699,12 +685,6 @@ def booleans_as_text(value: object) -> object:
     return {k: str(v).lower() if isinstance(v, bool) else v for k, v in value.items()}
 
 
-def reject_reserved(value: dict[str, str]) -> dict[str, str]:
-    if taken := sorted(RESERVED_VARIABLES & value.keys()):
-        raise ValueError(f"{', '.join(taken)} set by TeckoChecker itself")
-    return value
-
-
 RESERVED_VARIABLES = frozenset(
     """
     batch_ids_completed batch_ids_failed batch_count_total batch_count_completed batch_count_failed
@@ -714,6 +694,22 @@ RESERVED_VARIABLES = frozenset(
 )
 
 
+def accepts(text: str, **rules: Any) -> Any:
+    """A field with what error messages say is allowed in it: the first line. The others, for
+    editors, say what the values do."""
+    return Field(description=text, **rules)
+
+
+def optional(text: str, default: Any = None, **rules: Any) -> Any:
+    return accepts(text, default=default, **rules)
+
+
+def flat_secret(kind: str) -> Any:
+    """Takes the name of a secret or the id of a stored one, under either name."""
+    names = AliasChoices(f"{kind}_secret", f"{kind}_secret_id")
+    return accepts(f"the name of a secret of type {kind}", validation_alias=names)
+
+
 Text255 = Annotated[str, StringConstraints(min_length=1, max_length=255)]
 Label = Annotated[  # a name or an id
     str,
@@ -721,32 +717,31 @@ Label = Annotated[  # a name or an id
     # configuration_id: 123 is taken as well, see StrictModel
     BeforeValidator(lambda value: value, json_schema_input_type=Text255 | float),
 ]
-Location = Annotated[  # a URL or a path; a presigned URL of S3 has some 1,500 characters
-    str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True)
-]
 Labels = Annotated[
     list[Label],
     Field(min_length=1),
     BeforeValidator(one_or_more, json_schema_input_type=Label | list[Label]),
 ]
+Location = Annotated[  # a URL or a path; a presigned URL of S3 has some 1,500 characters
+    str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=2000, strip_whitespace=True)
+]
 Url = Annotated[Location, AfterValidator(clean_url)]
 Character = Annotated[str, AfterValidator(one_character)]
-Name = Annotated[
-    Label, AfterValidator(valid_name), Field(description="1 to 255 characters, not only digits")
-]
-SecretType = Annotated[
-    Literal["openai", "keboola", "api"], Field(description="openai, keboola or api")
-]
+Name = Annotated[Label, Predicate(is_name), accepts("1 to 255 characters, not only digits")]
+SecretType = Annotated[Literal["openai", "keboola", "api"], accepts("openai, keboola or api")]
+SecretName = Annotated[str | int, PlainValidator(secret_name, json_schema_input_type=Text255 | int)]
+OpenAISecret = Annotated[SecretName, flat_secret("openai")]
+KeboolaSecret = Annotated[SecretName, flat_secret("keboola")]
 BatchId = Annotated[str, StringConstraints(pattern=f"^{BATCH_ID.pattern}$")]
 BatchIds = Annotated[
     list[BatchId],
-    AfterValidator(reject_duplicates),
-    Field(
+    Predicate(lambda ids: len({*ids}) == len(ids)),
+    accepts(
+        "1 to 10 different ids, each batch_ with letters, digits, _ or -\n"
+        "Another set of ids is a new round: the job fires again when those are done.",
         min_length=1,
         max_length=10,
         json_schema_extra={"uniqueItems": True},
-        description="1 to 10 different ids, each batch_ with letters, digits, _ or -\n"
-        "Another set of ids is a new round: the job fires again when those are done.",
     ),
 ]
 FlatBatchIds = Annotated[  # also under the name batch_id
@@ -755,41 +750,23 @@ FlatBatchIds = Annotated[  # also under the name batch_id
     Field(validation_alias=AliasChoices("batch_ids", "batch_id")),
 ]
 IntervalText = Annotated[str, StringConstraints(pattern=r"^\s*\d{1,6}\s*[smhd]?\s*$")]
-PaceText = Annotated[str, StringConstraints(pattern=r"^(\s*\d{1,6}\s*[smhd]?\s*|auto)$")]
 Seconds = Annotated[int, BeforeValidator(parse_interval, json_schema_input_type=int | IntervalText)]
-Interval = Annotated[
-    Seconds, AfterValidator(within_bounds), Field(description="seconds, or 30s, 2m, 1h")
-]
+Interval = Annotated[Seconds, AfterValidator(within_bounds), accepts("seconds, or 30s, 2m, 1h")]
 PollInterval = Annotated[  # of a watch
     int | Literal["auto"],
-    BeforeValidator(parse_interval, json_schema_input_type=int | PaceText),
+    BeforeValidator(parse_interval, json_schema_input_type=int | IntervalText | Literal["auto"]),
     AfterValidator(within_bounds),
-    Field(
-        description="seconds, or 30s, 2m, 1h, or auto\n"
+    accepts(
+        "seconds, or 30s, 2m, 1h, or auto\n"
         "How often the batches are checked; auto: often while a batch is young, then less."
     ),
 ]
-SecretName = Annotated[str | int, PlainValidator(secret_name, json_schema_input_type=Text255 | int)]
-OpenAISecret = Annotated[
-    SecretName,
-    Field(
-        description="the name of a secret of type openai, or the id of a stored one",
-        validation_alias=AliasChoices("openai_secret", "openai_secret_id"),
-    ),
-]
-KeboolaSecret = Annotated[
-    SecretName,
-    Field(
-        description="the name of a secret of type keboola, or the id of a stored one",
-        validation_alias=AliasChoices("keboola_secret", "keboola_secret_id"),
-    ),
-]
 Integer = Annotated[int, BeforeValidator(reject_bool)]
-Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(reject_bool)]
+Port = Annotated[Integer, Field(ge=0, le=65535)]
 StackUrl = Annotated[
     str,
     AfterValidator(clean_stack_url),
-    Field(description="https://connection.keboola.com or another stack, without a path"),
+    accepts("https://connection.keboola.com or another stack, without a path"),
 ]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Variables = Annotated[
@@ -797,27 +774,27 @@ Variables = Annotated[
     BeforeValidator(
         booleans_as_text, json_schema_input_type=dict[Text255, NonEmpty | float | bool]
     ),
-    AfterValidator(reject_reserved),
-    Field(
-        description="names with non-empty values, none of TeckoChecker's own names\n"
+    Predicate(lambda variables: not RESERVED_VARIABLES & variables.keys()),
+    accepts(
+        "names with non-empty values, none of TeckoChecker's own names\n"
         "Sent to Keboola beside the outcome of the batches. Variables that are sent replace all"
         " defaults of a configuration."
     ),
 ]
-Component = Annotated[Label, Field(description="a component id like kds-team.app-custom-python")]
-Configuration = Annotated[Label, Field(description="a configuration id, in quotes")]
+Component = Annotated[Label, accepts("a component id like kds-team.app-custom-python")]
+Configuration = Annotated[Label, accepts("a configuration id, in quotes")]
 TriggerWhen = Annotated[
     Literal["all_completed", "all_finished"],
-    Field(
-        description="all_completed or all_finished\n"
+    accepts(
+        "all_completed or all_finished\n"
         "all_completed fires when every batch has completed; one that fails, expires or is"
         " cancelled fails the job. all_finished takes those as done and fires all the same."
     ),
 ]
 OnAmbiguous = Annotated[
     Literal["resend", "hold"],
-    Field(
-        description="resend or hold\n"
+    accepts(
+        "resend or hold\n"
         "When it cannot be found out whether Keboola got a trigger: resend sends it again, which"
         " may start a second job; hold sends nothing and waits for `job retry`."
     ),
@@ -825,12 +802,6 @@ OnAmbiguous = Annotated[
 
 
 # ── Job ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def described(allowed: str, default: Any = None, **rules: Any) -> Any:
-    """A field that may be left out. Error messages use the first line of what is allowed; the other
-    lines say what the values do."""
-    return Field(default, description=allowed, **rules)
 
 
 def names_in_input(model: type[BaseModel]) -> dict[str, str]:
@@ -872,8 +843,8 @@ class StrictModel(BaseModel):
 class OpenAIBatches(StrictModel):
     """The batches to watch, and when they count as done."""
 
-    type: Literal["openai_batches"] = described("openai_batches", "openai_batches")
-    secret: SecretName = described("the name of a secret of type openai", ...)
+    type: Literal["openai_batches"] = optional("openai_batches", "openai_batches")
+    secret: SecretName = accepts("the name of a secret of type openai")
     batch_ids: BatchIds
     trigger_when: TriggerWhen = "all_completed"
 
@@ -881,8 +852,8 @@ class OpenAIBatches(StrictModel):
 class KeboolaTrigger(StrictModel):
     """The Keboola job to start."""
 
-    type: Literal["keboola"] = described("keboola", "keboola")
-    secret: SecretName = described("the name of a secret of type keboola", ...)
+    type: Literal["keboola"] = optional("keboola", "keboola")
+    secret: SecretName = accepts("the name of a secret of type keboola")
     stack_url: StackUrl
     component_id: Component
     configuration_id: Configuration
@@ -915,25 +886,25 @@ class Paging(ShortForm):
         " last: a value of the page's last record; page and offset: a number that counts pages or"
         " records."
     )
-    param: Label | None = described(
+    param: Label | None = optional(
         "the query parameter; default cursor, starting_after, page or offset"
     )
-    path: Label | None = described("where the cursor is, dotted; default next_cursor, or the id")
-    start: Integer | None = described("the first page's number; default 1 or 0", ge=0, le=10**9)
-    size: Integer | None = described("records a page, 1 to 100000", ge=1, le=100_000)
-    size_param: Label | None = described("the query parameter of `size`; default per_page or limit")
+    path: Label | None = optional("where the cursor is, dotted; default next_cursor, or the id")
+    start: Integer | None = optional("the first page's number; default 1 or 0", ge=0, le=10**9)
+    size: Integer | None = optional("records a page, 1 to 100000", ge=1, le=100_000)
+    size_param: Label | None = optional("the query parameter of `size`; default per_page or limit")
 
 
 class Since(ShortForm):
     """Incremental ingest of an API: the greatest value of a field is remembered, and sent with the
     next run's requests."""
 
-    field: Label = described("the field of a record that tells when it changed, dotted", ...)
-    param: Label = described("the query parameter", "since")
-    overlap: Seconds = described(  # a source may be late to show a record under its own time stamp
+    field: Label = accepts("the field of a record that tells when it changed, dotted")
+    param: Label = optional("the query parameter", "since")
+    overlap: Seconds = optional(  # a source may be late to show a record under its own time stamp
         "seconds, or 30s, 5m, 1h; what is that old is asked for again", 300, ge=0, le=10**7
     )
-    format: Label | None = described(
+    format: Label | None = optional(
         "s, ms, us, or a form of UTC like %Y-%m-%d %H:%M:%S; default: as it came"
     )
 
@@ -949,31 +920,29 @@ class Source(StrictModel):
     """What CSV and API have in common."""
 
     type: str
-    id: Labels = described(
-        "the column or field that identifies a record, or a list of them", ["id"]
-    )
-    fields: dict[UnifiedField, Label] = described(
+    id: Labels = optional("the column or field that identifies a record, or a list of them", ["id"])
+    fields: dict[UnifiedField, Label] = optional(
         f"a block of unified field: source field; unified: {', '.join(UNIFIED)}", {}
     )
-    dates: Literal["dmy", "mdy"] | None = described(
+    dates: Literal["dmy", "mdy"] | None = optional(
         "dmy or mdy: how to read 03/04/2024\nWithout it, such a record is rejected."
     )
-    max_failed: Annotated[str, Field(pattern=r"^(\d{1,9}|\d{1,2}(\.\d+)?%)$")] | None = described(
+    max_failed: Annotated[str, Field(pattern=r"^(\d{1,9}|\d{1,2}(\.\d+)?%)$")] | None = optional(
         "a number of records, or a share like 5%\nMore rejected ones fail the run."
     )
-    on_drift: Literal["evolve", "freeze"] = described(
+    on_drift: Literal["evolve", "freeze"] = optional(
         "evolve or freeze\nWhen a source's fields change: evolve goes on and notes it; freeze fails"
         " the run before records with other fields are written.",
         "evolve",
     )
-    secret: SecretName | None = described("the name of a secret of type api")
-    header: Annotated[str, Field(pattern=HEADER_LINE)] = described(
+    secret: SecretName | None = optional("the name of a secret of type api")
+    header: Annotated[str, Field(pattern=HEADER_LINE)] = optional(
         "a header like X-Token: {secret}", "Authorization: Bearer {secret}"
     )
-    max_requests_per_minute: Integer | None = described(
+    max_requests_per_minute: Integer | None = optional(
         "1 to 100000, for all jobs on that host", ge=1, le=100_000
     )
-    timeout: Seconds | None = described(
+    timeout: Seconds | None = optional(
         "1 to 3600 seconds, or 30s, 2m, that an answer may take; default 2m", ge=1, le=3600
     )
 
@@ -990,25 +959,27 @@ class Source(StrictModel):
 class CsvSource(Source):
     """A CSV file, all files that a glob matches, or a file behind a URL."""
 
-    type: Literal["csv"] = described("csv or api", ...)
-    path: Annotated[Location, AfterValidator(clean_source)] = described(
-        "a path or glob, relative to jobs.yaml, or an https:// or s3:// URL", ...
+    type: Literal["csv"] = accepts("csv or api")
+    path: Annotated[Location, AfterValidator(clean_source)] = accepts(
+        "a path or glob, relative to jobs.yaml, or an https:// or s3:// URL"
     )
-    endpoint: Url | None = described("of s3://, the URL of MinIO or another server than Amazon's")
-    region: Label | None = described("of s3://; default us-east-1")
-    delimiter: Character | None = described(
+    endpoint: Url | None = optional("of s3://, the URL of MinIO or another server than Amazon's")
+    region: Label | None = optional("of s3://; default us-east-1")
+    delimiter: Character | None = optional(
         "one character, or tab; default: the one that parts the header best"
     )
-    encoding: Annotated[Label, AfterValidator(known_encoding)] | None = described(
+    encoding: Annotated[Label, AfterValidator(known_encoding)] | None = optional(
         "a name like cp1252; default: that of a byte order mark, else utf-8"
     )
-    columns: list[Label] | None = described("of files without a header row", min_length=1)
-    skip: Integer = described("lines before the header, 0 to 10000", 0, ge=0, le=10_000)
-    comment: Annotated[Label, Field(max_length=10)] | None = described(
+    columns: list[Label] | None = optional("of files without a header row", min_length=1)
+    skip: Integer = optional("lines before the header, 0 to 10000", 0, ge=0, le=10_000)
+    comment: Annotated[Label, Field(max_length=10)] | None = optional(
         "what lines that are no records begin with, like #"
     )
-    quote: Literal['"', "none"] | Character = described("one character, or none", '"')
-    escape: Character | None = described("one character, like \\; default: a quote is doubled")
+    quote: Annotated[
+        str, AfterValidator(lambda given: given if given in ("none", '"') else one_character(given))
+    ] = optional("one character, or none", '"')
+    escape: Character | None = optional("one character, like \\; default: a quote is doubled")
 
     place = property(attrgetter("path"))
 
@@ -1024,17 +995,17 @@ class CsvSource(Source):
 class ApiSource(Source):
     """A REST API that answers with JSON."""
 
-    type: Literal["api"] = described("csv or api", ...)
-    url: Url = described("an https:// URL", ...)
-    params: Annotated[dict[Label, str], BeforeValidator(booleans_as_text)] = described(
+    type: Literal["api"] = accepts("csv or api")
+    url: Url = accepts("an https:// URL")
+    params: Annotated[dict[Label, str], BeforeValidator(booleans_as_text)] = optional(
         "names and values of query parameters", {}
     )
-    items: Label | None = described("where the list is, dotted; default: the answer itself")
-    next: Paging | None = described(
+    items: Label | None = optional("where the list is, dotted; default: the answer itself")
+    next: Paging | None = optional(
         "link, cursor, last, page or offset, or a block with type; default: link, if any"
     )
-    more: Label | None = described("where the answer says whether there is a next page, dotted")
-    since: Since | None = described("a field, or a block with field, param, overlap, format")
+    more: Label | None = optional("where the answer says whether there is a next page, dotted")
+    since: Since | None = optional("a field, or a block with field, param, overlap, format")
 
     place = property(attrgetter("url"))
 
@@ -1048,9 +1019,9 @@ class JobSpec(StrictModel):
 
     name: Name
     poll_interval: PollInterval = Field(120, validation_alias=POLL_INTERVAL)
-    watch: OpenAIBatches = described("a block with type, secret and batch_ids", ...)
-    trigger: KeboolaTrigger = described(
-        "a block with type, secret, stack_url, component_id and configuration_id", ...
+    watch: OpenAIBatches = accepts("a block with type, secret and batch_ids")
+    trigger: KeboolaTrigger = accepts(
+        "a block with type, secret, stack_url, component_id and configuration_id"
     )
 
 
@@ -1059,8 +1030,8 @@ class IngestSpec(StrictModel):
 
     name: Name
     poll_interval: Interval = Field(120, validation_alias=POLL_INTERVAL)
-    ingest: Annotated[CsvSource | ApiSource, Field(discriminator="type")] = described(
-        "a block with type: csv and path, or type: api and url", ...
+    ingest: Annotated[CsvSource | ApiSource, Field(discriminator="type")] = accepts(
+        "a block with type: csv and path, or type: api and url"
     )
 
 
@@ -1170,10 +1141,8 @@ class SecretRef(StrictModel):
     )
 
     type: SecretType
-    env: Label | None = described("the name of an environment variable")
-    file: Annotated[Location, AfterValidator(clean_path)] | None = described(
-        "the path of a file with nothing but the value"
-    )
+    env: Label | None = optional("the name of an environment variable")
+    file: Location | None = optional("the path of a file with nothing but the value")
 
     @model_validator(mode="after")
     def _one_place(self) -> SecretRef:
@@ -1214,9 +1183,9 @@ Between = Annotated[
 class BackupBlock(StrictModel):
     """The service's own backups of an SQLite database."""
 
-    every: Between = described("at least 60 seconds, like 6h, 1d; or never", 86400, ge=60)
-    keep: Integer = described("how many, at least 1", 7, ge=1)
-    folder: Location | None = described("default: the database's path and .backups")
+    every: Between = optional("at least 60 seconds, like 6h, 1d; or never", 86400, ge=60)
+    keep: Integer = optional("how many, at least 1", 7, ge=1)
+    folder: Location | None = optional("default: the database's path and .backups")
 
 
 class Settings(BaseModel):
@@ -1227,30 +1196,30 @@ class Settings(BaseModel):
 
     database: Path = Field(description="the SQLite file")
     backup: BackupBlock = BackupBlock()
-    database_url: SecretValue | None = described(DATABASES)
-    api_host: str = described("a host name or address", "127.0.0.1", min_length=1)
-    api_port: Port = described("0 to 65535; 0 takes a free one", 8000)
+    database_url: SecretValue | None = optional(DATABASES)
+    api_host: str = optional("a host name or address", "127.0.0.1", min_length=1)
+    api_port: Port = optional("0 to 65535; 0 takes a free one", 8000)
     admin_token: SecretValue | None = None
-    default_poll_interval: int = described(SECONDS, 120, ge=1, le=86400)
-    min_poll_interval: int = described(SECONDS, 30, ge=1, le=86400)
-    max_poll_interval: int = described(SECONDS, 3600, ge=1, le=86400)
-    max_retries: int = described("0 to 100", 3, ge=0, le=100)
-    retry_delay: int = described("whole seconds, 1 to 3600", 60, ge=1, le=3600)
-    trigger_settle_seconds: int = described(SECONDS, 120, ge=1, le=86400)
-    max_requests_per_minute: int | None = described("1 to 100000, per key", ge=1, le=100_000)
-    openai_base_url: Annotated[Url, AfterValidator(safe_for_secret)] | None = described(
+    default_poll_interval: int = optional(SECONDS, 120, ge=1, le=86400)
+    min_poll_interval: int = optional(SECONDS, 30, ge=1, le=86400)
+    max_poll_interval: int = optional(SECONDS, 3600, ge=1, le=86400)
+    max_retries: int = optional("0 to 100", 3, ge=0, le=100)
+    retry_delay: int = optional("whole seconds, 1 to 3600", 60, ge=1, le=3600)
+    trigger_settle_seconds: int = optional(SECONDS, 120, ge=1, le=86400)
+    max_requests_per_minute: int | None = optional("1 to 100000, per key", ge=1, le=100_000)
+    openai_base_url: Annotated[Url, AfterValidator(safe_for_secret)] | None = optional(
         "a URL like https://api.openai.com/v1"
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = described(
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = optional(
         "DEBUG, INFO, WARNING, ERROR or CRITICAL", "INFO"
     )
-    log_format: Literal["text", "json"] = described("text or json", "text")
+    log_format: Literal["text", "json"] = optional("text or json", "text")
     log_file: Path | None = None
-    log_retention_days: int = described("whole days, 1 to 36500", 90, ge=1, le=36500)
-    log_retention_rows: int = described("100 to 1000000000", 100_000, ge=100, le=10**9)
-    api_max_connections: int = described("1 to 1000", 32, ge=1, le=1000)
-    admin_hosts: Annotated[str, Field(pattern=HOSTS)] = described("host names, with commas", "")
-    cors_origins: Annotated[str, Field(pattern=ORIGINS)] = described(
+    log_retention_days: int = optional("whole days, 1 to 36500", 90, ge=1, le=36500)
+    log_retention_rows: int = optional("100 to 1000000000", 100_000, ge=100, le=10**9)
+    api_max_connections: int = optional("1 to 1000", 32, ge=1, le=1000)
+    admin_hosts: Annotated[str, Field(pattern=HOSTS)] = optional("host names, with commas", "")
+    cors_origins: Annotated[str, Field(pattern=ORIGINS)] = optional(
         "origins like https://app.example.com, separated by commas; no *", ""
     )
     secret_key: SecretValue | None = None
@@ -1293,22 +1262,22 @@ ENVIRONMENT = [name.upper() for name in Settings.model_fields if name not in IN_
 class AdminBlock(StrictModel):
     """Where the admin surface listens."""
 
-    host: Label = described("a host name or address", "127.0.0.1")
-    port: Port = described("0 to 65535", 8000)
+    host: Label = optional("a host name or address", "127.0.0.1")
+    port: Port = optional("0 to 65535", 8000)
 
 
 class AlertTarget(ShortForm):
     """A receiver of alerts: exactly one of `apprise`, `webhook` and `command`."""
 
     apprise: Annotated[Location, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://\S+$")] | None = (
-        described("a URL of Apprise, like slack://...")
+        optional("a URL of Apprise, like slack://...")
     )
-    webhook: Url | None = described("an https:// URL that takes a POST of JSON")
-    secret: SecretName | None = described("the name of a secret of type api, sent to a webhook")
-    command: list[Text255] | None = described(
+    webhook: Url | None = optional("an https:// URL that takes a POST of JSON")
+    secret: SecretName | None = optional("the name of a secret of type api, sent to a webhook")
+    command: list[Text255] | None = optional(
         "a list: a program, which reads JSON from stdin, and its arguments", min_length=1
     )
-    remind: Seconds = described("at least 60 seconds, or 90m, 4h, 1d", 86400, ge=60)
+    remind: Seconds = optional("at least 60 seconds, or 90m, 4h, 1d", 86400, ge=60)
 
     @model_validator(mode="after")
     def _one_way(self) -> AlertTarget:
@@ -1330,13 +1299,13 @@ class AlertTarget(ShortForm):
 class JobsFile(StrictModel):
     """jobs.yaml. Its jobs are validated later, one by one."""
 
-    database: Location = described("the path of the SQLite file", "teckochecker.db")
-    admin: AdminBlock = described("a block with host and port", AdminBlock())
-    backup: BackupBlock = described("a block with every, keep and folder", BackupBlock())
-    secrets: dict[Name, SecretRef] | None = described("a block of name: {type, env or file}")
-    jobs: list[Any] | None = described("a list of jobs")
-    alerts: list[AlertTarget] = described("a list of Apprise URLs, webhooks or commands", [])
-    ping: Url | None = described("an https:// URL, asked in each minute in which work went well")
+    database: Location = optional("the path of the SQLite file", "teckochecker.db")
+    admin: AdminBlock = optional("a block with host and port", AdminBlock())
+    backup: BackupBlock = optional("a block with every, keep and folder", BackupBlock())
+    secrets: dict[Name, SecretRef] | None = optional("a block of name: {type, env or file}")
+    jobs: list[Any] | None = optional("a list of jobs")
+    alerts: list[AlertTarget] = optional("a list of Apprise URLs, webhooks or commands", [])
+    ping: Url | None = optional("an https:// URL, asked in each minute in which work went well")
 
 
 # ── Rows ──────────────────────────────────────────────────────────────────────────────────────
