@@ -103,6 +103,7 @@ import logging.handlers
 import math
 import random
 import re
+import reprlib
 import shlex
 import shutil
 import socket
@@ -284,17 +285,17 @@ class SecretValue:
     """
 
     __slots__ = ("_value",)
-    known: ClassVar[dict[str, dict[str, set[str]]]] = {}  # by place and value: its written forms
+    known: ClassVar[dict[str, deque[str]]] = {}  # by place
     forms: ClassVar[list[str]] = []  # all written forms, the longest first
 
     def __init__(self, value: str, place: str = "") -> None:
         self._value = value
-        there = SecretValue.known.get(place or value, {})
+        there = SecretValue.known.setdefault(place or value, deque(maxlen=2))
         if value not in there and len(value) >= SHORTEST:
-            before = list(there.items())[-1:]
-            SecretValue.known[place or value] = dict([*before, (value, written_forms(value))])
-            kept = [f for values in SecretValue.known.values() for f in values.values()]
-            SecretValue.forms = sorted(set().union(*kept), key=len, reverse=True)
+            there.append(value)
+            kept = itertools.chain(*SecretValue.known.values())
+            forms = set().union(*map(written_forms, kept))
+            SecretValue.forms = sorted(forms, key=len, reverse=True)
 
     def reveal(self) -> str:
         return self._value
@@ -305,6 +306,7 @@ class SecretValue:
     __str__ = __repr__
 
 
+@lru_cache(maxsize=10_000)
 def written_forms(value: str) -> set[str]:
     """The value as it is, as JSON and URLs write it, and as repr does with either quote."""
     doubled = value.replace("\\", "\\\\")
@@ -378,7 +380,7 @@ ERROR_NAMES = {  # what `error` is in an answer, by code
 }
 
 
-MISSING, UNKNOWN_KEY = "missing", "unknown key"
+MISSING = "nothing"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 Place = tuple[str | int, ...]  # ("jobs", 0, "watch", "batch_ids")
 
@@ -411,10 +413,7 @@ class Problem:
         """The message without the place."""
         if not self.found or not self.allowed:
             return self.found or f"allowed: {self.allowed}"
-        if self.found == MISSING:
-            return f"{MISSING}; needed: {self.allowed}"
-        word = "" if self.found.startswith(UNKNOWN_KEY) else "found "
-        return f"{word}{self.found}; allowed: {self.allowed}"
+        return f"found {self.found}; allowed: {self.allowed}"
 
     def within(self, *outer: str | int) -> Problem:
         """The same as a problem of what contains the data."""
@@ -1112,22 +1111,19 @@ def job_form(data: object) -> type[JobSpec | IngestSpec | FlatJob]:
     return FlatJob if flat and not {"watch", "trigger"} & data.keys() else JobSpec
 
 
-SECRETS_OF = {  # where a job names a secret, nested or flat, and of which type it has to be
-    **{"watch.secret": "openai", "trigger.secret": "keboola", "ingest.secret": "api"},
-    **{"openai_secret": "openai", "openai_secret_id": "openai"},
-    **{"keboola_secret": "keboola", "keboola_secret_id": "keboola"},
-}
+SECRET_KINDS = {"watch": "openai", "trigger": "keboola", "ingest": "api"}  # by block of a job
 
 
 def secrets_of(job: Mapping[str, Any]) -> Iterator[tuple[Place, str, str | int]]:
     """The secrets that a job in any form, valid or not, refers to: the place, the type that it has
     to be of, and its name or id."""
-    for field_name, kind in SECRETS_OF.items():
-        block, _, name = field_name.rpartition(".")
-        inner = job.get(block) if block else job
-        value = inner.get(name) if isinstance(inner, Mapping) else None
-        if type(value) in (str, int) and str(value).strip():
-            yield tuple(field_name.split(".")), kind, cast(str | int, value)
+    for block, kind in SECRET_KINDS.items():
+        inner = job.get(block)
+        nested = inner.get("secret") if isinstance(inner, Mapping) else None
+        flat = {(name,): job.get(name) for name in (f"{kind}_secret", f"{kind}_secret_id")}
+        for place, value in ({(block, "secret"): nested} | flat).items():
+            if type(value) in (str, int) and str(value).strip():
+                yield place, kind, cast(str | int, value)
 
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────
@@ -1135,10 +1131,6 @@ def secrets_of(job: Mapping[str, Any]) -> Iterator[tuple[Place, str, str | int]]
 
 class SecretRef(StrictModel):
     """A secret that is kept outside of the store, in a variable (`env`) or a file."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"oneOf": [{"required": ["env"]}, {"required": ["file"]}]}
-    )
 
     type: SecretType
     env: Label | None = optional("the name of an environment variable")
@@ -2151,20 +2143,13 @@ PRIVATE = {"secrets", "alerts", "ping"}  # blocks whose values no message shows
 HIDDEN = re.compile(r"(?i)((?:value|token|password|header|key)['\"]?\s*:\s*)\S.*")
 
 
-def bounded(value: object, depth: int = 3) -> object:
-    """The beginning of a value, for a message: aliases can make a structure that is small in memory
-    but endless when it is printed."""
-    if isinstance(value, dict):
-        some = itertools.islice(value.items(), 12)
-        return {k: bounded(v, depth - 1) for k, v in some} if depth else ...
-    if isinstance(value, list):
-        return [bounded(v, depth - 1) for v in itertools.islice(value, 12)] if depth else ...
-    return value[:12_000] if isinstance(value, str) else value
+BRIEF = reprlib.Repr()  # some structures are small in memory, but endless when they are printed
+BRIEF.maxlevel, BRIEF.maxlist, BRIEF.maxdict, BRIEF.maxstring = 3, 12, 12, 12_000
 
 
 def repr_excerpt(value: object) -> str:
     """A value as Python writes it, short enough for a message, and redacted."""
-    return excerpt(repr(bounded(value)), 80)
+    return excerpt(BRIEF.repr(value), 80)
 
 
 def did_you_mean(word: object, names: Iterable[str], closeness: float = 0.65) -> str:
@@ -2342,7 +2327,7 @@ def unknown_key(place: Place, model: type[BaseModel]) -> Problem:
     if same := names_in_input(model).get(name):
         return problem_at(place, f"{same} means the same, and is there, too")
     known = sorted({*model.model_fields, *(["ingest"] if model is JobSpec else [])})
-    return problem_at(place, f"{UNKNOWN_KEY}{did_you_mean(name, known)}", ", ".join(known))
+    return problem_at(place, f"an unknown key{did_you_mean(name, known)}", ", ".join(known))
 
 
 def problem_of(model: type[BaseModel], error: Any) -> Problem:
@@ -2595,9 +2580,6 @@ def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
     raise SecretError(f"secret {name!r}: {why}")
 
 
-SECRET_KINDS = {"openai": "OpenAI", "keboola": "Keboola", "api": "API"}
-
-
 def secret_problems(
     job: Mapping[str, Any], stored: Mapping[str | int, str], config: Config
 ) -> list[Problem]:
@@ -2609,7 +2591,8 @@ def secret_problems(
         ref = config.secrets.get(str(name)) if name not in stored else None
         found = ref.type if ref else stored.get(name)
         if found is None and isinstance(name, int):
-            said.append(problem_at(place, f"{SECRET_KINDS[kind]} secret with ID {name} not found"))
+            of = "OpenAI" if kind == "openai" else kind.title()
+            said.append(problem_at(place, f"{of} secret with ID {name} not found"))
         elif found is None:
             names = sorted({*config.secrets, *(n for n in stored if isinstance(n, str))})
             there = f"{did_you_mean(name, names)} (there are: {', '.join(names) or 'none yet'})"
@@ -8569,8 +8552,8 @@ class Operations:
         if not isinstance(source, CsvSource) or source.remote:
             return
         if source.in_s3 and source.secret is None:
-            needed = "a secret of type api (in jobs.yaml also the environment's keys)"
-            raise Invalid([Problem("ingest.secret", MISSING, needed)])
+            allowed = "a secret of type api (in jobs.yaml also the environment's keys)"
+            raise Invalid([Problem("ingest.secret", MISSING, allowed)])
         base = self.config().base
         if not source.in_s3 and not may_be_read(base / source.path, self.config()):
             allowed = f"beneath {base.name}, ending in {', '.join(DATA_FILES)}"

@@ -1305,10 +1305,10 @@ def shown(text: str) -> str:
     return text if text.lstrip("-").isdecimal() else repr(text)
 
 
-MEANT = "unknown key (did you mean {!r}?); allowed:"
+MEANT = "found an unknown key (did you mean {!r}?); allowed:"
 WRONG = [
     ("      items:", "      itms:", f"12: ingest.itms: {MEANT.format('items')} {API_KEYS}"),
-    ("items: data.posts", "path: a", f"12: ingest.path: unknown key; allowed: {API_KEYS}"),
+    ("items: data.posts", "path: a", f"12: ingest.path: found an unknown key; allowed: {API_KEYS}"),
     (
         "param: p,",
         "parm: p,",
@@ -1317,13 +1317,13 @@ WRONG = [
     (
         "overlap: 10m",
         "over: 10m",
-        "14: ingest.since.over: unknown key (did you mean 'overlap'?); allowed: field, format,"
-        " overlap, param",
+        "14: ingest.since.over: found an unknown key (did you mean 'overlap'?); allowed: field,"
+        " format, overlap, param",
     ),
     ("{title: ", "{titel: ", f"16: ingest.fields.titel: found 'titel'; allowed: {FIELDS}"),
     ("type: api\n ", "type: rest\n ", "8: ingest.type: found 'rest'; allowed: csv or api"),
-    ("      type: api\n", "", "7: ingest.type: missing; needed: csv or api"),
-    (f"      url: {PLACE}\n", "", f"7: ingest.url: missing; needed: {URL}"),
+    ("      type: api\n", "", "7: ingest.type: found nothing; allowed: csv or api"),
+    (f"      url: {PLACE}\n", "", f"7: ingest.url: found nothing; allowed: {URL}"),
     (WHOLE, "\n", f"7: ingest: found None; allowed: {BLOCK}"),
     (WHOLE, " soon\n", f"7: ingest: found 'soon'; allowed: {BLOCK}"),
     (WHOLE, " []\n", f"7: ingest: found []; allowed: {BLOCK}"),
@@ -1366,7 +1366,7 @@ WRONG = [
         NEXT, "13: ingest.next", f"{WAYS}, or a block with type; default: link, if any", "[a]", "7"
     ),
     *wrong(NEXT, "13: ingest.next.type", WAYS, "forward", "Link"),
-    (NEXT, "{param: p}", f"13: ingest.next.type: missing; needed: {WAYS}"),
+    (NEXT, "{param: p}", f"13: ingest.next.type: found nothing; allowed: {WAYS}"),
     (
         "param: p,",
         "param: '',",
@@ -1378,7 +1378,7 @@ WRONG = [
         for new, found in (("-1", "-1"), ("a", "'a'"), ("1.5", "'1.5'"), ("true", "True"))
     ),
     *wrong("50", "13: ingest.next.size", SIZE, "0", "100001", "big", "[a]", "true"),
-    (SINCE, "{param: from}", f"14: ingest.since.field: missing; needed: {SINCE_FIELD}"),
+    (SINCE, "{param: from}", f"14: ingest.since.field: found nothing; allowed: {SINCE_FIELD}"),
     *wrong(
         SINCE,
         "14: ingest.since",

@@ -69,7 +69,7 @@ REFERENCE = "a block of name: {type, env or file}"
 ONE_PLACE = f"{REFERENCE} (needs exactly one of env and file)"
 TYPES = "openai, keboola or api"
 VARIABLE_NAME = "the name of an environment variable"
-NO_VALUE = "unknown key; allowed: env, file, type"
+NO_VALUE = "found an unknown key; allowed: env, file, type"
 DATABASE = "the path of the SQLite file"
 DATABASES = "sqlite:///path, a path, or postgresql://host/name"
 TOP_KEYS = "admin, alerts, backup, database, jobs, ping, secrets"
@@ -159,7 +159,7 @@ def rows(old: str, place: str, allowed: str, *written: object) -> list[Row]:
 
 def unknown(old: str, new: str, place: str, allowed: str, meant: str = "") -> Row:
     question = f" (did you mean {meant!r}?)" if meant else ""
-    return (old, new, f"{place}: unknown key{question}; allowed: {allowed}")
+    return (old, new, f"{place}: found an unknown key{question}; allowed: {allowed}")
 
 
 def twice(old: str, new: str, line: int, place: str, first: int) -> Row:
@@ -195,7 +195,7 @@ SECRET_ROWS = [
     unknown(
         "type: openai,", "type: openai, evn: A,", "6: secrets.openai.evn", "env, file, type", "env"
     ),
-    ("type: openai,", "", f"6: secrets.openai.type: missing; needed: {TYPES}"),
+    ("type: openai,", "", f"6: secrets.openai.type: found nothing; allowed: {TYPES}"),
     ("type: openai,", "type: aws,", f"6: secrets.openai.type: allowed: {TYPES}"),
     ("env: OPENAI_KEY", "env: A, file: b", f"6: secrets.openai: allowed: {ONE_PLACE}"),
     (", env: OPENAI_KEY", "", f"6: secrets.openai: allowed: {ONE_PLACE}"),
@@ -219,15 +219,19 @@ KEY_ROWS = [
     unknown("    poll_interval: 2m", "    batch_ids: [batch_2]", "10: batch_ids", JOB_KEYS),
     unknown("trigger_when:", "when:", "15: watch.when", WATCH_KEYS),
     unknown("on_ambiguous:", "ambiguous:", "23: trigger.ambiguous", TRIGGER_KEYS, "on_ambiguous"),
-    (WATCH_BLOCK, "", f"9: watch: missing; needed: {WATCH}"),
-    (TRIGGER_BLOCK, "", f"9: trigger: missing; needed: {TRIGGER}"),
-    ("      secret: openai\n", "", f"11: watch.secret: missing; needed: {OPENAI_SECRET}"),
-    ("      batch_ids: [batch_1]\n", "", f"11: watch.batch_ids: missing; needed: {IDS}"),
-    ("      component_id: comp\n", "", f"16: trigger.component_id: missing; needed: {COMPONENT}"),
+    (WATCH_BLOCK, "", f"9: watch: found nothing; allowed: {WATCH}"),
+    (TRIGGER_BLOCK, "", f"9: trigger: found nothing; allowed: {TRIGGER}"),
+    ("      secret: openai\n", "", f"11: watch.secret: found nothing; allowed: {OPENAI_SECRET}"),
+    ("      batch_ids: [batch_1]\n", "", f"11: watch.batch_ids: found nothing; allowed: {IDS}"),
+    (
+        "      component_id: comp\n",
+        "",
+        f"16: trigger.component_id: found nothing; allowed: {COMPONENT}",
+    ),
     (
         '      configuration_id: "123"\n',
         "",
-        f"16: trigger.configuration_id: missing; needed: {CONFIGURATION}",
+        f"16: trigger.configuration_id: found nothing; allowed: {CONFIGURATION}",
     ),
     twice(" " * 6 + "type: keboola\n", 2 * "      type: keboola\n", 18, "trigger.type", 17),
     twice("region: eu", "region: eu, region: us", 22, "trigger.variables.region", 22),
@@ -273,7 +277,7 @@ VALUE_ROWS = [
         "{region: eu}",
         "22: trigger.variables",
         VARIABLES,
-        {"error_file_ids": "x", "a": "b", "batch_count_total": 1},
+        {"a": "b", "batch_count_total": 1, "error_file_ids": "x"},
     ),
     *rows(
         "{region: eu}",
@@ -313,7 +317,7 @@ SECRET_NAME_ROWS = [
 ]
 
 NAMELESS_ROWS = [
-    ("name: nightly\n    ", "", f"9: job number 1: name: missing; needed: {NAME}"),
+    ("name: nightly\n    ", "", f"9: job number 1: name: found nothing; allowed: {NAME}"),
     *rows("nightly", "9: job number 1: name", NAME, ("''", "''"), None),
     *rows("nightly", "9: job 12: name", NAME, 12),
     *rows("nightly", "9: job '12': name", NAME, ("'12'", "'12'")),
