@@ -275,13 +275,11 @@ SHORTEST = 6  # characters of a secret
 
 
 class SecretValue:
-    """A secret in memory. It prints as ***, and once it exists its value is removed from every log
-    line and error message. `reveal()` is for the one call that needs the value.
+    """A secret in memory, which prints as ***. `reveal()` is for the one call that needs the value.
 
-    `place` says where the value comes from (the name of a secret or of a setting). The last two
-    values of each place are remembered: a request with the previous one may still be under way, and
-    a file that is rewritten again and again must not fill the memory. A value shorter than SHORTEST
-    is not removed, since any text may contain it; `clean_secret` accepts no secret that short.
+    `place` says where it comes from (the name of a secret or of a setting). The last two values of
+    each place are known: a request with the previous one may still be under way. A value shorter
+    than SHORTEST is not removed, since any text may contain it; `clean_secret` accepts none.
     """
 
     __slots__ = ("_value",)
@@ -334,8 +332,7 @@ def excerpt(text: str, most: int) -> str:
 
 
 class RedactingFilter(logging.Filter):
-    """Redacts message, traceback and stack. Every handler has it, so that it sees the records of
-    libraries, too."""
+    """Redacts message, traceback and stack. Every handler has it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         try:
@@ -484,9 +481,8 @@ class UpstreamError(TeckoError):
         self.status = status
         self.retry_after = retry_after
         self.sent = sent
-        self.permanent = (
-            status is not None and 300 <= status < 500 and status not in (408, 409, 425, 429)
-        )
+        final = status is not None and 300 <= status < 500
+        self.permanent = final and status not in (408, 409, 425, 429)
 
 
 class OpenAIError(UpstreamError):
@@ -1950,11 +1946,8 @@ def parse_master_key(text: str) -> bytes:
     good = re.fullmatch(r"[A-Za-z0-9_-]{43}=", text.strip())
     key = base64.urlsafe_b64decode(good[0]) if good else b""
     if len(key) != 32 or len(set(key)) < 8:
-        raise SecretError(
-            f"the master key is not 32 random bytes in base64: found {len(text.strip())}"
-            " characters, 44 needed",
-            hint=f"{COMMAND} init makes one where there is none",
-        )
+        said = f"the master key is not 32 random bytes in base64 ({len(text.strip())} of 44 characters)"
+        raise SecretError(said, hint=f"{COMMAND} init makes one where there is none")
     return key
 
 
@@ -1968,10 +1961,8 @@ def clean_secret(value: str) -> str:
     if len(value) < SHORTEST or CONTROL.search(value) or not value.isascii():
         raise SecretError(f"a secret's value is {VALUE_TEXT}, at least {SHORTEST} characters")
     if value[0] == value[-1] and value[0] in "\"'":
-        raise SecretError(
-            "a secret's value has quotes around it, which would be sent as a part of it",
-            hint="an env file of systemd or docker takes them literally: leave them out",
-        )
+        said = "a secret's value has quotes around it, which would be sent as a part of it"
+        raise SecretError(said, hint="leave them out; an env file takes them literally")
     return value
 
 
@@ -2008,12 +1999,8 @@ def write_private(path: Path, text: str) -> None:
 
 
 class Vault:
-    """The master keys. Secrets are sealed (encrypted) and opened with them.
-
-    Keys are separated by commas or white space; the first one seals, all of them open. During
-    `secret rotate` a key file holds the old and the new key, so that after a crash every secret
-    can still be opened.
-    """
+    """The master keys, separated by commas or white space: the first one seals (encrypts) secrets,
+    all of them open. After a `secret rotate` that was interrupted, there are two."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -2479,14 +2466,6 @@ def read_dot_env(path: Path) -> tuple[dict[str, str], list[str]]:
     return {name: value for name, value in written.items() if value is not None}, warnings
 
 
-def register_references(secrets: Any, env: Mapping[str, str]) -> None:
-    """Have the values that `secrets:` refers to redacted, so that no error message shows one."""
-    for ref in secrets.values() if isinstance(secrets, dict) else ():
-        name = ref.get("env") if isinstance(ref, dict) else None
-        if isinstance(name, str) and env.get(name, "").strip():
-            SecretValue(env[name].strip(), name)
-
-
 def all_texts(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
     """Every text in a job or block, with its place."""
     if isinstance(value, str):
@@ -2501,9 +2480,13 @@ def all_texts(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
 TOKEN = re.compile(r"(?<=:)[^/:@]+(?=@)|[\w%+-]{16,}|\b(?=\w*\d)(?=\w*[A-Z])\w{8,}\b")
 
 
-def register_urls(blocks: Any) -> None:
-    """Have the URLs that alerts go to redacted, as a whole and the secret parts of each."""
-    for _, text in all_texts(blocks):
+def register_secrets(data: Mapping[str, Any], env: Mapping[str, str]) -> None:
+    """Have redacted what `secrets:` refers to, so that no error message shows it, and the URLs that
+    alerts go to, as a whole and the secret parts of each."""
+    for place, name in all_texts(data.get("secrets")):
+        if place[-1:] == ("env",) and env.get(name, "").strip():
+            SecretValue(env[name].strip(), name)
+    for _, text in all_texts([data.get("alerts"), data.get("ping")]):
         for value in (text, *map(unquote, TOKEN.findall(text))) if "://" in text else ():
             SecretValue(value)
 
@@ -2520,8 +2503,7 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     dot_env, warnings = read_dot_env(base / ".env")
     env = {**dot_env, **environ}
     text = JobsYaml(path, env)
-    register_references(text.data.get("secrets"), env)
-    register_urls([text.data.get("alerts"), text.data.get("ping")])
+    register_secrets(text.data, env)
     head = {k: v for k, v in text.data.items() if v is not None}
     wrong = [p for p in text.problems if len(p.place) < 2 or p.place[0] != "jobs"]
     file = JobsFile()

@@ -881,7 +881,7 @@ class TestLive:
         path.write_bytes(good + b"  - {name: x}\n")
         refused, status = run_many(live.program.cwd, ["reload", "--json status"], live.program.env)
         path.write_bytes(good)
-        assert refused.code == 1 and "job 'x': watch: missing" in refused.err
+        assert refused.code == 1 and "job 'x': watch: found nothing" in refused.err
         assert refused.err.endswith("hint: the service goes on with what it had\n")
         assert "jobs.yaml" in {each["job"] for each in status.document["attention"]}
         done, status = live.cli("--json reload", "--json status")
