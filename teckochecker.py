@@ -412,10 +412,6 @@ class Problem:
             return self.found or f"allowed: {self.allowed}"
         return f"found {self.found}; allowed: {self.allowed}"
 
-    def within(self, *outer: str | int) -> Problem:
-        """The same as a problem of what contains the data."""
-        return replace(self, place=(*outer, *self.place))
-
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
         return ": ".join(filter(None, (place, self.where, self.text)))
@@ -757,11 +753,14 @@ PollInterval = Annotated[  # of a watch
     ),
 ]
 Integer = Annotated[int, BeforeValidator(reject_bool)]
-Port = Annotated[Integer, Field(ge=0, le=65535)]
+Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(reject_bool)]
 StackUrl = Annotated[
     str,
     AfterValidator(clean_stack_url),
-    accepts("https://connection.keboola.com or another stack, without a path"),
+    accepts(
+        "https://connection.keboola.com or another stack, without a path",
+        json_schema_extra={"pattern": r"^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@\s]+/?$"},
+    ),
 ]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Variables = Annotated[
@@ -801,11 +800,10 @@ OnAmbiguous = Annotated[
 
 def names_in_input(model: type[BaseModel]) -> dict[str, str]:
     """The fields of a model, by each name that the input may use for one."""
-    aliases = {name: info.validation_alias for name, info in model.model_fields.items()}
     return {
         str(written): name
-        for name, alias in aliases.items()
-        for written in (alias.choices if isinstance(alias, AliasChoices) else [name])
+        for name, info in model.model_fields.items()
+        for written in getattr(info.validation_alias, "choices", [name])
     }
 
 
@@ -1128,6 +1126,10 @@ def secrets_of(job: Mapping[str, Any]) -> Iterator[tuple[Place, str, str | int]]
 class SecretRef(StrictModel):
     """A secret that is kept outside of the store, in a variable (`env`) or a file."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["env"]}, {"required": ["file"]}]}
+    )
+
     type: SecretType
     env: Label | None = optional("the name of an environment variable")
     file: Location | None = optional("the path of a file with nothing but the value")
@@ -1139,8 +1141,17 @@ class SecretRef(StrictModel):
         return self
 
 
-VALUE_TEXT = "printable ASCII, without control characters, not empty"
-PRINTABLE = r"^\s*[!-~][ -~]{4,}[!-~]\s*$"  # a short one would be redacted out of any text
+VALUE_TEXT = f"printable ASCII without control characters, at least {SHORTEST} characters"
+
+
+def clean_secret(value: str) -> str:
+    """The value without white space around it, which pasting may add. No error shows it."""
+    value = value.strip()
+    if len(value) < SHORTEST or CONTROL.search(value) or not value.isascii():
+        raise ValueError(f"allowed: {VALUE_TEXT}")
+    if value[0] == value[-1] and value[0] in "\"'":
+        raise ValueError("allowed: no quotes around it, which would be sent as a part of it")
+    return value
 
 
 class SecretBody(StrictModel):
@@ -1148,8 +1159,8 @@ class SecretBody(StrictModel):
 
     name: Name
     type: SecretType
-    value: StrictStr = Field(
-        pattern=PRINTABLE, max_length=10_000, description=f"{VALUE_TEXT}, at least 6 characters"
+    value: Annotated[StrictStr, AfterValidator(clean_secret)] = accepts(
+        VALUE_TEXT, max_length=10_000
     )
 
 
@@ -1194,7 +1205,7 @@ class Settings(BaseModel):
     max_retries: int = optional("0 to 100", 3, ge=0, le=100)
     retry_delay: int = optional("whole seconds, 1 to 3600", 60, ge=1, le=3600)
     trigger_settle_seconds: int = optional(SECONDS, 120, ge=1, le=86400)
-    max_requests_per_minute: int | None = optional("1 to 100000, per key", ge=1, le=100_000)
+    max_requests_per_minute: int | None = optional("1 to 100000, for each key", ge=1, le=100_000)
     openai_base_url: Annotated[Url, AfterValidator(safe_for_secret)] | None = optional(
         "a URL like https://api.openai.com/v1"
     )
@@ -1204,7 +1215,7 @@ class Settings(BaseModel):
     log_format: Literal["text", "json"] = optional("text or json", "text")
     log_file: Path | None = None
     log_retention_days: int = optional("whole days, 1 to 36500", 90, ge=1, le=36500)
-    log_retention_rows: int = optional("100 to 1000000000", 100_000, ge=100, le=10**9)
+    log_retention_rows: int = optional("log rows, 100 to 1000000000", 100_000, ge=100, le=10**9)
     api_max_connections: int = optional("1 to 1000", 32, ge=1, le=1000)
     admin_hosts: Annotated[str, Field(pattern=HOSTS)] = optional("host names, with commas", "")
     cors_origins: Annotated[str, Field(pattern=ORIGINS)] = optional(
@@ -1946,24 +1957,14 @@ def parse_master_key(text: str) -> bytes:
     good = re.fullmatch(r"[A-Za-z0-9_-]{43}=", text.strip())
     key = base64.urlsafe_b64decode(good[0]) if good else b""
     if len(key) != 32 or len(set(key)) < 8:
-        said = f"the master key is not 32 random bytes in base64 ({len(text.strip())} of 44 characters)"
+        length = len(text.strip())
+        said = f"the master key is not 32 random bytes in base64 ({length} of 44 characters)"
         raise SecretError(said, hint=f"{COMMAND} init makes one where there is none")
     return key
 
 
 def new_master_key() -> str:
     return base64.urlsafe_b64encode(token_bytes(32)).decode()
-
-
-def clean_secret(value: str) -> str:
-    """The value without white space around it, which pasting may add. No error shows it."""
-    value = value.strip()
-    if len(value) < SHORTEST or CONTROL.search(value) or not value.isascii():
-        raise SecretError(f"a secret's value is {VALUE_TEXT}, at least {SHORTEST} characters")
-    if value[0] == value[-1] and value[0] in "\"'":
-        said = "a secret's value has quotes around it, which would be sent as a part of it"
-        raise SecretError(said, hint="leave them out; an env file takes them literally")
-    return value
 
 
 @contextlib.contextmanager
@@ -2127,7 +2128,8 @@ YAML_DEPTH = 40  # levels; a job has six
 YAML_REPEATED = 100_000  # values that aliases may repeat: nested ones grow exponentially
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 PRIVATE = {"secrets", "alerts", "ping"}  # blocks whose values no message shows
-HIDDEN = re.compile(r"(?i)((?:value|token|password|header|key)['\"]?\s*:\s*)\S.*")
+# A line with one of these is not shown, whatever it has.
+PRIVATE_LINE = re.compile("(?i)value|header|token|password|key|secrets|ping|webhook|- *.?[a-z]+://")
 
 
 BRIEF = reprlib.Repr()  # some structures are small in memory, but endless when they are printed
@@ -2234,15 +2236,13 @@ class JobsYaml:
             return int(text) if found["int"] else {"true": True, "false": False}.get(text)
         if kind != "str":
             self.problems.append(problem_at(at, f"the tag {kind}", "plain text and numbers"))
-        return VARIABLE.sub(lambda m: self._variable(m, at), text)
-
-    def _variable(self, found: re.Match[str], at: Place) -> str:
-        """The value of ${NAME}. Under `secrets:` an unset one is an error only when the secret is
-        used: $CREDENTIALS_DIRECTORY is set for the service alone."""
-        if found[1] not in self.env and at[:1] != ("secrets",):
-            said = f"{found[0]} is not set in the environment"
-            self.problems.append(problem_at(at, said))
-        return self.env.get(found[1], found[0])
+        for name in VARIABLE.findall(text):
+            # under `secrets:` an unset one is an error only when the secret is used, for
+            # $CREDENTIALS_DIRECTORY is set for the service alone
+            if name not in self.env and at[:1] != ("secrets",):
+                said = f"${{{name}}} is not set in the environment"
+                self.problems.append(problem_at(at, said))
+        return VARIABLE.sub(lambda found: self.env.get(found[1], found[0]), text)
 
     def mark(self, at: Place) -> Mark:
         """Line and column of a place, or of the innermost block around it that exists."""
@@ -2262,8 +2262,9 @@ class JobsYaml:
 
     def _placed(self, problem: Problem, mark: Mark) -> Problem:
         line, column = mark
-        shown = line <= len(self._lines) and not {*problem.place[:1]} & PRIVATE
-        source = HIDDEN.sub(r"\1***", self._lines[line - 1][:500]) if shown else ""
+        source = self._lines[line - 1][:500] if line <= len(self._lines) else ""
+        if {*problem.place[:1]} & PRIVATE or PRIVATE_LINE.search(source):
+            source = ""
         where, file = self._who(problem.place), str(self.path)
         return replace(problem, where=where, file=file, line=line, column=column, source=source)
 
@@ -2535,7 +2536,7 @@ def read_jobs(
         try:
             jobs.append(job_spec(item, settings.job_context))
         except Invalid as e:
-            problems += [p.within("jobs", i) for p in e.problems]
+            problems += [replace(p, place=("jobs", i, *p.place)) for p in e.problems]
         named = isinstance(item, dict) and "name" in item
         first = firsts.setdefault(str(item["name"]).strip(), i) if named else i
         if first != i:
@@ -2546,19 +2547,17 @@ def read_jobs(
 
 def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
     """A secret that jobs.yaml refers to. It is read at each use, since its file may change."""
-    unset = VARIABLE.search(f"{ref.env} {ref.file}")
+    if unset := VARIABLE.search(f"{ref.env} {ref.file}"):
+        raise SecretError(f"secret {name!r}: {unset[0]} is not set in the environment")
     try:
-        if unset:
-            raise SecretError(f"{unset[0]} is not set in the environment")
-        if ref.env is not None:
-            return SecretValue(clean_secret(config.env[ref.env]), name)
-        return SecretValue(clean_secret(read_text(config.base / str(ref.file), 100_000)), name)
+        text = config.env[ref.env] if ref.env else read_text(config.base / str(ref.file), 100_000)
+        return SecretValue(clean_secret(text), name)
     except KeyError:
         why = f"the environment variable {ref.env} is not set"
     except OSError as e:
         why = f"cannot read {ref.file}: {e.strerror}"
-    except SecretError as e:
-        why = f"{e}; {e.hint}" if e.hint else str(e)
+    except ValueError as e:
+        why = f"its value cannot be used; {e}"
     raise SecretError(f"secret {name!r}: {why}")
 
 
@@ -2637,7 +2636,8 @@ def all_problems(
     for i, item in enumerate(items if isinstance(items, list) else []):
         if isinstance(item, dict):
             used |= {name for _, _, name in secrets_of(item)}
-            found += [p.within("jobs", i) for p in secret_problems(item, stored, config)]
+            wrong = secret_problems(item, stored, config)
+            found += [replace(p, place=("jobs", i, *p.place)) for p in wrong]
     found += alert_problems(config, stored)
     for name, ref in config.secrets.items():
         if unused and name not in used and (why := why_unreadable(name, ref, config)):
@@ -8475,7 +8475,7 @@ class Operations:
         self.store, self.vault, self.config, self.clock = store, vault, config, clock
 
     async def add_secret(self, body: SecretBody, *, replace: bool = False) -> SecretAnswer:
-        value = SecretValue(clean_secret(body.value))
+        value = SecretValue(body.value)
         seal = partial(self.vault.seal, body.name, body.type, value)
         save = self.store.replace_secret if replace else self.store.add_secret
         await save(body.name, body.type, seal, self.clock())
@@ -11202,15 +11202,10 @@ def report(args: argparse.Namespace, document: Any, *shown: str | Table) -> int:
     return 0
 
 
-PRIVATE_LINE = re.compile(
-    "value|header|token|password|secrets|ping|webhook|- *.?[a-z]+://"
-)  # is not shown, whatever it has
-
-
 def source_lines(problem: Problem) -> Iterator[str]:
     """The line of a problem's file, and a caret below the column."""
     line, column = CONTROL.sub(" ", problem.source), problem.column
-    if line.strip() and column and not PRIVATE_LINE.search(line + problem.where):
+    if line.strip() and column:
         yield f"{problem.line:>5} | {line}"
         yield f"{'':5} | {' ' * (column - 1)}^"
 
@@ -12264,6 +12259,8 @@ def prompt_key_and_choice(
         try:
             table = asyncio.run(listing(SecretValue(clean_secret(text))))
             value = text
+        except ValueError as e:
+            say(str(e))
         except TeckoError as e:
             print_error(e)
     if not table.rows:

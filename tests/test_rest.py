@@ -597,6 +597,7 @@ def test_update_fields(rest: Rest, field: str, value: Any) -> None:
         ("value", ...),
         ("value", ["x"]),
         ("value", "x" * 10_001),
+        ("value", f"'{standins.OPENAI_KEY}'"),
         ("value", standins.OPENAI_KEY + "\x07"),
         ("value", standins.OPENAI_KEY + "\u00e9"),
         ("colour", standins.OPENAI_KEY),
