@@ -873,15 +873,13 @@ class Paging(ShortForm):
     """How to ask an API for the next page: by the answer's Link header (RFC 8288), by a cursor
     from the answer or from its last record, or by a number that counts pages or records."""
 
-    type: Literal["link", "cursor", "last", "page", "offset"] = Field(
-        description="link, cursor, last, page or offset\n"
+    type: Literal["link", "cursor", "last", "page", "offset"] = accepts(
+        "link, cursor, last, page or offset\n"
         "link: the answer's Link header; cursor: a value out of the answer, found at `path`;"
         " last: a value of the page's last record; page and offset: a number that counts pages or"
         " records."
     )
-    param: Label | None = optional(
-        "the query parameter; default cursor, starting_after, page or offset"
-    )
+    param: Label | None = optional("default cursor, starting_after, page or offset")
     path: Label | None = optional("where the cursor is, dotted; default next_cursor, or the id")
     start: Integer | None = optional("the first page's number; default 1 or 0", ge=0, le=10**9)
     size: Integer | None = optional("records a page, 1 to 100000", ge=1, le=100_000)
@@ -897,9 +895,7 @@ class Since(ShortForm):
     overlap: Seconds = optional(  # a source may be late to show a record under its own time stamp
         "seconds, or 30s, 5m, 1h; what is that old is asked for again", 300, ge=0, le=10**7
     )
-    format: Label | None = optional(
-        "s, ms, us, or a form of UTC like %Y-%m-%d %H:%M:%S; default: as it came"
-    )
+    format: Label | None = optional("s, ms, us, or like %Y-%m-%d %H:%M:%S; default: as it came")
 
 
 UnifiedField = Literal[
@@ -932,12 +928,8 @@ class Source(StrictModel):
     header: Annotated[str, Field(pattern=HEADER_LINE)] = optional(
         "a header like X-Token: {secret}", "Authorization: Bearer {secret}"
     )
-    max_requests_per_minute: Integer | None = optional(
-        "1 to 100000, for all jobs on that host", ge=1, le=100_000
-    )
-    timeout: Seconds | None = optional(
-        "1 to 3600 seconds, or 30s, 2m, that an answer may take; default 2m", ge=1, le=3600
-    )
+    max_requests_per_minute: Integer | None = optional("1 to 100000, per host", ge=1, le=100_000)
+    timeout: Seconds | None = optional("1 to 3600 seconds, or 30s; default 2m", ge=1, le=3600)
 
     @field_validator("path", "url", check_fields=False)
     @classmethod
@@ -958,17 +950,13 @@ class CsvSource(Source):
     )
     endpoint: Url | None = optional("of s3://, the URL of MinIO or another server than Amazon's")
     region: Label | None = optional("of s3://; default us-east-1")
-    delimiter: Character | None = optional(
-        "one character, or tab; default: the one that parts the header best"
-    )
+    delimiter: Character | None = optional("one character, or tab; default: what parts best")
     encoding: Annotated[Label, AfterValidator(known_encoding)] | None = optional(
         "a name like cp1252; default: that of a byte order mark, else utf-8"
     )
     columns: list[Label] | None = optional("of files without a header row", min_length=1)
     skip: Integer = optional("lines before the header, 0 to 10000", 0, ge=0, le=10_000)
-    comment: Annotated[Label, Field(max_length=10)] | None = optional(
-        "what lines that are no records begin with, like #"
-    )
+    comment: Annotated[Label, Field(max_length=10)] | None = optional("how comments begin, like #")
     quote: Annotated[
         str, AfterValidator(lambda given: given if given in ("none", '"') else one_character(given))
     ] = optional("one character, or none", '"')

@@ -1288,7 +1288,7 @@ OVERLAP = "seconds, or 30s, 5m, 1h; what is that old is asked for again"
 ID = "the column or field that identifies a record, or a list of them"
 FIELDS = f"a block of unified field: source field; unified: {UNIFIED}"
 PARAMS = "names and values of query parameters"
-RATE = "1 to 100000, for all jobs on that host"
+RATE = "1 to 100000, per host"
 MAX_FAILED = "a number of records, or a share like 5%"
 
 
@@ -1370,8 +1370,7 @@ WRONG = [
     (
         "param: p,",
         "param: '',",
-        "13: ingest.next.param: found ''; allowed: the query parameter; default cursor,"
-        " starting_after, page or offset",
+        "13: ingest.next.param: found ''; allowed: default cursor, starting_after, page or offset",
     ),
     *(
         ("start: 0", f"start: {new}", f"13: ingest.next.start: found {found}; allowed: {START}")
