@@ -432,14 +432,10 @@ class Invalid(TeckoError):
         self.problems = []
         for given in problems:
             p = Problem(found=given) if isinstance(given, str) else given
-            where, found, source = map(printable, (p.where, p.found, p.source))
+            texts = map(redact, (p.where, p.found, p.source))
+            where, found, source = (CONTROL.sub(lambda c: rf"\x{ord(c[0]):02x}", t) for t in texts)
             self.problems.append(replace(p, where=where, found=found, source=source))
         super().__init__("\n".join(map(str, self.problems)), hint=hint)
-
-
-def printable(text: str) -> str:
-    """The text without secrets, and on one line."""
-    return CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", redact(text))
 
 
 class NotFound(TeckoError):
@@ -474,9 +470,7 @@ class UpstreamError(TeckoError):
         sent: bool = True,
     ) -> None:
         super().__init__(message)
-        self.status = status
-        self.retry_after = retry_after
-        self.sent = sent
+        self.status, self.retry_after, self.sent = status, retry_after, sent
         final = status is not None and 300 <= status < 500
         self.permanent = final and status not in (408, 409, 425, 429)
 
@@ -2069,10 +2063,9 @@ class Vault:
         self.load(required=True)
         if self.file is None:
             if len(self._keys) < 2:
-                raise SecretError(
-                    "SECRET_KEY is set in the environment, which this command cannot change",
-                    hint="set SECRET_KEY=NEW,OLD, run this again, then drop OLD",
-                )
+                said = "SECRET_KEY is set in the environment, which this command cannot change"
+                fix = "set SECRET_KEY=NEW,OLD, run this again, then drop OLD"
+                raise SecretError(said, hint=fix)
             return
         kept = self._keys.values()
         write_private(self.old_file(), "\n".join(kept) + "\n")
@@ -2487,8 +2480,7 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     """
     base = path.absolute().parent
     if must_exist and not path.exists():
-        said = f"{path}: there is no such file"
-        raise Invalid([said], hint=f"{COMMAND} init writes a first one")
+        raise Invalid([f"{path}: there is no such file"], hint=f"{COMMAND} init writes a first one")
     dot_env, warnings = read_dot_env(base / ".env")
     env = {**dot_env, **environ}
     text = JobsYaml(path, env)
@@ -2620,8 +2612,7 @@ def all_problems(
     secrets that no job uses."""
     found: list[Problem] = []
     used: set[str | int] = set()
-    items = config.text.data.get("jobs")
-    for i, item in enumerate(items if isinstance(items, list) else []):
+    for i, item in enumerate(config.text.data.get("jobs") or []):
         if isinstance(item, dict):
             used |= {name for _, _, name in secrets_of(item)}
             wrong = secret_problems(item, stored, config)
