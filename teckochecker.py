@@ -572,12 +572,15 @@ At = Annotated[  # unix seconds, shown as a date in answers
 ]
 
 
+NEVER = 10**10  # s between two backups, 300 years
+
+
 def parse_interval(value: object) -> object:
-    """Seconds out of 90, "90", "30s", "2m", "1h" or "1d"; auto stays, for those that allow it."""
+    """Seconds out of 90, "90", "30s", "2m", "1h", "1d" or never; auto stays, for what allows it."""
     if isinstance(value, str) and (found := re.fullmatch(r"(\d{1,6})\s*([smhd]?)", value.strip())):
         return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}[found[2]]
-    if type(value) is int or value == "auto":
-        return value
+    if type(value) is int or value in ("auto", "never"):
+        return NEVER if value == "never" else value
     raise ValueError("not an interval")
 
 
@@ -736,6 +739,10 @@ FlatBatchIds = Annotated[  # also under the name batch_id
 ]
 IntervalText = Annotated[str, StringConstraints(pattern=r"^\s*\d{1,6}\s*[smhd]?\s*$")]
 Seconds = Annotated[int, BeforeValidator(parse_interval, json_schema_input_type=int | IntervalText)]
+LongSeconds = Annotated[
+    int,
+    BeforeValidator(parse_interval, json_schema_input_type=int | IntervalText | Literal["never"]),
+]
 Interval = Annotated[Seconds, AfterValidator(within_bounds), accepts("seconds, or 30s, 2m, 1h")]
 PollInterval = Annotated[  # of a watch
     int | Literal["auto"],
@@ -1123,14 +1130,14 @@ class SecretRef(StrictModel):
         return self
 
 
-VALUE_TEXT = f"printable ASCII without control characters, at least {SHORTEST} characters"
+PRINTABLE = f"printable ASCII without control characters, at least {SHORTEST} characters"
 
 
 def clean_secret(value: str) -> str:
     """The value without white space around it, which pasting may add. No error shows it."""
     value = value.strip()
     if len(value) < SHORTEST or CONTROL.search(value) or not value.isascii():
-        raise ValueError(f"allowed: {VALUE_TEXT}")
+        raise ValueError(f"allowed: {PRINTABLE}")
     if value[0] == value[-1] and value[0] in "\"'":
         raise ValueError("allowed: no quotes around it, which would be sent as a part of it")
     return value
@@ -1142,7 +1149,7 @@ class SecretBody(StrictModel):
     name: Name
     type: SecretType
     value: Annotated[StrictStr, AfterValidator(clean_secret)] = accepts(
-        VALUE_TEXT, max_length=10_000
+        PRINTABLE, max_length=10_000
     )
 
 
@@ -1151,20 +1158,10 @@ SECONDS = "whole seconds, 1 to 86400"
 DATABASES = "sqlite:///path, a path, or postgresql://host/name"
 
 
-NEVER = 10**10  # s between two backups, 300 years
-Between = Annotated[
-    int,
-    BeforeValidator(
-        lambda value: NEVER if value == "never" else parse_interval(value),
-        json_schema_input_type=int | IntervalText | Literal["never"],
-    ),
-]
-
-
 class BackupBlock(StrictModel):
     """The service's own backups of an SQLite database."""
 
-    every: Between = optional("at least 60 seconds, like 6h, 1d; or never", 86400, ge=60)
+    every: LongSeconds = optional("at least 60 seconds, like 6h, 1d; or never", 86400, ge=60)
     keep: Integer = optional("how many, at least 1", 7, ge=1)
     folder: Location | None = optional("default: the database's path and .backups")
 
