@@ -2,9 +2,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "aiolimiter>=1.2", "aiosqlite>=0.22", "apscheduler>=3.11,<4", "cryptography>=46",
-#   "httpx2>=2.16", "openai>=3.54", "orjson>=3.11", "prometheus-client>=0.22", "pydantic>=2.12",
-#   "python-dotenv>=1.1", "pyyaml>=6.0.2", "rich>=14", "shtab>=1.7.2",
+#   "aiolimiter>=1.2", "aiosqlite>=0.22", "annotated-types>=0.7", "apscheduler>=3.11,<4",
+#   "cryptography>=46", "httpx2>=2.16", "openai>=3.54", "orjson>=3.11", "prometheus-client>=0.22",
+#   "pydantic>=2.12", "python-dotenv>=1.1", "pyyaml>=6.0.2", "rich>=14", "shtab>=1.7.2",
 # ]
 # ///
 r"""TeckoChecker: watch OpenAI batches and start a Keboola job when they are done, once; and
@@ -103,6 +103,7 @@ import logging.handlers
 import math
 import random
 import re
+import reprlib
 import shlex
 import shutil
 import socket
@@ -173,6 +174,7 @@ try:
     import fcntl
 
     import orjson
+    from annotated_types import Predicate
     from pydantic import (
         AfterValidator,
         AliasChoices,
@@ -273,27 +275,25 @@ SHORTEST = 6  # characters of a secret
 
 
 class SecretValue:
-    """A secret in memory. It prints as ***, and once it exists its value is removed from every log
-    line and error message. `reveal()` is for the one call that needs the value.
+    """A secret in memory, which prints as ***. `reveal()` is for the one call that needs the value.
 
-    `place` says where the value comes from (the name of a secret or of a setting). The last two
-    values of each place are remembered: a request with the previous one may still be under way, and
-    a file that is rewritten again and again must not fill the memory. A value shorter than SHORTEST
-    is not removed, since any text may contain it; `clean_secret` accepts no secret that short.
+    `place` says where it comes from (the name of a secret or of a setting). The last two values of
+    each place are known: a request with the previous one may still be under way. A value shorter
+    than SHORTEST is not removed, since any text may contain it; `clean_secret` accepts none.
     """
 
     __slots__ = ("_value",)
-    known: ClassVar[dict[str, dict[str, set[str]]]] = {}  # by place and value: its written forms
+    known: ClassVar[dict[str, deque[str]]] = {}  # by place
     forms: ClassVar[list[str]] = []  # all written forms, the longest first
 
     def __init__(self, value: str, place: str = "") -> None:
         self._value = value
-        there = SecretValue.known.get(place or value, {})
+        there = SecretValue.known.setdefault(place or value, deque(maxlen=2))
         if value not in there and len(value) >= SHORTEST:
-            before = list(there.items())[-1:]
-            SecretValue.known[place or value] = dict([*before, (value, written_forms(value))])
-            kept = [f for values in SecretValue.known.values() for f in values.values()]
-            SecretValue.forms = sorted(set().union(*kept), key=len, reverse=True)
+            there.append(value)
+            kept = itertools.chain(*SecretValue.known.values())
+            forms = set().union(*map(written_forms, kept))
+            SecretValue.forms = sorted(forms, key=len, reverse=True)
 
     def reveal(self) -> str:
         return self._value
@@ -304,6 +304,7 @@ class SecretValue:
     __str__ = __repr__
 
 
+@lru_cache(maxsize=10_000)
 def written_forms(value: str) -> set[str]:
     """The value as it is, as JSON and URLs write it, and as repr does with either quote."""
     doubled = value.replace("\\", "\\\\")
@@ -331,8 +332,7 @@ def excerpt(text: str, most: int) -> str:
 
 
 class RedactingFilter(logging.Filter):
-    """Redacts message, traceback and stack. Every handler has it, so that it sees the records of
-    libraries, too."""
+    """Redacts message, traceback and stack. Every handler has it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         try:
@@ -377,16 +377,23 @@ ERROR_NAMES = {  # what `error` is in an answer, by code
 }
 
 
-MISSING, UNKNOWN_KEY = "missing", "unknown key"
+MISSING = "nothing"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+Place = tuple[str | int, ...]  # ("jobs", 0, "watch", "batch_ids")
+
+
+def dotted(place: Place) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in place).lstrip(".")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong with an input.
 
-    `where` names the place as its author wrote it (keboola_stack_url, or job 'x': watch.secret).
-    `found` is the value at that place, or the whole message if `allowed` is empty. A file adds
-    `line` and `column` (from 1; 0: unknown) and `source`, the text of that line.
+    `where` names the place as its author wrote it (keboola_stack_url, or job 'x': watch.secret);
+    `place` is the same within the data. `found` is the value at that place, or the whole message if
+    `allowed` is empty. A file adds `line` and `column` (from 1; 0: unknown) and `source`, the text
+    of that line.
     """
 
     where: str = ""
@@ -396,20 +403,22 @@ class Problem:
     line: int = 0
     column: int = 0
     source: str = ""
+    place: Place = ()
 
     @property
     def text(self) -> str:
         """The message without the place."""
         if not self.found or not self.allowed:
             return self.found or f"allowed: {self.allowed}"
-        if self.found == MISSING:
-            return f"{MISSING}; needed: {self.allowed}"
-        word = "" if self.found.startswith(UNKNOWN_KEY) else "found "
-        return f"{word}{self.found}; allowed: {self.allowed}"
+        return f"found {self.found}; allowed: {self.allowed}"
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
         return ": ".join(filter(None, (place, self.where, self.text)))
+
+
+def problem_at(place: Place, found: str, allowed: str = "") -> Problem:
+    return Problem(dotted(place), found, allowed, place=place)
 
 
 class Invalid(TeckoError):
@@ -423,7 +432,8 @@ class Invalid(TeckoError):
         self.problems = []
         for given in problems:
             p = Problem(found=given) if isinstance(given, str) else given
-            where, found, source = map(redact, (p.where, p.found, p.source))
+            texts = map(redact, (p.where, p.found, p.source))
+            where, found, source = (CONTROL.sub(lambda c: rf"\x{ord(c[0]):02x}", t) for t in texts)
             self.problems.append(replace(p, where=where, found=found, source=source))
         super().__init__("\n".join(map(str, self.problems)), hint=hint)
 
@@ -460,12 +470,9 @@ class UpstreamError(TeckoError):
         sent: bool = True,
     ) -> None:
         super().__init__(message)
-        self.status = status
-        self.retry_after = retry_after
-        self.sent = sent
-        self.permanent = (
-            status is not None and 300 <= status < 500 and status not in (408, 409, 425, 429)
-        )
+        self.status, self.retry_after, self.sent = status, retry_after, sent
+        final = status is not None and 300 <= status < 500
+        self.permanent = final and status not in (408, 409, 425, 429)
 
 
 class OpenAIError(UpstreamError):
@@ -543,7 +550,6 @@ TriggerState = Literal[
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ORIGIN = r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?"
 ORIGINS = rf'(?i)^\s*\[?\s*("?{ORIGIN}"?\s*(,\s*|\]?\s*$))*$'  # a JSON list will do, too
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,249}")  # 255 characters with its prefix
 
 
@@ -566,35 +572,35 @@ At = Annotated[  # unix seconds, shown as a date in answers
 ]
 
 
+NEVER = 10**10  # s between two backups, 300 years
+
+
 def parse_interval(value: object) -> object:
-    """Seconds out of 90, "90", "30s", "2m", "1h" or "1d"."""
+    """Seconds out of 90, "90", "30s", "2m", "1h", "1d" or never; auto stays, for what allows it."""
     if isinstance(value, str) and (found := re.fullmatch(r"(\d{1,6})\s*([smhd]?)", value.strip())):
         return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}[found[2]]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
+    if type(value) is int or value in ("auto", "never"):
+        return NEVER if value == "never" else value
     raise ValueError("not an interval")
 
 
-def within_bounds(value: int, info: ValidationInfo) -> int:
+def within_bounds(value: int | str, info: ValidationInfo) -> int | str:
     low, high = (info.context or {}).get("bounds", (30, 3600))
-    if not low <= value <= high:
+    if isinstance(value, int) and not low <= value <= high:
         raise ValueError(f"allowed: {low} to {high} seconds")
     return value
 
 
-def valid_name(value: str) -> str:
-    if CONTROL.search(value) or value.isdigit():
-        raise ValueError("control characters, or digits only")
-    return value
+def is_name(text: str) -> bool:
+    return not CONTROL.search(text) and not text.isdigit()
 
 
 def secret_name(value: object) -> str | int:
     """The name of a secret, or the id of a stored one."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if not isinstance(value, str) or not 1 <= len(value.strip()) <= 255:
+    text = value.strip() if isinstance(value, str) else ""
+    if type(value) is not int and not (1 <= len(text) <= 255 and is_name(text)):
         raise ValueError
-    return valid_name(value.strip())
+    return text or cast(int, value)
 
 
 def reject_bool(value: object) -> object:
@@ -603,10 +609,8 @@ def reject_bool(value: object) -> object:
     return value
 
 
-def reject_duplicates(value: list[str]) -> list[str]:
-    if len(set(value)) < len(value):
-        raise ValueError("a batch id stands twice in batch_ids")
-    return value
+def one_or_more(value: object) -> object:
+    return value if isinstance(value, list) else [value]
 
 
 def clean_stack_url(value: str) -> str:
@@ -621,25 +625,18 @@ def clean_stack_url(value: str) -> str:
 def clean_url(value: str) -> str:
     """An http(s) URL with a host and without a password, for which there is `secret`."""
     parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment:
+    whole = parts.scheme in ("http", "https") and parts.hostname and not parts.fragment
+    if not whole or re.search(r"\s", value) or parts.port == 0:  # .port may raise, too
         raise ValueError("not an http or https URL")
     if parts.username or parts.password:
         raise ValueError("a password in a URL; `secret` and `header` are for that")
-    if re.search(r"[\s\x00-\x1f]", value) or parts.port == 0:  # .port raises on nonsense
-        raise ValueError("not an http or https URL")
     return value
-
-
-def clean_path(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("a NUL")
-    return clean_url(value) if "://" in value else value
 
 
 def clean_source(value: str) -> str:
     if not value.startswith("s3://"):
-        return clean_path(value)
-    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/[^\x00-\x1f]+", value):
+        return clean_url(value) if "://" in value else value
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/.+", value):
         raise ValueError("allowed: s3://bucket/key, which may be a glob")
     if importlib.util.find_spec("obstore") is None:
         raise ValueError("allowed: s3:// once there is obstore: python -m pip install obstore")
@@ -660,10 +657,6 @@ def one_character(value: str) -> str:
     return delimiter
 
 
-def quote_character(value: str) -> str:
-    return value if value in ("none", '"') else one_character(value)
-
-
 def known_encoding(value: str) -> str:
     try:
         if not codecs.lookup(value)._is_text_encoding:
@@ -680,12 +673,6 @@ def booleans_as_text(value: object) -> object:
     return {k: str(v).lower() if isinstance(v, bool) else v for k, v in value.items()}
 
 
-def reject_reserved(value: dict[str, str]) -> dict[str, str]:
-    if taken := sorted(RESERVED_VARIABLES & value.keys()):
-        raise ValueError(f"{', '.join(taken)} set by TeckoChecker itself")
-    return value
-
-
 RESERVED_VARIABLES = frozenset(
     """
     batch_ids_completed batch_ids_failed batch_count_total batch_count_completed batch_count_failed
@@ -695,6 +682,22 @@ RESERVED_VARIABLES = frozenset(
 )
 
 
+def accepts(text: str, **rules: Any) -> Any:
+    """A field with what error messages say is allowed in it: the first line. The others, for
+    editors, say what the values do."""
+    return Field(description=text, **rules)
+
+
+def optional(text: str, default: Any = None, **rules: Any) -> Any:
+    return accepts(text, default=default, **rules)
+
+
+def flat_secret(kind: str) -> Any:
+    """Takes the name of a secret or the id of a stored one, under either name."""
+    names = AliasChoices(f"{kind}_secret", f"{kind}_secret_id")
+    return accepts(f"the name of a secret of type {kind}", validation_alias=names)
+
+
 Text255 = Annotated[str, StringConstraints(min_length=1, max_length=255)]
 Label = Annotated[  # a name or an id
     str,
@@ -702,54 +705,61 @@ Label = Annotated[  # a name or an id
     # configuration_id: 123 is taken as well, see StrictModel
     BeforeValidator(lambda value: value, json_schema_input_type=Text255 | float),
 ]
+Labels = Annotated[
+    list[Label],
+    Field(min_length=1),
+    BeforeValidator(one_or_more, json_schema_input_type=Label | list[Label]),
+]
 Location = Annotated[  # a URL or a path; a presigned URL of S3 has some 1,500 characters
-    str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True)
+    str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=2000, strip_whitespace=True)
 ]
-Name = Annotated[
-    Label, AfterValidator(valid_name), Field(description="1 to 255 characters, not only digits")
-]
-SecretType = Annotated[
-    Literal["openai", "keboola", "api"], Field(description="openai, keboola or api")
-]
+Url = Annotated[Location, AfterValidator(clean_url)]
+Character = Annotated[str, AfterValidator(one_character)]
+Name = Annotated[Label, Predicate(is_name), accepts("1 to 255 characters, not only digits")]
+SecretType = Annotated[Literal["openai", "keboola", "api"], accepts("openai, keboola or api")]
+SecretName = Annotated[str | int, PlainValidator(secret_name, json_schema_input_type=Text255 | int)]
+OpenAISecret = Annotated[SecretName, flat_secret("openai")]
+KeboolaSecret = Annotated[SecretName, flat_secret("keboola")]
 BatchId = Annotated[str, StringConstraints(pattern=f"^{BATCH_ID.pattern}$")]
 BatchIds = Annotated[
     list[BatchId],
-    AfterValidator(reject_duplicates),
-    Field(
+    Predicate(lambda ids: len({*ids}) == len(ids)),
+    accepts(
+        "1 to 10 different ids, each batch_ with letters, digits, _ or -\n"
+        "Another set of ids is a new round: the job fires again when those are done.",
         min_length=1,
         max_length=10,
         json_schema_extra={"uniqueItems": True},
-        description="1 to 10 different ids, each batch_ with letters, digits, _ or -\n"
-        "Another set of ids is a new round: the job fires again when those are done.",
     ),
+]
+FlatBatchIds = Annotated[  # also under the name batch_id
+    BatchIds,
+    BeforeValidator(one_or_more, json_schema_input_type=BatchIds | BatchId),
+    Field(validation_alias=AliasChoices("batch_ids", "batch_id")),
 ]
 IntervalText = Annotated[str, StringConstraints(pattern=r"^\s*\d{1,6}\s*[smhd]?\s*$")]
-PaceText = Annotated[str, StringConstraints(pattern=r"^(\s*\d{1,6}\s*[smhd]?\s*|auto)$")]
 Seconds = Annotated[int, BeforeValidator(parse_interval, json_schema_input_type=int | IntervalText)]
-Interval = Annotated[
-    Seconds, AfterValidator(within_bounds), Field(description="seconds, or 30s, 2m, 1h")
+LongSeconds = Annotated[
+    int,
+    BeforeValidator(parse_interval, json_schema_input_type=int | IntervalText | Literal["never"]),
 ]
+Interval = Annotated[Seconds, AfterValidator(within_bounds), accepts("seconds, or 30s, 2m, 1h")]
 PollInterval = Annotated[  # of a watch
     int | Literal["auto"],
-    BeforeValidator(
-        lambda value: value if value == "auto" else parse_interval(value),
-        json_schema_input_type=int | PaceText,
-    ),
-    AfterValidator(lambda value, info: value if value == "auto" else within_bounds(value, info)),
-    Field(
-        description="seconds, or 30s, 2m, 1h, or auto\n"
+    BeforeValidator(parse_interval, json_schema_input_type=int | IntervalText | Literal["auto"]),
+    AfterValidator(within_bounds),
+    accepts(
+        "seconds, or 30s, 2m, 1h, or auto\n"
         "How often the batches are checked; auto: often while a batch is young, then less."
     ),
 ]
-SecretName = Annotated[str | int, PlainValidator(secret_name, json_schema_input_type=Text255 | int)]
-SecretId = Annotated[SecretName, Field(description="the id of a stored secret, not its name")]
 Integer = Annotated[int, BeforeValidator(reject_bool)]
 Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(reject_bool)]
 StackUrl = Annotated[
     str,
     AfterValidator(clean_stack_url),
-    Field(
-        description="https://connection.keboola.com or another stack, without a path",
+    accepts(
+        "https://connection.keboola.com or another stack, without a path",
         json_schema_extra={"pattern": r"^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@\s]+/?$"},
     ),
 ]
@@ -759,27 +769,27 @@ Variables = Annotated[
     BeforeValidator(
         booleans_as_text, json_schema_input_type=dict[Text255, NonEmpty | float | bool]
     ),
-    AfterValidator(reject_reserved),
-    Field(
-        description="names with non-empty values, none of TeckoChecker's own names\n"
+    Predicate(lambda variables: not RESERVED_VARIABLES & variables.keys()),
+    accepts(
+        "names with non-empty values, none of TeckoChecker's own names\n"
         "Sent to Keboola beside the outcome of the batches. Variables that are sent replace all"
         " defaults of a configuration."
     ),
 ]
-Component = Annotated[Label, Field(description="a component id like kds-team.app-custom-python")]
-Configuration = Annotated[Label, Field(description="a configuration id, in quotes")]
+Component = Annotated[Label, accepts("a component id like kds-team.app-custom-python")]
+Configuration = Annotated[Label, accepts("a configuration id, in quotes")]
 TriggerWhen = Annotated[
     Literal["all_completed", "all_finished"],
-    Field(
-        description="all_completed or all_finished\n"
+    accepts(
+        "all_completed or all_finished\n"
         "all_completed fires when every batch has completed; one that fails, expires or is"
         " cancelled fails the job. all_finished takes those as done and fires all the same."
     ),
 ]
 OnAmbiguous = Annotated[
     Literal["resend", "hold"],
-    Field(
-        description="resend or hold\n"
+    accepts(
+        "resend or hold\n"
         "When it cannot be found out whether Keboola got a trigger: resend sends it again, which"
         " may start a second job; hold sends nothing and waits for `job retry`."
     ),
@@ -789,17 +799,29 @@ OnAmbiguous = Annotated[
 # ── Job ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def title_of(model: type[Any]) -> str:
-    """The title in the JSON Schema, which editors show: the first words of the docstring."""
-    return re.split(r"[.:;,]", str(model.__doc__), maxsplit=1)[0]
+def names_in_input(model: type[BaseModel]) -> dict[str, str]:
+    """The fields of a model, by each name that the input may use for one."""
+    return {
+        str(written): name
+        for name, info in model.model_fields.items()
+        for written in getattr(info.validation_alias, "choices", [name])
+    }
+
+
+def add_other_names(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Add to a JSON Schema the other names of fields, of which pydantic has only the first."""
+    for name, first in names_in_input(model).items():
+        if name not in schema["properties"]:
+            schema["properties"][name] = schema["properties"][first]
+            if first in schema.get("required", ()):
+                schema["required"].remove(first)
+                either = {"oneOf": [{"required": [first]}, {"required": [name]}]}
+                schema.setdefault("allOf", []).append(either)
 
 
 class StrictModel(BaseModel):
     """A model that refuses unknown keys. Numbers become text where text is meant
-    (configuration_id: 12).
-
-    Error messages use the first line of a field's description as what is allowed; the other lines
-    say what the values do."""
+    (configuration_id: 12). Its title, which editors show, is how its docstring begins."""
 
     model_config = ConfigDict(
         defer_build=True,  # most commands need few of the models
@@ -807,15 +829,16 @@ class StrictModel(BaseModel):
         frozen=True,
         coerce_numbers_to_str=True,
         hide_input_in_errors=True,
-        model_title_generator=title_of,
+        json_schema_extra=add_other_names,
+        model_title_generator=lambda model: re.split("[.:;,]", str(model.__doc__), maxsplit=1)[0],
     )
 
 
 class OpenAIBatches(StrictModel):
     """The batches to watch, and when they count as done."""
 
-    type: Literal["openai_batches"] = Field("openai_batches", description="openai_batches")
-    secret: SecretName = Field(description="the name of a secret of type openai")
+    type: Literal["openai_batches"] = optional("openai_batches", "openai_batches")
+    secret: SecretName = accepts("the name of a secret of type openai")
     batch_ids: BatchIds
     trigger_when: TriggerWhen = "all_completed"
 
@@ -823,8 +846,8 @@ class OpenAIBatches(StrictModel):
 class KeboolaTrigger(StrictModel):
     """The Keboola job to start."""
 
-    type: Literal["keboola"] = Field("keboola", description="keboola")
-    secret: SecretName = Field(description="the name of a secret of type keboola")
+    type: Literal["keboola"] = optional("keboola", "keboola")
+    secret: SecretName = accepts("the name of a secret of type keboola")
     stack_url: StackUrl
     component_id: Component
     configuration_id: Configuration
@@ -851,42 +874,29 @@ class Paging(ShortForm):
     """How to ask an API for the next page: by the answer's Link header (RFC 8288), by a cursor
     from the answer or from its last record, or by a number that counts pages or records."""
 
-    type: Literal["link", "cursor", "last", "page", "offset"] = Field(
-        description="link, cursor, last, page or offset\n"
+    type: Literal["link", "cursor", "last", "page", "offset"] = accepts(
+        "link, cursor, last, page or offset\n"
         "link: the answer's Link header; cursor: a value out of the answer, found at `path`;"
         " last: a value of the page's last record; page and offset: a number that counts pages or"
         " records."
     )
-    param: Label | None = Field(
-        None, description="the query parameter; default cursor, starting_after, page or offset"
-    )
-    path: Label | None = Field(
-        None,
-        description="where the answer has the cursor, dotted, or with last the last record; default"
-        " next_cursor, or the id",
-    )
-    start: Integer | None = Field(
-        None, ge=0, le=10**9, description="the first page's number; default 1, for offset 0"
-    )
-    size: Integer | None = Field(None, ge=1, le=100_000, description="records a page, 1 to 100000")
-    size_param: Label | None = Field(
-        None, description="the query parameter of `size`; default per_page, for offset limit"
-    )
+    param: Label | None = optional("default cursor, starting_after, page or offset")
+    path: Label | None = optional("where the cursor is, dotted; default next_cursor, or the id")
+    start: Integer | None = optional("the first page's number; default 1 or 0", ge=0, le=10**9)
+    size: Integer | None = optional("records a page, 1 to 100000", ge=1, le=100_000)
+    size_param: Label | None = optional("the query parameter of `size`; default per_page or limit")
 
 
 class Since(ShortForm):
     """Incremental ingest of an API: the greatest value of a field is remembered, and sent with the
     next run's requests."""
 
-    field: Label = Field(description="the field of a record that tells when it changed, dotted")
-    param: Label = Field("since", description="the query parameter")
-    overlap: Annotated[Seconds, Field(ge=0, le=10**7)] = Field(
-        300,  # a source may be late to show a record under its own time stamp
-        description="seconds, or 30s, 5m, 1h; what is that old is asked for again",
+    field: Label = accepts("the field of a record that tells when it changed, dotted")
+    param: Label = optional("the query parameter", "since")
+    overlap: Seconds = optional(  # a source may be late to show a record under its own time stamp
+        "seconds, or 30s, 5m, 1h; what is that old is asked for again", 300, ge=0, le=10**7
     )
-    format: Label | None = Field(
-        None, description="s, ms, us, or a form of UTC like %Y-%m-%d %H:%M:%S; default: as it came"
-    )
+    format: Label | None = optional("s, ms, us, or like %Y-%m-%d %H:%M:%S; default: as it came")
 
 
 UnifiedField = Literal[
@@ -896,51 +906,31 @@ UNIFIED = get_args(UnifiedField)
 HEADER_LINE = r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+: ?[ -~]*\{secret\}[ -~]*$"  # RFC 9110, section 5
 
 
-IdNames = Label | Annotated[list[Label], Field(min_length=1)]
-
-
-def id_names(value: object) -> str | list[str]:
-    names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError("not a name, or a list of names")
-    return value if isinstance(value, str) else names
-
-
 class Source(StrictModel):
     """What CSV and API have in common."""
 
     type: str
-    id: Annotated[str | list[str], PlainValidator(id_names, json_schema_input_type=IdNames)] = (
-        Field("id", description="the column or field that identifies a record, or a list of them")
+    id: Labels = optional("the column or field that identifies a record, or a list of them", ["id"])
+    fields: dict[UnifiedField, Label] = optional(
+        f"a block of unified field: source field; unified: {', '.join(UNIFIED)}", {}
     )
-    fields: dict[UnifiedField, Label] = Field(
-        {}, description=f"a block of unified field: source field; unified: {', '.join(UNIFIED)}"
+    dates: Literal["dmy", "mdy"] | None = optional(
+        "dmy or mdy: how to read 03/04/2024\nWithout it, such a record is rejected."
     )
-    dates: Literal["dmy", "mdy"] | None = Field(
-        None,
-        description="dmy or mdy: how to read 03/04/2024\nWithout it, such a record is rejected.",
+    max_failed: Annotated[str, Field(pattern=r"^(\d{1,9}|\d{1,2}(\.\d+)?%)$")] | None = optional(
+        "a number of records, or a share like 5%\nMore rejected ones fail the run."
     )
-    max_failed: (
-        Annotated[str, StringConstraints(pattern=r"^(\d{1,9}|\d{1,2}(\.\d+)?%)$")] | None
-    ) = Field(
-        None,
-        description="a number of records, or a share like 5%\nMore rejected ones fail the run.",
-    )
-    on_drift: Literal["evolve", "freeze"] = Field(
+    on_drift: Literal["evolve", "freeze"] = optional(
+        "evolve or freeze\nWhen a source's fields change: evolve goes on and notes it; freeze fails"
+        " the run before records with other fields are written.",
         "evolve",
-        description="evolve or freeze\nWhen a source's fields change: evolve goes on and notes it;"
-        " freeze fails the run before records with other fields are written.",
     )
-    secret: SecretName | None = Field(None, description="the name of a secret of type api")
-    header: Annotated[str, StringConstraints(pattern=HEADER_LINE)] = Field(
-        "Authorization: Bearer {secret}", description="a header like X-Token: {secret}"
+    secret: SecretName | None = optional("the name of a secret of type api")
+    header: Annotated[str, Field(pattern=HEADER_LINE)] = optional(
+        "a header like X-Token: {secret}", "Authorization: Bearer {secret}"
     )
-    max_requests_per_minute: Integer | None = Field(
-        None, ge=1, le=100_000, description="1 to 100000, for all jobs on that host"
-    )
-    timeout: Annotated[int, BeforeValidator(parse_interval), Field(ge=1, le=3600)] | None = Field(
-        None, description="1 to 3600 seconds, or 30s, 2m, that an answer may take; default 2m"
-    )
+    max_requests_per_minute: Integer | None = optional("1 to 100000, per host", ge=1, le=100_000)
+    timeout: Seconds | None = optional("1 to 3600 seconds, or 30s; default 2m", ge=1, le=3600)
 
     @field_validator("path", "url", check_fields=False)
     @classmethod
@@ -951,45 +941,29 @@ class Source(StrictModel):
             raise ValueError("a secret goes with a URL, not with a file")
         return safe_for_secret(value)
 
-    @property
-    def ids(self) -> Sequence[str]:
-        return [self.id] if isinstance(self.id, str) else self.id
-
 
 class CsvSource(Source):
     """A CSV file, all files that a glob matches, or a file behind a URL."""
 
-    @property
-    def place(self) -> str:
-        return self.path
+    type: Literal["csv"] = accepts("csv or api")
+    path: Annotated[Location, AfterValidator(clean_source)] = accepts(
+        "a path or glob, relative to jobs.yaml, or an https:// or s3:// URL"
+    )
+    endpoint: Url | None = optional("of s3://, the URL of MinIO or another server than Amazon's")
+    region: Label | None = optional("of s3://; default us-east-1")
+    delimiter: Character | None = optional("one character, or tab; default: what parts best")
+    encoding: Annotated[Label, AfterValidator(known_encoding)] | None = optional(
+        "a name like cp1252; default: that of a byte order mark, else utf-8"
+    )
+    columns: list[Label] | None = optional("of files without a header row", min_length=1)
+    skip: Integer = optional("lines before the header, 0 to 10000", 0, ge=0, le=10_000)
+    comment: Annotated[Label, Field(max_length=10)] | None = optional("how comments begin, like #")
+    quote: Annotated[
+        str, AfterValidator(lambda given: given if given in ("none", '"') else one_character(given))
+    ] = optional("one character, or none", '"')
+    escape: Character | None = optional("one character, like \\; default: a quote is doubled")
 
-    type: Literal["csv"] = Field(description="csv or api")
-    path: Annotated[Location, AfterValidator(clean_source)] = Field(
-        description="a path or glob, relative to jobs.yaml, or an https:// or s3:// URL"
-    )
-    endpoint: Annotated[Location, AfterValidator(clean_url)] | None = Field(
-        None, description="of s3://, the URL of MinIO or another server; default: Amazon's"
-    )
-    region: Label | None = Field(None, description="of s3://; default us-east-1")
-    delimiter: Annotated[str, AfterValidator(one_character)] | None = Field(
-        None, description="one character, or tab; default: the one that parts the header best"
-    )
-    encoding: Annotated[Label, AfterValidator(known_encoding)] | None = Field(
-        None, description="a name like cp1252; default: that of a byte order mark, else utf-8"
-    )
-    columns: list[Label] | None = Field(
-        None, min_length=1, description="the names of the columns, for files without a header row"
-    )
-    skip: Integer = Field(0, ge=0, le=10_000, description="lines before the header, 0 to 10000")
-    comment: Annotated[Label, StringConstraints(max_length=10)] | None = Field(
-        None, description="what lines that are no records begin with, like #; default: nothing"
-    )
-    quote: Annotated[str, AfterValidator(quote_character)] = Field(
-        '"', description="one character, or none"
-    )
-    escape: Annotated[str, AfterValidator(one_character)] | None = Field(
-        None, description="one character, like \\; default: a quote is doubled"
-    )
+    place = property(attrgetter("path"))
 
     @property
     def remote(self) -> bool:
@@ -1003,104 +977,71 @@ class CsvSource(Source):
 class ApiSource(Source):
     """A REST API that answers with JSON."""
 
-    @property
-    def place(self) -> str:
-        return self.url
+    type: Literal["api"] = accepts("csv or api")
+    url: Url = accepts("an https:// URL")
+    params: Annotated[dict[Label, str], BeforeValidator(booleans_as_text)] = optional(
+        "names and values of query parameters", {}
+    )
+    items: Label | None = optional("where the list is, dotted; default: the answer itself")
+    next: Paging | None = optional(
+        "link, cursor, last, page or offset, or a block with type; default: link, if any"
+    )
+    more: Label | None = optional("where the answer says whether there is a next page, dotted")
+    since: Since | None = optional("a field, or a block with field, param, overlap, format")
 
-    type: Literal["api"] = Field(description="csv or api")
-    url: Annotated[Location, AfterValidator(clean_url)] = Field(description="an https:// URL")
-    params: Annotated[dict[Label, str], BeforeValidator(booleans_as_text)] = Field(
-        {}, description="names and values of query parameters"
-    )
-    items: Label | None = Field(
-        None, description="where the list is in the answer, dotted; default: the answer itself"
-    )
-    next: Paging | None = Field(
-        None,
-        description="link, cursor, last, page or offset, or a block with type; default: link, if"
-        " any",
-    )
-    more: Label | None = Field(
-        None, description="where the answer says whether there is a next page, dotted"
-    )
-    since: Since | None = Field(
-        None, description="a field, or a block with field, param, overlap, format"
-    )
+    place = property(attrgetter("url"))
 
 
 SOURCES: dict[str, type[Source]] = {"csv": CsvSource, "api": ApiSource}
 POLL_INTERVAL = AliasChoices("poll_interval", "poll_interval_seconds")
-POLL_INTERVAL_SECONDS = AliasChoices("poll_interval_seconds", "poll_interval")
 
 
-class AnyJob(StrictModel):
-    """What every job has."""
-
-    name: Name
-
-
-class JobSpec(AnyJob):
+class JobSpec(StrictModel):
     """The definition of a job that watches batches."""
 
+    name: Name
     poll_interval: PollInterval = Field(120, validation_alias=POLL_INTERVAL)
-    watch: OpenAIBatches = Field(description="a block with type, secret and batch_ids")
-    trigger: KeboolaTrigger = Field(
-        description="a block with type, secret, stack_url, component_id and configuration_id"
+    watch: OpenAIBatches = accepts("a block with type, secret and batch_ids")
+    trigger: KeboolaTrigger = accepts(
+        "a block with type, secret, stack_url, component_id and configuration_id"
     )
 
 
-class IngestSpec(AnyJob):
+class IngestSpec(StrictModel):
     """The definition of a job that ingests records."""
 
+    name: Name
     poll_interval: Interval = Field(120, validation_alias=POLL_INTERVAL)
-    ingest: Annotated[CsvSource | ApiSource, Field(discriminator="type")] = Field(
-        description="a block with type: csv and path, or type: api and url"
+    ingest: Annotated[CsvSource | ApiSource, Field(discriminator="type")] = accepts(
+        "a block with type: csv and path, or type: api and url"
     )
 
 
 Spec = JobSpec | IngestSpec
 
 
-def optional_field(**said: str) -> Any:
-    """A field that may be left out, but not set to null."""
-    return Field(default_factory=lambda: None, **cast(Any, said))
-
-
-class FlatJob(AnyJob):
+class FlatJob(StrictModel):
     """A job that watches batches, without nested blocks: for the REST API and the command line."""
 
-    batch_ids: BatchIds = optional_field()
-    batch_id: BatchId = optional_field(description="one batch, in place of batch_ids")
-    openai_secret: SecretName = optional_field(description="the name of a secret of type openai")
-    openai_secret_id: SecretId = optional_field()
+    name: Name
+    batch_ids: FlatBatchIds
+    openai_secret: OpenAISecret
     trigger_when: TriggerWhen = "all_completed"
-    keboola_secret: SecretName = optional_field(description="the name of a secret of type keboola")
-    keboola_secret_id: SecretId = optional_field()
+    keboola_secret: KeboolaSecret
     keboola_stack_url: StackUrl
     keboola_component_id: Component
     keboola_configuration_id: Configuration
     variables: Variables = {}
     on_ambiguous: OnAmbiguous = "resend"
-    poll_interval_seconds: PollInterval = Field(120, validation_alias=POLL_INTERVAL_SECONDS)
-
-    EITHER: ClassVar = (
-        ("batch_ids", "batch_id"),
-        ("openai_secret", "openai_secret_id"),
-        ("keboola_secret", "keboola_secret_id"),
-    )
-    model_config = ConfigDict(
-        json_schema_extra={
-            "allOf": [{"oneOf": [{"required": [way]} for way in ways]} for ways in EITHER]
-        }
+    poll_interval_seconds: PollInterval = Field(
+        120, validation_alias=AliasChoices(*reversed(POLL_INTERVAL.choices))
     )
 
     def to_spec(self) -> JobSpec:
         """The same job as JobSpec. Its values are valid already."""
-        said = dict(self) | {"batch_ids": self.batch_ids or [self.batch_id]}
-        for name, by_id in self.EITHER[1:]:
-            said[name] = said[by_id] if said[name] is None else said[name]
         watch, trigger = (
-            {inner: said[name] for inner, name in names.items()} for names in FLAT_NAMES.values()
+            {inner: getattr(self, name) for inner, name in names.items()}
+            for names in FLAT_NAMES.values()
         )
         return JobSpec.model_construct(
             name=self.name,
@@ -1128,24 +1069,19 @@ def flat_fields(spec: Spec) -> dict[str, Any]:
     return flat
 
 
+OMITTED: Any = Field(default_factory=lambda: None)  # may be left out, but not set to null
+
+
 class JobChanges(FlatJob):
     """Changes of a job that did not come from jobs.yaml."""
 
-    name: Name = optional_field()
-    keboola_stack_url: StackUrl = optional_field()
-    keboola_component_id: Component = optional_field()
-    keboola_configuration_id: Configuration = optional_field()
-
-    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
-
-
-def with_changes(spec: Spec, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A job's fields with `changes`, for `job_spec`. They keep the names that `changes` uses, so
-    that an error message uses them, too."""
-    said = {other for ways in FlatJob.EITHER for name in ways if name in changes for other in ways}
-    if isinstance(spec, IngestSpec):
-        return {"ingest": spec.ingest.model_dump()} | flat_fields(spec) | dict(changes)
-    return {k: v for k, v in flat_fields(spec).items() if k not in said} | dict(changes)
+    name: Name = OMITTED
+    batch_ids: FlatBatchIds = OMITTED
+    openai_secret: OpenAISecret = OMITTED
+    keboola_secret: KeboolaSecret = OMITTED
+    keboola_stack_url: StackUrl = OMITTED
+    keboola_component_id: Component = OMITTED
+    keboola_configuration_id: Configuration = OMITTED
 
 
 def job_form(data: object) -> type[JobSpec | IngestSpec | FlatJob]:
@@ -1154,27 +1090,23 @@ def job_form(data: object) -> type[JobSpec | IngestSpec | FlatJob]:
         return JobSpec
     if "ingest" in data:
         return IngestSpec
-    flat = data.keys() & FlatJob.model_fields.keys() - {"name", "poll_interval_seconds"}
+    flat = data.keys() & names_in_input(FlatJob).keys() - names_in_input(JobSpec).keys()
     return FlatJob if flat and not {"watch", "trigger"} & data.keys() else JobSpec
 
 
-Place = tuple[str | int, ...]  # ("jobs", 0, "watch", "batch_ids")
-SECRETS_OF = {  # where a job names a secret, nested or flat, and of which type it has to be
-    **{"watch.secret": "openai", "trigger.secret": "keboola", "ingest.secret": "api"},
-    **{"openai_secret": "openai", "openai_secret_id": "openai"},
-    **{"keboola_secret": "keboola", "keboola_secret_id": "keboola"},
-}
+SECRET_KINDS = {"watch": "openai", "trigger": "keboola", "ingest": "api"}  # by block of a job
 
 
 def secrets_of(job: Mapping[str, Any]) -> Iterator[tuple[Place, str, str | int]]:
     """The secrets that a job in any form, valid or not, refers to: the place, the type that it has
     to be of, and its name or id."""
-    for field_name, kind in SECRETS_OF.items():
-        block, _, name = field_name.rpartition(".")
-        inner = job.get(block) if block else job
-        value = inner.get(name) if isinstance(inner, Mapping) else None
-        if type(value) in (str, int) and str(value).strip():
-            yield tuple(field_name.split(".")), kind, cast(str | int, value)
+    for block, kind in SECRET_KINDS.items():
+        inner = job.get(block)
+        nested = inner.get("secret") if isinstance(inner, Mapping) else None
+        flat = {(name,): job.get(name) for name in (f"{kind}_secret", f"{kind}_secret_id")}
+        for place, value in ({(block, "secret"): nested} | flat).items():
+            if type(value) in (str, int) and str(value).strip():
+                yield place, kind, cast(str | int, value)
 
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────
@@ -1188,10 +1120,8 @@ class SecretRef(StrictModel):
     )
 
     type: SecretType
-    env: Label | None = Field(None, description="the name of an environment variable")
-    file: Annotated[Location, AfterValidator(clean_path)] | None = Field(
-        None, description="the path of a file with nothing but the value"
-    )
+    env: Label | None = optional("the name of an environment variable")
+    file: Location | None = optional("the path of a file with nothing but the value")
 
     @model_validator(mode="after")
     def _one_place(self) -> SecretRef:
@@ -1200,8 +1130,17 @@ class SecretRef(StrictModel):
         return self
 
 
-VALUE_TEXT = "printable ASCII, without control characters, not empty"
-PRINTABLE = r"^\s*[!-~][ -~]{4,}[!-~]\s*$"  # a short one would be redacted out of any text
+PRINTABLE = f"printable ASCII without control characters, at least {SHORTEST} characters"
+
+
+def clean_secret(value: str) -> str:
+    """The value without white space around it, which pasting may add. No error shows it."""
+    value = value.strip()
+    if len(value) < SHORTEST or CONTROL.search(value) or not value.isascii():
+        raise ValueError(f"allowed: {PRINTABLE}")
+    if value[0] == value[-1] and value[0] in "\"'":
+        raise ValueError("allowed: no quotes around it, which would be sent as a part of it")
+    return value
 
 
 class SecretBody(StrictModel):
@@ -1209,31 +1148,22 @@ class SecretBody(StrictModel):
 
     name: Name
     type: SecretType
-    value: StrictStr = Field(
-        pattern=PRINTABLE, max_length=10_000, description=f"{VALUE_TEXT}, at least 6 characters"
+    value: Annotated[StrictStr, AfterValidator(clean_secret)] = accepts(
+        PRINTABLE, max_length=10_000
     )
 
 
 HOSTS = r"^\s*(([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:\d+)?\s*(,\s*|$))*$"
 SECONDS = "whole seconds, 1 to 86400"
-
-
-NEVER = 10**10  # s between two backups, 300 years
-Between = Annotated[
-    int,
-    BeforeValidator(
-        lambda value: NEVER if value == "never" else parse_interval(value),
-        json_schema_input_type=int | IntervalText | Literal["never"],
-    ),
-]
+DATABASES = "sqlite:///path, a path, or postgresql://host/name"
 
 
 class BackupBlock(StrictModel):
     """The service's own backups of an SQLite database."""
 
-    every: Between = Field(86400, ge=60, description="at least 60 seconds, like 6h, 1d; or never")
-    keep: Integer = Field(7, ge=1, description="how many, at least 1")
-    folder: Location | None = Field(None, description="default: the database's path and .backups")
+    every: LongSeconds = optional("at least 60 seconds, like 6h, 1d; or never", 86400, ge=60)
+    keep: Integer = optional("how many, at least 1", 7, ge=1)
+    folder: Location | None = optional("default: the database's path and .backups")
 
 
 class Settings(BaseModel):
@@ -1243,43 +1173,32 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, hide_input_in_errors=True)
 
     database: Path = Field(description="the SQLite file")
-    backup: BackupBlock = BackupBlock.model_validate({})
-    database_url: SecretValue | None = Field(
-        None, description="sqlite:///path, a path, or postgresql://user:password@host/name"
+    backup: BackupBlock = BackupBlock()
+    database_url: SecretValue | None = optional(DATABASES)
+    api_host: str = optional("a host name or address", "127.0.0.1", min_length=1)
+    api_port: Port = optional("0 to 65535; 0 takes a free one", 8000)
+    admin_token: SecretValue | None = None
+    default_poll_interval: int = optional(SECONDS, 120, ge=1, le=86400)
+    min_poll_interval: int = optional(SECONDS, 30, ge=1, le=86400)
+    max_poll_interval: int = optional(SECONDS, 3600, ge=1, le=86400)
+    max_retries: int = optional("0 to 100", 3, ge=0, le=100)
+    retry_delay: int = optional("whole seconds, 1 to 3600", 60, ge=1, le=3600)
+    trigger_settle_seconds: int = optional(SECONDS, 120, ge=1, le=86400)
+    max_requests_per_minute: int | None = optional("1 to 100000, for each key", ge=1, le=100_000)
+    openai_base_url: Annotated[Url, AfterValidator(safe_for_secret)] | None = optional(
+        "a URL like https://api.openai.com/v1"
     )
-    api_host: str = Field("127.0.0.1", min_length=1, description="a host name or address")
-    api_port: Port = Field(8000, description="0 to 65535; 0 takes a free one")
-    admin_token: SecretValue | None = Field(None, description="at least 8 characters")
-    default_poll_interval: int = Field(120, ge=1, le=86400, description=SECONDS)
-    min_poll_interval: int = Field(30, ge=1, le=86400, description=SECONDS)
-    max_poll_interval: int = Field(3600, ge=1, le=86400, description=SECONDS)
-    max_retries: int = Field(3, ge=0, le=100, description="0 to 100")
-    retry_delay: int = Field(60, ge=1, le=3600, description="whole seconds, 1 to 3600")
-    trigger_settle_seconds: int = Field(120, ge=1, le=86400, description=SECONDS)
-    max_requests_per_minute: int | None = Field(
-        None, ge=1, le=100_000, description="1 to 100000, for each OpenAI key"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = optional(
+        "DEBUG, INFO, WARNING, ERROR or CRITICAL", "INFO"
     )
-    openai_base_url: (
-        Annotated[
-            str, StringConstraints(pattern=r"^https?://[^/\s]+"), AfterValidator(safe_for_secret)
-        ]
-        | None
-    ) = Field(None, description="a URL like https://api.openai.com/v1")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
-        "INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL"
-    )
-    log_format: Literal["text", "json"] = Field("text", description="text or json")
+    log_format: Literal["text", "json"] = optional("text or json", "text")
     log_file: Path | None = None
-    log_retention_days: int = Field(90, ge=1, le=36500, description="whole days, 1 to 36500")
-    log_retention_rows: int = Field(
-        100_000, ge=100, le=10**9, description="log rows, 100 to 1000000000"
-    )
-    api_max_connections: int = Field(32, ge=1, le=1000, description="1 to 1000")
-    admin_hosts: Annotated[str, StringConstraints(pattern=HOSTS)] = Field(
-        "", description="host names, separated by commas"
-    )
-    cors_origins: Annotated[str, StringConstraints(pattern=ORIGINS)] = Field(
-        "", description="origins like https://app.example.com, separated by commas; no *"
+    log_retention_days: int = optional("whole days, 1 to 36500", 90, ge=1, le=36500)
+    log_retention_rows: int = optional("log rows, 100 to 1000000000", 100_000, ge=100, le=10**9)
+    api_max_connections: int = optional("1 to 1000", 32, ge=1, le=1000)
+    admin_hosts: Annotated[str, Field(pattern=HOSTS)] = optional("host names, with commas", "")
+    cors_origins: Annotated[str, Field(pattern=ORIGINS)] = optional(
+        "origins like https://app.example.com, separated by commas; no *", ""
     )
     secret_key: SecretValue | None = None
     secret_key_file: Path | None = None
@@ -1321,26 +1240,22 @@ ENVIRONMENT = [name.upper() for name in Settings.model_fields if name not in IN_
 class AdminBlock(StrictModel):
     """Where the admin surface listens."""
 
-    host: Label = Field("127.0.0.1", description="a host name or address")
-    port: Port = Field(8000, description="0 to 65535")
+    host: Label = optional("a host name or address", "127.0.0.1")
+    port: Port = optional("0 to 65535", 8000)
 
 
 class AlertTarget(ShortForm):
     """A receiver of alerts: exactly one of `apprise`, `webhook` and `command`."""
 
-    apprise: (
-        Annotated[Location, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://\S+$")] | None
-    ) = Field(None, description="a URL of Apprise, like slack://...")
-    webhook: Annotated[Location, AfterValidator(clean_url)] | None = Field(
-        None, description="an https:// URL that takes a POST of JSON"
+    apprise: Annotated[Location, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://\S+$")] | None = (
+        optional("a URL of Apprise, like slack://...")
     )
-    secret: SecretName | None = Field(
-        None, description="the name of a secret of type api: the bearer token of a webhook"
+    webhook: Url | None = optional("an https:// URL that takes a POST of JSON")
+    secret: SecretName | None = optional("the name of a secret of type api, sent to a webhook")
+    command: list[Text255] | None = optional(
+        "a list: a program, which reads JSON from stdin, and its arguments", min_length=1
     )
-    command: Annotated[list[Text255], Field(min_length=1)] | None = Field(
-        None, description="a list: a program, which reads JSON from stdin, and its arguments"
-    )
-    remind: Seconds = Field(86400, ge=60, description="at least 60 seconds, or 90m, 4h, 1d")
+    remind: Seconds = optional("at least 60 seconds, or 90m, 4h, 1d", 86400, ge=60)
 
     @model_validator(mode="after")
     def _one_way(self) -> AlertTarget:
@@ -1362,23 +1277,13 @@ class AlertTarget(ShortForm):
 class JobsFile(StrictModel):
     """jobs.yaml. Its jobs are validated later, one by one."""
 
-    database: Location = Field("teckochecker.db", description="the path of the SQLite file")
-    admin: AdminBlock = Field(
-        AdminBlock(host="127.0.0.1", port=8000), description="a block with host and port"
-    )
-    backup: BackupBlock = Field(
-        BackupBlock.model_validate({}), description="a block with every, keep and folder"
-    )
-    secrets: dict[Name, SecretRef] | None = Field(
-        None, description="a block of name: {type, env or file}"
-    )
-    jobs: list[Any] | None = Field(None, description="a list of jobs")
-    alerts: list[AlertTarget] = Field(
-        [], description="a list of Apprise URLs, or blocks with webhook or command"
-    )
-    ping: Annotated[Location, AfterValidator(clean_url)] | None = Field(
-        None, description="an https:// URL, asked in each minute in which a check or run went well"
-    )
+    database: Location = optional("the path of the SQLite file", "teckochecker.db")
+    admin: AdminBlock = optional("a block with host and port", AdminBlock())
+    backup: BackupBlock = optional("a block with every, keep and folder", BackupBlock())
+    secrets: dict[Name, SecretRef] | None = optional("a block of name: {type, env or file}")
+    jobs: list[Any] | None = optional("a list of jobs")
+    alerts: list[AlertTarget] = optional("a list of Apprise URLs, webhooks or commands", [])
+    ping: Url | None = optional("an https:// URL, asked in each minute in which work went well")
 
 
 # ── Rows ──────────────────────────────────────────────────────────────────────────────────────
@@ -1475,10 +1380,8 @@ class Job:
         try:
             return parse_spec(self.text)
         except ValueError as e:  # pydantic's is one
-            reason = " ".join(str(e).split())
-            raise TeckoError(
-                f"the row of job {self.name!r} (ID {self.id}) is damaged: {reason}"
-            ) from e
+            said = f"the row of job {self.name!r} (ID {self.id}) is damaged"
+            raise TeckoError(f"{said}: {' '.join(str(e).split())}") from e
 
     @property
     def damage(self) -> str | None:
@@ -2031,29 +1934,14 @@ def parse_master_key(text: str) -> bytes:
     good = re.fullmatch(r"[A-Za-z0-9_-]{43}=", text.strip())
     key = base64.urlsafe_b64decode(good[0]) if good else b""
     if len(key) != 32 or len(set(key)) < 8:
-        raise SecretError(
-            f"the master key is not 32 random bytes in base64: found {len(text.strip())}"
-            " characters, 44 needed",
-            hint=f"{COMMAND} init makes one where there is none",
-        )
+        length = len(text.strip())
+        said = f"the master key is not 32 random bytes in base64 ({length} of 44 characters)"
+        raise SecretError(said, hint=f"{COMMAND} init makes one where there is none")
     return key
 
 
 def new_master_key() -> str:
     return base64.urlsafe_b64encode(token_bytes(32)).decode()
-
-
-def clean_secret(value: str) -> str:
-    """The value without white space around it, which pasting may add. No error shows it."""
-    value = value.strip()
-    if len(value) < SHORTEST or CONTROL.search(value) or not value.isascii():
-        raise SecretError(f"a secret's value is {VALUE_TEXT}, at least {SHORTEST} characters")
-    if value[0] == value[-1] and value[0] in "\"'":
-        raise SecretError(
-            "a secret's value has quotes around it, which would be sent as a part of it",
-            hint="an env file of systemd or docker takes them literally: leave them out",
-        )
-    return value
 
 
 @contextlib.contextmanager
@@ -2089,12 +1977,8 @@ def write_private(path: Path, text: str) -> None:
 
 
 class Vault:
-    """The master keys. Secrets are sealed (encrypted) and opened with them.
-
-    Keys are separated by commas or white space; the first one seals, all of them open. During
-    `secret rotate` a key file holds the old and the new key, so that after a crash every secret
-    can still be opened.
-    """
+    """The master keys, separated by commas or white space: the first one seals (encrypts) secrets,
+    all of them open. After a `secret rotate` that was interrupted, there are two."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -2104,15 +1988,11 @@ class Vault:
     def file(self) -> Path | None:
         """The key file in use; None if the key comes from SECRET_KEY."""
         s = self._settings
-        if s.secret_key is not None:
-            return None
-        if s.secret_key_file is not None:
-            return s.secret_key_file
-        if s.credentials_directory is not None:
-            credential = s.credentials_directory / "secret_key"
-            if credential.exists():
-                return credential
-        return s.database.parent / "teckochecker.key"
+        if s.secret_key is not None or s.secret_key_file is not None:
+            return None if s.secret_key else s.secret_key_file
+        credential = s.credentials_directory and s.credentials_directory / "secret_key"
+        beside = s.database.parent / "teckochecker.key"
+        return credential if credential and credential.exists() else beside
 
     def load(self, *, required: bool) -> None:
         """Read the keys. If none is `required`, it is no error that there is none."""
@@ -2178,10 +2058,9 @@ class Vault:
         self.load(required=True)
         if self.file is None:
             if len(self._keys) < 2:
-                raise SecretError(
-                    "SECRET_KEY is set in the environment, which this command cannot change",
-                    hint="set SECRET_KEY=NEW,OLD, run this again, then drop OLD",
-                )
+                said = "SECRET_KEY is set in the environment, which this command cannot change"
+                fix = "set SECRET_KEY=NEW,OLD, run this again, then drop OLD"
+                raise SecretError(said, hint=fix)
             return
         kept = self._keys.values()
         write_private(self.old_file(), "\n".join(kept) + "\n")
@@ -2215,36 +2094,18 @@ YAML_BYTES = 10 << 20  # of jobs.yaml: some 20,000 jobs
 YAML_DEPTH = 40  # levels; a job has six
 YAML_REPEATED = 100_000  # values that aliases may repeat: nested ones grow exponentially
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-PRIVATE = ("secrets", "alerts", "ping")  # blocks whose values no message shows
-HIDDEN = re.compile(r"(?i)((?:value|token|password|header|key)['\"]?\s*:\s*)\S.*")
+PRIVATE = {"secrets", "alerts", "ping"}  # blocks whose values no message shows
+# A line with one of these is not shown, whatever it has.
+PRIVATE_LINE = re.compile("(?i)value|header|token|password|key|secrets|ping|webhook|- *.?[a-z]+://")
 
 
-class Fault(NamedTuple):
-    """A problem whose line in the file is not looked up yet."""
-
-    at: Place
-    found: str
-    allowed: str = ""
-
-
-def bounded(value: object, depth: int = 3) -> object:
-    """The beginning of a value, for a message: aliases can make a structure that is small in memory
-    but endless when it is printed."""
-    if isinstance(value, dict):
-        some = itertools.islice(value.items(), 12)
-        return {k: bounded(v, depth - 1) for k, v in some} if depth else ...
-    if isinstance(value, list):
-        return [bounded(v, depth - 1) for v in itertools.islice(value, 12)] if depth else ...
-    return value[:12_000] if isinstance(value, str) else value
+BRIEF = reprlib.Repr()  # some structures are small in memory, but endless when they are printed
+BRIEF.maxlevel, BRIEF.maxlist, BRIEF.maxdict, BRIEF.maxstring = 3, 12, 12, 12_000
 
 
 def repr_excerpt(value: object) -> str:
     """A value as Python writes it, short enough for a message, and redacted."""
-    return excerpt(repr(bounded(value)), 80)
-
-
-def dotted(at: Place) -> str:
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
+    return excerpt(BRIEF.repr(value), 80)
 
 
 def did_you_mean(word: object, names: Iterable[str], closeness: float = 0.65) -> str:
@@ -2254,7 +2115,7 @@ def did_you_mean(word: object, names: Iterable[str], closeness: float = 0.65) ->
 
 
 class JobsYaml:
-    """The data of jobs.yaml, with the line of each value and every fault met in reading it.
+    """The data of jobs.yaml, with the line of each value and every problem met in reading it.
 
     Only null, true, false and decimal integers have types; everything else is text. So
     `region: no` is not False, `configuration_id: 0123` is not 83, and 1.10 stays 1.10.
@@ -2262,15 +2123,15 @@ class JobsYaml:
 
     def __init__(self, path: Path, env: Mapping[str, str]) -> None:
         self.path, self.env = path, env
-        self.faults: list[Fault] = []
+        self.problems: list[Problem] = []
         self._lines: list[str] = []
-        self._made: dict[int, tuple[Any, int]] = {}  # by node: the value, and how much is in it
-        self._count = 0  # values so far, those in aliases as well
+        self._left = YAML_REPEATED  # values that there may still be
         self._marks: dict[int, dict[str | int, Mark]] = {}  # by id of a block or list, by key
         data = self._read() if path.exists() else None
         if data is not None and not isinstance(data, dict):
-            kind = "a list" if isinstance(data, list) else "text"  # not shown: it may be a key
-            self.faults.append(Fault((), kind, ", ".join(JobsFile.model_fields)))
+            kind = "a list" if isinstance(data, list) else "text"
+            self.problems.append(problem_at((), kind, ", ".join(JobsFile.model_fields)))
+            self._lines = []  # not shown: it may be a key
         self.data: dict[str, Any] = data if isinstance(data, dict) else {}
 
     def _read(self) -> Any:
@@ -2279,46 +2140,36 @@ class JobsYaml:
         try:
             text = read_text(self.path, YAML_BYTES)
             self._lines = text.splitlines()
+            self._left += len(text)  # without aliases, there are fewer values than characters
             loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # all is text to it
             node = loader(text).get_single_node()
             return None if node is None else self._plain(node, ())
         except yaml.MarkedYAMLError as e:
-            at = e.problem_mark
-            mark = (at.line + 1, at.column + 1) if at else (1, 1)
-            broken = self._placed("", f"not YAML: {e.problem or e.context}", "", mark)
+            raise self._refused(e.problem_mark, f"not YAML: {e.problem or e.context}") from None
         except (yaml.YAMLError, RecursionError) as e:
             what = f"not a YAML text: {str(e).splitlines()[0]}"
-            broken = Problem(found=what, file=str(self.path))
         except OSError as e:
-            broken = Problem(found=f"cannot be read: {e.strerror}", file=str(self.path))
-        raise Invalid([broken])
+            what = f"cannot be read: {e.strerror}"
+        raise Invalid([Problem(found=what, file=str(self.path))])
+
+    def _refused(self, start: Any, what: str) -> Invalid:
+        return Invalid([self._placed(Problem(found=what), mark_of(start))])
 
     def _plain(self, node: Any, at: Place) -> Any:
-        """The value of a node. An alias gives the same value as its anchor, and counts as all the
-        values in it."""
-        value, size = self._made.get(id(node), (None, 0))
-        if size:
-            self._count += size
-        elif id(node) in self._made:
-            raise self._refused(node, "an alias that contains itself")
-        elif len(at) > YAML_DEPTH:
-            raise self._refused(node, f"nested more than {YAML_DEPTH} levels deep")
-        else:
-            self._made[id(node)] = None, 0  # under way
-            before, self._count = self._count, self._count + 1
-            make = {"mapping": self._block, "sequence": self._items}.get(node.id, self._scalar)
-            value = make(node, at)
-            self._made[id(node)] = value, self._count - before
-        if self._count > len(self._made) + YAML_REPEATED:
-            raise self._refused(node, f"its aliases repeat more than {YAML_REPEATED} values")
-        return value
-
-    def _refused(self, node: Any, what: str) -> Invalid:
-        return Invalid([self._placed("", what, "", mark_of(node))])
+        """The value of a node. What an alias repeats is made anew, and counts again."""
+        self._left -= 1
+        if self._left < 0:
+            what = f"its aliases repeat more than {YAML_REPEATED} values"
+            raise self._refused(node.start_mark, what)
+        if len(at) > YAML_DEPTH:
+            what = f"nested more than {YAML_DEPTH} levels deep, or an alias that contains itself"
+            raise self._refused(node.start_mark, what)
+        make = {"mapping": self._block, "sequence": self._items}.get(node.id, self._scalar)
+        return make(node, at)
 
     def _items(self, node: Any, at: Place) -> list[Any]:
         items = [self._plain(item, (*at, i)) for i, item in enumerate(node.value)]
-        self._marks[id(items)] = {i: mark_of(item) for i, item in enumerate(node.value)}
+        self._marks[id(items)] = {i: mark_of(item.start_mark) for i, item in enumerate(node.value)}
         return items
 
     def _block(self, node: Any, at: Place) -> dict[str, Any]:
@@ -2328,19 +2179,19 @@ class JobsYaml:
         for key_node, value_node in node.value:
             key = key_node.value
             if key_node.id != "scalar":
-                raise self._refused(key_node, "a list or block as a key; allowed: text")
+                what = "a list or block as a key; allowed: text"
+                raise self._refused(key_node.start_mark, what)
+            value = self._plain(value_node, (*at, key))
             if key == "<<" and not key_node.style:
-                value = self._plain(value_node, at)
                 merged += value if isinstance(value, list) else [value]
                 continue
             if key in block:
                 said = f'duplicate key "{key}" (first on line {marks[key][0]})'
-                self.faults.append(Fault((*at, key), said))
-            marks[key] = mark_of(key_node)
-            block[key] = self._plain(value_node, (*at, key))
+                self.problems.append(problem_at((*at, key), said))
+            marks[key], block[key] = mark_of(key_node.start_mark), value
         for other in merged:
             if not isinstance(other, dict):
-                raise self._refused(node, "<< takes blocks only")
+                raise self._refused(node.start_mark, "<< takes blocks only")
             for key in other.keys() - block.keys():
                 block[key], marks[key] = other[key], self._marks[id(other)][key]
         return block
@@ -2351,15 +2202,14 @@ class JobsYaml:
         if found and kind in ("str", found.lastgroup):
             return int(text) if found["int"] else {"true": True, "false": False}.get(text)
         if kind != "str":
-            self.faults.append(Fault(at, f"the tag {kind}", "plain text and numbers"))
-        return VARIABLE.sub(lambda m: self._variable(m, at), text)
-
-    def _variable(self, found: re.Match[str], at: Place) -> str:
-        """The value of ${NAME}. Under `secrets:` an unset one is an error only when the secret is
-        used: $CREDENTIALS_DIRECTORY is set for the service alone."""
-        if found[1] not in self.env and at[:1] != ("secrets",):
-            self.faults.append(Fault(at, f"{found[0]} is not set in the environment"))
-        return self.env.get(found[1], found[0])
+            self.problems.append(problem_at(at, f"the tag {kind}", "plain text and numbers"))
+        for name in VARIABLE.findall(text):
+            # under `secrets:` an unset one is an error only when the secret is used, for
+            # $CREDENTIALS_DIRECTORY is set for the service alone
+            if name not in self.env and at[:1] != ("secrets",):
+                said = f"${{{name}}} is not set in the environment"
+                self.problems.append(problem_at(at, said))
+        return VARIABLE.sub(lambda found: self.env.get(found[1], found[0]), text)
 
     def mark(self, at: Place) -> Mark:
         """Line and column of a place, or of the innermost block around it that exists."""
@@ -2372,24 +2222,18 @@ class JobsYaml:
             mark, data = marks[part], data[part]
         return mark
 
-    def problems(self, faults: Iterable[Fault]) -> list[Problem]:
-        """The faults with file, line and job, in the order of the lines."""
-        ordered = sorted(dict.fromkeys(faults), key=lambda fault: self.mark(fault.at))
-        return [self._problem(fault) for fault in ordered]
+    def placed(self, problems: Iterable[Problem]) -> list[Problem]:
+        """The problems with file, line and job, in the order of the lines."""
+        ordered = sorted(dict.fromkeys(problems), key=lambda problem: self.mark(problem.place))
+        return [self._placed(problem, self.mark(problem.place)) for problem in ordered]
 
-    def _problem(self, fault: Fault) -> Problem:
-        problem = self._placed(self._who(fault.at), fault.found, fault.allowed, self.mark(fault.at))
-        shown = fault.at and fault.at[0] not in PRIVATE
-        return problem if shown else replace(problem, source="")
-
-    def _placed(self, where: str, found: str, allowed: str, mark: Mark) -> Problem:
+    def _placed(self, problem: Problem, mark: Mark) -> Problem:
         line, column = mark
         source = self._lines[line - 1][:500] if line <= len(self._lines) else ""
-        texts = (where, found, allowed, HIDDEN.sub(r"\1***", source))
-        where, found, allowed, source = (
-            CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", text) for text in texts
-        )
-        return Problem(where, found, allowed, str(self.path), line, column, source)
+        if {*problem.place[:1]} & PRIVATE or PRIVATE_LINE.search(source):
+            source = ""
+        where, file = self._who(problem.place), str(self.path)
+        return replace(problem, where=where, file=file, line=line, column=column, source=source)
 
     def _who(self, at: Place) -> str:
         if at[:1] != ("jobs",) or len(at) < 2 or not isinstance(at[1], int):
@@ -2400,8 +2244,9 @@ class JobsYaml:
         return f"{job}: {dotted(at[2:]) or 'job'}"
 
 
-def mark_of(node: Any) -> Mark:
-    return node.start_mark.line + 1, node.start_mark.column + 1
+def mark_of(start: Any) -> Mark:
+    """Line and column of PyYAML's mark, if it has set one."""
+    return (start.line + 1, start.column + 1) if start else (1, 1)
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -2425,92 +2270,58 @@ def locate_error(model: type[BaseModel], path: Place) -> tuple[Place, type[BaseM
         if part == "[key]":
             continue
         place = (*place, part)
-        info = choice[0].model_fields.get(str(part)) if choice else None
-        if info is not None:
-            model, allowed = choice[0], info.description or allowed
-            choice = models_in(info.annotation)
+        name = names_in_input(choice[0]).get(str(part)) if choice else None
+        if name is not None:
+            model, info = choice[0], choice[0].model_fields[name]
+            allowed, choice = info.description or allowed, models_in(info.annotation)
     return place, choice[0] if len(choice) == 1 else model, allowed.partition("\n")[0]
 
 
-def unknown_key(place: Place, model: type[BaseModel]) -> Fault:
-    if model is SecretRef and place[-1] == "value":
-        said = "a secret's value does not belong here; allowed: env, file, or `secret add`"
-        return Fault(place, said)
-    if model is IngestSpec and place[-1] in ("watch", "trigger"):
-        return Fault(place, "does not go with ingest; a job has watch and trigger, or ingest")
-    others = ("watch", "trigger", "ingest") if issubclass(model, AnyJob) else ()
-    known = sorted({*model.model_fields, *others})
-    return Fault(place, f"{UNKNOWN_KEY}{did_you_mean(place[-1], known)}", ", ".join(known))
+def unknown_key(place: Place, model: type[BaseModel]) -> Problem:
+    name = str(place[-1])
+    if same := names_in_input(model).get(name):
+        return problem_at(place, f"{same} means the same, and is there, too")
+    known = sorted({*model.model_fields, *(["ingest"] if model is JobSpec else [])})
+    return problem_at(place, f"an unknown key{did_you_mean(name, known)}", ", ".join(known))
 
 
-def fault_of(model: type[BaseModel], error: Any) -> Fault:
+def problem_of(model: type[BaseModel], error: Any) -> Problem:
     """What was found and what is allowed, from an error of pydantic. A value is not shown where a
     secret could be."""
     place, inner, allowed = locate_error(model, error["loc"])
     if error["type"].startswith("union_tag") and isinstance(error["input"], dict):
         tag = error["ctx"].get("tag")
-        return Fault((*place, "type"), repr_excerpt(tag) if tag else MISSING, " or ".join(SOURCES))
+        found = repr_excerpt(tag) if tag else MISSING
+        return problem_at((*place, "type"), found, " or ".join(SOURCES))
     if error["type"] == "extra_forbidden":
         return unknown_key(place, inner)
     if error["type"] == "missing":
-        return Fault(place, MISSING, allowed)
+        return problem_at(place, MISSING, allowed)
     why = str(error["ctx"]["error"]) if error["type"] == "value_error" else ""
     if why.startswith("allowed: "):
         allowed = why.removeprefix("allowed: ")
     elif why:
         allowed += f" ({why})"
     hidden = inner in (SecretRef, SecretBody) or place[-1:] == ("header",)
-    if hidden or (model is JobsFile and place[:1] and place[0] in PRIVATE):
-        return Fault(place, "", allowed)
-    return Fault(place, repr_excerpt(error["input"]), allowed)
-
-
-def validated(
-    model: type[BaseModel], data: Any, context: Mapping[str, Any] = MappingProxyType({})
-) -> tuple[Any, list[Fault]]:
-    """The model, or None and the faults of `data`."""
-    try:
-        return model.model_validate(data, context={**context}), []
-    except ValidationError as e:
-        return None, [fault_of(model, error) for error in e.errors(include_url=False)]
+    hidden = hidden or (model is JobsFile and bool({*place[:1]} & PRIVATE))
+    return problem_at(place, "" if hidden else repr_excerpt(error["input"]), allowed)
 
 
 def parse(model: type[M], data: Any, context: Mapping[str, Any] = MappingProxyType({})) -> M:
-    """`data` as `model`. Raises Invalid, which names every wrong field."""
-    made, faults = validated(model, data, context)
-    if made is None:
-        raise invalid(faults)
-    return cast(M, made)
-
-
-def invalid(faults: Iterable[Fault]) -> Invalid:
-    """The error for input that did not come from a file."""
-    return Invalid([Problem(dotted(at), found, allowed) for at, found, allowed in faults])
-
-
-def read_job(data: Any, context: Mapping[str, Any]) -> tuple[Spec | None, list[Fault]]:
-    """A job in any of its forms, or None and its faults by the names of that form."""
-    form = job_form(data)
-    if isinstance(data, dict) and not {*POLL_INTERVAL.choices} & data.keys():
-        data = {"poll_interval": context.get("default_interval", 120)} | data
-    job, faults = validated(form, data, context)
-    if form is not FlatJob:
-        return job, faults
-    for one, other in FlatJob.EITHER:
-        given = [name for name in (one, other) if name in data]
-        if len(given) != 1:
-            found = f"{one} and {other}" if given else MISSING
-            faults.append(Fault(((given or [one])[-1],), found, f"either {one} or {other}"))
-    return (None if faults else job.to_spec()), faults
+    """`data` as `model`. Raises Invalid, which names every wrong field as it was given."""
+    try:
+        return model.model_validate(data, context={**context})
+    except ValidationError as e:
+        errors = e.errors(include_url=False)
+        raise Invalid([problem_of(model, error) for error in errors]) from None
 
 
 def job_spec(data: Any, context: Mapping[str, Any] = MappingProxyType({})) -> Spec:
-    """A job that does not come from jobs.yaml, nested or flat. Raises Invalid, which names the
-    fields as they were given."""
-    spec, faults = read_job(data, context)
-    if spec is None:
-        raise invalid(faults)
-    return spec
+    """A job in any of its forms. Raises Invalid as `parse` does."""
+    if isinstance(data, dict) and not {*POLL_INTERVAL.choices} & data.keys():
+        data = {"poll_interval": context.get("default_interval", 120)} | data
+    job = parse(job_form(data), data, context)
+    return job.to_spec() if isinstance(job, FlatJob) else job
 
 
 # ── Configuration ─────────────────────────────────────────────────────────────────────────────
@@ -2541,9 +2352,6 @@ class Config:
         return self.path.absolute().parent
 
 
-DATABASES = "sqlite:///path, a path, or postgresql://host/name"
-
-
 def database_of(url: str, base: Path, where: str) -> dict[str, Any]:
     """The settings from DATABASE_URL: sqlite:///relative, sqlite:////absolute, a path, or the URL
     of a PostgreSQL database, whose password is a secret. Symbolic links are followed, so that each
@@ -2553,13 +2361,12 @@ def database_of(url: str, base: Path, where: str) -> dict[str, Any]:
         SecretValue(unquote(urlsplit(url).password or ""), "DATABASE_URL's password")
         beside = base / "teckochecker.db"  # no such file, but key and lock have its name
         given = {"database": beside.resolve(), "database_url": SecretValue(url, "DATABASE_URL")}
-        return given | {"backup": BackupBlock.model_validate({"every": "never"})}
+        return given | {"backup": BackupBlock(every=NEVER)}
     path = rest.removeprefix("/") if found else url
     local = scheme == "sqlite" and rest.startswith("/") if found else ":" not in url
-    if path in ("", ":memory:"):
-        raise Invalid([Problem(where, "no file", DATABASES)])
-    if not local or "?" in path or "\0" in path:
-        raise Invalid([Problem(where, f"{scheme}://" if found else repr_excerpt(url), DATABASES)])
+    if not local or path in ("", ":memory:") or "?" in path or "\0" in path:
+        shown = f"{scheme}://" if found else repr_excerpt(url)
+        raise Invalid([Problem(where, shown, DATABASES)])
     return {"database": (base / path).resolve()}
 
 
@@ -2582,66 +2389,49 @@ def settings_from(env: Mapping[str, str], file: JobsFile, base: Path, file_name:
         "log_file": base.joinpath,
     }
     given |= {name: shape(given[name]) for name, shape in shapes.items() if name in given}
-    settings, faults = validated(Settings, given)
-    problems = []
-    for (field_name, *_), _, allowed in faults:  # values are shown as they were written
-        name = str(field_name).upper()
-        found = repr_excerpt(written.get(name, given.get(str(field_name))))
-        problems.append(Problem(f"environment: {name}", found, allowed))
-    if len(written.get("ADMIN_TOKEN", "enough for no token")) < 8:
-        said = "fewer characters", "at least 8, for it is all that keeps others out"
-        problems.append(Problem("environment: ADMIN_TOKEN", *said))
-    if problems:
+    try:
+        settings = parse(Settings, given)
+    except Invalid as e:
+        named = [replace(p, where=f"environment: {p.where.upper()}") for p in e.problems]
+        raise Invalid(named) from None
+    if problems := [*contradictions(settings)]:
         raise Invalid(problems)
-    return check_consistency(cast(Settings, settings))
+    return settings
 
 
-def check_consistency(s: Settings) -> Settings:
-    """Raises Invalid if settings contradict each other."""
-    low, high = s.min_poll_interval, s.max_poll_interval
-    if low > high:
-        said = f"MIN_POLL_INTERVAL is {low}, which is more than MAX_POLL_INTERVAL, {high}"
-        raise Invalid([f"environment: {said}"])
-    if not low <= (usual := s.default_poll_interval) <= high:
+def contradictions(s: Settings) -> Iterator[Problem]:
+    """What is wrong with settings that are valid one by one."""
+    low, usual, high = s.min_poll_interval, s.default_poll_interval, s.max_poll_interval
+    if not low <= usual <= high:
         allowed = f"{low} to {high}, from MIN_POLL_INTERVAL to MAX_POLL_INTERVAL"
-        raise Invalid([Problem("environment: DEFAULT_POLL_INTERVAL", str(usual), allowed)])
+        yield Problem("environment: DEFAULT_POLL_INTERVAL", str(usual), allowed)
+    if s.admin_token is not None and len(s.admin_token.reveal()) < 8:
+        allowed = "at least 8, for it is all that keeps others out"
+        yield Problem("environment: ADMIN_TOKEN", "fewer characters", allowed)
     if s.api_host not in LOOPBACK and s.admin_token is None:
-        raise Invalid(
-            [f"the admin surface would listen on {s.api_host} without a token"],
-            hint="set ADMIN_TOKEN, or leave API_HOST at 127.0.0.1",
-        )
-    return s
+        listens = f"the admin surface would listen on {s.api_host} without a token"
+        yield Problem(found=f"{listens}; set ADMIN_TOKEN, or leave API_HOST at 127.0.0.1")
 
 
 def read_dot_env(path: Path) -> tuple[dict[str, str], list[str]]:
-    """The variables of .env, and a warning for each line that sets nothing, or whose name may be a
+    """The variables of .env, and a warning for each name without a value, or which may be a
     misspelt setting."""
-    from dotenv.parser import parse_stream
+    from dotenv import dotenv_values
 
     if not path.exists():
         return {}, []
     try:
-        bindings = list(parse_stream(io.StringIO(read_text(path, 1 << 20))))
+        text = io.StringIO(read_text(path, 1 << 20))
     except OSError as e:
         raise Invalid([f"{path}: cannot be read: {e.strerror}"]) from None
-    env, warnings = {}, []
-    for binding in bindings:
-        place, name = f"{path}:{binding.original.line}", binding.key
-        if binding.error or (name is not None and binding.value is None):
-            warnings.append(f"{place}: ignored, for it is not NAME=value")
-        elif name is not None and binding.value is not None:
-            env[name] = binding.value
-            if name not in ENVIRONMENT and (question := did_you_mean(name, ENVIRONMENT, 0.85)):
-                warnings.append(f"{place}: {name} is no setting of TeckoChecker{question}")
-    return env, warnings
-
-
-def register_references(secrets: Any, env: Mapping[str, str]) -> None:
-    """Have the values that `secrets:` refers to redacted, so that no error message shows one."""
-    for ref in secrets.values() if isinstance(secrets, dict) else ():
-        name = ref.get("env") if isinstance(ref, dict) else None
-        if isinstance(name, str) and env.get(name, "").strip():
-            SecretValue(env[name].strip(), name)
+    warnings = []
+    written = dotenv_values(stream=text, interpolate=False)
+    for name, value in written.items():
+        if value is None:
+            warnings.append(f"{path}: {name} is ignored, for it is not NAME=value")
+        elif name not in ENVIRONMENT and (question := did_you_mean(name, ENVIRONMENT, 0.85)):
+            warnings.append(f"{path}: {name} is no setting of TeckoChecker{question}")
+    return {name: value for name, value in written.items() if value is not None}, warnings
 
 
 def all_texts(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
@@ -2650,7 +2440,7 @@ def all_texts(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
         yield at, value
     elif len(at) < 5 and isinstance(value, Mapping | list):
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for part, inner in itertools.islice(pairs, 1000):
+        for part, inner in pairs:
             yield from all_texts(inner, (*at, part))
 
 
@@ -2658,9 +2448,13 @@ def all_texts(value: object, at: Place = ()) -> Iterator[tuple[Place, str]]:
 TOKEN = re.compile(r"(?<=:)[^/:@]+(?=@)|[\w%+-]{16,}|\b(?=\w*\d)(?=\w*[A-Z])\w{8,}\b")
 
 
-def register_urls(blocks: Any) -> None:
-    """Have the URLs that alerts go to redacted, as a whole and the secret parts of each."""
-    for _, text in all_texts(blocks):
+def register_secrets(data: Mapping[str, Any], env: Mapping[str, str]) -> None:
+    """Have redacted what `secrets:` refers to, so that no error message shows it, and the URLs that
+    alerts go to, as a whole and the secret parts of each."""
+    for place, name in all_texts(data.get("secrets")):
+        if place[-1:] == ("env",) and env.get(name, "").strip():
+            SecretValue(env[name].strip(), name)
+    for _, text in all_texts([data.get("alerts"), data.get("ping")]):
         for value in (text, *map(unquote, TOKEN.findall(text))) if "://" in text else ():
             SecretValue(value)
 
@@ -2672,96 +2466,93 @@ def load_config(path: Path, environ: Mapping[str, str], *, must_exist: bool = Fa
     """
     base = path.absolute().parent
     if must_exist and not path.exists():
-        said = f"{path}: there is no such file"
-        raise Invalid([said], hint=f"{COMMAND} init writes a first one")
+        raise Invalid([f"{path}: there is no such file"], hint=f"{COMMAND} init writes a first one")
     dot_env, warnings = read_dot_env(base / ".env")
     env = {**dot_env, **environ}
     text = JobsYaml(path, env)
-    register_references(text.data.get("secrets"), env)
-    register_urls([text.data.get("alerts"), text.data.get("ping")])
+    register_secrets(text.data, env)
     head = {k: v for k, v in text.data.items() if v is not None}
-    file, faults = validated(JobsFile, head)
-    in_head = [*(f for f in text.faults if len(f.at) < 2 or f.at[0] != "jobs"), *faults]
-    items = head.get("jobs")
-    file = file or JobsFile.model_validate({})  # go on, to report all problems at once
+    wrong = [p for p in text.problems if len(p.place) < 2 or p.place[0] != "jobs"]
+    file = JobsFile()
+    try:
+        file = parse(JobsFile, head)
+    except Invalid as e:  # go on, to report all problems at once
+        wrong += e.problems
     settings = settings_from(env, file, base, f"{path}:{text.mark(('database',))[0]}")
     key = Vault(settings).file
     if key is not None and key.exists() and key.stat().st_mode & 0o004:
         warnings.append(f"{key} can be read by all users of this machine: chmod 600 {key}")
+    items = head.get("jobs")
     jobs, in_jobs = read_jobs(items if isinstance(items, list) else [], settings, text)
-    if in_head:
-        raise Invalid(text.problems([*in_head, *in_jobs]))
-    specs, problems = None if items is None else jobs, text.problems(in_jobs)
+    if wrong:
+        raise Invalid(text.placed([*wrong, *in_jobs]))
+    specs, problems = None if items is None else jobs, text.placed(in_jobs)
     told = file.alerts, file.ping
     return Config(path, settings, env, file.secrets or {}, specs, text, problems, warnings, *told)
 
 
 def read_jobs(
     items: list[Any], settings: Settings, text: JobsYaml
-) -> tuple[list[Spec], list[Fault]]:
+) -> tuple[list[Spec], list[Problem]]:
     """The valid jobs, and what is wrong with the others."""
     jobs: list[Spec] = []
-    faults = [f for f in text.faults if len(f.at) > 1 and f.at[0] == "jobs"]
+    problems = [p for p in text.problems if len(p.place) > 1 and p.place[0] == "jobs"]
     firsts: dict[str, int] = {}
     for i, item in enumerate(items):
-        job, found = read_job(item, settings.job_context)
-        faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
+        try:
+            jobs.append(job_spec(item, settings.job_context))
+        except Invalid as e:
+            problems += [replace(p, place=("jobs", i, *p.place)) for p in e.problems]
         named = isinstance(item, dict) and "name" in item
         first = firsts.setdefault(str(item["name"]).strip(), i) if named else i
         if first != i:
             said = f"line {text.mark(('jobs', first))[0]} has a job of this name already"
-            faults.append(Fault(("jobs", i, "name"), said))
-        if job is not None:
-            jobs.append(job)
-    return jobs, faults
+            problems.append(problem_at(("jobs", i, "name"), said))
+    return jobs, problems
 
 
 def read_reference(name: str, ref: SecretRef, config: Config) -> SecretValue:
     """A secret that jobs.yaml refers to. It is read at each use, since its file may change."""
-    unset = VARIABLE.search(f"{ref.env} {ref.file}")
+    if unset := VARIABLE.search(f"{ref.env} {ref.file}"):
+        raise SecretError(f"secret {name!r}: {unset[0]} is not set in the environment")
     try:
-        if unset:
-            raise SecretError(f"{unset[0]} is not set in the environment")
-        if ref.env is not None:
-            return SecretValue(clean_secret(config.env[ref.env]), name)
-        return SecretValue(clean_secret(read_text(config.base / str(ref.file), 100_000)), name)
+        text = config.env[ref.env] if ref.env else read_text(config.base / str(ref.file), 100_000)
+        return SecretValue(clean_secret(text), name)
     except KeyError:
         why = f"the environment variable {ref.env} is not set"
     except OSError as e:
         why = f"cannot read {ref.file}: {e.strerror}"
-    except SecretError as e:
-        why = f"{e}; {e.hint}" if e.hint else str(e)
+    except ValueError as e:
+        why = f"its value cannot be used; {e}"
     raise SecretError(f"secret {name!r}: {why}")
 
 
-SECRET_KINDS = {"openai": "OpenAI", "keboola": "Keboola", "api": "API"}
-
-
-def secret_faults(
+def secret_problems(
     job: Mapping[str, Any], stored: Mapping[str | int, str], config: Config
-) -> list[Fault]:
+) -> list[Problem]:
     """Which secrets of a job do not exist, are of another type, or cannot be read, and where the
     job contains a secret's value instead of its name. `stored` has the types of the secrets in the
     store, by name and by id."""
-    said: list[Fault] = []
+    said: list[Problem] = []
     for place, kind, name in secrets_of(job):
         ref = config.secrets.get(str(name)) if name not in stored else None
         found = ref.type if ref else stored.get(name)
         if found is None and isinstance(name, int):
-            said.append(Fault(place, f"{SECRET_KINDS[kind]} secret with ID {name} not found"))
+            of = "OpenAI" if kind == "openai" else kind.title()
+            said.append(problem_at(place, f"{of} secret with ID {name} not found"))
         elif found is None:
             names = sorted({*config.secrets, *(n for n in stored if isinstance(n, str))})
             there = f"{did_you_mean(name, names)} (there are: {', '.join(names) or 'none yet'})"
-            command = f"secret add --name {name} --type {kind}"
-            said.append(Fault(place, f"there is no secret {name!r}{there}; `{command}` stores it"))
+            fix = f"`secret add --name {name} --type {kind}` stores it"
+            said.append(problem_at(place, f"there is no secret {name!r}{there}; {fix}"))
         elif found != kind:
-            said.append(Fault(place, f"secret {name!r} is of type {found}; needed: {kind}"))
+            said.append(problem_at(place, f"secret {name!r} is of type {found}; needed: {kind}"))
         elif ref and (why := why_unreadable(str(name), ref, config)):
-            said.append(Fault(place, why))
+            said.append(problem_at(place, why))
     held = "the value of a secret, which would be stored and shown; name it in `secret` instead"
     for place, text in all_texts(job):
         if any(form in text for form in SecretValue.forms):
-            said.append(Fault(place, held))
+            said.append(problem_at(place, held))
     return said
 
 
@@ -2787,17 +2578,17 @@ def apprise_of(url: str) -> Any:
     return service
 
 
-def alert_faults(config: Config, stored: Mapping[str | int, str]) -> Iterator[Fault]:
+def alert_problems(config: Config, stored: Mapping[str | int, str]) -> Iterator[Problem]:
     """What would keep alerts from being sent."""
     for i, target in enumerate(config.alerts):
         if target.secret is not None:
-            for fault in secret_faults({"ingest": {"secret": target.secret}}, stored, config):
-                yield fault._replace(at=("alerts", i, "secret"))
+            for problem in secret_problems({"ingest": {"secret": target.secret}}, stored, config):
+                yield replace(problem, place=("alerts", i, "secret"))
         try:
             if target.apprise is not None:
                 apprise_of(target.apprise)
         except TeckoError as e:
-            yield Fault(("alerts", i), str(e))
+            yield problem_at(("alerts", i), str(e))
 
 
 def all_problems(
@@ -2805,19 +2596,18 @@ def all_problems(
 ) -> list[Problem]:
     """Everything that keeps this configuration from running; if `unused`, also what is wrong with
     secrets that no job uses."""
-    faults: list[Fault] = []
+    found: list[Problem] = []
     used: set[str | int] = set()
-    items = config.text.data.get("jobs")
-    for i, item in enumerate(items if isinstance(items, list) else []):
+    for i, item in enumerate(config.text.data.get("jobs") or []):
         if isinstance(item, dict):
             used |= {name for _, _, name in secrets_of(item)}
-            found = secret_faults(item, stored, config)
-            faults += [f._replace(at=("jobs", i, *f.at)) for f in found]
-    faults += alert_faults(config, stored)
+            wrong = secret_problems(item, stored, config)
+            found += [replace(p, place=("jobs", i, *p.place)) for p in wrong]
+    found += alert_problems(config, stored)
     for name, ref in config.secrets.items():
         if unused and name not in used and (why := why_unreadable(name, ref, config)):
-            faults.append(Fault(("secrets", name), why))
-    problems = dict.fromkeys([*config.problems, *config.text.problems(faults)])
+            found.append(problem_at(("secrets", name), why))
+    problems = dict.fromkeys([*config.problems, *config.text.placed(found)])
     return sorted(problems, key=lambda problem: (problem.line, problem.column))
 
 
@@ -6059,7 +5849,7 @@ class Mapper:
         self.name, self.source = name, source
         mapping = [source.id, sorted(source.fields.items()), source.dates]
         self._salt = digest_of(json.dumps(mapping))
-        self._ids = [(field, picker(field)) for field in source.ids]
+        self._ids = [(field, picker(field)) for field in source.id]
         self._plan = lru_cache(64)(self._make_plan)
 
     def identify(self, record: Mapping[str, Any]) -> str:
@@ -6094,7 +5884,7 @@ class Mapper:
     ) -> tuple[list[tuple[str, Picker]], dict[str, str], list[str]]:
         """For records with these fields: how each unified field is picked; which fields were
         matched to unified ones only by their names; and which go into the metadata."""
-        given, ids = self.source.fields, self.source.ids
+        given, ids = self.source.fields, self.source.id
         matched = dict[str, str]()
         for key in keys:
             name = key.strip().lower()
@@ -6397,7 +6187,7 @@ class CsvFile:
             self._delimiter = delimiter
             with contextlib.suppress(csv.Error):
                 columns = next(self._make_reader([line], strict=False), [])
-                return {*self.source.ids} <= {*column_names(columns)}, len(columns)
+                return {*self.source.id} <= {*column_names(columns)}, len(columns)
             return False, 0
 
         return max(",;\t|", key=merit)
@@ -6548,7 +6338,7 @@ class CsvFile:
         row = next(self._make_reader([line], quoting=csv.QUOTE_NONE, quotechar=None), [])
         named = dict(zip(self.columns, row, strict=False))
         return len(row) == len(self.columns) and all(
-            named.get(name, "").strip() for name in self.source.ids
+            named.get(name, "").strip() for name in self.source.id
         )
 
     def _give_up(self, reason: str) -> Rejected:
@@ -6717,7 +6507,7 @@ class Files:
             if not file.waits:
                 self.run.note(f"{file.part} is empty")
             return
-        wanted = {*self.source.ids}
+        wanted = {*self.source.id}
         if not self.run.checkpoint.fields:  # later on it is drift that one is gone
             wanted |= {*self.source.fields.values()}
         if missing := sorted(wanted - {*file.columns}):
@@ -6953,7 +6743,7 @@ class Pages:
             return next_link(got.headers.get("link", ""))
         last = paging.type == "last"
         holder = items[-1] if last and items else None if last else answer
-        path = paging.path or self.source.ids[0] if last else self._path
+        path = paging.path or self.source.id[0] if last else self._path
         cursor = picker(path)(holder) if isinstance(holder, dict) else None
         if isinstance(cursor, dict):
             cursor = cursor.get("href", cursor)
@@ -8380,7 +8170,7 @@ class Operations:
         self.store, self.vault, self.config, self.clock = store, vault, config, clock
 
     async def add_secret(self, body: SecretBody, *, replace: bool = False) -> SecretAnswer:
-        value = SecretValue(clean_secret(body.value))
+        value = SecretValue(body.value)
         seal = partial(self.vault.seal, body.name, body.type, value)
         save = self.store.replace_secret if replace else self.store.add_secret
         await save(body.name, body.type, seal, self.clock())
@@ -8439,8 +8229,8 @@ class Operations:
         if not isinstance(source, CsvSource) or source.remote:
             return
         if source.in_s3 and source.secret is None:
-            needed = "a secret of type api (in jobs.yaml also the environment's keys)"
-            raise Invalid([Problem("ingest.secret", MISSING, needed)])
+            allowed = "a secret of type api (in jobs.yaml also the environment's keys)"
+            raise Invalid([Problem("ingest.secret", MISSING, allowed)])
         base = self.config().base
         if not source.in_s3 and not may_be_read(base / source.path, self.config()):
             allowed = f"beneath {base.name}, ending in {', '.join(DATA_FILES)}"
@@ -8451,26 +8241,25 @@ class Operations:
         """Change the fields of a job's flat form that `changes` names."""
         if not changes:
             await self.store.find_job(ref)
-            raise Invalid(["nothing to change was named"], hint="job update --help lists it")
+            said = Problem("job", "nothing to change was named")
+            raise Invalid([said], hint="job update --help lists it")
         stored = await self.store.secret_types()
 
         def change(job: Job) -> Spec:
-            unknown = changes.keys() - flat_fields(job.spec).keys()
-            if unknown and isinstance(job.spec, IngestSpec):
-                said = "an ingest has no such field; allowed: name, poll_interval_seconds"
-                raise Invalid([Problem(name, said) for name in sorted(unknown)])
-            data = with_changes(job.spec, changes)
+            data = flat_fields(job.spec) | dict(changes)
+            if isinstance(job.spec, IngestSpec):
+                data |= {"ingest": job.spec.ingest.model_dump()}
             self._check_secrets(data, stored)
             return job_spec(data, self.config().settings.job_context)
 
         return await self.job(str(await self.store.update_job(ref, change, self.clock())))
 
     def _check_secrets(self, job: Mapping[str, Any], stored: Mapping[str | int, str]) -> None:
-        if faults := secret_faults(job, stored, self.config()):
-            refused = invalid(faults)
+        if found := secret_problems(job, stored, self.config()):
+            refused = Invalid(found)
             if not re.search("there is no secret|secret with ID", str(refused)):
                 raise refused
-            raise NotFound("; ".join(f.found for f in faults), code=1001)
+            raise NotFound("; ".join(p.found for p in found), code=1001)
 
     async def jobs(
         self, status: str | None, limit: int, after: int, search: str = "", recent: bool = False
@@ -8629,8 +8418,7 @@ class Import:
     async def _job(self, row: Mapping[str, Any]) -> str:
         sql = f"SELECT * FROM {self._batches} WHERE job_id = ? ORDER BY id"
         there = self._ask(sql, row["id"]) if self._batches else [row]
-        flat = FlatJob.model_fields.keys() - {"openai_secret_id", "keboola_secret_id", "batch_id"}
-        data = {name: row[name] for name in flat & row.keys()}
+        data = {name: row[name] for name in FlatJob.model_fields.keys() & row.keys()}
         data["batch_ids"] = [batch["batch_id"] for batch in there]
         data["trigger_when"] = "all_finished" if self._batches else "all_completed"
         spec = job_spec(data, self._operations.config().settings.job_context)
@@ -11061,15 +10849,10 @@ def report(args: argparse.Namespace, document: Any, *shown: str | Table) -> int:
     return 0
 
 
-PRIVATE_LINE = re.compile(
-    "value|header|token|password|secrets|ping|webhook|- *.?[a-z]+://"
-)  # is not shown, whatever it has
-
-
 def source_lines(problem: Problem) -> Iterator[str]:
     """The line of a problem's file, and a caret below the column."""
     line, column = CONTROL.sub(" ", problem.source), problem.column
-    if line.strip() and column and not PRIVATE_LINE.search(line + problem.where):
+    if line.strip() and column:
         yield f"{problem.line:>5} | {line}"
         yield f"{'':5} | {' ' * (column - 1)}^"
 
@@ -12123,6 +11906,8 @@ def prompt_key_and_choice(
         try:
             table = asyncio.run(listing(SecretValue(clean_secret(text))))
             value = text
+        except ValueError as e:
+            say(str(e))
         except TeckoError as e:
             print_error(e)
     if not table.rows:
@@ -12258,8 +12043,8 @@ def job_options(*, create: bool) -> Iterator[Argument]:
     for name, (option, metavar) in JOB_OPTIONS.items():
         info = FlatJob.model_fields[name]
         shown = create and info.default in (120, "resend", "all_completed")
-        needed = info.is_required() or name in ("batch_ids", "openai_secret", "keboola_secret")
-        how: dict[str, Any] = {"dest": name, "metavar": metavar, "required": create and needed}
+        needed = create and info.is_required()
+        how: dict[str, Any] = {"dest": name, "metavar": metavar, "required": needed}
         how["help"] = str(info.description).splitlines()[0]
         how["help"] += f" (default: {info.default})" if shown else ""
         how |= {"choices": get_args(info.annotation)} if metavar is None else {}

@@ -422,7 +422,7 @@ def test_a_wrong_target_is_named_and_not_shown(tmp_path: Path, text: str, said: 
 )
 def test_what_is_secret_in_a_url_is_redacted(url: str, secrets: Sequence[str]) -> None:
     """From when the file is read, wherever it would be said."""
-    tecko.register_urls([[url], None])
+    tecko.register_secrets({"alerts": [[url], None]}, {})
     for text in (url, *secrets):
         assert tecko.redact(f"<{text}>") == "<***>"
     assert tecko.redact("services at hooks.example.com") == "services at hooks.example.com"

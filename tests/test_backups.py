@@ -234,7 +234,7 @@ async def test_never_and_servers_make_no_backups(tmp_path: Path) -> None:
         ("every: 2w", "backup.every: found '2w'; allowed: at least 60 seconds"),
         ("every: sometimes", "or never"),
         ("keep: 0", "backup.keep: found 0; allowed: how many, at least 1"),
-        ("at: 3", "backup.at: unknown key; allowed: every, folder, keep"),
+        ("at: 3", "backup.at: found an unknown key; allowed: every, folder, keep"),
     ],
 )
 def test_a_bad_backup_block(tmp_path: Path, given: str, said: str) -> None:

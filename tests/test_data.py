@@ -344,7 +344,7 @@ def test_an_interval_can_be_changed(rest: Rest) -> None:
     [
         ({"name": "renamed"}, 409),
         ({"keboola_component_id": "comp"}, 422),
-        ({"keboola_secret_id": 1}, 422),
+        ({"keboola_secret": 1}, 422),
         ({"keboola_stack_url": "https://connection.keboola.com"}, 422),
         ({"poll_interval_seconds": 0}, 422),
         ({"ingest": {"type": "csv", "path": "few.csv"}}, 422),

@@ -209,7 +209,7 @@ def test_a_secret_of_the_wrong_type(fuzzed: Fuzzed, there: list[int]) -> None:
     path = f"{fuzzed.url}/api/jobs/{there[0]}"
     answer = fuzzed.session.put(path, json={"keboola_secret_id": 1}, timeout=20)
     assert answer.status_code == 422, answer.text
-    assert [said["field"] for said in answer.json()["details"]] == ["keboola_secret_id"]
+    assert [said["field"] for said in answer.json()["details"]] == ["keboola_secret"]
 
 
 # ── Chains of calls ───────────────────────────────────────────────────────────────────────────

@@ -664,7 +664,8 @@ async def test_update_job(world: World, operations: tecko.Operations, name: str)
     job_id = await world.job(poll_interval_seconds=60)
     before = (await operations.job("job")).model_dump()
     given, shown = CHANGES[name]
-    after = (await operations.update_job("job", {name: given})).model_dump()
+    changes = tecko.parse(tecko.JobChanges, {name: given}).model_dump(exclude_unset=True)
+    after = (await operations.update_job("job", changes)).model_dump()
     assert after[name] == shown != before[name]
     twin = name.removesuffix("_id") if "secret" in name else name
     follows = {"batch_ids": {"batch_id", "batches", "batch_count", "recent"}}
@@ -696,7 +697,7 @@ REFUSALS: dict[str, tuple[int, Callable[[tecko.Operations], Any]]] = {
     ),
     "update to no secret": (
         1001,
-        lambda operations: operations.update_job("job", {"openai_secret_id": 99}),
+        lambda operations: operations.update_job("job", {"openai_secret": 99}),
     ),
     "pause no job": (1002, lambda operations: operations.step_job("none", "pause")),
     "resume no job": (1002, lambda operations: operations.step_job("99", "resume")),

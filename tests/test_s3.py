@@ -277,7 +277,7 @@ async def test_only_jobs_yaml_may_use_the_environments_keys(
     operations = tecko.Operations(world.store, world.vault, lambda: world.config)
     source = {"type": "csv", "path": "s3://exports/daily/*.csv", "endpoint": s3.url}
     spec = tecko.job_spec({"name": "own", "ingest": source})
-    with pytest.raises(tecko.Invalid, match=r"ingest.secret: missing; needed: a secret"):
+    with pytest.raises(tecko.Invalid, match=r"ingest.secret: found nothing; allowed: a secret"):
         await operations.create_job(spec)
     s3.put("daily/1.csv", table([1]))
     for name, value in zip(("ID", "SECRET"), KEYS.split(":"), strict=True):
