@@ -6485,6 +6485,7 @@ RECORD_BYTES = 16 << 20  # characters of one line, or of one field; more is no r
 RACY_SECONDS = 5.0  # s for which a file that changed may still be written to
 BLOCK_BYTES = 1 << 20  # characters that are passed over at once
 LINE_BYTES = 60  # that Python needs for a line beside its characters
+LONG_RECORD = 12 << 20  # of a record of many lines, with these; one so long has an open quote
 NOT_CSV = {  # how files begin that may be taken for a CSV file and are none
     rb"PK\x03\x04": "a zip archive, or a workbook of Excel, which is one",
     rb"\xd0\xcf\x11\xe0": "an old workbook of Excel",
@@ -6580,7 +6581,6 @@ class CsvFile:
 
     def __init__(self, file: Any, part: str, source: CsvSource, growing: bool) -> None:
         self.part, self.source, self._file, self._growing = part, source, file, growing
-        self._size = os.fstat(file.fileno()).st_size
         csv.field_size_limit(RECORD_BYTES)
         packed = file.peek(2)[:2] == b"\x1f\x8b"
         stream: Any = gzip.GzipFile(fileobj=file) if packed else file
@@ -6602,124 +6602,113 @@ class CsvFile:
 
     def _start(self) -> None:
         """Read the header."""
-        self.ended = self.waits = False  # waits: its last line has no end yet, and was not taken
-        self.notes: list[str] = []
-        self._taken: list[str] = []  # lines read and not settled
+        self._text.seek(0)
+        self.waits = False  # its last line has no end yet, and was not taken
+        self._taken: list[str] = []  # lines of the record under way
         self._again: deque[str] = deque()  # lines that were given back
-        self._begin = self._last = 0  # where the record under way begins, and the one before
-        self._line = 0  # lines before them
+        self._done: list[list[str]] = []  # records since the last checkpoint
+        self._line = 0  # lines before the record under way
         self._digest = hashlib.blake2b(digest_size=16)  # of what need not be read again,
         self._safe = (0, 0)  # and its characters and lines
         self._frozen = False  # that stays as it is, whatever is read
         self._broken = ""  # why the record under way cannot be taken
-        self._taken += [self._text.readline() for _ in range(self.source.skip)]
-        self._begin, self._delimiter = len(self._taken), ","
+        for _ in range(self.source.skip):
+            self._pass([self._text.readline()])
+        self._dialect["delimiter"] = self.source.delimiter or ","
         first = next(self._lines(), "")
-        self._delimiter = self.source.delimiter or self._delimiter_of(first)
-        if told := re.fullmatch(r"sep=(.)\s*", first):  # Excel's way to name it
-            self._delimiter, self._begin = told[1], len(self._taken)
-        elif first:
-            self._again.append(self._taken.pop())
-        self._reader = self._make_reader(self._lines())
         self.ended = not first
+        if told := re.fullmatch(r"sep=(.)\s*", first):  # Excel's way to name it
+            self._dialect["delimiter"] = told[1]
+            self._pass([self._taken.pop()])
+        else:
+            if self.source.delimiter is None:
+                self._dialect["delimiter"] = self._delimiter_of(first)
+            self._again.extend(self._taken)
+            self._taken.clear()
+        self._reader = csv.reader(self._lines(), **self._dialect)
         self._header: list[str] | None = None
-        self.columns = column_names(self.source.columns or ()) if first else []
-        if first and not self.columns:
-            self._read_header()
-        self._settle()
-
-    def _read_header(self) -> None:
-        try:
-            row = next(self._reader, [])
-        except csv.Error as e:
-            said = f"{self.part}: the header cannot be read: {quote_error(e)}"
-            raise SourceError(said, status=400) from e
-        self._header = row
-        self.columns = column_names([name.encode(errors="replace").decode() for name in row])
-        self._begin = len(self._taken)
-        self.notes += [
+        names = self.source.columns or []
+        if first and not names:
+            names = self._header = self._read_header()
+        shown = [name.encode(errors="replace").decode() for name in names]
+        self.columns = column_names(shown) if first else []
+        self.notes = [
             f"column {place} {repr_excerpt(text)} of {self.part} is called {repr_excerpt(name)}"
-            for place, (text, name) in enumerate(zip(row, self.columns, strict=True), 1)
+            for place, (text, name) in enumerate(zip(names, self.columns, strict=False), 1)
             if text.strip() != name
         ]
         if self._broken:
             self.notes.append(f"the header of {self.part}: {self._broken}")
         self._broken = ""
+        self._settle()
 
-    def resume(self, state: Mapping[str, Any]) -> bool:
-        """Continue after what was read before, and return True, if that is unchanged; else start
-        again."""
-        left, digest = state.get("position", 0) - self._safe[0], self._digest.copy()
-        while left > 0 and (text := self._text.read(min(left, BLOCK_BYTES))):
-            digest.update(text.encode(errors="surrogatepass"))
-            left -= len(text)
-        if left == 0 and digest.hexdigest() == state.get("digest"):
-            self._digest, self._safe = digest, (state["position"], state["line"])
-            self._line = state["line"]
-            return True
-        self._text.seek(0)
-        self._start()
-        return False
-
-    def _make_reader(self, lines: Iterable[str], **dialect: Any) -> Iterator[list[str]]:
-        return csv.reader(lines, delimiter=self._delimiter, **self._dialect | dialect)
+    def _read_header(self) -> list[str]:
+        try:
+            row = next(self._reader, [])
+        except csv.Error as e:
+            said = f"{self.part}: the header cannot be read: {quote_error(e)}"
+            raise SourceError(said, status=400) from e
+        self._pass(self._taken)
+        return row
 
     def _delimiter_of(self, line: str) -> str:
         """The delimiter that splits the header into most columns, preferably with the id among
         them; a comma if no other one is better."""
 
         def merit(delimiter: str) -> tuple[bool, int]:
-            self._delimiter = delimiter
+            dialect, columns = {**self._dialect, "delimiter": delimiter, "strict": False}, []
             with contextlib.suppress(csv.Error):
-                columns = next(self._make_reader([line], strict=False), [])
-                return {*self.source.ids} <= {*column_names(columns)}, len(columns)
-            return False, 0
+                columns = column_names(next(csv.reader([line], **dialect), []))
+            return {*self.source.ids} <= {*columns}, len(columns)
 
         return max(",;\t|", key=merit)
+
+    def resume(self, state: Mapping[str, Any]) -> bool:
+        """Continue after what was read before, and return True, if that is unchanged; else start
+        again."""
+        self._text.seek(0)
+        left, digest = state["position"], hashlib.blake2b(digest_size=16)
+        while left > 0 and (text := self._text.read(min(left, BLOCK_BYTES))):
+            digest.update(text.encode(errors="surrogatepass"))
+            left -= len(text)
+        if state["position"] < self._safe[0] or digest.hexdigest() != state["digest"]:
+            self._start()
+            return False
+        self._digest, self._safe = digest, (state["position"], state["line"])
+        self._line = state["line"]
+        self._again.clear()
+        return True
 
     def _lines(self) -> Iterator[str]:
         """The lines for the csv reader. Before a record, blank lines and comments are left out, and
         so is a byte order mark, which stands there where files were joined."""
-        readline, again, taken = self._text.readline, self._again, self._taken
-        comment, blank = self.source.comment, " \t\r\n".replace(self._delimiter, "")
+        readline, again = self._text.readline, self._again
+        comment, blank = self.source.comment, " \t\r\n".replace(self._dialect["delimiter"], "")
         unusual = f"\ufeff{blank}{comment or ''}"
         while line := again.popleft() if again else readline(RECORD_BYTES):
             if line[-1] != "\n" and not (line := self._odd_line(line)):
                 return
-            taken.append(line)
-            begun = len(taken) - self._begin
-            if begun == 1 and line[0] in unusual:
-                line = line.lstrip("\ufeff")
-                if not line.strip(blank) or (comment and line.startswith(comment)):
-                    self._begin += 1
-                    if self._begin > 10 * CHUNK_ROWS:
+            taken, text = self._taken, line
+            if not taken and line[0] in unusual:
+                text = line.lstrip("\ufeff")
+                if not text.strip(blank) or (comment and text.startswith(comment)):
+                    self._pass([line])
+                    if len(self._done) > 10 * CHUNK_ROWS:
                         self._settle()
                     continue
-            elif begun >= CHUNK_ROWS and begun % CHUNK_ROWS == 0:
-                self._check_long_record(begun)
+            taken.append(line)
+            if len(taken) % CHUNK_ROWS == 0 and self._never_ends():
+                raise csv.Error(OPEN_QUOTE)
             if not line.isascii():
                 self._check(line)
-            yield line
+            yield text
 
-    def _check_long_record(self, lines: int) -> None:
-        """Look ahead for the quote that ends a long field. The csv module would find out as well
-        that there is none, but hold four bytes for each character meanwhile. Raises csv.Error."""
-        if lines == CHUNK_ROWS and self._swallows(self._taken[self._begin :]):
-            raise csv.Error(OPEN_QUOTE)
-        size = 0
-        for line in self._lines_ahead() if self.source.quote != "none" else ():
-            size += len(line) + LINE_BYTES
-            if self.source.quote in line or line[-1] not in "\r\n":
-                return
-            if size > 2 * RECORD_BYTES:
-                raise csv.Error(OPEN_QUOTE)
-
-    def _lines_ahead(self) -> Iterator[str]:
-        """The lines that come next; they stay where they are."""
-        yield from list(self._again)
-        while line := self._text.readline(RECORD_BYTES):
-            self._again.append(line)
-            yield line
+    def _never_ends(self) -> bool:
+        """Whether so many lines are one record because a quote is never closed. The csv module
+        would find out, too, but hold four bytes for each character meanwhile."""
+        size = sum(map(len, self._taken)) + LINE_BYTES * len(self._taken)
+        begins = len(self._taken) == CHUNK_ROWS
+        return size > LONG_RECORD or (begins and self._swallows(self._taken))
 
     def _odd_line(self, line: str) -> str:
         """A line that does not end with LF: the last one, one that ends with CR, or one that is too
@@ -6741,77 +6730,80 @@ class CsvFile:
             wrong = f"byte 0x{ord(line[e.start]) & 0xFF:02x} is not {self._encoding}"
             self._broken = f"{wrong}; `encoding` names another"
 
+    def _pass(self, lines: list[str]) -> None:
+        """Be done with some lines."""
+        self._done.append(lines)
+        self._line += len(lines)
+        self._taken = []
+
     def _settle(self) -> None:
-        """Note that what was read before the current record need not be read again, except a last
-        line without a line end, which may still grow."""
-        upto, end = self._begin, self._taken[self._begin - 1][-1:] if self._begin else "\n"
-        whole = end == "\n" or (end == "\r" and not self.ended)
+        """Note that what was read need not be read again, except a last record without a line end,
+        which may still grow."""
+        held = [] if not self._done or self._done[-1][-1][-1:] == "\n" else [self._done.pop()]
         if not self._frozen:
-            text = "".join(self._taken[: upto if whole else self._last])
+            text = "".join(itertools.chain.from_iterable(self._done))
             self._digest.update(text.encode(errors="surrogatepass"))
-            lines = self._line + (upto if whole else self._last)
-            self._safe = self._safe[0] + len(text), lines
-        self._frozen |= not whole
-        self._line += upto
-        del self._taken[:upto]
-        self._begin = self._last = 0
+            self._safe = self._safe[0] + len(text), self._line - sum(map(len, held))
+        self._done = held
 
     def read(self) -> Fetched:
         """The next records, some thousand at most."""
         records, rejects, columns = list[tuple[int, Any]](), list[Rejected](), self.columns
-        first = self._line + 1
-        size, taken = 0, self._taken
+        first, size = self._line + 1, 0
         while len(records) + len(rejects) < CHUNK_ROWS and size < CHUNK_BYTES:
-            try:
-                row = next(self._reader, None)
-            except csv.Error as e:
-                row = None
-                if not self.waits:
-                    rejects.append(self._unreadable(e))
-                    continue
+            row, error = self._next_row()
             if row is None:
                 self.ended = True
                 break
-            begin = self._last = self._begin
-            self._begin = end = len(taken)
-            size += sum(map(len, taken[begin:]))
-            if len(row) != len(columns) or self._broken or end > begin + 2:
-                if rejected := self._judge(row):
-                    rejects.append(rejected)
-                    continue
+            lines, number, reason = self._taken, self._line + 1, ""
+            if error or len(row) != len(columns) or self._broken or len(lines) > 2:
+                reason, lines = self._judge(row, lines, error)
+            self._pass(lines)
+            size += sum(map(len, lines))
+            if reason:
+                rejects.append(self._rejected(number, reason, lines))
             elif row == self._header:
-                if len(self.notes) < MAX_NOTES:
-                    place = f"{self.part} line {self._line + begin + 1}"
-                    self.notes.append(f"{place}: the header once more")
-                continue
-            records.append((self._line + begin + 1, dict(zip(columns, row, strict=True))))
+                self.notes.append(f"{self.part} line {number}: the header once more")
+            else:
+                records.append((number, dict(zip(columns, row, strict=True))))
         self._settle()
         span = first, BEYOND_ALL_RECORDS if self.ended else self._line
         state: dict[str, Any] = dict(zip(("position", "line"), self._safe, strict=True))
         state |= {"digest": self._digest.hexdigest(), "done": self.ended}
-        share = min(self._file.tell() / self._size, 1.0) if self._size else 1.0
-        return Fetched(f"{self.part} line", records, rejects, span, self.part, state, share)
+        share = min(self._file.tell() / (os.fstat(self._file.fileno()).st_size or 1), 1.0)
+        return Fetched(
+            f"{self.part} line", records, rejects, span, self.part, state, min(share, 1.0)
+        )
 
-    def _unreadable(self, error: csv.Error) -> Rejected:
-        if "unexpected end" in str(error):  # what is to come may close the quote
-            self._settle()
-            self._frozen = True
-        return self._give_up(quote_error(error))
+    def _next_row(self) -> tuple[list[str] | None, str]:
+        """The next record, None behind the last one, and why it cannot be read."""
+        try:
+            return next(self._reader, None), ""
+        except csv.Error as e:
+            if self.waits:
+                return None, ""
+            if "unexpected end" in str(e):  # what is to come may close the quote
+                self._settle()
+                self._frozen = True
+            return [], quote_error(e)
 
-    def _judge(self, row: Sequence[str]) -> Rejected | None:
-        """What is wrong with the record that was just read; None where nothing is."""
-        lines, reason = self._taken[self._last :], self._broken
-        if len(row) != len(self.columns):
+    def _judge(self, row: Sequence[str], lines: list[str], error: str) -> tuple[str, list[str]]:
+        """What is wrong with a record, empty where nothing is, and its lines. If a quote is, these
+        are the first one; the others are read again."""
+        reason, swallows = error or self._broken, False
+        self._broken = ""
+        if not error and len(row) != len(self.columns):
             reason = reason or f"found {len(row)} fields; the header has {len(self.columns)}"
             swallows = any(map(self._is_alone, lines[1:]))
-        else:
+        elif not error:
             swallows = self._swallows(lines)
         if swallows:
-            self._begin = self._last
-            said = "a quote swallows the lines after it"
-            return self._give_up(f"{reason}; {said}" if reason else said)
-        self._broken = ""
-        return self._rejected(self._last, reason, lines) if reason else None
+            reason = f"{reason}; a quote swallows the lines after it".removeprefix("; ")
+        if error or swallows:
+            self._again.extendleft(reversed(lines[1:]))
+            self._reader = csv.reader(self._lines(), **self._dialect)
+            lines = lines[:1]
+        return reason, lines
 
     def _swallows(self, lines: Sequence[str]) -> bool:
         """Whether a stray quote joined these lines: 19 of 20 would be records of their own."""
@@ -6820,60 +6812,61 @@ class CsvFile:
 
     def _is_alone(self, line: str) -> bool:
         """Whether a line would be a record of its own if quotes meant nothing."""
-        row = next(self._make_reader([line], quoting=csv.QUOTE_NONE, quotechar=None), [])
+        dialect = self._dialect | {"quoting": csv.QUOTE_NONE, "quotechar": None}
+        row = next(csv.reader([line], **dialect), [])
         named = dict(zip(self.columns, row, strict=False))
-        return len(row) == len(self.columns) and all(
-            named.get(name, "").strip() for name in self.source.ids
-        )
+        ids = (named.get(name, "").strip() for name in self.source.ids)
+        return len(row) == len(self.columns) and all(ids)
 
-    def _give_up(self, reason: str) -> Rejected:
-        """Reject the first line of the record under way, and read again from the second on."""
-        first, *rest = self._taken[self._begin :] or [""]
-        del self._taken[self._begin + 1 :]
-        self._again.extendleft(reversed(rest))
-        self._last = self._begin
-        self._begin = len(self._taken)
-        self._broken = ""
-        self._reader = self._make_reader(self._lines())
-        return self._rejected(self._last, reason, [first])
-
-    def _rejected(self, begin: int, reason: str, lines: Sequence[str]) -> Rejected:
+    def _rejected(self, number: int, reason: str, lines: Sequence[str]) -> Rejected:
         shown = re.sub("[\udc80-\udcff]", lambda m: f"\\x{ord(m[0]) & 0xFF:02x}", "".join(lines))
         shown = shown.rstrip("\r\n").encode(errors="backslashreplace").decode()
-        number = self._line + begin + 1
         return Rejected(f"{self.part} line {number}", reason, shown, number)
 
 
 # ── Ingest: files ─────────────────────────────────────────────────────────────────────────────
 
 
+class Rewritten(Exception):
+    """A file is not as it was, up to where it was read."""
+
+
 class Files:
     """A CSV source as a stream of records: a file, all that a glob matches in natural order, or one
     behind a URL. The same files give the same records, whatever was read before: if one was
-    rewritten, is gone or changed records, those that may have to win over it are read again."""
+    rewritten or is gone, all are read again, and if one changed records, those behind it are, which
+    may have to win over it. For a run that goes on after a crash, the state of each tells in which
+    run its reading began, and in which it last changed records."""
 
     def __init__(
         self, source: CsvSource, run: Ingesting, base: Path, allowed: Callable[[Path], bool]
     ) -> None:
         self.source, self.run, self.base, self.allowed = source, run, base, allowed
-        self._downloads = dict[str, tuple[Any, Mapping[str, Any] | None]]()  # not yet read
+        self._several = False
 
     async def read(self, states: Mapping[str, Mapping[str, Any]]) -> AsyncGenerator[Fetched]:
         """From where `states` say that parts were left. Raises SourceError, for a file that cannot
         be read once the others are."""
-        files, failures = await self._find(), list[SourceError]()
+        files, failures, at, changed = await self._find(), list[SourceError](), 0, 0
         gone = states.keys() - {part for part, _ in files}
-        if gone or (len(files) > 1 and await self._were_rewritten(files, states)):
-            states = {}
-        for part, file in files:
-            before = self.run.counts["updated"]
+        self._several, fresh = len(files) > 1, bool(gone)
+        while at < len(files):
+            (part, file), state = files[at], states.get(files[at][0], {})
+            marks = {"begun": state.get("begun", 0), "changed": state.get("changed", 0)}
+            at += 1
+            if fresh or marks["begun"] < changed:
+                state, marks["begun"] = {}, self.run.run.id
             try:
-                async for fetched in self._read(part, file, states.get(part, {})):
+                async for fetched in self._read(part, file, state):
+                    fetched.state.update(marks)
                     yield fetched
+                    marks["changed"] = fetched.state["changed"]
             except SourceError as e:
                 failures.append(e)
-            if self.run.counts["updated"] > before:
-                states = {}
+            except Rewritten:
+                at, fresh = 0, True
+                failures.clear()
+            changed = max(changed, marks["changed"])
         if failures:
             said = one_line("; ".join(map(str, failures)))
             raise failures[0] if len(failures) == 1 else SourceError(said, status=400)
@@ -6892,7 +6885,7 @@ class Files:
             found = [*await self.run.in_thread(self._find_here)]
         return sorted(found, key=lambda file: natural_order(file[0]))
 
-    def _find_here(self) -> list[tuple[str, Path | RemoteFile]]:
+    def _find_here(self) -> Iterator[tuple[str, Path]]:
         exact, path = self.base / self.source.path, self.source.path
         try:
             found = [exact] if exact.is_file() else map(Path, glob.glob(str(exact), recursive=True))
@@ -6903,48 +6896,37 @@ class Files:
         if not files:
             raise SourceError(f"there is no file {path}", status=404)
         names = (os.fsencode(os.path.relpath(file, self.base)) for file in files)
-        parts = [name.decode(errors="backslashreplace") for name in names]
-        return list(zip(parts, files, strict=True))
-
-    async def _were_rewritten(
-        self,
-        files: Sequence[tuple[str, Path | RemoteFile]],
-        states: Mapping[str, Mapping[str, Any]],
-    ) -> bool:
-        """Whether one of the files did not only grow. What was downloaded for that is kept."""
-        for part, file in files:
-            with contextlib.suppress(SourceError), reading_errors(part):
-                state, now = states.get(part), self.run.clock()
-                if state is None or await self.run.in_thread(is_unchanged, file, state, now):
-                    continue
-                opened, told = await self._open(part, file, {})
-                grew = await self.run.in_thread(self._only_grew, opened, part, state)
-                if isinstance(file, RemoteFile):
-                    self._downloads[part] = opened, told
-                if not grew:
-                    return True
-        return False
-
-    def _only_grew(self, file: Any, part: str, state: Mapping[str, Any]) -> bool:
-        with open(file.fileno(), "rb", closefd=False) as again:
-            grew = CsvFile(again, part, self.source, growing=False).resume(state)
-        file.seek(0)
-        return grew
+        return zip((name.decode(errors="backslashreplace") for name in names), files, strict=True)
 
     async def _read(
         self, part: str, file: Path | RemoteFile, state: Mapping[str, Any]
     ) -> AsyncGenerator[Fetched]:
+        """The records of one file. What tells that it is as it was is remembered once it was read
+        whole, unless it may have changed since. Raises Rewritten."""
+        run = self.run
         with reading_errors(part):
-            if await self.run.in_thread(is_unchanged, file, state, self.run.clock()):
+            if await run.in_thread(is_unchanged, file, state, run.clock()):
                 return
-            opened, told = await self._open(part, file, state)
-            if opened is not None:
-                with opened:
-                    async for fetched in self._read_csv(opened, part, state, told):
-                        yield fetched
+            opened, told = await self._open(file, state)
+            if opened is None:
+                return
+            with opened:
+                csv_file = await run.in_thread(CsvFile, opened, part, self.source, told is None)
+                if state and not await run.in_thread(csv_file.resume, state) and self._several:
+                    raise Rewritten
+                self._check_columns(csv_file)
+                while not csv_file.ended:  # not ahead of the writing: taking turns costs more
+                    fetched = await run.in_thread(csv_file.read)
+                    if csv_file.ended and not csv_file.waits:
+                        fetched.state.update(told or {})
+                    yield fetched
+        for note in csv_file.notes:
+            run.note(note)
+        if csv_file.waits:
+            run.note(f"the last line of {part} has no end yet, and waits for the next run")
 
     async def _open(
-        self, part: str, file: Path | RemoteFile, state: Mapping[str, Any]
+        self, file: Path | RemoteFile, state: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any] | None]:
         """A file, and what tells that it is as it was: None where it may have changed since. The
         file is None where it is still as `state` has it.
@@ -6955,8 +6937,6 @@ class Files:
             opened = file.open("rb")
             identity = identity_of(os.fstat(opened.fileno()), self.run.clock())
             return opened, {"identity": identity} if identity else None
-        if part in self._downloads:
-            return self._downloads.pop(part)
         with contextlib.ExitStack() as unless_good:
             folder = self.run.folder
             sink = unless_good.enter_context(tempfile.TemporaryFile(dir=folder))
@@ -6967,25 +6947,6 @@ class Files:
             sink.seek(0)
             unless_good.pop_all()
             return sink, {"identity": file.tag} if file.tag else validators_of(got)
-
-    async def _read_csv(
-        self, file: Any, part: str, state: Mapping[str, Any], told: Mapping[str, Any] | None
-    ) -> AsyncGenerator[Fetched]:
-        """The records of one file. `told` is remembered once it was read whole."""
-        run = self.run
-        csv_file = await run.in_thread(CsvFile, file, part, self.source, told is None)
-        if state:
-            await run.in_thread(csv_file.resume, state)
-        self._check_columns(csv_file)
-        while not csv_file.ended:  # not ahead of the writing: threads in turns cost more than one
-            fetched = await run.in_thread(csv_file.read)
-            if csv_file.ended and not csv_file.waits:
-                fetched.state.update(told or {})
-            yield fetched
-        for note in csv_file.notes:
-            run.note(note)
-        if csv_file.waits:
-            run.note(f"the last line of {part} has no end yet, and waits for the next run")
 
     def _check_columns(self, file: CsvFile) -> None:
         if not file.columns:
@@ -8001,6 +7962,8 @@ class Ingesting:
 
     async def _take(self, fetched: Fetched) -> None:
         steps, (chunk, twice) = self.steps, await self._normalize(fetched)
+        if chunk.counts["updated"]:
+            fetched.state["changed"] = self.run.id
         save = partial(steps.store.save_chunk, self.run, self.job.revision, self.source.type)
         if not await self.retry_store(save, chunk, self.fields, steps.clock()):
             raise Interrupted("the job was paused, changed or removed while it ran")
