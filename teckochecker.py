@@ -6150,6 +6150,8 @@ class Web:
 CHUNK_ROWS = 2000  # records that commit together: beyond that a transaction only gets longer
 NESTED = 200  # levels of a record: what serves it knows 255, some of which are its own
 DIGITS = 4000  # of an integer; Python converts no more than 4300
+LIMITS = {"secret", "header", "max_failed", "on_drift", "max_requests_per_minute", "timeout"}
+# of a source: they change nothing about what a record becomes
 
 
 class BadRecord(ValueError):
@@ -6948,6 +6950,9 @@ class Files:
             unless_good.pop_all()
             return sink, {"identity": file.tag} if file.tag else validators_of(got)
 
+    def watermark(self) -> None:
+        """Files have none."""
+
     def _check_columns(self, file: CsvFile) -> None:
         if not file.columns:
             if not file.waits:
@@ -6973,22 +6978,22 @@ class Files:
 MAX_PAGES = 100_000  # of one run; an API whose `next` never ends is cut off there
 SAME_PAGES = 2  # pages in a row without anything new: the paging goes in circles, or is at its end
 PAGE_REFUSED = (400, 404, 416, 422)  # what APIs answer to the number of a page that is not there
-HAS_MORE = re.compile(r"has(more|next(page)?)")
-MORE = re.compile(
-    r"(odata)?next(page|url|link|uri|cursor|token|offset|start|results?|records|marker)*"
-    r"|has(more|next(page)?)|more(results|items|pages)?|continuation(token)?|lastevaluatedkey"
-    r"|(is)?truncated"
-)
-LAST = re.compile(r"(is)?last(page)?")  # what is false where there is more
-TOTALS = {
+NO_LIST = ("errors", "warnings")  # lists that hold no records
+NO = ("false", "no", "0", "", "none")
+PAGE_SIGNS = {  # what a value tells, by its name in lower case and letters alone
+    "whether": re.compile(r"has(more|next(page)?)"),
+    "more": re.compile(  # unless it is one of NO
+        r"(odata|link)?next(page|url|link|uri|cursor|token|offset|start|results?|records|marker)*"
+        r"|has(more|next(page)?)|more(results|items|pages)?|continuation(token)?|lastevaluatedkey"
+        r"|(is)?truncated"
+    ),
+    "last": re.compile(r"(is)?last(page)?"),  # what is false where there is more
     "records": re.compile(
         r"(count|total)|total(count|results|items|records|elements|hits)|recordstotal|numfound"
         r"|contentrange"
     ),
     "pages": re.compile(r"total(number)?(of)?pages|pages?total|pagecount|num(ber)?(of)?pages"),
 }
-NO_LIST = ("errors", "warnings")  # lists that hold no records
-NO = ("false", "no", "0", "")
 
 
 def next_link(header: str) -> str | None:
@@ -7014,14 +7019,21 @@ class Sign(NamedTuple):
     """A value in an answer, or in its headers, that may tell about paging."""
 
     path: str  # dotted, or the header's name
-    name: str  # its last part in lower case and letters alone
     value: Any
+
+    def tells(self, what: str) -> bool:
+        name = re.sub("^x-(wp-|ms-)?|[^a-z]", "", self.path.rpartition(".")[2].lower())
+        return PAGE_SIGNS[what].fullmatch(name) is not None
+
+    @property
+    def says_no(self) -> bool:
+        return str(self.value).lower() in NO
 
     @property
     def number(self) -> int | None:
-        """The value as a whole number, where it is one."""
+        """The value as a whole number, where it is one; of a Content-Range the total."""
         text = str(self.value) if type(self.value) in (int, float, str) else ""
-        found = re.fullmatch(r"(\d{1,15})(\.0)?", text, re.ASCII)
+        found = re.fullmatch(r"(?:.*/)?(\d{1,15})(\.0)?", text, re.ASCII)
         return int(found[1]) if found else None
 
 
@@ -7032,43 +7044,35 @@ def signs_in(answer: Any, path: str = "", depth: int = 3) -> Iterator[Sign]:
         if isinstance(value, dict):
             yield from signs_in(value, where, depth - 1)
             value = value.get("href", value if any(value.values()) else None)
-        yield Sign(where, re.sub("[^a-z]", "", str(key).lower()), value)
-
-
-def signs_in_headers(headers: Mapping[str, str]) -> Iterator[Sign]:
-    """The same of headers like X-Total-Count; of a Content-Range the total behind its slash."""
-    for key, text in headers.items():
-        name = re.sub("^x-(wp-|ms-)?|[^a-z]", "", key.lower())
-        value = text.rpartition("/")[2] if name == "contentrange" else text
-        yield Sign(key, name, {"true": True, "false": False}.get(value.lower(), value))
+        yield Sign(where, value)
 
 
 class Pages:
     """An API as a stream of records, page after page."""
 
-    def __init__(self, source: ApiSource, run: Ingesting, since: str | None) -> None:
-        self.source, self.run, self.since = source, run, since
-        self.paging = source.next or Paging.model_validate("link")
-        self.numbered = self.paging.type in ("page", "offset")
-        start = self.paging.start
-        self._at = start if start is not None else int(self.paging.type == "page")
+    def __init__(self, source: ApiSource, run: Ingesting) -> None:
+        self.source, self.run = source, run
+        self.since = self._watermark_to_send()
+        paging = self.paging = source.next or Paging.model_validate("link")
+        self.numbered = paging.type in ("page", "offset")
+        self._at = int(paging.type == "page") if paging.start is None else paging.start
+        self._param = paging.param or ("starting_after" if paging.type == "last" else paging.type)
+        self._path = paging.path or ("next_cursor" if paging.type == "cursor" else source.ids[0])
         self._items = source.items  # where the list is
         self._taken = self._pages = 0
         self._signs: list[Sign] = []  # in the last answer
-        self._path = self.paging.path or "next_cursor"  # of a cursor
-        named = {self._path} if self.paging.type == "cursor" else set[str]()
-        self._unmet = named | ({source.more} if source.more else set())  # paths in no answer yet
-        self._has_link = False  # whether some answer had a Link header
-        self._totals: dict[str, dict[str, int]] = {what: {} for what in TOTALS}  # that answers told
-        self.shrank = False  # whether a total got less from page to page
-        self.has_field = False  # whether some record has what `since` names
+        named = {"cursor": self._path, "link": source.next and "link"}.get(paging.type)
+        self._unmet = {*filter(None, (named, source.more))}  # paths in no answer yet
+        self._totals: dict[tuple[str, str], int] = {}  # that answers told, by kind and path
+        self._shrank = False  # whether a total got less from page to page
+        self._timed = False  # whether some record has what `since` names
+        self._latest = "", -math.inf  # the greatest time among them: as it came, and unix seconds
 
     async def read(self, states: Mapping[str, Mapping[str, Any]]) -> AsyncGenerator[Fetched]:
         """From the first page on. Raises SourceError."""
-        url: str | None = self._url(self._number())
+        url: str | None = self._url()
         asked, seen, stale = set[str](), set[bytes](), 0
         answer: Any = None
-        got: httpx2.Response | None = None
         while url and url not in asked:
             if len(asked) >= MAX_PAGES:
                 raise SourceError(f"more than {MAX_PAGES} pages: does `next` ever end?", status=400)
@@ -7088,14 +7092,11 @@ class Pages:
             link = self._next(got, answer, items)
             url = next_page_url(str(got.url), link) if link else None
             if stale >= SAME_PAGES or (not items and self.numbered):
-                pages = f"pages {number - 1} and {number}"
-                if url and not self.numbered and items:
-                    said = f"the paging goes in circles: {pages} came before; is `next` right?"
-                    self._complain(said, mistake=True)
-                elif url and not self.numbered:
-                    self.run.note(f"{pages} are empty: taken for the end")
+                if url and not self.numbered:
+                    said = f"pages {number - 1} and {number} brought nothing new: is `next` right?"
+                    self._complain(said, mistake=bool(items))
                 break
-        self._judge(answer, got, url)
+        self._judge(answer, url)
 
     async def _get(self, url: str, number: int) -> httpx2.Response:
         if self.source.secret is not None and origin_of(url) != origin_of(self.source.url):
@@ -7110,17 +7111,20 @@ class Pages:
             raise
 
     def _open(self, got: httpx2.Response, number: int) -> tuple[Any, list[Any], bytes]:
+        """An answer, the records in it, and a digest of these. Runs in a thread."""
         may_lack = number > 1 or self.since is not None
         answer = read_json(got.content) if got.content.strip() or not may_lack else None
-        self._signs = [*signs_in(answer), *signs_in_headers(got.headers)]
+        link = {"link next": next_link(got.headers.get("link", ""))}
+        self._signs = [*signs_in(answer), *signs_in({**got.headers, **link})]
         items = self._list_in(answer, may_lack=may_lack)
+        self._note_times(items)
         return answer, items, digest_of(lenient_json(items))
 
     def _list_in(self, answer: Any, *, may_lack: bool) -> list[Any]:
         """The list of records in an answer. Without a path the answer itself, or the only list in
         it. Raises SourceError."""
         block, lists = answer if isinstance(answer, dict) else {}, list[str]()
-        if self._items is None and block:
+        if self._items is None:
             lists = [key for key, value in block.items() if isinstance(value, list)]
             if len(lists) == 1 and lists[0] not in NO_LIST:
                 self._items = lists[0]
@@ -7132,117 +7136,102 @@ class Pages:
         null = found is None and any(sign.path == self._items for sign in self._signs)
         if null or (may_lack and not lists and (not found or found is block)):
             return []
-        if self._items is not None:
-            said = f"there is no list at {self._items!r} in the answer: {repr_excerpt(answer)}"
-        else:
-            there = (
-                f"lists are at: {', '.join(lists)}" if lists else f"found {repr_excerpt(answer)}"
-            )
-            said = f"the answer is no list; `items` says where it is; {one_line(there)}"
+        there = repr_excerpt(answer)
+        said = f"there is no list at {self._items!r} in the answer: {there}"
+        if self._items is None:
+            said = "the answer is no list; `items` says where it is; "
+            said += f"lists are at: {one_line(', '.join(lists))}" if lists else f"found {there}"
         raise SourceError(said, status=400)
 
     def _fetched(self, items: Sequence[Any], number: int) -> Iterator[Fetched]:
         """A page, in chunks where it is long."""
         self._taken += len(items)
         self._pages += bool(items)
-        if self.source.since is not None and not self.has_field:
-            pick = picker(self.source.since.field)
-            self.has_field = any(isinstance(r, dict) and pick(r) is not None for r in items)
         for start in range(0, len(items), CHUNK_ROWS):
             some = [*enumerate(items[start : start + CHUNK_ROWS], start + 1)]
             end = start + CHUNK_ROWS
             span = start, end if end < len(items) else BEYOND_ALL_RECORDS
             yield Fetched(f"page {number} record", some, [], span if self.since is None else None)
 
-    def _url(self, query: Mapping[str, str]) -> str:
+    def _url(self, cursor: str | None = None) -> str:
+        """The URL of the page that a cursor names, or of the one at `_at`, or of the first one."""
         import httpx2
 
-        asked = dict(self.source.params)
+        asked, paging = dict(self.source.params), self.paging
         if self.source.since is not None and self.since is not None:
             asked[self.source.since.param] = self.since
-        return str(httpx2.URL(self.source.url).copy_merge_params({**asked, **query}))
-
-    def _number(self) -> dict[str, str]:
-        """The parameters of the page at `_at`, where pages have numbers, and of its size."""
-        paging, query = self.paging, dict[str, str]()
-        if self.numbered:
-            query[paging.param or paging.type] = str(self._at)
         if paging.size is not None and paging.type in ("page", "offset", "last"):
             default = "per_page" if paging.type == "page" else "limit"
-            query[paging.size_param or default] = str(paging.size)
-        return query
+            asked[paging.size_param or default] = str(paging.size)
+        cursor = str(self._at) if self.numbered else cursor
+        if cursor is not None:
+            asked[self._param] = cursor.encode(errors="backslashreplace").decode()
+        return str(httpx2.URL(self.source.url).copy_merge_params(asked))
 
     def _next(self, got: httpx2.Response, answer: Any, items: Sequence[Any]) -> str | None:
         """The URL of the next page, relative perhaps, as far as this answer knows of one."""
         self._note_signs()
-        self._has_link |= "link" in got.headers
-        if (more := self._has_more(answer)) is not None:
-            self._unmet.discard(self.source.more or "")
-        if more is False:
+        if self._has_more(answer) is False:
             self._unmet.discard(self._path)
             return None
         paging = self.paging
         if self.numbered:
             self._at += len(items) if paging.type == "offset" else 1
-            return self._url(self._number())
+            return self._url()
         if paging.type == "link":
             return next_link(got.headers.get("link", ""))
-        last = paging.type == "last"
-        holder = items[-1] if last and items else None if last else answer
-        path = paging.path or self.source.ids[0] if last else self._path
-        cursor = picker(path)(holder) if isinstance(holder, dict) else None
-        if isinstance(cursor, dict):
-            cursor = cursor.get("href", cursor)
-        if cursor is not None:
-            self._unmet.discard(path)
+        last = items[-1] if items else None
+        cursor = self._value_at(self._path, last if paging.type == "last" else answer)
         if cursor in (None, "", False):
             return None
         if not isinstance(cursor, str):
             cursor = lenient_json(cursor).decode()
         elif re.match("https?://" if paging.param else "https?://|[/?]", cursor):
             return cursor
-        name = paging.param or ("starting_after" if last else "cursor")
-        return self._url(
-            {**self._number(), name: cursor.encode(errors="backslashreplace").decode()}
-        )
+        return self._url(cursor)
+
+    def _value_at(self, path: str, holder: Any) -> Any:
+        value = picker(path)(holder) if isinstance(holder, dict) else None
+        if value is not None:
+            self._unmet.discard(path)
+        return value.get("href", value) if isinstance(value, dict) else value
 
     def _note_signs(self) -> None:
         self._unmet -= {sign.path for sign in self._signs}
         for sign in self._signs:
-            for what, names in TOTALS.items():
-                if names.fullmatch(sign.name) and (number := sign.number) is not None:
-                    less = number < self._totals[what].get(sign.path, number)
-                    self.shrank |= less and sign.name != "count"
-                    self._totals[what][sign.path] = number
+            for what in ("records", "pages"):
+                if sign.tells(what) and (number := sign.number) is not None:
+                    less = number < self._totals.get((what, sign.path), number)
+                    self._shrank |= less and not sign.path.endswith("count")
+                    self._totals[what, sign.path] = number
 
     def _has_more(self, answer: Any) -> bool | None:
         """Whether the answer says that there is a next page; None: it does not say."""
         if self.source.more is not None:
-            told = picker(self.source.more)(answer) if isinstance(answer, dict) else None
-            return None if told is None else str(told).lower() not in NO
-        signs = self._signs if self.paging.type != "link" else ()
-        told = (s.value for s in signs if HAS_MORE.fullmatch(s.name) and type(s.value) is bool)
-        return next(told, None)
+            told = self._value_at(self.source.more, answer)
+            return None if told is None else not Sign("", told).says_no
+        signs = [s for s in self._signs if s.tells("whether") and self.paging.type != "link"]
+        told = (str(sign.value).lower() for sign in signs)
+        return next((text == "true" for text in told if text in ("true", "false")), None)
 
-    def _judge(self, answer: Any, got: httpx2.Response | None, url: str | None) -> None:
+    def _judge(self, answer: Any, url: str | None) -> None:
         """Say what the answers say of more than was taken."""
-        first, paging = self._pages <= 1, self.paging
         known = self.run.checkpoint.records
-        more = self._says_more(answer, got) if got is not None and not self.numbered else ""
-        if self._unmet and self._taken:
+        more, nowhere = self._says_more(answer), self._unmet - {"link"}
+        if nowhere and self._taken:
             there = answer if isinstance(answer, dict) else [repr_excerpt(answer)]
-            said = f"there is no {', '.join(sorted(self._unmet))} in the answer; there are "
+            said = f"there is no {', '.join(sorted(nowhere))} in the answer; there are "
             said += one_line(", ".join(map(str, there)))
             self._complain(said, mistake=bool(more) or not known)
         elif more and not url:
             said = f"the answer says by {more} that there is more; `next` says how to ask for it"
-            self._complain(said, mistake=first)
+            self._complain(said, mistake=self._pages <= 1)
         elif self.since is None and (short := self._falls_short()):
             asks_on = self.source.next is not None or self._pages > 1
             self._complain(f"{short}; `next` says how to ask for more", mistake=not asks_on)
-        elif self.source.next is not None and paging.type == "link" and not self._has_link:
+        elif self._unmet:
             self.run.note("no answer had a Link header, which `next` names")
-        if self.source.since is not None and self._taken and not self.has_field:
+        if self.source.since is not None and self._taken and not self._timed:
             self.run.note(f"no record has {self.source.since.field}, which `since` names")
         if not self._taken and self.since is None and not known:
             self.run.note("no records came")
@@ -7250,22 +7239,24 @@ class Pages:
     def _falls_short(self) -> str:
         """What came of all that the answers tell of; empty: nothing is missing."""
         for what, came in (("records", self._taken), ("pages", self._pages)):
-            if came < (total := max(self._totals[what].values(), default=0)):
+            total = max((n for (kind, _), n in self._totals.items() if kind == what), default=0)
+            if came < total:
                 return f"{came} {what} came of {total} that the answer tells of"
         return ""
 
-    def _says_more(self, answer: Any, got: httpx2.Response) -> str:
+    def _says_more(self, answer: Any) -> str:
         """What in the last answer says that there is a next page; empty: nothing does."""
-        if (more := self._has_more(answer)) is False:
+        more = self._has_more(answer)
+        if self.numbered or more is False:
             return ""
         if self.source.more is not None and more:
             return self.source.more
-        for path, name, value in self._signs:
-            told = type(value) in (bool, int, str, dict) and str(value).lower() not in NO
-            if (LAST.fullmatch(name) and value is False) or (MORE.fullmatch(name) and told):
-                return path
-        links = self.paging.type != "link" and next_link(got.headers.get("link", ""))
-        return "Link" if links else ""
+        for sign in self._signs:
+            if sign.tells("last") and sign.value is False:
+                return sign.path
+            if sign.tells("more") and not sign.says_no and not isinstance(sign.value, list):
+                return sign.path
+        return ""
 
     def _complain(self, said: str, *, mistake: bool) -> None:
         """Fail the run for a mistake in the job, until some run has succeeded; else only note
@@ -7273,6 +7264,54 @@ class Pages:
         if mistake and not self.run.checkpoint.whole:
             raise SourceError(said, status=400)
         self.run.note(said)
+
+    # since
+
+    def _form(self) -> str:
+        """A digest of what a watermark depends on: it counts for the same records read in the same
+        way."""
+        field = self.source.since.field if self.source.since else None
+        block = self.source.model_dump(mode="json", exclude={*LIMITS, "next", "since", "more"})
+        return digest_of(json.dumps([block, field], sort_keys=True)).hex()
+
+    def _known_mark(self) -> Any:
+        mark = json.loads(self.run.checkpoint.watermark or "{}")
+        return mark if mark.get("map") == self._form() and "text" in mark else None
+
+    def _watermark_to_send(self) -> str | None:
+        mark, since = self._known_mark(), self.source.since
+        if since is None or mark is None or mark["at"] <= since.overlap:
+            return None
+        sent = since_text(mark["text"], mark["at"], since, self.source.dates)
+        if sent == mark["text"] and since.overlap:
+            self.run.note(f"`since` sends {sent} without its overlap; `format` names another form")
+        return sent
+
+    def _note_times(self, records: Sequence[Any]) -> None:
+        if self.source.since is None:
+            return
+        pick = picker(self.source.since.field)
+        values = [pick(record) for record in records if isinstance(record, dict)]
+        self._timed |= any(value is not None for value in values)
+        for text in map(str, values):
+            with contextlib.suppress(ValueError, OverflowError):
+                at = parse_datetime(text.strip(), self.source.dates).timestamp()
+                self._latest = max(self._latest, (text, at), key=lambda mark: mark[1])
+
+    def watermark(self) -> str | None:
+        """What to remember for `since` after a whole run; None: what is. Never later than the run
+        began, since a clock that is ahead would hide what comes."""
+        text, at = self._latest
+        at, known = min(at, self.run.run.start_time), self._known_mark()
+        if not text:
+            if self._timed:
+                self.run.note("what `since` names is no time that can be read; `dates` may help")
+        elif self.numbered and (self.run.moved or self._shrank):
+            said = "records moved between the pages: what `since` sends waits for the next run"
+            self.run.note(said)
+        elif known is None or known["at"] < at:
+            return json.dumps({"map": self._form(), "text": text, "at": at})
+        return None
 
 
 def next_page_url(base: str, link: str) -> str:
@@ -7294,18 +7333,6 @@ SINCE_FORMS = (
     (r"(?<=[T ])\d\d:\d\d(?!:)", "%H:%M"),
     (r"(?<=T)\d{6}", "%H%M%S"),
 )
-
-
-def greatest_timestamp(
-    records: Iterable[Any], path: str, order: str | None
-) -> tuple[str, float] | None:
-    """The greatest time stamp among records: as it came, and in unix seconds."""
-    pick, found = picker(path), list[tuple[str, float]]()
-    for value in (pick(record) for record in records if isinstance(record, dict)):
-        with contextlib.suppress(ValueError, OverflowError):
-            if type(value) in (str, int, float):
-                found.append((str(value), parse_datetime(str(value).strip(), order).timestamp()))
-    return max(found, key=lambda mark: mark[1], default=None)
 
 
 def since_text(text: str, at: float, since: Since, order: str | None) -> str:
@@ -7860,8 +7887,6 @@ DATA_FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")  # what H
 INGESTS_AT_ONCE = 2  # chunks worked on: more would only take turns on the same processor and store
 STORE_PATIENCE = 30.0  # s between attempts to write a chunk to a locked store, to which they grow
 MAX_NOTES = 50  # of a run
-LIMITS = {"secret", "header", "max_failed", "on_drift", "max_requests_per_minute", "timeout"}
-# of a source: they change nothing about what a record becomes
 
 
 def may_be_read(path: Path, config: Config) -> bool:
@@ -7891,8 +7916,7 @@ class Ingesting:
         self.notes: list[str] = []
         self.counts = Counter[str]()
         self._reason = ""  # why the first of the rejected was
-        self._moved = False  # an id came twice with other values
-        self._latest: tuple[str, float] | None = None
+        self.moved = False  # an id came twice with other values
         self.reader = self._make_reader()
 
     def _make_reader(self) -> Files | Pages:
@@ -7902,12 +7926,7 @@ class Ingesting:
             return Files(
                 self.source, self, config.base, lambda path: trusted or may_be_read(path, config)
             )
-        mark, since, sent = self._known_mark(), self.source.since, None
-        if since is not None and mark is not None and mark["at"] > since.overlap:
-            sent = since_text(mark["text"], mark["at"], since, self.source.dates)
-            if sent == mark["text"] and since.overlap:
-                self.note(f"`since` sends {sent} without its overlap; `format` names another form")
-        return Pages(self.source, self, sent)
+        return Pages(self.source, self)
 
     async def go(self) -> StepResult:
         """Read the source to its end, and write down how that went. Raises StoreError."""
@@ -7935,7 +7954,7 @@ class Ingesting:
             error=said,
             notes=self.notes,
             wait=wait,
-            watermark=self.watermark() if status == "success" else None,
+            watermark=self.reader.watermark() if status == "success" else None,
             forget=isinstance(error, IngestFailed) and error.forget,
         )
         run = await self.retry_store(steps.store.end_run, self.run, end, steps.clock())
@@ -7967,8 +7986,8 @@ class Ingesting:
         save = partial(steps.store.save_chunk, self.run, self.job.revision, self.source.type)
         if not await self.retry_store(save, chunk, self.fields, steps.clock()):
             raise Interrupted("the job was paused, changed or removed while it ran")
-        if twice and not self._moved:
-            self._moved = True
+        if twice and not self.moved:
+            self.moved = True
             which = repr_excerpt(twice[0])
             self.note(f"an id came twice with other values, {which} for one: the last wins")
         self._reason = self._reason or next((reject.reason for reject in chunk.rejects), "")
@@ -7981,12 +8000,6 @@ class Ingesting:
         """What has to be written, and the ids that came twice with other values."""
         rows, rejects, fields = await self.in_thread(identify_records, self.mapper, fetched)
         self._check_drift(fields)
-        if isinstance(self.source, ApiSource) and self.source.since is not None:
-            records = [record for _, record in fetched.records]
-            field, order = self.source.since.field, self.source.dates
-            found = await self.in_thread(greatest_timestamp, records, field, order)
-            marks = filter(None, (self._latest, found))
-            self._latest = max(marks, key=lambda mark: mark[1], default=None)
         ids = {row[1] for row in rows}
         known = await self.retry_store(self.steps.store.hashes, self.run, [*ids]) if ids else {}
         if not self.checkpoint.records:  # all that is there came in this run
@@ -8058,36 +8071,6 @@ class Ingesting:
     def note(self, text: str) -> None:
         if text not in self.notes and len(self.notes) < MAX_NOTES:
             self.notes.append(text)
-
-    def watermark(self) -> str | None:
-        """What to remember for `since` after a whole run; None: what is. Never later than the run
-        began, since a clock that is ahead would hide what comes."""
-        if not isinstance(self.reader, Pages):
-            return None
-        if self._latest is None:
-            if self.reader.has_field:
-                self.note("what `since` names is no time that can be read; `dates` may help")
-            return None
-        if self.reader.numbered and (self._moved or self.reader.shrank):
-            self.note("records moved between the pages: what `since` sends waits for the next run")
-            return None
-        text, at = self._latest
-        at, known = min(at, self.run.start_time), self._known_mark()
-        if known is not None and known["at"] >= at:
-            return None
-        return json.dumps({"map": self._mark_of(), "text": text, "at": at})
-
-    def _mark_of(self) -> str:
-        """A digest of what a watermark depends on: it counts for the same records read in the same
-        way."""
-        assert isinstance(self.source, ApiSource)
-        field = self.source.since.field if self.source.since else None
-        block = self.source.model_dump(mode="json", exclude={*LIMITS, "next", "since", "more"})
-        return digest_of(json.dumps([block, field], sort_keys=True)).hex()
-
-    def _known_mark(self) -> Any:
-        mark = json.loads(self.checkpoint.watermark or "{}")
-        return mark if mark.get("map") == self._mark_of() and "text" in mark else None
 
 
 # ── Doctor ────────────────────────────────────────────────────────────────────────────────────
