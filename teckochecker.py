@@ -6234,18 +6234,16 @@ DATE_TIME = re.compile(
     r"(\s*(?:Z|UTC?|GMT)?\s*([+-])(\d\d):?(\d\d)?(?:\s+[A-Z]{3,5})?|\s*(?:Z|UTC?|GMT))?(?!\w)",
     re.ASCII | re.IGNORECASE,
 )
-WEEKDAY = r"(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?\.?"
-DATE_FORMS = [
-    re.compile(form.replace("MONTH", r"(?P<b>[a-z]{3,9})\.?"), re.ASCII | re.IGNORECASE)
-    for form in (
-        r"(?P<y>\d{4})([-/.])(?P<m>\d{1,2})\2(?P<d>\d{1,2})",
-        r"(?P<y>\d{4})-(?P<yearday>\d{3})",
-        r"(?P<d>\d{1,2})(?:st|nd|rd|th)?[- ]MONTH[- ](?P<y>\d{4}|\d\d)",
-        r"MONTH (?P<d>\d{1,2})(?:st|nd|rd|th)? (?P<y>\d{4})",
-        r"(?P<y>\d{4})[- ]MONTH[- ](?P<d>\d{1,2})",
-        r"(?P<one>\d{1,2})(?P<sep>[-/. ]) ?(?P<two>\d{1,2})(?P=sep) ?(?P<y>\d{4}|\d\d)",
-    )
-]
+DATE_NOISE = re.compile(  # in a day: its weekday, the end of an ordinal, dots and blanks
+    r"^(mon|tues?|wed(nes)?|thu(rs?)?|fri|sat(ur)?|sun)(day)?\.? |(?<=\d)(st|nd|rd|th)\b"
+    r"|(?<=[a-z])\.|(?<=[-/.]) "
+)
+DAY_FORMS = {  # with y for four digits, n for one or two, m for a month's name: what its parts are
+    r"y([-/.])n\1n|y[- ]m[- ]n": "ymd",
+    r"n[- ]m[- ][yn]": "dmy",
+    r"m n y": "mdy",
+    r"n([-/. ])n\1[yn]": "",
+}
 MONTHS = "january february march april may june july august september october november december"
 MONTH_NUMBERS = {"sept": 9} | {
     text: number for number, name in enumerate(MONTHS.split(), 1) for text in (name, name[:3])
@@ -6276,7 +6274,7 @@ def parse_datetime(text: str, order: str | None = None) -> datetime:
             offset = timedelta(hours=int(found[8]), minutes=int(found[9] or 0))
             zone = timezone(-offset if found[7] == "-" else offset)
         text = f"{text[: found.start()]} {text[found.end() :]}"
-    day = re.sub(rf"^{WEEKDAY}[\s,]+", "", " ".join(text.replace(",", " ").split()), flags=re.I)
+    day = DATE_NOISE.sub("", " ".join(text.lower().replace(",", " ").split()))
     return parse_day(day, order).replace(tzinfo=zone) + clock
 
 
@@ -6288,25 +6286,33 @@ def unix_unit(text: str) -> int | None:
 
 def parse_day(text: str, order: str | None) -> datetime:
     """The day that a text without a time says. Raises ValueError."""
-    if re.fullmatch(r"\d{8}|\d{4}(-W\d\d-|W\d\d)\d", text, re.ASCII):
-        return datetime.fromisoformat(text)
-    found = next(filter(None, (form.fullmatch(text) for form in DATE_FORMS)), None)
-    if found is None:
-        raise ValueError("a date")
-    got = found.groupdict()
-    if len(got["y"]) == 2 and order is None:
-        raise ValueError("a date with a year of four digits")
-    year = int(got["y"]) if len(got["y"]) == 4 else datetime.strptime(got["y"], "%y").year
-    if "yearday" in got:
+    if re.fullmatch(r"\d{8}|\d{4}(-w\d\d-|w\d\d)\d", text, re.ASCII):
+        return datetime.fromisoformat(text.upper())
+    if re.fullmatch(r"\d{4}-\d{3}", text, re.ASCII):
         return datetime.strptime(text, "%Y-%j")
-    if "one" in got:
-        one, two = int(got["one"]), int(got["two"])
-        if order is None and got["sep"] != "." and one != two and max(one, two) <= 12:
+    words = re.findall(r"[0-9]+|[a-z]+", text)
+    form = re.sub(r"[0-9]+|[a-z]+", lambda word: kind_of_word(word[0]), text)
+    parts = next((DAY_FORMS[some] for some in DAY_FORMS if re.fullmatch(some, form)), None)
+    if parts is None:
+        raise ValueError("a date")
+    numbers = [MONTH_NUMBERS.get(word) or int(word) for word in words]
+    if "y" not in form:
+        if order is None:
+            raise ValueError("a date with a year of four digits")
+        numbers[2] = datetime.strptime(words[2], "%y").year
+    if not parts:
+        one, two, _ = numbers
+        if order is None and "." not in form and one != two and max(one, two) <= 12:
             raise ValueError("a date that can be read in one way only; `dates: dmy` or mdy decides")
-        day_first = order == "dmy" if order else got["sep"] == "." or two <= 12
-        return datetime(year, two if day_first else one, one if day_first else two)
-    month = MONTH_NUMBERS.get(got["b"].lower(), 0) if "b" in got else int(got["m"])
-    return datetime(year, month, int(got["d"]))
+        parts = order or ("dmy" if "." in form or two <= 12 else "mdy")
+    named = dict(zip(parts, numbers, strict=True))
+    return datetime(named["y"], named["m"], named["d"])
+
+
+def kind_of_word(word: str) -> str:
+    if word in MONTH_NUMBERS:
+        return "m"
+    return {1: "n", 2: "n", 4: "y"}.get(len(word), "?") if word.isdecimal() else "?"
 
 
 def utc_text(value: Any, order: str | None = None) -> str:
@@ -6341,10 +6347,8 @@ class Mapper:
 
     def identify(self, record: Mapping[str, Any]) -> str:
         """The record's id as text; of several fields a JSON list of theirs. Raises BadRecord."""
-        if len(self._ids) == 1:
-            [(field, pick)] = self._ids
-            return id_text(field, pick(record))
-        return to_json([id_text(field, pick(record)) for field, pick in self._ids]).decode()
+        texts = [id_text(field, pick(record)) for field, pick in self._ids]
+        return texts[0] if len(texts) == 1 else to_json(texts).decode()
 
     def hash(self, record: bytes) -> bytes:
         return hashlib.blake2b(record, digest_size=16, salt=self._salt).digest()
@@ -6385,14 +6389,12 @@ class Mapper:
 
 def id_text(field: str, value: Any) -> str:
     """A value that identifies a record. Raises BadRecord."""
-    if value is None:
-        raise BadRecord(f"no id: {field} is missing")
     try:
-        text = plain_text(value)
+        text = "" if value is None else plain_text(value)
     except ValueError as e:
         raise BadRecord(f"{field}: found {repr_excerpt(value)}; allowed: {e}") from None
     if not text.strip():
-        raise BadRecord(f"no id: {field} is empty")
+        raise BadRecord(f"no id: {field} is {'missing' if value is None else 'empty'}")
     return text
 
 
@@ -6427,17 +6429,14 @@ def identify_records(mapper: Mapper, fetched: Fetched) -> tuple[list[Row], list[
             if not isinstance(record, dict):
                 raise BadRecord(f"found {repr_excerpt(record)}; allowed: an object")
             text = to_json(record)
-            if is_deeper(record, NESTED):
+            if text.count(b"[") + text.count(b"{") > NESTED and is_deeper(record, NESTED):
                 raise BadRecord(f"nested more than {NESTED} deep")
             rows.append((number, mapper.identify(record), record, text, mapper.hash(text)))
         except BadRecord as e:
-            rejects.append(reject_record(fetched, number, e, lenient_json(record)))
+            shown, place = lenient_json(record).decode(), f"{fetched.label} {number}"
+            rejects.append(Rejected(place, str(e), shown, number))
     found = Counter(itertools.chain.from_iterable(row[2] for row in rows))
     return rows, rejects, {name: count == len(rows) for name, count in found.items()}
-
-
-def reject_record(fetched: Fetched, number: int, error: BadRecord, record: bytes) -> Rejected:
-    return Rejected(f"{fetched.label} {number}", str(error), record.decode(), number)
 
 
 def normalize_records(
@@ -6459,7 +6458,8 @@ def normalize_records(
             unified[key] = key, mapper.unify(record, key).decode(), digest
             now[key] = digest, True
         except BadRecord as e:
-            rejects.append(reject_record(fetched, number, e, text))
+            place = f"{fetched.label} {number}"
+            rejects.append(Rejected(place, str(e), text.decode(), number))
             now[key] = b"", True
         raws[key] = key, text.decode(), bool(now[key][0])
     rejects.sort(key=lambda rejected: rejected.number)
@@ -6467,17 +6467,6 @@ def normalize_records(
     counts |= {"inserted": len(unified.keys() - known.keys()), "failed": len(rejects)}
     counts["updated"] = counts["processed"] - unchanged - counts["inserted"] - counts["failed"]
     return Chunk(fetched, [*raws.values()], [*unified.values()], rejects, counts), twice
-
-
-def exceeds_max_failed(limit: str | None, failed: int, processed: int, *, ended: bool) -> bool:
-    """Whether the rejected records are more than `max_failed` allows; a share is judged from
-    CHUNK_ROWS records on, and at the end."""
-    if limit is None:
-        return False
-    share = limit.endswith("%")
-    if share and not ended and processed < CHUNK_ROWS:
-        return False
-    return failed * 100 > float(limit.removesuffix("%")) * (processed if share else 100)
 
 
 # ── Ingest: one CSV file ──────────────────────────────────────────────────────────────────────
@@ -8007,9 +7996,13 @@ class Ingesting:
         return await self.in_thread(normalize_records, self.mapper, fetched, rows, rejects, known)
 
     def _judge(self, *, ended: bool) -> None:
+        """Fail a run of which too much was rejected; a share is judged from CHUNK_ROWS records on,
+        and at the end."""
         failed, processed = self.counts["failed"], self.counts["processed"]
-        limit = self.source.max_failed
-        if exceeds_max_failed(limit, failed, processed, ended=ended):
+        limit = self.source.max_failed or "100%"
+        share = limit.endswith("%")
+        allowed = float(limit.removesuffix("%")) * (processed if share else 100)
+        if failed * 100 > allowed and (ended or not share or processed >= CHUNK_ROWS):
             said = f"{failed} of {processed} records were rejected"
             raise IngestFailed(f"{said}; allowed: max_failed {limit}", forget=True)
         if ended and 0 < processed == failed:
