@@ -3665,17 +3665,13 @@ def text_list(name: str, values: Collection[str]) -> tuple[str, dict[str, str]]:
 # ── Stored records ────────────────────────────────────────────────────────────────────────────
 
 RUN_COLUMNS = columns_of(Run)
-DELETE_ROWS = 5000  # of a deleted job's records in one transaction, so that it stays short
+DELETE_ROWS = 2000  # of each table of a deleted job in one transaction, so that it stays short
 
 
 def digest_of(text: str | bytes) -> bytes:
     """16 bytes that tell two records apart."""
     data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
     return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def run_of(row: Sequence[Any]) -> Run:
-    return Run(*(*row[:-1], json.loads(row[-1])))
 
 
 class Records(Database):
@@ -3708,14 +3704,14 @@ class Records(Database):
         mine = {"source": source}
         parts = await self._sql("SELECT part, state FROM etl_part WHERE source = :source", mine)
         states = {part: json.loads(state) for part, state in parts}
-        for records, watermark, known, whole in await self._sql(
+        rows = await self._sql(
             "SELECT records, watermark, fields, EXISTS (SELECT 1 FROM etl_run r WHERE"
             " r.source = c.source AND r.status = 'success' AND r.job_id IS NOT NULL)"
             " FROM etl_checkpoint c WHERE c.source = :source",
             mine,
-        ):
-            return Checkpoint(records, watermark, json.loads(known), bool(whole), states)
-        return Checkpoint(0, None, {}, False, states)
+        )
+        records, watermark, known, whole = rows[0] if rows else (0, None, "{}", False)
+        return Checkpoint(records, watermark, json.loads(known), bool(whole), states)
 
     async def hashes(self, run: Run, ids: Sequence[str]) -> dict[str, tuple[bytes, bool]]:
         """The hash of each record that is stored already, by id, and whether `run` wrote it."""
@@ -3840,7 +3836,8 @@ class Records(Database):
         if end.watermark is not None:
             mark = {"watermark": end.watermark}
             await self._change("etl_checkpoint", mark, "source = :source", source=run.source)
-        done = run_of(ended[0])
+        [(*told, notes)] = ended
+        done = Run(*told, json.loads(notes))
         await self._tell_job(done, end, now)
         return done
 
@@ -3878,7 +3875,7 @@ class Records(Database):
             f"SELECT {RUN_COLUMNS} FROM etl_run {where} ORDER BY id DESC LIMIT :limit",
             {"limit": limit, "source": source},
         )
-        return [run_of(row) for row in rows]
+        return [Run(*told, json.loads(notes)) for *told, notes in rows]
 
     async def last_failure(self) -> float | None:
         """When the last failed run ended."""
@@ -3919,38 +3916,30 @@ class Records(Database):
     async def delete_records(self, source: str) -> None:
         """Delete all that is stored of a source, in short transactions. How far it was read goes
         first: after a crash in the middle it is read again from its start."""
-        await self._forget(source)
-        for table in ("normalized_data", "raw_data_csv", "raw_data_api", "etl_reject"):
-            while await self._delete_some(table, source) == DELETE_ROWS:
-                pass  # others take their turns at the store in between
-        await self._drop_checkpoint(source)
+        while await self._delete_some(source):
+            pass  # others take their turns at the store in between
 
     @transactional
-    async def _forget(self, source: str) -> None:
-        mine = {"source": source}
+    async def _delete_some(self, source: str) -> int:
+        mine, deleted = {"source": source}, Counter[str]()
         clean = {"watermark": None, "fields": "{}"}
         await self._change("etl_checkpoint", clean, "source = :source", **mine)
         await self._sql("DELETE FROM etl_part WHERE source = :source", mine)
-
-    @transactional
-    async def _delete_some(self, table: str, source: str) -> int:
-        rows = await self._sql(
-            f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE source = :source"
-            " LIMIT :some) RETURNING 1",
-            {"source": source, "some": DELETE_ROWS},
-        )
-        if table == "normalized_data":
-            await self._sql(
-                "UPDATE etl_checkpoint SET records = records - :n WHERE source IN (:source, '')",
-                {"source": source, "n": len(rows)},
+        for table in ("normalized_data", "raw_data_csv", "raw_data_api", "etl_reject"):
+            rows = await self._sql(
+                f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE source = :source"
+                " LIMIT :some) RETURNING 1",
+                mine | {"some": DELETE_ROWS},
             )
-        return len(rows)
-
-    @transactional
-    async def _drop_checkpoint(self, source: str) -> None:
-        mine = {"source": source}
-        await self._sql("DELETE FROM etl_checkpoint WHERE source = :source", mine)
-        await self._sql("UPDATE etl_run SET job_id = NULL WHERE source = :source", mine)
+            deleted[table] = len(rows)
+        await self._sql(
+            "UPDATE etl_checkpoint SET records = records - :n WHERE source IN (:source, '')",
+            mine | {"n": deleted["normalized_data"]},
+        )
+        if not deleted.total():
+            await self._sql("DELETE FROM etl_checkpoint WHERE source = :source", mine)
+            await self._sql("UPDATE etl_run SET job_id = NULL WHERE source = :source", mine)
+        return deleted.total()
 
 
 # ── Stored secrets ────────────────────────────────────────────────────────────────────────────
@@ -6545,15 +6534,6 @@ class LongLine(str):
     """The beginning of a line that is too long for a record."""
 
 
-@contextlib.contextmanager
-def reading_errors(part: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, UnicodeError) as e:
-        why = (e.strerror if isinstance(e, OSError) else None) or str(e)
-        raise SourceError(f"{part} cannot be read: {one_line(why)}", status=400) from e
-
-
 def validators_of(got: httpx2.Response) -> dict[str, str] | None:
     """The ETag and Last-Modified of a file behind a URL; None if it may have changed again within
     the same second."""
@@ -6895,7 +6875,7 @@ class Files:
         """The records of one file. What tells that it is as it was is remembered once it was read
         whole, unless it may have changed since. Raises Rewritten."""
         run = self.run
-        with reading_errors(part):
+        try:
             if await run.in_thread(is_unchanged, file, state, run.clock()):
                 return
             opened, told = await self._open(file, state)
@@ -6911,6 +6891,9 @@ class Files:
                     if csv_file.ended and not csv_file.waits:
                         fetched.state.update(told or {})
                     yield fetched
+        except (OSError, EOFError, zlib.error, UnicodeError) as e:
+            why = (e.strerror if isinstance(e, OSError) else None) or str(e)
+            raise SourceError(f"{part} cannot be read: {one_line(why)}", status=400) from e
         for note in csv_file.notes:
             run.note(note)
         if csv_file.waits:
@@ -7015,8 +6998,10 @@ class Sign(NamedTuple):
         return PAGE_SIGNS[what].fullmatch(name) is not None
 
     @property
-    def says_no(self) -> bool:
-        return str(self.value).lower() in NO
+    def says_more(self) -> bool:
+        if isinstance(self.value, list) or self.tells("last"):
+            return self.value is False
+        return self.tells("more") and str(self.value).lower() not in NO
 
     @property
     def number(self) -> int | None:
@@ -7049,7 +7034,9 @@ class Pages:
         self._path = paging.path or ("next_cursor" if paging.type == "cursor" else source.ids[0])
         self._items = source.items  # where the list is
         self._taken = self._pages = 0
-        self._signs: list[Sign] = []  # in the last answer
+        self._signs: list[Sign] = []  # in the last answer,
+        self._more: bool | None = None  # which says whether there is a next page,
+        self._says = ""  # and by what it says that there is one
         named = {"cursor": self._path, "link": source.next and "link"}.get(paging.type)
         self._unmet = {*filter(None, (named, source.more))}  # paths in no answer yet
         self._totals: dict[tuple[str, str], int] = {}  # that answers told, by kind and path
@@ -7071,15 +7058,20 @@ class Pages:
             if got.status_code in (204, *PAGE_REFUSED):
                 if got.status_code not in (204, 404):
                     self.run.note(f"page {number}: {got.status_code}: taken for the end")
-                self._signs = []
+                self._says = ""
                 break
             answer, items, digest = await self.run.in_thread(self._open, got, number)
             stale = stale + 1 if digest in seen or not items else 0
             seen.add(digest)
             for fetched in self._fetched(items, number):
                 yield fetched
+            self._learn(answer)
             link = self._next(got, answer, items)
-            url = next_page_url(str(got.url), link) if link else None
+            try:
+                url = clean_url(urljoin(str(got.url), link)) if link else None
+            except ValueError as e:
+                said = f"the next page cannot be asked for: {one_line(link)} is no URL"
+                raise SourceError(said, status=400) from e
             if stale >= SAME_PAGES or (not items and self.numbered):
                 if url and not self.numbered:
                     said = f"pages {number - 1} and {number} brought nothing new: is `next` right?"
@@ -7159,8 +7151,7 @@ class Pages:
 
     def _next(self, got: httpx2.Response, answer: Any, items: Sequence[Any]) -> str | None:
         """The URL of the next page, relative perhaps, as far as this answer knows of one."""
-        self._note_signs()
-        if self._has_more(answer) is False:
+        if self._more is False:
             self._unmet.discard(self._path)
             return None
         paging = self.paging
@@ -7185,28 +7176,29 @@ class Pages:
             self._unmet.discard(path)
         return value.get("href", value) if isinstance(value, dict) else value
 
-    def _note_signs(self) -> None:
+    def _learn(self, answer: Any) -> None:
+        """Note what an answer tells: totals, and whether there is a next page, and by what."""
         self._unmet -= {sign.path for sign in self._signs}
-        for sign in self._signs:
-            for what in ("records", "pages"):
-                if sign.tells(what) and (number := sign.number) is not None:
-                    less = number < self._totals.get((what, sign.path), number)
-                    self._shrank |= less and not sign.path.endswith("count")
-                    self._totals[what, sign.path] = number
-
-    def _has_more(self, answer: Any) -> bool | None:
-        """Whether the answer says that there is a next page; None: it does not say."""
+        for sign, what in itertools.product(self._signs, ("records", "pages")):
+            if sign.tells(what) and (number := sign.number) is not None:
+                less = number < self._totals.get((what, sign.path), number)
+                self._shrank |= less and not sign.path.endswith("count")
+                self._totals[what, sign.path] = number
+        told = [str(s.value).lower() for s in self._signs if s.tells("whether")]
+        self._more = next((text == "true" for text in told if text in ("true", "false")), None)
         if self.source.more is not None:
-            told = self._value_at(self.source.more, answer)
-            return None if told is None else not Sign("", told).says_no
-        signs = [s for s in self._signs if s.tells("whether") and self.paging.type != "link"]
-        told = (str(sign.value).lower() for sign in signs)
-        return next((text == "true" for text in told if text in ("true", "false")), None)
+            value = self._value_at(self.source.more, answer)
+            self._more = None if value is None else str(value).lower() not in NO
+        elif self.paging.type == "link":
+            self._more = None
+        says = [self.source.more] if self.source.more and self._more else []
+        says += [sign.path for sign in self._signs if sign.says_more]
+        self._says = says[0] if says and self._more is not False and not self.numbered else ""
 
     def _judge(self, answer: Any, url: str | None) -> None:
         """Say what the answers say of more than was taken."""
         known = self.run.checkpoint.records
-        more, nowhere = self._says_more(answer), self._unmet - {"link"}
+        more, nowhere = self._says, self._unmet - {"link"}
         if nowhere and self._taken:
             there = answer if isinstance(answer, dict) else [repr_excerpt(answer)]
             said = f"there is no {', '.join(sorted(nowhere))} in the answer; there are "
@@ -7233,20 +7225,6 @@ class Pages:
                 return f"{came} {what} came of {total} that the answer tells of"
         return ""
 
-    def _says_more(self, answer: Any) -> str:
-        """What in the last answer says that there is a next page; empty: nothing does."""
-        more = self._has_more(answer)
-        if self.numbered or more is False:
-            return ""
-        if self.source.more is not None and more:
-            return self.source.more
-        for sign in self._signs:
-            if sign.tells("last") and sign.value is False:
-                return sign.path
-            if sign.tells("more") and not sign.says_no and not isinstance(sign.value, list):
-                return sign.path
-        return ""
-
     def _complain(self, said: str, *, mistake: bool) -> None:
         """Fail the run for a mistake in the job, until some run has succeeded; else only note
         it."""
@@ -7259,19 +7237,19 @@ class Pages:
     def _form(self) -> str:
         """A digest of what a watermark depends on: it counts for the same records read in the same
         way."""
-        field = self.source.since.field if self.source.since else None
-        block = self.source.model_dump(mode="json", exclude={*LIMITS, "next", "since", "more"})
-        return digest_of(json.dumps([block, field], sort_keys=True)).hex()
+        no_matter: Any = {*LIMITS, "next", "more"}
+        no_matter = dict.fromkeys(no_matter, True) | {"since": {"param", "overlap", "format"}}
+        return digest_of(self.source.model_dump_json(exclude=no_matter)).hex()
 
     def _known_mark(self) -> Any:
         mark = json.loads(self.run.checkpoint.watermark or "{}")
-        return mark if mark.get("map") == self._form() and "text" in mark else None
+        return mark if mark.get("map") == self._form() else None
 
     def _watermark_to_send(self) -> str | None:
         mark, since = self._known_mark(), self.source.since
         if since is None or mark is None or mark["at"] <= since.overlap:
             return None
-        sent = since_text(mark["text"], mark["at"], since, self.source.dates)
+        sent = since_text(mark["text"], since, self.source.dates)
         if sent == mark["text"] and since.overlap:
             self.run.note(f"`since` sends {sent} without its overlap; `format` names another form")
         return sent
@@ -7282,33 +7260,25 @@ class Pages:
         pick = picker(self.source.since.field)
         values = [pick(record) for record in records if isinstance(record, dict)]
         self._timed |= any(value is not None for value in values)
-        for text in map(str, values):
+        for text in (str(value).strip() for value in values):
             with contextlib.suppress(ValueError, OverflowError):
-                at = parse_datetime(text.strip(), self.source.dates).timestamp()
-                self._latest = max(self._latest, (text, at), key=lambda mark: mark[1])
+                at = parse_datetime(text, self.source.dates).timestamp()
+                if self._latest[1] < at <= self.run.run.start_time:
+                    self._latest = text, at
 
     def watermark(self) -> str | None:
-        """What to remember for `since` after a whole run; None: what is. Never later than the run
-        began, since a clock that is ahead would hide what comes."""
-        text, at = self._latest
-        at, known = min(at, self.run.run.start_time), self._known_mark()
-        if not text:
-            if self._timed:
-                self.run.note("what `since` names is no time that can be read; `dates` may help")
-        elif self.numbered and (self.run.moved or self._shrank):
+        """What to remember for `since` after a whole run; None: what is. A time after the run began
+        does not count: a clock that is ahead would hide what comes."""
+        (text, at), known = self._latest, self._known_mark()
+        if self.numbered and (self.run.moved or self._shrank):
             said = "records moved between the pages: what `since` sends waits for the next run"
             self.run.note(said)
-        elif known is None or known["at"] < at:
+        elif text and (known is None or known["at"] < at):
             return json.dumps({"map": self._form(), "text": text, "at": at})
+        elif self._timed and not text:
+            said = "what `since` names is no time that can be read, or is ahead; `dates` may help"
+            self.run.note(said)
         return None
-
-
-def next_page_url(base: str, link: str) -> str:
-    try:
-        return clean_url(urljoin(base, link))
-    except ValueError as e:
-        said = f"the next page cannot be asked for: {one_line(link)} is no URL"
-        raise SourceError(said, status=400) from e
 
 
 # A watermark is the greatest value of a field, as it came. What is sent is that less the overlap,
@@ -7318,33 +7288,26 @@ SINCE_FORMS = (
     (r"^\d{8}(?=T|$)", "%Y%m%d"),
     (r"\d\d\.\d\d\.\d{4}", "%d.%m.%Y"),
     (r"\b[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4}", "%a, %d %b %Y"),
-    (r"\d\d:\d\d:\d\d", "%H:%M:%S"),
-    (r"(?<=[T ])\d\d:\d\d(?!:)", "%H:%M"),
+    (r"\d\d:\d\d:\d\d(?!\s*[apAP])", "%H:%M:%S"),
+    (r"(?<=[T ])\d\d:\d\d(?!:|\s*[apAP])", "%H:%M"),
     (r"(?<=T)\d{6}", "%H%M%S"),
 )
 
 
-def since_text(text: str, at: float, since: Since, order: str | None) -> str:
-    """The moment `at`, less the overlap, in the form that `text` has, or in the one that was
-    asked for; rounded down. A form that cannot be written here is sent as it came, in whole."""
-    own = parse_datetime(text.strip(), order)
-    ahead = at < own.timestamp()  # the source's clock
-    if ahead:
-        kept = re.search(r":\d\d[.,]\d", text) is not None  # a fraction, which is sent as it is
-        own = datetime.fromtimestamp(math.floor(at) - kept, own.tzinfo)
+def since_text(text: str, since: Since, order: str | None) -> str:
+    """The moment that `text` says, less the overlap, in the form that it has, or in the one that
+    was asked for; rounded down. A form that cannot be written here is sent as it came."""
+    own = parse_datetime(text, order)
     before = own - timedelta(seconds=since.overlap)
     unix = {"s": 1, "ms": 10**3, "us": 10**6}
     if since.format is not None and since.format not in unix:
         return before.astimezone(UTC).strftime(since.format)
     if unit := unix.get(since.format or "") or unix_unit(text):
         return str(math.floor(before.timestamp()) * unit)
-    form = text.strip().replace("%", "%%")
+    form = text.replace("%", "%%")
     for pattern, directive in SINCE_FORMS:
         form = re.sub(pattern, directive, form, count=1)
-    known = "%d" in form and not re.search(r"\d\s*[ap]\.?m", text, re.IGNORECASE)
-    if known and parse_datetime(text.strip(), order).strftime(form) == text.strip():
-        return before.strftime(form)
-    return iso(math.floor(before.timestamp())) if ahead else text
+    return before.strftime(form) if "%d" in form and own.strftime(form) == text else text
 
 
 # ── Metrics ───────────────────────────────────────────────────────────────────────────────────
