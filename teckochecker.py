@@ -3837,7 +3837,7 @@ class Records(Database):
             mark = {"watermark": end.watermark}
             await self._change("etl_checkpoint", mark, "source = :source", source=run.source)
         [(*told, notes)] = ended
-        done = Run(*told, json.loads(notes))
+        done = Run(*(*told, json.loads(notes)))
         await self._tell_job(done, end, now)
         return done
 
@@ -3875,7 +3875,7 @@ class Records(Database):
             f"SELECT {RUN_COLUMNS} FROM etl_run {where} ORDER BY id DESC LIMIT :limit",
             {"limit": limit, "source": source},
         )
-        return [Run(*told, json.loads(notes)) for *told, notes in rows]
+        return [Run(*(*told, json.loads(notes))) for *told, notes in rows]
 
     async def last_failure(self) -> float | None:
         """When the last failed run ended."""
@@ -6091,9 +6091,13 @@ class Web:
         """GET `url`, if it changed since the etag or time that `state` has. Raises SourceError."""
         known = {"If-None-Match": state.get("etag"), "If-Modified-Since": state.get("modified")}
         asked = {name: value for name, value in known.items() if value}
+        headers = {"Accept": "application/json" if source.type == "api" else "*/*", **asked}
         self._client = self._client or make_client(SourceError, IN_FLIGHT)
         if isinstance(source, CsvSource) and source.in_s3:
             secret = None  # which has signed the URL
+        if secret is not None:
+            name, _, value = source.header.partition(":")
+            headers[name] = value.strip().replace("{secret}", secret.reveal())
         await self._turn(origin_of(url), source.max_requests_per_minute)
         patience = float(source.timeout or SOURCE_DEADLINE)
         return await http_request(
@@ -6108,17 +6112,9 @@ class Web:
             anywhere=secret is None,
             good={*good, 304} if asked else good,
             sink=sink,
-            headers=self._headers(source, secret) | asked,
+            headers=headers,
             timeout=(CONNECT_TIMEOUT, patience, patience, None),  # connect, read, write, pool
         )
-
-    @staticmethod
-    def _headers(source: Source, secret: SecretValue | None) -> dict[str, str]:
-        headers = {"Accept": "application/json" if source.type == "api" else "*/*"}
-        if secret is not None:
-            name, _, value = source.header.partition(":")
-            headers[name] = value.strip().replace("{secret}", secret.reveal())
-        return headers
 
     async def _turn(self, host: tuple[str, str, int], rate: int | None) -> None:
         """Wait until a host may be asked. Requests are spread evenly over a minute, without
@@ -6388,15 +6384,6 @@ def id_text(field: str, value: Any) -> str:
 
 
 Fields = dict[str, bool]  # of a source: whether every record had it
-
-
-def drift(known: Mapping[str, Any], seen: Fields) -> list[str]:
-    """What is new or gone in the fields `seen`; nothing where none are known."""
-    if not known or not seen:
-        return []
-    notes = [f"new field {repr_excerpt(name)}" for name in seen if name not in known]
-    gone = (name for name, always in known.items() if always is True and name not in seen)
-    return notes + [f"field {repr_excerpt(name)} is gone" for name in gone]
 
 
 def learn_fields(known: Mapping[str, Any], seen: Fields) -> dict[str, Any]:
@@ -6798,6 +6785,19 @@ class CsvFile:
 # ── Ingest: files ─────────────────────────────────────────────────────────────────────────────
 
 
+DATA_FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")  # what HTTP may have read
+
+
+def may_be_read(path: Path, config: Config) -> bool:
+    """Whether a job that does not come from jobs.yaml may read a file: a data file beneath its
+    folder, links followed, that holds no secret."""
+    real, base = path.resolve(), config.base.resolve()
+    private = [config.base / ref.file for ref in config.secrets.values() if ref.file]
+    private += filter(None, [config.settings.secret_key_file, config.settings.log_file])
+    inside = real.is_relative_to(base) and real.name.lower().endswith(DATA_FILES)
+    return inside and real not in {file.resolve() for file in private}
+
+
 class Rewritten(Exception):
     """A file is not as it was, up to where it was read."""
 
@@ -6809,10 +6809,8 @@ class Files:
     may have to win over it. For a run that goes on after a crash, the state of each tells in which
     run its reading began, and in which it last changed records."""
 
-    def __init__(
-        self, source: CsvSource, run: Ingesting, base: Path, allowed: Callable[[Path], bool]
-    ) -> None:
-        self.source, self.run, self.base, self.allowed = source, run, base, allowed
+    def __init__(self, source: CsvSource, run: Ingesting) -> None:
+        self.source, self.run, self.config = source, run, run.steps.config
         self._several = False
 
     async def read(self, states: Mapping[str, Mapping[str, Any]]) -> AsyncGenerator[Fetched]:
@@ -6851,22 +6849,24 @@ class Files:
             return [(without_query(path), RemoteFile(without_query(path), path))]
         found: list[tuple[str, Path | RemoteFile]]
         if self.source.in_s3:
-            found = [(each.name, each) for each in await self.run.objects()]
+            secret = await self.run.steps.secret_of(self.source)
+            found = [(each.name, each) for each in await s3_objects(self.source, secret)]
         else:
             found = [*await self.run.in_thread(self._find_here)]
         return sorted(found, key=lambda file: natural_order(file[0]))
 
     def _find_here(self) -> Iterator[tuple[str, Path]]:
-        exact, path = self.base / self.source.path, self.source.path
+        base, path = self.config.base, self.source.path
+        exact, trusted = base / path, self.run.job.origin == "file"
         try:
             found = [exact] if exact.is_file() else map(Path, glob.glob(str(exact), recursive=True))
             files = [file for file in found if file.is_file()]  # no pipe: it might block
-            files = [file for file in files if self.allowed(file)]
+            files = [file for file in files if trusted or may_be_read(file, self.config)]
         except OSError as e:
             raise SourceError(f"{path}: {e.strerror}", status=400) from e
         if not files:
             raise SourceError(f"there is no file {path}", status=404)
-        names = (os.fsencode(os.path.relpath(file, self.base)) for file in files)
+        names = (os.fsencode(os.path.relpath(file, base)) for file in files)
         return zip((name.decode(errors="backslashreplace") for name in names), files, strict=True)
 
     async def _read(
@@ -7037,8 +7037,8 @@ class Pages:
         self._signs: list[Sign] = []  # in the last answer,
         self._more: bool | None = None  # which says whether there is a next page,
         self._says = ""  # and by what it says that there is one
-        named = {"cursor": self._path, "link": source.next and "link"}.get(paging.type)
-        self._unmet = {*filter(None, (named, source.more))}  # paths in no answer yet
+        named = {"cursor": self._path, "link": "link" if source.next else ""}.get(paging.type)
+        self._unmet = {path for path in (named, source.more) if path}  # paths in no answer yet
         self._totals: dict[tuple[str, str], int] = {}  # that answers told, by kind and path
         self._shrank = False  # whether a total got less from page to page
         self._timed = False  # whether some record has what `since` names
@@ -7835,20 +7835,9 @@ class Steps:
 # Not promised: what vanishes from a source stays; of records that move between numbered pages one
 # may be missed by a run, though not by the next one, unless it moved without a trace.
 
-DATA_FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")  # what HTTP may have read
 INGESTS_AT_ONCE = 2  # chunks worked on: more would only take turns on the same processor and store
 STORE_PATIENCE = 30.0  # s between attempts to write a chunk to a locked store, to which they grow
 MAX_NOTES = 50  # of a run
-
-
-def may_be_read(path: Path, config: Config) -> bool:
-    """Whether a job that does not come from jobs.yaml may read a file: a data file beneath its
-    folder, links followed, that holds no secret."""
-    real, base = path.resolve(), config.base.resolve()
-    private = [config.base / ref.file for ref in config.secrets.values() if ref.file]
-    private += filter(None, [config.settings.secret_key_file, config.settings.log_file])
-    inside = real.is_relative_to(base) and real.name.lower().endswith(DATA_FILES)
-    return inside and real not in {file.resolve() for file in private}
 
 
 class Interrupted(Exception):
@@ -7869,16 +7858,11 @@ class Ingesting:
         self.counts = Counter[str]()
         self._reason = ""  # why the first of the rejected was
         self.moved = False  # an id came twice with other values
-        self.reader = self._make_reader()
-
-    def _make_reader(self) -> Files | Pages:
-        config = self.steps.config
+        self.reader: Files | Pages
         if isinstance(self.source, CsvSource):
-            trusted = self.job.origin == "file"
-            return Files(
-                self.source, self, config.base, lambda path: trusted or may_be_read(path, config)
-            )
-        return Pages(self.source, self)
+            self.reader = Files(self.source, self)
+        else:
+            self.reader = Pages(self.source, self)
 
     async def go(self) -> StepResult:
         """Read the source to its end, and write down how that went. Raises StoreError."""
@@ -7932,7 +7916,17 @@ class Ingesting:
         self._judge(ended=True)
 
     async def _take(self, fetched: Fetched) -> None:
-        steps, (chunk, twice) = self.steps, await self._normalize(fetched)
+        """Identify, look up, normalize and store some records."""
+        steps = self.steps
+        rows, rejects, fields = await self.in_thread(identify_records, self.mapper, fetched)
+        self._check_drift(fields)
+        ids = {row[1] for row in rows}
+        known = await self.retry_store(steps.store.hashes, self.run, [*ids]) if ids else {}
+        if not self.checkpoint.records:  # all that is there came in this run
+            known = {key: (digest, True) for key, (digest, _) in known.items()}
+        chunk, twice = await self.in_thread(
+            normalize_records, self.mapper, fetched, rows, rejects, known
+        )
         if chunk.counts["updated"]:
             fetched.state["changed"] = self.run.id
         save = partial(steps.store.save_chunk, self.run, self.job.revision, self.source.type)
@@ -7948,16 +7942,6 @@ class Ingesting:
         if steps.stopping:
             raise Interrupted("the service was stopped while it ran")
 
-    async def _normalize(self, fetched: Fetched) -> tuple[Chunk, list[str]]:
-        """What has to be written, and the ids that came twice with other values."""
-        rows, rejects, fields = await self.in_thread(identify_records, self.mapper, fetched)
-        self._check_drift(fields)
-        ids = {row[1] for row in rows}
-        known = await self.retry_store(self.steps.store.hashes, self.run, [*ids]) if ids else {}
-        if not self.checkpoint.records:  # all that is there came in this run
-            known = {key: (digest, True) for key, (digest, _) in known.items()}
-        return await self.in_thread(normalize_records, self.mapper, fetched, rows, rejects, known)
-
     def _judge(self, *, ended: bool) -> None:
         """Fail a run of which too much was rejected; a share is judged from CHUNK_ROWS records on,
         and at the end."""
@@ -7972,14 +7956,17 @@ class Ingesting:
             said = f"all {failed} records were rejected"
             raise IngestFailed(f"{said}, the first for: {self._reason}", forget=True)
 
-    def _check_drift(self, fields: Fields) -> None:
-        """Against what a whole run has met: the first one only learns, page after page."""
-        notes = drift(self.checkpoint.fields if self.checkpoint.whole else {}, fields)
+    def _check_drift(self, seen: Fields) -> None:
+        """What is new or gone, against what a whole run has met: the first one only learns."""
+        known = self.checkpoint.fields if self.checkpoint.whole and seen else {}
+        notes = [f"new field {repr_excerpt(name)}" for name in seen if known and name not in known]
+        gone = (name for name, always in known.items() if always is True and name not in seen)
+        notes += [f"field {repr_excerpt(name)} is gone" for name in gone]
         for note in notes:
             self.note(note)
         if notes and self.source.on_drift == "freeze":
             raise IngestFailed(f"the fields drifted, and on_drift is freeze: {'; '.join(notes)}")
-        self.fields = learn_fields(self.fields, fields)
+        self.fields = learn_fields(self.fields, seen)
 
     async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
         """Call something that keeps a processor busy, in a thread: one of a few at once."""
@@ -8019,10 +8006,6 @@ class Ingesting:
                     sink.seek(0)
                     sink.truncate()
         raise AssertionError("counting ended")
-
-    async def objects(self) -> list[RemoteFile]:
-        assert isinstance(self.source, CsvSource)
-        return await s3_objects(self.source, await self.steps.secret_of(self.source))
 
     def note(self, text: str) -> None:
         if text not in self.notes and len(self.notes) < MAX_NOTES:
