@@ -3729,31 +3729,27 @@ class Records(Database):
     ) -> bool:
         """Write a chunk, and the fields `known` after it. Returns False and writes nothing if the
         run was given up, or its job was paused, changed, removed or deleted meanwhile."""
-        added = {f"records_{name}": chunk.counts[name] for name in COUNTED}
+        added, fetched = {f"records_{name}": chunk.counts[name] for name in COUNTED}, chunk.fetched
         sums = ", ".join(f"{name} = {name} + :{name}" for name in added)
         still = await self._sql(
             f"UPDATE etl_run SET {sums}, progress = :progress WHERE id = :id"
             " AND status = 'in_progress' AND EXISTS (SELECT 1 FROM polling_jobs j"
             f" WHERE j.id = :job_id AND revision = :revision AND {ACTIVE}) RETURNING id",
-            {
-                **added,
-                **{"id": run.id, "job_id": run.job_id, "revision": revision},
-                "progress": chunk.fetched.progress,
-            },
+            {"id": run.id, "job_id": run.job_id, "revision": revision}
+            | {"progress": fetched.progress, **added},
         )
         if not still:
             return False
         await self._save_records(run.source, kind, chunk, now)
         await self._save_rejects(run, chunk, now)
-        part = chunk.fetched.part
-        if part and not chunk.fetched.state:
-            mine = {"source": run.source, "part": part}
+        if fetched.part and not fetched.state:
+            mine = {"source": run.source, "part": fetched.part}
             await self._sql("DELETE FROM etl_part WHERE source = :source AND part = :part", mine)
-        elif part:
+        elif fetched.part:
             await self._upsert(
                 "etl_part",
                 ("source", "part", "state", "run_id"),
-                [(run.source, part, json.dumps(chunk.fetched.state), run.id)],
+                [(run.source, fetched.part, json.dumps(fetched.state), run.id)],
                 "ON CONFLICT (source, part) DO UPDATE SET state = excluded.state,"
                 " run_id = excluded.run_id",
             )
@@ -3801,17 +3797,15 @@ class Records(Database):
             "ON CONFLICT (source, place, digest) DO UPDATE SET reason = excluded.reason,"
             " run_id = excluded.run_id",
         )
-        label, span = chunk.fetched.label, chunk.fetched.span
+        label, span = f"{chunk.fetched.label} ", chunk.fetched.span
         if span is not None:
             await self._sql(
                 "DELETE FROM etl_reject WHERE source = :source AND run_id <> :run AND"
                 " CASE WHEN substr(place, 1, :length) = :label"
                 " THEN CAST(substr(place, :length + 1) AS BIGINT) ELSE -1 END"
                 " BETWEEN :first AND :last",
-                {
-                    **{"source": run.source, "run": run.id, "label": f"{label} "},
-                    **{"length": len(label) + 1, "first": span[0], "last": span[1]},
-                },
+                {"source": run.source, "run": run.id, "first": span[0], "last": span[1]}
+                | {"label": label, "length": len(label)},
             )
 
     @transactional
@@ -3822,17 +3816,13 @@ class Records(Database):
             " notes = :notes, progress = CASE :status WHEN 'success' THEN 1.0 ELSE progress END"
             " WHERE id = :id AND status = 'in_progress'"
             f" RETURNING {RUN_COLUMNS}",
-            {
-                **{"status": end.status, "error": end.error, "now": now, "id": run.id},
-                "notes": json.dumps(end.notes),
-            },
+            {"status": end.status, "error": end.error, "notes": json.dumps(end.notes)}
+            | {"now": now, "id": run.id},
         )
         if not ended:
             return run
         if end.forget:
-            mine = {"source": run.source, "run": run.id}
-            sql = "DELETE FROM etl_part WHERE source = :source AND run_id = :run"
-            await self._sql(sql, mine)
+            await self._sql("DELETE FROM etl_part WHERE run_id = :run", {"run": run.id})
         if end.watermark is not None:
             mark = {"watermark": end.watermark}
             await self._change("etl_checkpoint", mark, "source = :source", source=run.source)
@@ -3844,12 +3834,10 @@ class Records(Database):
     async def _tell_job(self, run: Run, end: RunEnd, now: float) -> None:
         ok = end.status == "success"
         keep = end.status == "interrupted" or (ok and not run.records_processed)
-        share = f"{run.records_failed} of {run.records_processed}"
-        said = end.error or (
-            f"{share} records were rejected in the run of {iso(run.start_time)}: data rejects"
-            if run.records_failed
-            else None
-        )
+        said = end.error
+        if said is None and run.records_failed:
+            share = f"{run.records_failed} of {run.records_processed} records"
+            said = f"{share} were rejected in the run of {iso(run.start_time)}: data rejects"
         rows = await self._sql(
             "UPDATE polling_jobs AS j SET last_check_at = :now, next_check_at = :next,"
             " last_error = CASE WHEN :keep THEN last_error ELSE :said END,"
@@ -6340,36 +6328,35 @@ class Mapper:
 
     def unify(self, record: Mapping[str, Any], source_id: str) -> bytes:
         """The record in the unified schema, as JSON. Raises BadRecord."""
-        picks, matched, rest = self._plan(tuple(record))
-        metadata = {key: record[key] for key in rest}
-        made = {name: value for name, pick in picks if (value := pick(record)) not in (None, "")}
-        for name, key in matched.items():
-            if isinstance(made.get(name), dict | list | bool):  # nobody mapped it
-                metadata[key] = made.pop(name)
-        for name, value in made.items():
-            try:
-                dated = name == "published_at"
-                made[name] = utc_text(value, self.source.dates) if dated else plain_text(value)
-            except ValueError as e:
-                raise BadRecord(f"{name}: found {repr_excerpt(value)}; allowed: {e}") from None
+        picks, rest = self._plan(tuple(record))
+        made, metadata = dict[str, str](), {key: record[key] for key in rest}
+        for name, pick, matched in picks:
+            value = pick(record)
+            if matched and isinstance(value, dict | list | bool):  # nobody mapped it
+                metadata[matched] = value
+            elif value not in (None, ""):
+                try:
+                    dated = name == "published_at"
+                    made[name] = utc_text(value, self.source.dates) if dated else plain_text(value)
+                except ValueError as e:
+                    raise BadRecord(f"{name}: found {repr_excerpt(value)}; allowed: {e}") from None
         whole = {"source": self.name, "source_id": source_id, **made, "metadata": metadata}
         return to_json(whole)
 
-    def _make_plan(
-        self, keys: tuple[str, ...]
-    ) -> tuple[list[tuple[str, Picker]], dict[str, str], list[str]]:
-        """For records with these fields: how each unified field is picked; which fields were
-        matched to unified ones only by their names; and which go into the metadata."""
-        given, ids = self.source.fields, self.source.ids
-        matched = dict[str, str]()
+    def _make_plan(self, keys: tuple[str, ...]) -> tuple[list[tuple[str, Picker, str]], list[str]]:
+        """For records with these fields: how each unified field is picked, and the field that was
+        matched to it only by its name, if any; and which fields go into the metadata."""
+        given, ids, matched = self.source.fields, self.source.ids, dict[str, str]()
         for key in keys:
             name = key.strip().lower()
             if name in UNIFIED and name not in given and key not in (*ids, *given.values()):
                 matched.setdefault(name, key)
         alone = ids if len(ids) == 1 else ()  # which source_id is already
         used = {*alone, *given.values(), *matched.values()}
-        picks = [(name, picker(path)) for name, path in (*given.items(), *matched.items())]
-        return picks, matched, [key for key in keys if key not in used]
+        picks: list[tuple[str, Picker, str]] = []
+        picks += [(name, picker(path), "") for name, path in given.items()]
+        picks += [(name, picker(key), key) for name, key in matched.items()]
+        return picks, [key for key in keys if key not in used]
 
 
 def id_text(field: str, value: Any) -> str:
@@ -6509,9 +6496,8 @@ def is_unchanged(file: Path | RemoteFile, state: Mapping[str, Any], now: float) 
     return known is not None and known == is_now
 
 
-def quote_error(error: csv.Error) -> str:
+def quote_error(said: str) -> str:
     """An error of the csv module in words that help."""
-    said = str(error)
     if said == OPEN_QUOTE or "unexpected end of data" in said or "field larger" in said:
         return OPEN_QUOTE
     return f"{said}; `escape` or `quote: none` say how else quotes are meant"
@@ -6604,7 +6590,7 @@ class CsvFile:
         try:
             row = next(self._reader, [])
         except csv.Error as e:
-            said = f"{self.part}: the header cannot be read: {quote_error(e)}"
+            said = f"{self.part}: the header cannot be read: {quote_error(str(e))}"
             raise SourceError(said, status=400) from e
         self._pass(self._taken)
         return row
@@ -6709,7 +6695,12 @@ class CsvFile:
         records, rejects, columns = list[tuple[int, Any]](), list[Rejected](), self.columns
         first, size = self._line + 1, 0
         while len(records) + len(rejects) < CHUNK_ROWS and size < CHUNK_BYTES:
-            row, error = self._next_row()
+            row, error = None, ""
+            try:
+                row = next(self._reader, None)
+            except csv.Error as e:
+                if not self.waits:
+                    row, error = [], str(e)
             if row is None:
                 self.ended = True
                 break
@@ -6733,24 +6724,15 @@ class CsvFile:
             f"{self.part} line", records, rejects, span, self.part, state, min(share, 1.0)
         )
 
-    def _next_row(self) -> tuple[list[str] | None, str]:
-        """The next record, None behind the last one, and why it cannot be read."""
-        try:
-            return next(self._reader, None), ""
-        except csv.Error as e:
-            if self.waits:
-                return None, ""
-            if "unexpected end" in str(e):  # what is to come may close the quote
-                self._settle()
-                self._frozen = True
-            return [], quote_error(e)
-
     def _judge(self, row: Sequence[str], lines: list[str], error: str) -> tuple[str, list[str]]:
         """What is wrong with a record, empty where nothing is, and its lines. If a quote is, these
         are the first one; the others are read again."""
-        reason, swallows = error or self._broken, False
+        reason, swallows = quote_error(error) if error else self._broken, False
         self._broken = ""
-        if not error and len(row) != len(self.columns):
+        if "unexpected end" in error:  # what is to come may close the quote
+            self._settle()
+            self._frozen = True
+        elif len(row) != len(self.columns) and not error:
             reason = reason or f"found {len(row)} fields; the header has {len(self.columns)}"
             swallows = any(map(self._is_alone, lines[1:]))
         elif not error:
