@@ -6489,11 +6489,8 @@ def identity_of(stat: os.stat_result, now: float) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def is_unchanged(file: Path | RemoteFile, state: Mapping[str, Any], now: float) -> bool:
-    """Whether a file is certainly the one that was read to its end."""
-    known = state.get("identity") if state.get("done") else None
-    is_now = file.tag if isinstance(file, RemoteFile) else identity_of(file.stat(), now)
-    return known is not None and known == is_now
+def tag_of(file: Path | RemoteFile, now: float) -> Any:
+    return file.tag if isinstance(file, RemoteFile) else identity_of(file.stat(), now)
 
 
 def quote_error(said: str) -> str:
@@ -6507,15 +6504,16 @@ class LongLine(str):
     """The beginning of a line that is too long for a record."""
 
 
-def validators_of(got: httpx2.Response) -> dict[str, str] | None:
-    """The ETag and Last-Modified of a file behind a URL; None if it may have changed again within
+def validators_of(got: httpx2.Response) -> dict[str, str]:
+    """The ETag and Last-Modified of a file behind a URL; none if it may have changed again within
     the same second."""
     told = {"etag": got.headers.get("etag", ""), "modified": got.headers.get("last-modified", "")}
     with contextlib.suppress(KeyError, ValueError, TypeError):
         date, modified = map(parsedate_to_datetime, (got.headers["date"], told["modified"]))
         if (date - modified).total_seconds() < 2:
-            return None
-    return {name: text for name, text in told.items() if text.isascii() and text.isprintable()}
+            return {}
+    sent = {name: text for name, text in told.items() if text.isascii() and text.isprintable()}
+    return dict.fromkeys(told, "") | sent
 
 
 class CsvFile:
@@ -6855,23 +6853,32 @@ class Files:
         self, part: str, file: Path | RemoteFile, state: Mapping[str, Any]
     ) -> AsyncGenerator[Fetched]:
         """The records of one file. What tells that it is as it was is remembered once it was read
-        whole, unless it may have changed since. Raises Rewritten."""
-        run = self.run
+        whole, unless it may have changed since. Raises Rewritten.
+
+        One that is elsewhere is fetched whole before it is read: a server that breaks off then
+        costs nothing but a retry. It has no name here, so that no crash leaves it behind."""
+        run, temporary, told = self.run, tempfile.TemporaryFile, dict[str, Any]()
         try:
-            if await run.in_thread(is_unchanged, file, state, run.clock()):
+            if tag := await run.in_thread(tag_of, file, run.clock()):
+                told["identity"] = tag
+            if tag and tag == state.get("identity") and state.get("done"):
                 return
-            opened, told = await self._open(file, state)
-            if opened is None:
-                return
-            with opened:
-                csv_file = await run.in_thread(CsvFile, opened, part, self.source, told is None)
+            with file.open("rb") if isinstance(file, Path) else temporary(dir=run.folder) as opened:
+                if isinstance(file, RemoteFile):
+                    limit = min(4 << 30, shutil.disk_usage(run.folder).free // 2)
+                    got = await run.fetch(file.url, state=state, sink=opened, limit=limit)
+                    if got.status_code == 304:
+                        return
+                    opened.seek(0)
+                    told = told or validators_of(got)
+                csv_file = await run.in_thread(CsvFile, opened, part, self.source, not told)
                 if state and not await run.in_thread(csv_file.resume, state) and self._several:
                     raise Rewritten
                 self._check_columns(csv_file)
                 while not csv_file.ended:  # not ahead of the writing: taking turns costs more
                     fetched = await run.in_thread(csv_file.read)
                     if csv_file.ended and not csv_file.waits:
-                        fetched.state.update(told or {})
+                        fetched.state.update(told)
                     yield fetched
         except (OSError, EOFError, zlib.error, UnicodeError) as e:
             why = (e.strerror if isinstance(e, OSError) else None) or str(e)
@@ -6880,29 +6887,6 @@ class Files:
             run.note(note)
         if csv_file.waits:
             run.note(f"the last line of {part} has no end yet, and waits for the next run")
-
-    async def _open(
-        self, file: Path | RemoteFile, state: Mapping[str, Any]
-    ) -> tuple[Any, Mapping[str, Any] | None]:
-        """A file, and what tells that it is as it was: None where it may have changed since. The
-        file is None where it is still as `state` has it.
-
-        One that is elsewhere is fetched whole before it is read: a server that breaks off then
-        costs nothing but a retry. It has no name here, so that no crash leaves it behind."""
-        if isinstance(file, Path):
-            opened = file.open("rb")
-            identity = identity_of(os.fstat(opened.fileno()), self.run.clock())
-            return opened, {"identity": identity} if identity else None
-        with contextlib.ExitStack() as unless_good:
-            folder = self.run.folder
-            sink = unless_good.enter_context(tempfile.TemporaryFile(dir=folder))
-            limit = min(4 << 30, shutil.disk_usage(folder).free // 2)
-            got = await self.run.fetch(file.url, state=state, sink=sink, limit=limit)
-            if got.status_code == 304:
-                return None, None
-            sink.seek(0)
-            unless_good.pop_all()
-            return sink, {"identity": file.tag} if file.tag else validators_of(got)
 
     def watermark(self) -> None:
         """Files have none."""
