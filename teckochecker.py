@@ -5992,8 +5992,6 @@ def without_query(url: str) -> str:
 
 
 class RemoteFile(NamedTuple):
-    """A file elsewhere."""
-
     name: str  # s3://bucket/key, or the URL without its query
     url: str
     tag: str | None = None  # another one where it has changed; None: unknown until it is fetched
@@ -6371,14 +6369,6 @@ def id_text(field: str, value: Any) -> str:
 
 
 Fields = dict[str, bool]  # of a source: whether every record had it
-
-
-def learn_fields(known: Mapping[str, Any], seen: Fields) -> dict[str, Any]:
-    """What is known of the fields after some more records."""
-    both = dict.fromkeys([*known, *seen]) if seen else known
-    return {n: known.get(n, not known) is True and (not seen or seen.get(n, False)) for n in both}
-
-
 BEYOND_ALL_RECORDS = 1 << 53  # the number of no record
 Row = tuple[int, str, Any, bytes, bytes]  # its number, id, itself, itself as JSON, hash of that
 Known = Mapping[str, tuple[bytes, bool]]  # by id: hash, and whether this run has written it
@@ -6710,17 +6700,17 @@ class CsvFile:
             if reason:
                 rejects.append(self._rejected(number, reason, lines))
             elif row == self._header:
-                self.notes.append(f"{self.part} line {number}: the header once more")
+                if len(self.notes) < MAX_NOTES:
+                    self.notes.append(f"{self.part} line {number}: the header once more")
             else:
                 records.append((number, dict(zip(columns, row, strict=True))))
         self._settle()
         span = first, BEYOND_ALL_RECORDS if self.ended else self._line
-        state: dict[str, Any] = dict(zip(("position", "line"), self._safe, strict=True))
-        state |= {"digest": self._digest.hexdigest(), "done": self.ended}
+        position, line = self._safe
+        state = {"position": position, "line": line, "digest": self._digest.hexdigest()}
+        state["done"] = self.ended
         share = min(self._file.tell() / (os.fstat(self._file.fileno()).st_size or 1), 1.0)
-        return Fetched(
-            f"{self.part} line", records, rejects, span, self.part, state, min(share, 1.0)
-        )
+        return Fetched(f"{self.part} line", records, rejects, span, self.part, state, share)
 
     def _judge(self, row: Sequence[str], lines: list[str], error: str) -> tuple[str, list[str]]:
         """What is wrong with a record, empty where nothing is, and its lines. If a quote is, these
@@ -6900,8 +6890,7 @@ class Files:
         if not self.run.checkpoint.fields:  # later on it is drift that one is gone
             wanted |= {*self.source.fields.values()}
         if missing := sorted(wanted - {*file.columns}):
-            lists = (missing, file.columns)
-            lacks, there = (", ".join(map(repr_excerpt, names)) for names in lists)
+            lacks, there = (", ".join(map(repr_excerpt, n)) for n in (missing, file.columns))
             raise SourceError(f"{file.part} has no column {lacks}; there are: {there}", status=400)
 
 
@@ -6992,6 +6981,11 @@ class Pages:
 
     def __init__(self, source: ApiSource, run: Ingesting) -> None:
         self.source, self.run = source, run
+        no_matter: Any = dict.fromkeys((*LIMITS, "next", "more"), True)
+        no_matter["since"] = {"param", "overlap", "format"}
+        self._form = digest_of(source.model_dump_json(exclude=no_matter)).hex()
+        mark = json.loads(run.checkpoint.watermark or "{}")  # counts for records read like these
+        self._mark = mark if mark.get("map") == self._form else {}
         self.since = self._watermark_to_send()
         paging = self.paging = source.next or Paging.model_validate("link")
         self.numbered = paging.type in ("page", "offset")
@@ -7150,13 +7144,11 @@ class Pages:
                 less = number < self._totals.get((what, sign.path), number)
                 self._shrank |= less and not sign.path.endswith("count")
                 self._totals[what, sign.path] = number
-        told = [str(s.value).lower() for s in self._signs if s.tells("whether")]
-        self._more = next((text == "true" for text in told if text in ("true", "false")), None)
+        told = [s.value for s in self._signs if s.tells("whether") and self.paging.type != "link"]
         if self.source.more is not None:
-            value = self._value_at(self.source.more, answer)
-            self._more = None if value is None else str(value).lower() not in NO
-        elif self.paging.type == "link":
-            self._more = None
+            told = [self._value_at(self.source.more, answer)]
+        told = [str(value).lower() not in NO for value in told if value is not None]
+        self._more = told[0] if told else None
         says = [self.source.more] if self.source.more and self._more else []
         says += [sign.path for sign in self._signs if sign.says_more]
         self._says = says[0] if says and self._more is not False and not self.numbered else ""
@@ -7200,23 +7192,13 @@ class Pages:
 
     # since
 
-    def _form(self) -> str:
-        """A digest of what a watermark depends on: it counts for the same records read in the same
-        way."""
-        no_matter: Any = {*LIMITS, "next", "more"}
-        no_matter = dict.fromkeys(no_matter, True) | {"since": {"param", "overlap", "format"}}
-        return digest_of(self.source.model_dump_json(exclude=no_matter)).hex()
-
-    def _known_mark(self) -> Any:
-        mark = json.loads(self.run.checkpoint.watermark or "{}")
-        return mark if mark.get("map") == self._form() else None
-
     def _watermark_to_send(self) -> str | None:
-        mark, since = self._known_mark(), self.source.since
-        if since is None or mark is None or mark["at"] <= since.overlap:
+        since = self.source.since
+        if since is None or self._mark.get("at", 0) <= since.overlap:
             return None
-        sent = since_text(mark["text"], since, self.source.dates)
-        if sent == mark["text"] and since.overlap:
+        text = self._mark["text"]
+        sent = since_text(text, since, self.source.dates)
+        if sent == text and since.overlap:
             self.run.note(f"`since` sends {sent} without its overlap; `format` names another form")
         return sent
 
@@ -7235,12 +7217,12 @@ class Pages:
     def watermark(self) -> str | None:
         """What to remember for `since` after a whole run; None: what is. A time after the run began
         does not count: a clock that is ahead would hide what comes."""
-        (text, at), known = self._latest, self._known_mark()
+        text, at = self._latest
         if self.numbered and (self.run.moved or self._shrank):
             said = "records moved between the pages: what `since` sends waits for the next run"
             self.run.note(said)
-        elif text and (known is None or known["at"] < at):
-            return json.dumps({"map": self._form(), "text": text, "at": at})
+        elif text and self._mark.get("at", 0) < at:
+            return json.dumps({"map": self._form, "text": text, "at": at})
         elif self._timed and not text:
             said = "what `since` names is no time that can be read, or is ahead; `dates` may help"
             self.run.note(said)
@@ -7932,7 +7914,10 @@ class Ingesting:
             self.note(note)
         if notes and self.source.on_drift == "freeze":
             raise IngestFailed(f"the fields drifted, and on_drift is freeze: {'; '.join(notes)}")
-        self.fields = learn_fields(self.fields, seen)
+        if seen:
+            ever, first = self.fields, not self.fields
+            always = {name for name in seen if seen[name] and ever.get(name, first) is True}
+            self.fields = {name: name in always for name in {**ever, **seen}}
 
     async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
         """Call something that keeps a processor busy, in a thread: one of a few at once."""
