@@ -6536,27 +6536,27 @@ class CsvFile:
         """Read the header."""
         self._text.seek(0)
         self.waits = False  # its last line has no end yet, and was not taken
-        self._taken: list[str] = []  # lines of the record under way
+        self._taken: list[str] = []  # lines since the last checkpoint
+        self._line = 0  # lines before them
+        self._begin = self._last = 0  # where the record under way begins in them, and the last one
         self._again: deque[str] = deque()  # lines that were given back
-        self._done: list[list[str]] = []  # records since the last checkpoint
-        self._line = 0  # lines before the record under way
         self._digest = hashlib.blake2b(digest_size=16)  # of what need not be read again,
         self._safe = (0, 0)  # and its characters and lines
         self._frozen = False  # that stays as it is, whatever is read
         self._broken = ""  # why the record under way cannot be taken
-        for _ in range(self.source.skip):
-            self._pass([self._text.readline()])
+        self._taken += [self._text.readline() for _ in range(self.source.skip)]
+        self._begin = len(self._taken)
         self._dialect["delimiter"] = self.source.delimiter or ","
         first = next(self._lines(), "")
         self.ended = not first
         if told := re.fullmatch(r"sep=(.)\s*", first):  # Excel's way to name it
             self._dialect["delimiter"] = told[1]
-            self._pass([self._taken.pop()])
+            self._begin = len(self._taken)
         else:
             if self.source.delimiter is None:
                 self._dialect["delimiter"] = self._delimiter_of(first)
-            self._again.extend(self._taken)
-            self._taken.clear()
+            self._again.extend(self._taken[self._begin :])
+            del self._taken[self._begin :]
         self._reader = csv.reader(self._lines(), **self._dialect)
         self._header: list[str] | None = None
         names = self.source.columns or []
@@ -6580,7 +6580,7 @@ class CsvFile:
         except csv.Error as e:
             said = f"{self.part}: the header cannot be read: {quote_error(str(e))}"
             raise SourceError(said, status=400) from e
-        self._pass(self._taken)
+        self._last, self._begin = self._begin, len(self._taken)
         return row
 
     def _delimiter_of(self, line: str) -> str:
@@ -6603,33 +6603,34 @@ class CsvFile:
         while left > 0 and (text := self._text.read(min(left, BLOCK_BYTES))):
             digest.update(text.encode(errors="surrogatepass"))
             left -= len(text)
-        if state["position"] < self._safe[0] or digest.hexdigest() != state["digest"]:
+        if state["position"] < max(self._safe[0], 1) or digest.hexdigest() != state["digest"]:
             self._start()
             return False
         self._digest, self._safe = digest, (state["position"], state["line"])
-        self._line = state["line"]
+        self._line, self._begin, self._last = state["line"], 0, 0
+        self._taken.clear()
         self._again.clear()
         return True
 
     def _lines(self) -> Iterator[str]:
         """The lines for the csv reader. Before a record, blank lines and comments are left out, and
         so is a byte order mark, which stands there where files were joined."""
-        readline, again = self._text.readline, self._again
+        readline, again, taken = self._text.readline, self._again, self._taken
         comment, blank = self.source.comment, " \t\r\n".replace(self._dialect["delimiter"], "")
         unusual = f"\ufeff{blank}{comment or ''}"
         while line := again.popleft() if again else readline(RECORD_BYTES):
             if line[-1] != "\n" and not (line := self._odd_line(line)):
                 return
-            taken, text = self._taken, line
-            if not taken and line[0] in unusual:
+            taken.append(line)
+            text, count = line, len(taken) - self._begin
+            if count == 1 and line[0] in unusual:
                 text = line.lstrip("\ufeff")
                 if not text.strip(blank) or (comment and text.startswith(comment)):
-                    self._pass([line])
-                    if len(self._done) > 10 * CHUNK_ROWS:
+                    self._begin += 1
+                    if self._begin > 10 * CHUNK_ROWS:
                         self._settle()
                     continue
-            taken.append(line)
-            if len(taken) % CHUNK_ROWS == 0 and self._never_ends():
+            elif count % CHUNK_ROWS == 0 and self._never_ends():
                 raise csv.Error(OPEN_QUOTE)
             if not line.isascii():
                 self._check(line)
@@ -6638,9 +6639,9 @@ class CsvFile:
     def _never_ends(self) -> bool:
         """Whether so many lines are one record because a quote is never closed. The csv module
         would find out, too, but hold four bytes for each character meanwhile."""
-        size = sum(map(len, self._taken)) + LINE_BYTES * len(self._taken)
-        begins = len(self._taken) == CHUNK_ROWS
-        return size > LONG_RECORD or (begins and self._swallows(self._taken))
+        lines = self._taken[self._begin :]
+        size = sum(map(len, lines)) + LINE_BYTES * len(lines)
+        return size > LONG_RECORD or (len(lines) == CHUNK_ROWS and self._swallows(lines))
 
     def _odd_line(self, line: str) -> str:
         """A line that does not end with LF: the last one, one that ends with CR, or one that is too
@@ -6662,26 +6663,23 @@ class CsvFile:
             wrong = f"byte 0x{ord(line[e.start]) & 0xFF:02x} is not {self._encoding}"
             self._broken = f"{wrong}; `encoding` names another"
 
-    def _pass(self, lines: list[str]) -> None:
-        """Be done with some lines."""
-        self._done.append(lines)
-        self._line += len(lines)
-        self._taken = []
-
     def _settle(self) -> None:
         """Note that what was read need not be read again, except a last record without a line end,
         which may still grow."""
-        held = [] if not self._done or self._done[-1][-1][-1:] == "\n" else [self._done.pop()]
+        whole = self._begin == 0 or self._taken[self._begin - 1].endswith("\n")
+        upto = self._begin if whole else self._last
         if not self._frozen:
-            text = "".join(itertools.chain.from_iterable(self._done))
+            text = "".join(self._taken[:upto])
             self._digest.update(text.encode(errors="surrogatepass"))
-            self._safe = self._safe[0] + len(text), self._line - sum(map(len, held))
-        self._done = held
+            self._safe = self._safe[0] + len(text), self._line + upto
+        del self._taken[:upto]
+        self._line += upto
+        self._begin, self._last = self._begin - upto, 0
 
     def read(self) -> Fetched:
         """The next records, some thousand at most."""
         records, rejects, columns = list[tuple[int, Any]](), list[Rejected](), self.columns
-        first, size = self._line + 1, 0
+        first, size, taken = self._line + self._begin + 1, 0, self._taken
         while len(records) + len(rejects) < CHUNK_ROWS and size < CHUNK_BYTES:
             row, error = None, ""
             try:
@@ -6692,10 +6690,11 @@ class CsvFile:
             if row is None:
                 self.ended = True
                 break
-            lines, number, reason = self._taken, self._line + 1, ""
+            reason, lines = "", taken[self._begin :]
             if error or len(row) != len(columns) or self._broken or len(lines) > 2:
                 reason, lines = self._judge(row, lines, error)
-            self._pass(lines)
+            number = self._line + self._begin + 1
+            self._last, self._begin = self._begin, len(taken)
             size += sum(map(len, lines))
             if reason:
                 rejects.append(self._rejected(number, reason, lines))
@@ -6705,7 +6704,7 @@ class CsvFile:
             else:
                 records.append((number, dict(zip(columns, row, strict=True))))
         self._settle()
-        span = first, BEYOND_ALL_RECORDS if self.ended else self._line
+        span = first, BEYOND_ALL_RECORDS if self.ended else self._line + self._begin
         position, line = self._safe
         state = {"position": position, "line": line, "digest": self._digest.hexdigest()}
         state["done"] = self.ended
@@ -6729,6 +6728,7 @@ class CsvFile:
             reason = f"{reason}; a quote swallows the lines after it".removeprefix("; ")
         if error or swallows:
             self._again.extendleft(reversed(lines[1:]))
+            del self._taken[self._begin + 1 :]
             self._reader = csv.reader(self._lines(), **self._dialect)
             lines = lines[:1]
         return reason, lines
