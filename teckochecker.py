@@ -6777,7 +6777,7 @@ class Files:
     behind a URL. The same files give the same records, whatever was read before: if one was
     rewritten or is gone, all are read again, and if one changed records, those behind it are, which
     may have to win over it. For a run that goes on after a crash, the state of each tells in which
-    run its reading began, and in which it last changed records."""
+    run its reading began, and in which it, or one before it, last changed records."""
 
     def __init__(self, source: CsvSource, run: Ingesting) -> None:
         self.source, self.run, self.config = source, run, run.steps.config
@@ -6791,7 +6791,8 @@ class Files:
         self._several, fresh = len(files) > 1, bool(gone)
         while at < len(files):
             (part, file), state = files[at], states.get(files[at][0], {})
-            marks = {"begun": state.get("begun", 0), "changed": state.get("changed", 0)}
+            marks = {"begun": state.get("begun", 0)}
+            marks["changed"] = max(changed, state.get("changed", 0))
             at += 1
             if fresh or marks["begun"] < changed:
                 state, marks["begun"] = {}, self.run.run.id
@@ -6805,7 +6806,7 @@ class Files:
             except Rewritten:
                 at, fresh = 0, True
                 failures.clear()
-            changed = max(changed, marks["changed"])
+            changed = marks["changed"]
         if failures:
             said = one_line("; ".join(map(str, failures)))
             raise failures[0] if len(failures) == 1 else SourceError(said, status=400)
