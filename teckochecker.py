@@ -3402,10 +3402,6 @@ def digest_of(text: str | bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def run_of(row: Sequence[Any]) -> Run:
-    return Run(*(*row[:-1], json.loads(row[-1])))
-
-
 class Records(Database):
     """What ingests write and /data reads: raw and normalized records, checkpoints, runs, rejects.
 
@@ -3436,14 +3432,14 @@ class Records(Database):
         mine = {"source": source}
         parts = await self._sql("SELECT part, state FROM etl_part WHERE source = :source", mine)
         states = {part: json.loads(state) for part, state in parts}
-        for records, watermark, known, whole in await self._sql(
+        rows = await self._sql(
             "SELECT records, watermark, fields, EXISTS (SELECT 1 FROM etl_run r WHERE"
             " r.source = c.source AND r.status = 'success' AND r.job_id IS NOT NULL)"
             " FROM etl_checkpoint c WHERE c.source = :source",
             mine,
-        ):
-            return Checkpoint(records, watermark, json.loads(known), bool(whole), states)
-        return Checkpoint(0, None, {}, False, states)
+        )
+        records, watermark, known, whole = rows[0] if rows else (0, None, "{}", False)
+        return Checkpoint(records, watermark, json.loads(known), bool(whole), states)
 
     async def hashes(self, run: Run, ids: Sequence[str]) -> dict[str, tuple[bytes, bool]]:
         """The hash of each record that is stored already, by id, and whether `run` wrote it."""
@@ -3461,28 +3457,27 @@ class Records(Database):
     ) -> bool:
         """Write a chunk, and the fields `known` after it. Returns False and writes nothing if the
         run was given up, or its job was paused, changed, removed or deleted meanwhile."""
-        added = {f"records_{name}": chunk.counts[name] for name in COUNTED}
+        added, fetched = {f"records_{name}": chunk.counts[name] for name in COUNTED}, chunk.fetched
         sums = ", ".join(f"{name} = {name} + :{name}" for name in added)
         of_run = {"id": run.id, "job_id": run.job_id, "revision": revision}
         still = await self._sql(
             f"UPDATE etl_run SET {sums}, progress = :progress WHERE id = :id"
             " AND status = 'in_progress' AND EXISTS (SELECT 1 FROM polling_jobs j"
             f" WHERE j.id = :job_id AND revision = :revision AND {ACTIVE}) RETURNING id",
-            {**added, **of_run, "progress": chunk.fetched.progress},
+            {**added, **of_run, "progress": fetched.progress},
         )
         if not still:
             return False
         await self._save_records(run.source, kind, chunk, now)
         await self._save_rejects(run, chunk, now)
-        part = chunk.fetched.part
-        if part and not chunk.fetched.state:
-            mine = {"source": run.source, "part": part}
+        if fetched.part and not fetched.state:
+            mine = {"source": run.source, "part": fetched.part}
             await self._sql("DELETE FROM etl_part WHERE source = :source AND part = :part", mine)
-        elif part:
+        elif fetched.part:
             await self._upsert(
                 "etl_part",
                 ("source", "part", "state", "run_id"),
-                [(run.source, part, json.dumps(chunk.fetched.state), run.id)],
+                [(run.source, fetched.part, json.dumps(fetched.state), run.id)],
                 key=2,
             )
         await self._sql(
@@ -3527,8 +3522,8 @@ class Records(Database):
             ],
             key=3,
         )
-        if (span := chunk.fetched.span) is not None:
-            label = f"{chunk.fetched.label} "
+        label, span = f"{chunk.fetched.label} ", chunk.fetched.span
+        if span is not None:
             await self._sql(
                 "DELETE FROM etl_reject WHERE source = :source AND run_id <> :run AND"
                 " CASE WHEN substr(place, 1, :length) = :label"
@@ -3552,12 +3547,12 @@ class Records(Database):
         if not ended:
             return run
         if end.forget:
-            sql = "DELETE FROM etl_part WHERE source = :source AND run_id = :run"
-            await self._sql(sql, {"source": run.source, "run": run.id})
+            await self._sql("DELETE FROM etl_part WHERE run_id = :run", {"run": run.id})
         if end.watermark is not None:
             mark = {"watermark": end.watermark}
             await self._change("etl_checkpoint", mark, "source = :source", source=run.source)
-        done = run_of(ended[0])
+        [(*told, notes)] = ended
+        done = Run(*(*told, json.loads(notes)))
         if written := done.records_inserted + done.records_updated:
             await self._add_to_day(now, records=written)
         await self._tell_job(done, end, now)
@@ -3589,7 +3584,7 @@ class Records(Database):
             f"SELECT {RUN_COLUMNS} FROM etl_run {where} ORDER BY id DESC LIMIT :limit",
             {"limit": limit, "source": source},
         )
-        return [run_of(row) for row in rows]
+        return [Run(*(*told, json.loads(notes))) for *told, notes in rows]
 
     async def last_failure(self) -> float | None:
         """When the last failed run ended."""
@@ -5530,8 +5525,6 @@ def without_query(url: str) -> str:
 
 
 class RemoteFile(NamedTuple):
-    """A file elsewhere."""
-
     name: str  # s3://bucket/key, or the URL without its query
     url: str
     tag: str | None = None  # another one where it has changed; None: unknown until it is fetched
@@ -5617,9 +5610,13 @@ class Web:
         """GET `url`, if it changed since the etag or time that `state` has. Raises SourceError."""
         known = {"If-None-Match": state.get("etag"), "If-Modified-Since": state.get("modified")}
         asked = {name: value for name, value in known.items() if value}
+        headers = {"Accept": "application/json" if source.type == "api" else "*/*", **asked}
         self._client = self._client or make_client(SourceError, IN_FLIGHT)
         if isinstance(source, CsvSource) and source.in_s3:
             secret = None  # which has signed the URL
+        if secret is not None:
+            name, _, value = source.header.partition(":")
+            headers[name] = value.strip().replace("{secret}", secret.reveal())
         await self._turn(origin_of(url), source.max_requests_per_minute)
         patience = float(source.timeout or SOURCE_DEADLINE)
         return await http_request(
@@ -5634,17 +5631,9 @@ class Web:
             anywhere=secret is None,
             good={*good, 304} if asked else good,
             sink=sink,
-            headers=self._headers(source, secret) | asked,
+            headers=headers,
             timeout=(CONNECT_TIMEOUT, patience, patience, None),  # connect, read, write, pool
         )
-
-    @staticmethod
-    def _headers(source: Source, secret: SecretValue | None) -> dict[str, str]:
-        headers = {"Accept": "application/json" if source.type == "api" else "*/*"}
-        if secret is not None:
-            name, _, value = source.header.partition(":")
-            headers[name] = value.strip().replace("{secret}", secret.reveal())
-        return headers
 
     async def _turn(self, host: tuple[str, str, int], rate: int | None) -> None:
         """Wait until a host may be asked. Requests are spread evenly over a minute, without
@@ -5665,6 +5654,8 @@ class Web:
 CHUNK_ROWS = 2000  # records that commit together: beyond that a transaction only gets longer
 NESTED = 200  # levels of a record: what serves it knows 255, some of which are its own
 DIGITS = 4000  # of an integer; Python converts no more than 4300
+LIMITS = {"secret", "header", "max_failed", "on_drift", "max_requests_per_minute", "timeout"}
+# of a source: they change nothing about what a record becomes
 
 
 class BadRecord(ValueError):
@@ -5747,18 +5738,16 @@ DATE_TIME = re.compile(
     r"(\s*(?:Z|UTC?|GMT)?\s*([+-])(\d\d):?(\d\d)?(?:\s+[A-Z]{3,5})?|\s*(?:Z|UTC?|GMT))?(?!\w)",
     re.ASCII | re.IGNORECASE,
 )
-WEEKDAY = r"(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?\.?"
-DATE_FORMS = [
-    re.compile(form.replace("MONTH", r"(?P<b>[a-z]{3,9})\.?"), re.ASCII | re.IGNORECASE)
-    for form in (
-        r"(?P<y>\d{4})([-/.])(?P<m>\d{1,2})\2(?P<d>\d{1,2})",
-        r"(?P<y>\d{4})-(?P<yearday>\d{3})",
-        r"(?P<d>\d{1,2})(?:st|nd|rd|th)?[- ]MONTH[- ](?P<y>\d{4}|\d\d)",
-        r"MONTH (?P<d>\d{1,2})(?:st|nd|rd|th)? (?P<y>\d{4})",
-        r"(?P<y>\d{4})[- ]MONTH[- ](?P<d>\d{1,2})",
-        r"(?P<one>\d{1,2})(?P<sep>[-/. ]) ?(?P<two>\d{1,2})(?P=sep) ?(?P<y>\d{4}|\d\d)",
-    )
-]
+DATE_NOISE = re.compile(  # in a day: its weekday, the end of an ordinal, dots and blanks
+    r"^(mon|tues?|wed(nes)?|thu(rs?)?|fri|sat(ur)?|sun)(day)?\.? |(?<=\d)(st|nd|rd|th)\b"
+    r"|(?<=[a-z])\.|(?<=[-/.]) "
+)
+DAY_FORMS = {  # with y for four digits, n for one or two, m for a month's name: what its parts are
+    r"y([-/.])n\1n|y[- ]m[- ]n": "ymd",
+    r"n[- ]m[- ][yn]": "dmy",
+    r"m n y": "mdy",
+    r"n([-/. ])n\1[yn]": "",
+}
 MONTHS = "january february march april may june july august september october november december"
 MONTH_NUMBERS = {"sept": 9} | {
     text: number for number, name in enumerate(MONTHS.split(), 1) for text in (name, name[:3])
@@ -5789,7 +5778,7 @@ def parse_datetime(text: str, order: str | None = None) -> datetime:
             offset = timedelta(hours=int(found[8]), minutes=int(found[9] or 0))
             zone = timezone(-offset if found[7] == "-" else offset)
         text = f"{text[: found.start()]} {text[found.end() :]}"
-    day = re.sub(rf"^{WEEKDAY}[\s,]+", "", " ".join(text.replace(",", " ").split()), flags=re.I)
+    day = DATE_NOISE.sub("", " ".join(text.lower().replace(",", " ").split()))
     return parse_day(day, order).replace(tzinfo=zone) + clock
 
 
@@ -5801,25 +5790,33 @@ def unix_unit(text: str) -> int | None:
 
 def parse_day(text: str, order: str | None) -> datetime:
     """The day that a text without a time says. Raises ValueError."""
-    if re.fullmatch(r"\d{8}|\d{4}(-W\d\d-|W\d\d)\d", text, re.ASCII):
-        return datetime.fromisoformat(text)
-    found = next(filter(None, (form.fullmatch(text) for form in DATE_FORMS)), None)
-    if found is None:
-        raise ValueError("a date")
-    got = found.groupdict()
-    if len(got["y"]) == 2 and order is None:
-        raise ValueError("a date with a year of four digits")
-    year = int(got["y"]) if len(got["y"]) == 4 else datetime.strptime(got["y"], "%y").year
-    if "yearday" in got:
+    if re.fullmatch(r"\d{8}|\d{4}(-w\d\d-|w\d\d)\d", text, re.ASCII):
+        return datetime.fromisoformat(text.upper())
+    if re.fullmatch(r"\d{4}-\d{3}", text, re.ASCII):
         return datetime.strptime(text, "%Y-%j")
-    if "one" in got:
-        one, two = int(got["one"]), int(got["two"])
-        if order is None and got["sep"] != "." and one != two and max(one, two) <= 12:
+    words = re.findall(r"[0-9]+|[a-z]+", text)
+    form = re.sub(r"[0-9]+|[a-z]+", lambda word: kind_of_word(word[0]), text)
+    parts = next((DAY_FORMS[some] for some in DAY_FORMS if re.fullmatch(some, form)), None)
+    if parts is None:
+        raise ValueError("a date")
+    numbers = [MONTH_NUMBERS.get(word) or int(word) for word in words]
+    if "y" not in form:
+        if order is None:
+            raise ValueError("a date with a year of four digits")
+        numbers[2] = datetime.strptime(words[2], "%y").year
+    if not parts:
+        one, two, _ = numbers
+        if order is None and "." not in form and one != two and max(one, two) <= 12:
             raise ValueError("a date that can be read in one way only; `dates: dmy` or mdy decides")
-        day_first = order == "dmy" if order else got["sep"] == "." or two <= 12
-        return datetime(year, two if day_first else one, one if day_first else two)
-    month = MONTH_NUMBERS.get(got["b"].lower(), 0) if "b" in got else int(got["m"])
-    return datetime(year, month, int(got["d"]))
+        parts = order or ("dmy" if "." in form or two <= 12 else "mdy")
+    named = dict(zip(parts, numbers, strict=True))
+    return datetime(named["y"], named["m"], named["d"])
+
+
+def kind_of_word(word: str) -> str:
+    if word in MONTH_NUMBERS:
+        return "m"
+    return {1: "n", 2: "n", 4: "y"}.get(len(word), "?") if word.isdecimal() else "?"
 
 
 def utc_text(value: Any, order: str | None = None) -> str:
@@ -5854,79 +5851,57 @@ class Mapper:
 
     def identify(self, record: Mapping[str, Any]) -> str:
         """The record's id as text; of several fields a JSON list of theirs. Raises BadRecord."""
-        if len(self._ids) == 1:
-            [(field, pick)] = self._ids
-            return id_text(field, pick(record))
-        return to_json([id_text(field, pick(record)) for field, pick in self._ids]).decode()
+        texts = [id_text(field, pick(record)) for field, pick in self._ids]
+        return texts[0] if len(texts) == 1 else to_json(texts).decode()
 
     def hash(self, record: bytes) -> bytes:
         return hashlib.blake2b(record, digest_size=16, salt=self._salt).digest()
 
     def unify(self, record: Mapping[str, Any], source_id: str) -> bytes:
         """The record in the unified schema, as JSON. Raises BadRecord."""
-        picks, matched, rest = self._plan(tuple(record))
-        metadata = {key: record[key] for key in rest}
-        made = {name: value for name, pick in picks if (value := pick(record)) not in (None, "")}
-        for name, key in matched.items():
-            if isinstance(made.get(name), dict | list | bool):  # nobody mapped it
-                metadata[key] = made.pop(name)
-        for name, value in made.items():
-            try:
-                dated = name == "published_at"
-                made[name] = utc_text(value, self.source.dates) if dated else plain_text(value)
-            except ValueError as e:
-                raise BadRecord(f"{name}: found {repr_excerpt(value)}; allowed: {e}") from None
+        picks, rest = self._plan(tuple(record))
+        made, metadata = dict[str, str](), {key: record[key] for key in rest}
+        for name, pick, matched in picks:
+            value = pick(record)
+            if matched and isinstance(value, dict | list | bool):  # nobody mapped it
+                metadata[matched] = value
+            elif value not in (None, ""):
+                try:
+                    dated = name == "published_at"
+                    made[name] = utc_text(value, self.source.dates) if dated else plain_text(value)
+                except ValueError as e:
+                    raise BadRecord(f"{name}: found {repr_excerpt(value)}; allowed: {e}") from None
         whole = {"source": self.name, "source_id": source_id, **made, "metadata": metadata}
         return to_json(whole)
 
-    def _make_plan(
-        self, keys: tuple[str, ...]
-    ) -> tuple[list[tuple[str, Picker]], dict[str, str], list[str]]:
-        """For records with these fields: how each unified field is picked; which fields were
-        matched to unified ones only by their names; and which go into the metadata."""
-        given, ids = self.source.fields, self.source.id
-        matched = dict[str, str]()
+    def _make_plan(self, keys: tuple[str, ...]) -> tuple[list[tuple[str, Picker, str]], list[str]]:
+        """For records with these fields: how each unified field is picked, and the field that was
+        matched to it only by its name, if any; and which fields go into the metadata."""
+        given, ids, matched = self.source.fields, self.source.id, dict[str, str]()
         for key in keys:
             name = key.strip().lower()
             if name in UNIFIED and name not in given and key not in (*ids, *given.values()):
                 matched.setdefault(name, key)
         alone = ids if len(ids) == 1 else ()  # which source_id is already
         used = {*alone, *given.values(), *matched.values()}
-        picks = [(name, picker(path)) for name, path in (*given.items(), *matched.items())]
-        return picks, matched, [key for key in keys if key not in used]
+        picks: list[tuple[str, Picker, str]] = []
+        picks += [(name, picker(path), "") for name, path in given.items()]
+        picks += [(name, picker(key), key) for name, key in matched.items()]
+        return picks, [key for key in keys if key not in used]
 
 
 def id_text(field: str, value: Any) -> str:
     """A value that identifies a record. Raises BadRecord."""
-    if value is None:
-        raise BadRecord(f"no id: {field} is missing")
     try:
-        text = plain_text(value)
+        text = "" if value is None else plain_text(value)
     except ValueError as e:
         raise BadRecord(f"{field}: found {repr_excerpt(value)}; allowed: {e}") from None
     if not text.strip():
-        raise BadRecord(f"no id: {field} is empty")
+        raise BadRecord(f"no id: {field} is {'missing' if value is None else 'empty'}")
     return text
 
 
 Fields = dict[str, bool]  # of a source: whether every record had it
-
-
-def drift(known: Mapping[str, Any], seen: Fields) -> list[str]:
-    """What is new or gone in the fields `seen`; nothing where none are known."""
-    if not known or not seen:
-        return []
-    notes = [f"new field {repr_excerpt(name)}" for name in seen if name not in known]
-    gone = (name for name, always in known.items() if always is True and name not in seen)
-    return notes + [f"field {repr_excerpt(name)} is gone" for name in gone]
-
-
-def learn_fields(known: Mapping[str, Any], seen: Fields) -> dict[str, Any]:
-    """What is known of the fields after some more records."""
-    both = dict.fromkeys([*known, *seen]) if seen else known
-    return {n: known.get(n, not known) is True and (not seen or seen.get(n, False)) for n in both}
-
-
 BEYOND_ALL_RECORDS = 1 << 53  # the number of no record
 Row = tuple[int, str, Any, bytes, bytes]  # its number, id, itself, itself as JSON, hash of that
 Known = Mapping[str, tuple[bytes, bool]]  # by id: hash, and whether this run has written it
@@ -5940,17 +5915,14 @@ def identify_records(mapper: Mapper, fetched: Fetched) -> tuple[list[Row], list[
             if not isinstance(record, dict):
                 raise BadRecord(f"found {repr_excerpt(record)}; allowed: an object")
             text = to_json(record)
-            if is_deeper(record, NESTED):
+            if text.count(b"[") + text.count(b"{") > NESTED and is_deeper(record, NESTED):
                 raise BadRecord(f"nested more than {NESTED} deep")
             rows.append((number, mapper.identify(record), record, text, mapper.hash(text)))
         except BadRecord as e:
-            rejects.append(reject_record(fetched, number, e, lenient_json(record)))
+            shown, place = lenient_json(record).decode(), f"{fetched.label} {number}"
+            rejects.append(Rejected(place, str(e), shown, number))
     found = Counter(itertools.chain.from_iterable(row[2] for row in rows))
     return rows, rejects, {name: count == len(rows) for name, count in found.items()}
-
-
-def reject_record(fetched: Fetched, number: int, error: BadRecord, record: bytes) -> Rejected:
-    return Rejected(f"{fetched.label} {number}", str(error), record.decode(), number)
 
 
 def normalize_records(
@@ -5972,7 +5944,8 @@ def normalize_records(
             unified[key] = key, mapper.unify(record, key).decode(), digest
             now[key] = digest, True
         except BadRecord as e:
-            rejects.append(reject_record(fetched, number, e, text))
+            place = f"{fetched.label} {number}"
+            rejects.append(Rejected(place, str(e), text.decode(), number))
             now[key] = b"", True
         raws[key] = key, text.decode(), bool(now[key][0])
     rejects.sort(key=lambda rejected: rejected.number)
@@ -5982,17 +5955,6 @@ def normalize_records(
     return Chunk(fetched, [*raws.values()], [*unified.values()], rejects, counts), twice
 
 
-def exceeds_max_failed(limit: str | None, failed: int, processed: int, *, ended: bool) -> bool:
-    """Whether the rejected records are more than `max_failed` allows; a share is judged from
-    CHUNK_ROWS records on, and at the end."""
-    if limit is None:
-        return False
-    share = limit.endswith("%")
-    if share and not ended and processed < CHUNK_ROWS:
-        return False
-    return failed * 100 > float(limit.removesuffix("%")) * (processed if share else 100)
-
-
 # ── Ingest: one CSV file ──────────────────────────────────────────────────────────────────────
 
 CHUNK_BYTES = 4 << 20  # characters of a file after which a chunk ends early, however few records
@@ -6000,6 +5962,7 @@ RECORD_BYTES = 16 << 20  # characters of one line, or of one field; more is no r
 RACY_SECONDS = 5.0  # s for which a file that changed may still be written to
 BLOCK_BYTES = 1 << 20  # characters that are passed over at once
 LINE_BYTES = 60  # that Python needs for a line beside its characters
+LONG_RECORD = 12 << 20  # of a record of many lines, with these; one so long has an open quote
 NOT_CSV = {  # how files begin that may be taken for a CSV file and are none
     rb"PK\x03\x04": "a zip archive, or a workbook of Excel, which is one",
     rb"\xd0\xcf\x11\xe0": "an old workbook of Excel",
@@ -6049,16 +6012,12 @@ def identity_of(stat: os.stat_result, now: float) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def is_unchanged(file: Path | RemoteFile, state: Mapping[str, Any], now: float) -> bool:
-    """Whether a file is certainly the one that was read to its end."""
-    known = state.get("identity") if state.get("done") else None
-    is_now = file.tag if isinstance(file, RemoteFile) else identity_of(file.stat(), now)
-    return known is not None and known == is_now
+def tag_of(file: Path | RemoteFile, now: float) -> Any:
+    return file.tag if isinstance(file, RemoteFile) else identity_of(file.stat(), now)
 
 
-def quote_error(error: csv.Error) -> str:
+def quote_error(said: str) -> str:
     """An error of the csv module in words that help."""
-    said = str(error)
     if said == OPEN_QUOTE or "unexpected end of data" in said or "field larger" in said:
         return OPEN_QUOTE
     return f"{said}; `escape` or `quote: none` say how else quotes are meant"
@@ -6068,24 +6027,16 @@ class LongLine(str):
     """The beginning of a line that is too long for a record."""
 
 
-@contextlib.contextmanager
-def reading_errors(part: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, UnicodeError) as e:
-        why = (e.strerror if isinstance(e, OSError) else None) or str(e)
-        raise SourceError(f"{part} cannot be read: {one_line(why)}", status=400) from e
-
-
-def validators_of(got: httpx2.Response) -> dict[str, str] | None:
-    """The ETag and Last-Modified of a file behind a URL; None if it may have changed again within
+def validators_of(got: httpx2.Response) -> dict[str, str]:
+    """The ETag and Last-Modified of a file behind a URL; none if it may have changed again within
     the same second."""
     told = {"etag": got.headers.get("etag", ""), "modified": got.headers.get("last-modified", "")}
     with contextlib.suppress(KeyError, ValueError, TypeError):
         date, modified = map(parsedate_to_datetime, (got.headers["date"], told["modified"]))
         if (date - modified).total_seconds() < 2:
-            return None
-    return {name: text for name, text in told.items() if text.isascii() and text.isprintable()}
+            return {}
+    sent = {name: text for name, text in told.items() if text.isascii() and text.isprintable()}
+    return dict.fromkeys(told, "") | sent
 
 
 class CsvFile:
@@ -6095,7 +6046,6 @@ class CsvFile:
 
     def __init__(self, file: Any, part: str, source: CsvSource, growing: bool) -> None:
         self.part, self.source, self._file, self._growing = part, source, file, growing
-        self._size = os.fstat(file.fileno()).st_size
         csv.field_size_limit(RECORD_BYTES)
         packed = file.peek(2)[:2] == b"\x1f\x8b"
         stream: Any = gzip.GzipFile(fileobj=file) if packed else file
@@ -6117,124 +6067,114 @@ class CsvFile:
 
     def _start(self) -> None:
         """Read the header."""
-        self.ended = self.waits = False  # waits: its last line has no end yet, and was not taken
-        self.notes: list[str] = []
-        self._taken: list[str] = []  # lines read and not settled
-        self._again: deque[str] = deque()  # lines that were given back
-        self._begin = self._last = 0  # where the record under way begins, and the one before
+        self._text.seek(0)
+        self.waits = False  # its last line has no end yet, and was not taken
+        self._taken: list[str] = []  # lines since the last checkpoint
         self._line = 0  # lines before them
+        self._begin = self._last = 0  # where the record under way begins in them, and the last one
+        self._again: deque[str] = deque()  # lines that were given back
         self._digest = hashlib.blake2b(digest_size=16)  # of what need not be read again,
         self._safe = (0, 0)  # and its characters and lines
         self._frozen = False  # that stays as it is, whatever is read
         self._broken = ""  # why the record under way cannot be taken
         self._taken += [self._text.readline() for _ in range(self.source.skip)]
-        self._begin, self._delimiter = len(self._taken), ","
-        first = next(self._lines(), "")
-        self._delimiter = self.source.delimiter or self._delimiter_of(first)
-        if told := re.fullmatch(r"sep=(.)\s*", first):  # Excel's way to name it
-            self._delimiter, self._begin = told[1], len(self._taken)
-        elif first:
-            self._again.append(self._taken.pop())
-        self._reader = self._make_reader(self._lines())
-        self.ended = not first
-        self._header: list[str] | None = None
-        self.columns = column_names(self.source.columns or ()) if first else []
-        if first and not self.columns:
-            self._read_header()
-        self._settle()
-
-    def _read_header(self) -> None:
-        try:
-            row = next(self._reader, [])
-        except csv.Error as e:
-            said = f"{self.part}: the header cannot be read: {quote_error(e)}"
-            raise SourceError(said, status=400) from e
-        self._header = row
-        self.columns = column_names([name.encode(errors="replace").decode() for name in row])
         self._begin = len(self._taken)
-        self.notes += [
+        self._dialect["delimiter"] = self.source.delimiter or ","
+        first = next(self._lines(), "")
+        self.ended = not first
+        if told := re.fullmatch(r"sep=(.)\s*", first):  # Excel's way to name it
+            self._dialect["delimiter"] = told[1]
+            self._begin = len(self._taken)
+        else:
+            if self.source.delimiter is None:
+                self._dialect["delimiter"] = self._delimiter_of(first)
+            self._again.extend(self._taken[self._begin :])
+            del self._taken[self._begin :]
+        self._reader = csv.reader(self._lines(), **self._dialect)
+        self._header: list[str] | None = None
+        names = self.source.columns or []
+        if first and not names:
+            names = self._header = self._read_header()
+        shown = [name.encode(errors="replace").decode() for name in names]
+        self.columns = column_names(shown) if first else []
+        self.notes = [
             f"column {place} {repr_excerpt(text)} of {self.part} is called {repr_excerpt(name)}"
-            for place, (text, name) in enumerate(zip(row, self.columns, strict=True), 1)
+            for place, (text, name) in enumerate(zip(names, self.columns, strict=False), 1)
             if text.strip() != name
         ]
         if self._broken:
             self.notes.append(f"the header of {self.part}: {self._broken}")
         self._broken = ""
+        self._settle()
 
-    def resume(self, state: Mapping[str, Any]) -> bool:
-        """Continue after what was read before, and return True, if that is unchanged; else start
-        again."""
-        left, digest = state.get("position", 0) - self._safe[0], self._digest.copy()
-        while left > 0 and (text := self._text.read(min(left, BLOCK_BYTES))):
-            digest.update(text.encode(errors="surrogatepass"))
-            left -= len(text)
-        if left == 0 and digest.hexdigest() == state.get("digest"):
-            self._digest, self._safe = digest, (state["position"], state["line"])
-            self._line = state["line"]
-            return True
-        self._text.seek(0)
-        self._start()
-        return False
-
-    def _make_reader(self, lines: Iterable[str], **dialect: Any) -> Iterator[list[str]]:
-        return csv.reader(lines, delimiter=self._delimiter, **self._dialect | dialect)
+    def _read_header(self) -> list[str]:
+        try:
+            row = next(self._reader, [])
+        except csv.Error as e:
+            said = f"{self.part}: the header cannot be read: {quote_error(str(e))}"
+            raise SourceError(said, status=400) from e
+        self._last, self._begin = self._begin, len(self._taken)
+        return row
 
     def _delimiter_of(self, line: str) -> str:
         """The delimiter that splits the header into most columns, preferably with the id among
         them; a comma if no other one is better."""
 
         def merit(delimiter: str) -> tuple[bool, int]:
-            self._delimiter = delimiter
+            dialect, columns = {**self._dialect, "delimiter": delimiter, "strict": False}, []
             with contextlib.suppress(csv.Error):
-                columns = next(self._make_reader([line], strict=False), [])
-                return {*self.source.id} <= {*column_names(columns)}, len(columns)
-            return False, 0
+                columns = column_names(next(csv.reader([line], **dialect), []))
+            return {*self.source.id} <= {*columns}, len(columns)
 
         return max(",;\t|", key=merit)
+
+    def resume(self, state: Mapping[str, Any]) -> bool:
+        """Continue after what was read before, and return True, if that is unchanged; else start
+        again."""
+        self._text.seek(0)
+        left, digest = state["position"], hashlib.blake2b(digest_size=16)
+        while left > 0 and (text := self._text.read(min(left, BLOCK_BYTES))):
+            digest.update(text.encode(errors="surrogatepass"))
+            left -= len(text)
+        if state["position"] < max(self._safe[0], 1) or digest.hexdigest() != state["digest"]:
+            self._start()
+            return False
+        self._digest, self._safe = digest, (state["position"], state["line"])
+        self._line, self._begin, self._last = state["line"], 0, 0
+        self._taken.clear()
+        self._again.clear()
+        return True
 
     def _lines(self) -> Iterator[str]:
         """The lines for the csv reader. Before a record, blank lines and comments are left out, and
         so is a byte order mark, which stands there where files were joined."""
         readline, again, taken = self._text.readline, self._again, self._taken
-        comment, blank = self.source.comment, " \t\r\n".replace(self._delimiter, "")
+        comment, blank = self.source.comment, " \t\r\n".replace(self._dialect["delimiter"], "")
         unusual = f"\ufeff{blank}{comment or ''}"
         while line := again.popleft() if again else readline(RECORD_BYTES):
             if line[-1] != "\n" and not (line := self._odd_line(line)):
                 return
             taken.append(line)
-            begun = len(taken) - self._begin
-            if begun == 1 and line[0] in unusual:
-                line = line.lstrip("\ufeff")
-                if not line.strip(blank) or (comment and line.startswith(comment)):
+            text, count = line, len(taken) - self._begin
+            if count == 1 and line[0] in unusual:
+                text = line.lstrip("\ufeff")
+                if not text.strip(blank) or (comment and text.startswith(comment)):
                     self._begin += 1
                     if self._begin > 10 * CHUNK_ROWS:
                         self._settle()
                     continue
-            elif begun >= CHUNK_ROWS and begun % CHUNK_ROWS == 0:
-                self._check_long_record(begun)
+            elif count % CHUNK_ROWS == 0 and self._never_ends():
+                raise csv.Error(OPEN_QUOTE)
             if not line.isascii():
                 self._check(line)
-            yield line
+            yield text
 
-    def _check_long_record(self, lines: int) -> None:
-        """Look ahead for the quote that ends a long field. The csv module would find out as well
-        that there is none, but hold four bytes for each character meanwhile. Raises csv.Error."""
-        if lines == CHUNK_ROWS and self._swallows(self._taken[self._begin :]):
-            raise csv.Error(OPEN_QUOTE)
-        size = 0
-        for line in self._lines_ahead() if self.source.quote != "none" else ():
-            size += len(line) + LINE_BYTES
-            if self.source.quote in line or line[-1] not in "\r\n":
-                return
-            if size > 2 * RECORD_BYTES:
-                raise csv.Error(OPEN_QUOTE)
-
-    def _lines_ahead(self) -> Iterator[str]:
-        """The lines that come next; they stay where they are."""
-        yield from list(self._again)
-        while line := self._text.readline(RECORD_BYTES):
-            self._again.append(line)
-            yield line
+    def _never_ends(self) -> bool:
+        """Whether so many lines are one record because a quote is never closed. The csv module
+        would find out, too, but hold four bytes for each character meanwhile."""
+        lines = self._taken[self._begin :]
+        size = sum(map(len, lines)) + LINE_BYTES * len(lines)
+        return size > LONG_RECORD or (len(lines) == CHUNK_ROWS and self._swallows(lines))
 
     def _odd_line(self, line: str) -> str:
         """A line that does not end with LF: the last one, one that ends with CR, or one that is too
@@ -6257,76 +6197,74 @@ class CsvFile:
             self._broken = f"{wrong}; `encoding` names another"
 
     def _settle(self) -> None:
-        """Note that what was read before the current record need not be read again, except a last
-        line without a line end, which may still grow."""
-        upto, end = self._begin, self._taken[self._begin - 1][-1:] if self._begin else "\n"
-        whole = end == "\n" or (end == "\r" and not self.ended)
+        """Note that what was read need not be read again, except a last record without a line end,
+        which may still grow."""
+        whole = self._begin == 0 or self._taken[self._begin - 1].endswith("\n")
+        upto = self._begin if whole else self._last
         if not self._frozen:
-            text = "".join(self._taken[: upto if whole else self._last])
+            text = "".join(self._taken[:upto])
             self._digest.update(text.encode(errors="surrogatepass"))
-            lines = self._line + (upto if whole else self._last)
-            self._safe = self._safe[0] + len(text), lines
-        self._frozen |= not whole
-        self._line += upto
+            self._safe = self._safe[0] + len(text), self._line + upto
         del self._taken[:upto]
-        self._begin = self._last = 0
+        self._line += upto
+        self._begin, self._last = self._begin - upto, 0
 
     def read(self) -> Fetched:
         """The next records, some thousand at most."""
         records, rejects, columns = list[tuple[int, Any]](), list[Rejected](), self.columns
-        first = self._line + 1
-        size, taken = 0, self._taken
+        first, size, taken = self._line + self._begin + 1, 0, self._taken
         while len(records) + len(rejects) < CHUNK_ROWS and size < CHUNK_BYTES:
+            row, error = None, ""
             try:
                 row = next(self._reader, None)
             except csv.Error as e:
-                row = None
                 if not self.waits:
-                    rejects.append(self._unreadable(e))
-                    continue
+                    row, error = [], str(e)
             if row is None:
                 self.ended = True
                 break
-            begin = self._last = self._begin
-            self._begin = end = len(taken)
-            size += sum(map(len, taken[begin:]))
-            if len(row) != len(columns) or self._broken or end > begin + 2:
-                if rejected := self._judge(row):
-                    rejects.append(rejected)
-                    continue
+            reason, lines = "", taken[self._begin :]
+            if error or len(row) != len(columns) or self._broken or len(lines) > 2:
+                reason, lines = self._judge(row, lines, error)
+            number = self._line + self._begin + 1
+            self._last, self._begin = self._begin, len(taken)
+            size += sum(map(len, lines))
+            if reason:
+                rejects.append(self._rejected(number, reason, lines))
             elif row == self._header:
                 if len(self.notes) < MAX_NOTES:
-                    place = f"{self.part} line {self._line + begin + 1}"
-                    self.notes.append(f"{place}: the header once more")
-                continue
-            records.append((self._line + begin + 1, dict(zip(columns, row, strict=True))))
+                    self.notes.append(f"{self.part} line {number}: the header once more")
+            else:
+                records.append((number, dict(zip(columns, row, strict=True))))
         self._settle()
-        span = first, BEYOND_ALL_RECORDS if self.ended else self._line
-        state: dict[str, Any] = dict(zip(("position", "line"), self._safe, strict=True))
-        state |= {"digest": self._digest.hexdigest(), "done": self.ended}
-        share = min(self._file.tell() / self._size, 1.0) if self._size else 1.0
+        span = first, BEYOND_ALL_RECORDS if self.ended else self._line + self._begin
+        position, line = self._safe
+        state = {"position": position, "line": line, "digest": self._digest.hexdigest()}
+        state["done"] = self.ended
+        share = min(self._file.tell() / (os.fstat(self._file.fileno()).st_size or 1), 1.0)
         return Fetched(f"{self.part} line", records, rejects, span, self.part, state, share)
 
-    def _unreadable(self, error: csv.Error) -> Rejected:
-        if "unexpected end" in str(error):  # what is to come may close the quote
+    def _judge(self, row: Sequence[str], lines: list[str], error: str) -> tuple[str, list[str]]:
+        """What is wrong with a record, empty where nothing is, and its lines. If a quote is, these
+        are the first one; the others are read again."""
+        reason, swallows = quote_error(error) if error else self._broken, False
+        self._broken = ""
+        if "unexpected end" in error:  # what is to come may close the quote
             self._settle()
             self._frozen = True
-        return self._give_up(quote_error(error))
-
-    def _judge(self, row: Sequence[str]) -> Rejected | None:
-        """What is wrong with the record that was just read; None where nothing is."""
-        lines, reason = self._taken[self._last :], self._broken
-        if len(row) != len(self.columns):
+        elif len(row) != len(self.columns) and not error:
             reason = reason or f"found {len(row)} fields; the header has {len(self.columns)}"
             swallows = any(map(self._is_alone, lines[1:]))
-        else:
+        elif not error:
             swallows = self._swallows(lines)
         if swallows:
-            self._begin = self._last
-            said = "a quote swallows the lines after it"
-            return self._give_up(f"{reason}; {said}" if reason else said)
-        self._broken = ""
-        return self._rejected(self._last, reason, lines) if reason else None
+            reason = f"{reason}; a quote swallows the lines after it".removeprefix("; ")
+        if error or swallows:
+            self._again.extendleft(reversed(lines[1:]))
+            del self._taken[self._begin + 1 :]
+            self._reader = csv.reader(self._lines(), **self._dialect)
+            lines = lines[:1]
+        return reason, lines
 
     def _swallows(self, lines: Sequence[str]) -> bool:
         """Whether a stray quote joined these lines: 19 of 20 would be records of their own."""
@@ -6335,60 +6273,73 @@ class CsvFile:
 
     def _is_alone(self, line: str) -> bool:
         """Whether a line would be a record of its own if quotes meant nothing."""
-        row = next(self._make_reader([line], quoting=csv.QUOTE_NONE, quotechar=None), [])
+        dialect = self._dialect | {"quoting": csv.QUOTE_NONE, "quotechar": None}
+        row = next(csv.reader([line], **dialect), [])
         named = dict(zip(self.columns, row, strict=False))
-        return len(row) == len(self.columns) and all(
-            named.get(name, "").strip() for name in self.source.id
-        )
+        ids = (named.get(name, "").strip() for name in self.source.id)
+        return len(row) == len(self.columns) and all(ids)
 
-    def _give_up(self, reason: str) -> Rejected:
-        """Reject the first line of the record under way, and read again from the second on."""
-        first, *rest = self._taken[self._begin :] or [""]
-        del self._taken[self._begin + 1 :]
-        self._again.extendleft(reversed(rest))
-        self._last = self._begin
-        self._begin = len(self._taken)
-        self._broken = ""
-        self._reader = self._make_reader(self._lines())
-        return self._rejected(self._last, reason, [first])
-
-    def _rejected(self, begin: int, reason: str, lines: Sequence[str]) -> Rejected:
+    def _rejected(self, number: int, reason: str, lines: Sequence[str]) -> Rejected:
         shown = re.sub("[\udc80-\udcff]", lambda m: f"\\x{ord(m[0]) & 0xFF:02x}", "".join(lines))
         shown = shown.rstrip("\r\n").encode(errors="backslashreplace").decode()
-        number = self._line + begin + 1
         return Rejected(f"{self.part} line {number}", reason, shown, number)
 
 
 # ── Ingest: files ─────────────────────────────────────────────────────────────────────────────
 
 
+DATA_FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")  # what HTTP may have read
+
+
+def may_be_read(path: Path, config: Config) -> bool:
+    """Whether a job that does not come from jobs.yaml may read a file: a data file beneath its
+    folder, links followed, that holds no secret."""
+    real, base = path.resolve(), config.base.resolve()
+    private = [config.base / ref.file for ref in config.secrets.values() if ref.file]
+    private += filter(None, [config.settings.secret_key_file, config.settings.log_file])
+    inside = real.is_relative_to(base) and real.name.lower().endswith(DATA_FILES)
+    return inside and real not in {file.resolve() for file in private}
+
+
+class Rewritten(Exception):
+    """A file is not as it was, up to where it was read."""
+
+
 class Files:
     """A CSV source as a stream of records: a file, all that a glob matches in natural order, or one
     behind a URL. The same files give the same records, whatever was read before: if one was
-    rewritten, is gone or changed records, those that may have to win over it are read again."""
+    rewritten or is gone, all are read again, and if one changed records, those behind it are, which
+    may have to win over it. For a run that goes on after a crash, the state of each tells in which
+    run its reading began, and in which it, or one before it, last changed records."""
 
-    def __init__(
-        self, source: CsvSource, run: Ingesting, base: Path, allowed: Callable[[Path], bool]
-    ) -> None:
-        self.source, self.run, self.base, self.allowed = source, run, base, allowed
-        self._downloads = dict[str, tuple[Any, Mapping[str, Any] | None]]()  # not yet read
+    def __init__(self, source: CsvSource, run: Ingesting) -> None:
+        self.source, self.run, self.config = source, run, run.steps.config
+        self._several = False
 
     async def read(self, states: Mapping[str, Mapping[str, Any]]) -> AsyncGenerator[Fetched]:
         """From where `states` say that parts were left. Raises SourceError, for a file that cannot
         be read once the others are."""
-        files, failures = await self._find(), list[SourceError]()
+        files, failures, at, changed = await self._find(), list[SourceError](), 0, 0
         gone = states.keys() - {part for part, _ in files}
-        if gone or (len(files) > 1 and await self._were_rewritten(files, states)):
-            states = {}
-        for part, file in files:
-            before = self.run.counts["updated"]
+        self._several, fresh = len(files) > 1, bool(gone)
+        while at < len(files):
+            (part, file), state = files[at], states.get(files[at][0], {})
+            marks = {"begun": state.get("begun", 0)}
+            marks["changed"] = max(changed, state.get("changed", 0))
+            at += 1
+            if fresh or marks["begun"] < changed:
+                state, marks["begun"] = {}, self.run.run.id
             try:
-                async for fetched in self._read(part, file, states.get(part, {})):
+                async for fetched in self._read(part, file, state):
+                    fetched.state.update(marks)
                     yield fetched
+                    marks["changed"] = fetched.state["changed"]
             except SourceError as e:
                 failures.append(e)
-            if self.run.counts["updated"] > before:
-                states = {}
+            except Rewritten:
+                at, fresh = 0, True
+                failures.clear()
+            changed = marks["changed"]
         if failures:
             said = one_line("; ".join(map(str, failures)))
             raise failures[0] if len(failures) == 1 else SourceError(said, status=400)
@@ -6402,105 +6353,67 @@ class Files:
             return [(without_query(path), RemoteFile(without_query(path), path))]
         found: list[tuple[str, Path | RemoteFile]]
         if self.source.in_s3:
-            found = [(each.name, each) for each in await self.run.objects()]
+            secret = await self.run.steps.secret_of(self.source)
+            found = [(each.name, each) for each in await s3_objects(self.source, secret)]
         else:
             found = [*await self.run.in_thread(self._find_here)]
         return sorted(found, key=lambda file: natural_order(file[0]))
 
-    def _find_here(self) -> list[tuple[str, Path | RemoteFile]]:
-        exact, path = self.base / self.source.path, self.source.path
+    def _find_here(self) -> Iterator[tuple[str, Path]]:
+        base, path = self.config.base, self.source.path
+        exact, trusted = base / path, self.run.job.origin == "file"
         try:
             found = [exact] if exact.is_file() else map(Path, glob.glob(str(exact), recursive=True))
             files = [file for file in found if file.is_file()]  # no pipe: it might block
-            files = [file for file in files if self.allowed(file)]
+            files = [file for file in files if trusted or may_be_read(file, self.config)]
         except OSError as e:
             raise SourceError(f"{path}: {e.strerror}", status=400) from e
         if not files:
             raise SourceError(f"there is no file {path}", status=404)
-        names = (os.fsencode(os.path.relpath(file, self.base)) for file in files)
-        parts = [name.decode(errors="backslashreplace") for name in names]
-        return list(zip(parts, files, strict=True))
-
-    async def _were_rewritten(
-        self,
-        files: Sequence[tuple[str, Path | RemoteFile]],
-        states: Mapping[str, Mapping[str, Any]],
-    ) -> bool:
-        """Whether one of the files did not only grow. What was downloaded for that is kept."""
-        for part, file in files:
-            with contextlib.suppress(SourceError), reading_errors(part):
-                state, now = states.get(part), self.run.clock()
-                if state is None or await self.run.in_thread(is_unchanged, file, state, now):
-                    continue
-                opened, told = await self._open(part, file, {})
-                grew = await self.run.in_thread(self._only_grew, opened, part, state)
-                if isinstance(file, RemoteFile):
-                    self._downloads[part] = opened, told
-                if not grew:
-                    return True
-        return False
-
-    def _only_grew(self, file: Any, part: str, state: Mapping[str, Any]) -> bool:
-        with open(file.fileno(), "rb", closefd=False) as again:
-            grew = CsvFile(again, part, self.source, growing=False).resume(state)
-        file.seek(0)
-        return grew
+        names = (os.fsencode(os.path.relpath(file, base)) for file in files)
+        return zip((name.decode(errors="backslashreplace") for name in names), files, strict=True)
 
     async def _read(
         self, part: str, file: Path | RemoteFile, state: Mapping[str, Any]
     ) -> AsyncGenerator[Fetched]:
-        with reading_errors(part):
-            if await self.run.in_thread(is_unchanged, file, state, self.run.clock()):
-                return
-            opened, told = await self._open(part, file, state)
-            if opened is not None:
-                with opened:
-                    async for fetched in self._read_csv(opened, part, state, told):
-                        yield fetched
-
-    async def _open(
-        self, part: str, file: Path | RemoteFile, state: Mapping[str, Any]
-    ) -> tuple[Any, Mapping[str, Any] | None]:
-        """A file, and what tells that it is as it was: None where it may have changed since. The
-        file is None where it is still as `state` has it.
+        """The records of one file. What tells that it is as it was is remembered once it was read
+        whole, unless it may have changed since. Raises Rewritten.
 
         One that is elsewhere is fetched whole before it is read: a server that breaks off then
         costs nothing but a retry. It has no name here, so that no crash leaves it behind."""
-        if isinstance(file, Path):
-            opened = file.open("rb")
-            identity = identity_of(os.fstat(opened.fileno()), self.run.clock())
-            return opened, {"identity": identity} if identity else None
-        if part in self._downloads:
-            return self._downloads.pop(part)
-        with contextlib.ExitStack() as unless_good:
-            folder = self.run.folder
-            sink = unless_good.enter_context(tempfile.TemporaryFile(dir=folder))
-            limit = min(4 << 30, shutil.disk_usage(folder).free // 2)
-            got = await self.run.fetch(file.url, state=state, sink=sink, limit=limit)
-            if got.status_code == 304:
-                return None, None
-            sink.seek(0)
-            unless_good.pop_all()
-            return sink, {"identity": file.tag} if file.tag else validators_of(got)
-
-    async def _read_csv(
-        self, file: Any, part: str, state: Mapping[str, Any], told: Mapping[str, Any] | None
-    ) -> AsyncGenerator[Fetched]:
-        """The records of one file. `told` is remembered once it was read whole."""
-        run = self.run
-        csv_file = await run.in_thread(CsvFile, file, part, self.source, told is None)
-        if state:
-            await run.in_thread(csv_file.resume, state)
-        self._check_columns(csv_file)
-        while not csv_file.ended:  # not ahead of the writing: threads in turns cost more than one
-            fetched = await run.in_thread(csv_file.read)
-            if csv_file.ended and not csv_file.waits:
-                fetched.state.update(told or {})
-            yield fetched
+        run, temporary, told = self.run, tempfile.TemporaryFile, dict[str, Any]()
+        try:
+            if tag := await run.in_thread(tag_of, file, run.clock()):
+                told["identity"] = tag
+            if tag and tag == state.get("identity") and state.get("done"):
+                return
+            with file.open("rb") if isinstance(file, Path) else temporary(dir=run.folder) as opened:
+                if isinstance(file, RemoteFile):
+                    limit = min(4 << 30, shutil.disk_usage(run.folder).free // 2)
+                    got = await run.fetch(file.url, state=state, sink=opened, limit=limit)
+                    if got.status_code == 304:
+                        return
+                    opened.seek(0)
+                    told = told or validators_of(got)
+                csv_file = await run.in_thread(CsvFile, opened, part, self.source, not told)
+                if state and not await run.in_thread(csv_file.resume, state) and self._several:
+                    raise Rewritten
+                self._check_columns(csv_file)
+                while not csv_file.ended:  # not ahead of the writing: taking turns costs more
+                    fetched = await run.in_thread(csv_file.read)
+                    if csv_file.ended and not csv_file.waits:
+                        fetched.state.update(told)
+                    yield fetched
+        except (OSError, EOFError, zlib.error, UnicodeError) as e:
+            why = (e.strerror if isinstance(e, OSError) else None) or str(e)
+            raise SourceError(f"{part} cannot be read: {one_line(why)}", status=400) from e
         for note in csv_file.notes:
             run.note(note)
         if csv_file.waits:
             run.note(f"the last line of {part} has no end yet, and waits for the next run")
+
+    def watermark(self) -> None:
+        """Files have none."""
 
     def _check_columns(self, file: CsvFile) -> None:
         if not file.columns:
@@ -6511,8 +6424,7 @@ class Files:
         if not self.run.checkpoint.fields:  # later on it is drift that one is gone
             wanted |= {*self.source.fields.values()}
         if missing := sorted(wanted - {*file.columns}):
-            lists = (missing, file.columns)
-            lacks, there = (", ".join(map(repr_excerpt, names)) for names in lists)
+            lacks, there = (", ".join(map(repr_excerpt, n)) for n in (missing, file.columns))
             raise SourceError(f"{file.part} has no column {lacks}; there are: {there}", status=400)
 
 
@@ -6527,22 +6439,22 @@ class Files:
 MAX_PAGES = 100_000  # of one run; an API whose `next` never ends is cut off there
 SAME_PAGES = 2  # pages in a row without anything new: the paging goes in circles, or is at its end
 PAGE_REFUSED = (400, 404, 416, 422)  # what APIs answer to the number of a page that is not there
-HAS_MORE = re.compile(r"has(more|next(page)?)")
-MORE = re.compile(
-    r"(odata)?next(page|url|link|uri|cursor|token|offset|start|results?|records|marker)*"
-    r"|has(more|next(page)?)|more(results|items|pages)?|continuation(token)?|lastevaluatedkey"
-    r"|(is)?truncated"
-)
-LAST = re.compile(r"(is)?last(page)?")  # what is false where there is more
-TOTALS = {
+NO_LIST = ("errors", "warnings")  # lists that hold no records
+NO = ("false", "no", "0", "", "none")
+PAGE_SIGNS = {  # what a value tells, by its name in lower case and letters alone
+    "whether": re.compile(r"has(more|next(page)?)"),
+    "more": re.compile(  # unless it is one of NO
+        r"(odata|link)?next(page|url|link|uri|cursor|token|offset|start|results?|records|marker)*"
+        r"|has(more|next(page)?)|more(results|items|pages)?|continuation(token)?|lastevaluatedkey"
+        r"|(is)?truncated"
+    ),
+    "last": re.compile(r"(is)?last(page)?"),  # what is false where there is more
     "records": re.compile(
         r"(count|total)|total(count|results|items|records|elements|hits)|recordstotal|numfound"
         r"|contentrange"
     ),
     "pages": re.compile(r"total(number)?(of)?pages|pages?total|pagecount|num(ber)?(of)?pages"),
 }
-NO_LIST = ("errors", "warnings")  # lists that hold no records
-NO = ("false", "no", "0", "")
 
 
 def next_link(header: str) -> str | None:
@@ -6568,14 +6480,23 @@ class Sign(NamedTuple):
     """A value in an answer, or in its headers, that may tell about paging."""
 
     path: str  # dotted, or the header's name
-    name: str  # its last part in lower case and letters alone
     value: Any
+
+    def tells(self, what: str) -> bool:
+        name = re.sub("^x-(wp-|ms-)?|[^a-z]", "", self.path.rpartition(".")[2].lower())
+        return PAGE_SIGNS[what].fullmatch(name) is not None
+
+    @property
+    def says_more(self) -> bool:
+        if isinstance(self.value, list) or self.tells("last"):
+            return self.value is False
+        return self.tells("more") and str(self.value).lower() not in NO
 
     @property
     def number(self) -> int | None:
-        """The value as a whole number, where it is one."""
+        """The value as a whole number, where it is one; of a Content-Range the total."""
         text = str(self.value) if type(self.value) in (int, float, str) else ""
-        found = re.fullmatch(r"(\d{1,15})(\.0)?", text, re.ASCII)
+        found = re.fullmatch(r"(?:.*/)?(\d{1,15})(\.0)?", text, re.ASCII)
         return int(found[1]) if found else None
 
 
@@ -6586,43 +6507,42 @@ def signs_in(answer: Any, path: str = "", depth: int = 3) -> Iterator[Sign]:
         if isinstance(value, dict):
             yield from signs_in(value, where, depth - 1)
             value = value.get("href", value if any(value.values()) else None)
-        yield Sign(where, re.sub("[^a-z]", "", str(key).lower()), value)
-
-
-def signs_in_headers(headers: Mapping[str, str]) -> Iterator[Sign]:
-    """The same of headers like X-Total-Count; of a Content-Range the total behind its slash."""
-    for key, text in headers.items():
-        name = re.sub("^x-(wp-|ms-)?|[^a-z]", "", key.lower())
-        value = text.rpartition("/")[2] if name == "contentrange" else text
-        yield Sign(key, name, {"true": True, "false": False}.get(value.lower(), value))
+        yield Sign(where, value)
 
 
 class Pages:
     """An API as a stream of records, page after page."""
 
-    def __init__(self, source: ApiSource, run: Ingesting, since: str | None) -> None:
-        self.source, self.run, self.since = source, run, since
-        self.paging = source.next or Paging.model_validate("link")
-        self.numbered = self.paging.type in ("page", "offset")
-        start = self.paging.start
-        self._at = start if start is not None else int(self.paging.type == "page")
+    def __init__(self, source: ApiSource, run: Ingesting) -> None:
+        self.source, self.run = source, run
+        no_matter: Any = dict.fromkeys((*LIMITS, "next", "more"), True)
+        no_matter["since"] = {"param", "overlap", "format"}
+        self._form = digest_of(source.model_dump_json(exclude=no_matter)).hex()
+        mark = json.loads(run.checkpoint.watermark or "{}")  # counts for records read like these
+        self._mark = mark if mark.get("map") == self._form else {}
+        self.since = self._watermark_to_send()
+        paging = self.paging = source.next or Paging.model_validate("link")
+        self.numbered = paging.type in ("page", "offset")
+        self._at = int(paging.type == "page") if paging.start is None else paging.start
+        self._param = paging.param or ("starting_after" if paging.type == "last" else paging.type)
+        self._path = paging.path or ("next_cursor" if paging.type == "cursor" else source.id[0])
         self._items = source.items  # where the list is
         self._taken = self._pages = 0
-        self._signs: list[Sign] = []  # in the last answer
-        self._path = self.paging.path or "next_cursor"  # of a cursor
-        named = {self._path} if self.paging.type == "cursor" else set[str]()
-        self._unmet = named | ({source.more} if source.more else set())  # paths in no answer yet
-        self._has_link = False  # whether some answer had a Link header
-        self._totals: dict[str, dict[str, int]] = {what: {} for what in TOTALS}  # that answers told
-        self.shrank = False  # whether a total got less from page to page
-        self.has_field = False  # whether some record has what `since` names
+        self._signs: list[Sign] = []  # in the last answer,
+        self._more: bool | None = None  # which says whether there is a next page,
+        self._says = ""  # and by what it says that there is one
+        named = {"cursor": self._path, "link": "link" if source.next else ""}.get(paging.type)
+        self._unmet = {path for path in (named, source.more) if path}  # paths in no answer yet
+        self._totals: dict[tuple[str, str], int] = {}  # that answers told, by kind and path
+        self._shrank = False  # whether a total got less from page to page
+        self._timed = False  # whether some record has what `since` names
+        self._latest = "", -math.inf  # the greatest time among them: as it came, and unix seconds
 
     async def read(self, states: Mapping[str, Mapping[str, Any]]) -> AsyncGenerator[Fetched]:
         """From the first page on. Raises SourceError."""
-        url: str | None = self._url(self._number())
+        url: str | None = self._url()
         asked, seen, stale = set[str](), set[bytes](), 0
         answer: Any = None
-        got: httpx2.Response | None = None
         while url and url not in asked:
             if len(asked) >= MAX_PAGES:
                 raise SourceError(f"more than {MAX_PAGES} pages: does `next` ever end?", status=400)
@@ -6632,24 +6552,26 @@ class Pages:
             if got.status_code in (204, *PAGE_REFUSED):
                 if got.status_code not in (204, 404):
                     self.run.note(f"page {number}: {got.status_code}: taken for the end")
-                self._signs = []
+                self._says = ""
                 break
             answer, items, digest = await self.run.in_thread(self._open, got, number)
             stale = stale + 1 if digest in seen or not items else 0
             seen.add(digest)
             for fetched in self._fetched(items, number):
                 yield fetched
+            self._learn(answer)
             link = self._next(got, answer, items)
-            url = next_page_url(str(got.url), link) if link else None
+            try:
+                url = clean_url(urljoin(str(got.url), link)) if link else None
+            except ValueError as e:
+                said = f"the next page cannot be asked for: {one_line(link)} is no URL"
+                raise SourceError(said, status=400) from e
             if stale >= SAME_PAGES or (not items and self.numbered):
-                pages = f"pages {number - 1} and {number}"
-                if url and not self.numbered and items:
-                    said = f"the paging goes in circles: {pages} came before; is `next` right?"
-                    self._complain(said, mistake=True)
-                elif url and not self.numbered:
-                    self.run.note(f"{pages} are empty: taken for the end")
+                if url and not self.numbered:
+                    said = f"pages {number - 1} and {number} brought nothing new: is `next` right?"
+                    self._complain(said, mistake=bool(items))
                 break
-        self._judge(answer, got, url)
+        self._judge(answer, url)
 
     async def _get(self, url: str, number: int) -> httpx2.Response:
         if self.source.secret is not None and origin_of(url) != origin_of(self.source.url):
@@ -6664,17 +6586,20 @@ class Pages:
             raise
 
     def _open(self, got: httpx2.Response, number: int) -> tuple[Any, list[Any], bytes]:
+        """An answer, the records in it, and a digest of these. Runs in a thread."""
         may_lack = number > 1 or self.since is not None
         answer = read_json(got.content) if got.content.strip() or not may_lack else None
-        self._signs = [*signs_in(answer), *signs_in_headers(got.headers)]
+        link = {"link next": next_link(got.headers.get("link", ""))}
+        self._signs = [*signs_in(answer), *signs_in({**got.headers, **link})]
         items = self._list_in(answer, may_lack=may_lack)
+        self._note_times(items)
         return answer, items, digest_of(lenient_json(items))
 
     def _list_in(self, answer: Any, *, may_lack: bool) -> list[Any]:
         """The list of records in an answer. Without a path the answer itself, or the only list in
         it. Raises SourceError."""
         block, lists = answer if isinstance(answer, dict) else {}, list[str]()
-        if self._items is None and block:
+        if self._items is None:
             lists = [key for key, value in block.items() if isinstance(value, list)]
             if len(lists) == 1 and lists[0] not in NO_LIST:
                 self._items = lists[0]
@@ -6686,117 +6611,100 @@ class Pages:
         null = found is None and any(sign.path == self._items for sign in self._signs)
         if null or (may_lack and not lists and (not found or found is block)):
             return []
-        if self._items is not None:
-            said = f"there is no list at {self._items!r} in the answer: {repr_excerpt(answer)}"
-        else:
-            there = (
-                f"lists are at: {', '.join(lists)}" if lists else f"found {repr_excerpt(answer)}"
-            )
-            said = f"the answer is no list; `items` says where it is; {one_line(there)}"
+        there = repr_excerpt(answer)
+        said = f"there is no list at {self._items!r} in the answer: {there}"
+        if self._items is None:
+            said = "the answer is no list; `items` says where it is; "
+            said += f"lists are at: {one_line(', '.join(lists))}" if lists else f"found {there}"
         raise SourceError(said, status=400)
 
     def _fetched(self, items: Sequence[Any], number: int) -> Iterator[Fetched]:
         """A page, in chunks where it is long."""
         self._taken += len(items)
         self._pages += bool(items)
-        if self.source.since is not None and not self.has_field:
-            pick = picker(self.source.since.field)
-            self.has_field = any(isinstance(r, dict) and pick(r) is not None for r in items)
         for start in range(0, len(items), CHUNK_ROWS):
             some = [*enumerate(items[start : start + CHUNK_ROWS], start + 1)]
             end = start + CHUNK_ROWS
             span = start, end if end < len(items) else BEYOND_ALL_RECORDS
             yield Fetched(f"page {number} record", some, [], span if self.since is None else None)
 
-    def _url(self, query: Mapping[str, str]) -> str:
+    def _url(self, cursor: str | None = None) -> str:
+        """The URL of the page that a cursor names, or of the one at `_at`, or of the first one."""
         import httpx2
 
-        asked = dict(self.source.params)
+        asked, paging = dict(self.source.params), self.paging
         if self.source.since is not None and self.since is not None:
             asked[self.source.since.param] = self.since
-        return str(httpx2.URL(self.source.url).copy_merge_params({**asked, **query}))
-
-    def _number(self) -> dict[str, str]:
-        """The parameters of the page at `_at`, where pages have numbers, and of its size."""
-        paging, query = self.paging, dict[str, str]()
-        if self.numbered:
-            query[paging.param or paging.type] = str(self._at)
         if paging.size is not None and paging.type in ("page", "offset", "last"):
             default = "per_page" if paging.type == "page" else "limit"
-            query[paging.size_param or default] = str(paging.size)
-        return query
+            asked[paging.size_param or default] = str(paging.size)
+        cursor = str(self._at) if self.numbered else cursor
+        if cursor is not None:
+            asked[self._param] = cursor.encode(errors="backslashreplace").decode()
+        return str(httpx2.URL(self.source.url).copy_merge_params(asked))
 
     def _next(self, got: httpx2.Response, answer: Any, items: Sequence[Any]) -> str | None:
         """The URL of the next page, relative perhaps, as far as this answer knows of one."""
-        self._note_signs()
-        self._has_link |= "link" in got.headers
-        if (more := self._has_more(answer)) is not None:
-            self._unmet.discard(self.source.more or "")
-        if more is False:
+        if self._more is False:
             self._unmet.discard(self._path)
             return None
         paging = self.paging
         if self.numbered:
             self._at += len(items) if paging.type == "offset" else 1
-            return self._url(self._number())
+            return self._url()
         if paging.type == "link":
             return next_link(got.headers.get("link", ""))
-        last = paging.type == "last"
-        holder = items[-1] if last and items else None if last else answer
-        path = paging.path or self.source.id[0] if last else self._path
-        cursor = picker(path)(holder) if isinstance(holder, dict) else None
-        if isinstance(cursor, dict):
-            cursor = cursor.get("href", cursor)
-        if cursor is not None:
-            self._unmet.discard(path)
+        last = items[-1] if items else None
+        cursor = self._value_at(self._path, last if paging.type == "last" else answer)
         if cursor in (None, "", False):
             return None
         if not isinstance(cursor, str):
             cursor = lenient_json(cursor).decode()
         elif re.match("https?://" if paging.param else "https?://|[/?]", cursor):
             return cursor
-        name = paging.param or ("starting_after" if last else "cursor")
-        return self._url(
-            {**self._number(), name: cursor.encode(errors="backslashreplace").decode()}
-        )
+        return self._url(cursor)
 
-    def _note_signs(self) -> None:
+    def _value_at(self, path: str, holder: Any) -> Any:
+        value = picker(path)(holder) if isinstance(holder, dict) else None
+        if value is not None:
+            self._unmet.discard(path)
+        return value.get("href", value) if isinstance(value, dict) else value
+
+    def _learn(self, answer: Any) -> None:
+        """Note what an answer tells: totals, and whether there is a next page, and by what."""
         self._unmet -= {sign.path for sign in self._signs}
-        for sign in self._signs:
-            for what, names in TOTALS.items():
-                if names.fullmatch(sign.name) and (number := sign.number) is not None:
-                    less = number < self._totals[what].get(sign.path, number)
-                    self.shrank |= less and sign.name != "count"
-                    self._totals[what][sign.path] = number
-
-    def _has_more(self, answer: Any) -> bool | None:
-        """Whether the answer says that there is a next page; None: it does not say."""
+        for sign, what in itertools.product(self._signs, ("records", "pages")):
+            if sign.tells(what) and (number := sign.number) is not None:
+                less = number < self._totals.get((what, sign.path), number)
+                self._shrank |= less and not sign.path.endswith("count")
+                self._totals[what, sign.path] = number
+        told = [s.value for s in self._signs if s.tells("whether") and self.paging.type != "link"]
         if self.source.more is not None:
-            told = picker(self.source.more)(answer) if isinstance(answer, dict) else None
-            return None if told is None else str(told).lower() not in NO
-        signs = self._signs if self.paging.type != "link" else ()
-        told = (s.value for s in signs if HAS_MORE.fullmatch(s.name) and type(s.value) is bool)
-        return next(told, None)
+            told = [self._value_at(self.source.more, answer)]
+        told = [str(value).lower() not in NO for value in told if value is not None]
+        self._more = told[0] if told else None
+        says = [self.source.more] if self.source.more and self._more else []
+        says += [sign.path for sign in self._signs if sign.says_more]
+        self._says = says[0] if says and self._more is not False and not self.numbered else ""
 
-    def _judge(self, answer: Any, got: httpx2.Response | None, url: str | None) -> None:
+    def _judge(self, answer: Any, url: str | None) -> None:
         """Say what the answers say of more than was taken."""
-        first, paging = self._pages <= 1, self.paging
         known = self.run.checkpoint.records
-        more = self._says_more(answer, got) if got is not None and not self.numbered else ""
-        if self._unmet and self._taken:
+        more, nowhere = self._says, self._unmet - {"link"}
+        if nowhere and self._taken:
             there = answer if isinstance(answer, dict) else [repr_excerpt(answer)]
-            said = f"there is no {', '.join(sorted(self._unmet))} in the answer; there are "
+            said = f"there is no {', '.join(sorted(nowhere))} in the answer; there are "
             said += one_line(", ".join(map(str, there)))
             self._complain(said, mistake=bool(more) or not known)
         elif more and not url:
             said = f"the answer says by {more} that there is more; `next` says how to ask for it"
-            self._complain(said, mistake=first)
+            self._complain(said, mistake=self._pages <= 1)
         elif self.since is None and (short := self._falls_short()):
             asks_on = self.source.next is not None or self._pages > 1
             self._complain(f"{short}; `next` says how to ask for more", mistake=not asks_on)
-        elif self.source.next is not None and paging.type == "link" and not self._has_link:
+        elif self._unmet:
             self.run.note("no answer had a Link header, which `next` names")
-        if self.source.since is not None and self._taken and not self.has_field:
+        if self.source.since is not None and self._taken and not self._timed:
             self.run.note(f"no record has {self.source.since.field}, which `since` names")
         if not self._taken and self.since is None and not known:
             self.run.note("no records came")
@@ -6804,22 +6712,10 @@ class Pages:
     def _falls_short(self) -> str:
         """What came of all that the answers tell of; empty: nothing is missing."""
         for what, came in (("records", self._taken), ("pages", self._pages)):
-            if came < (total := max(self._totals[what].values(), default=0)):
+            total = max((n for (kind, _), n in self._totals.items() if kind == what), default=0)
+            if came < total:
                 return f"{came} {what} came of {total} that the answer tells of"
         return ""
-
-    def _says_more(self, answer: Any, got: httpx2.Response) -> str:
-        """What in the last answer says that there is a next page; empty: nothing does."""
-        if (more := self._has_more(answer)) is False:
-            return ""
-        if self.source.more is not None and more:
-            return self.source.more
-        for path, name, value in self._signs:
-            told = type(value) in (bool, int, str, dict) and str(value).lower() not in NO
-            if (LAST.fullmatch(name) and value is False) or (MORE.fullmatch(name) and told):
-                return path
-        links = self.paging.type != "link" and next_link(got.headers.get("link", ""))
-        return "Link" if links else ""
 
     def _complain(self, said: str, *, mistake: bool) -> None:
         """Fail the run for a mistake in the job, until some run has succeeded; else only note
@@ -6828,13 +6724,43 @@ class Pages:
             raise SourceError(said, status=400)
         self.run.note(said)
 
+    # since
 
-def next_page_url(base: str, link: str) -> str:
-    try:
-        return clean_url(urljoin(base, link))
-    except ValueError as e:
-        said = f"the next page cannot be asked for: {one_line(link)} is no URL"
-        raise SourceError(said, status=400) from e
+    def _watermark_to_send(self) -> str | None:
+        since = self.source.since
+        if since is None or self._mark.get("at", 0) <= since.overlap:
+            return None
+        text = self._mark["text"]
+        sent = since_text(text, since, self.source.dates)
+        if sent == text and since.overlap:
+            self.run.note(f"`since` sends {sent} without its overlap; `format` names another form")
+        return sent
+
+    def _note_times(self, records: Sequence[Any]) -> None:
+        if self.source.since is None:
+            return
+        pick = picker(self.source.since.field)
+        values = [pick(record) for record in records if isinstance(record, dict)]
+        self._timed |= any(value is not None for value in values)
+        for text in (str(value).strip() for value in values):
+            with contextlib.suppress(ValueError, OverflowError):
+                at = parse_datetime(text, self.source.dates).timestamp()
+                if self._latest[1] < at <= self.run.run.start_time:
+                    self._latest = text, at
+
+    def watermark(self) -> str | None:
+        """What to remember for `since` after a whole run; None: what is. A time after the run began
+        does not count: a clock that is ahead would hide what comes."""
+        text, at = self._latest
+        if self.numbered and (self.run.moved or self._shrank):
+            said = "records moved between the pages: what `since` sends waits for the next run"
+            self.run.note(said)
+        elif text and self._mark.get("at", 0) < at:
+            return json.dumps({"map": self._form, "text": text, "at": at})
+        elif self._timed and not text:
+            said = "what `since` names is no time that can be read, or is ahead; `dates` may help"
+            self.run.note(said)
+        return None
 
 
 # A watermark is the greatest value of a field, as it came. What is sent is that less the overlap,
@@ -6844,45 +6770,26 @@ SINCE_FORMS = (
     (r"^\d{8}(?=T|$)", "%Y%m%d"),
     (r"\d\d\.\d\d\.\d{4}", "%d.%m.%Y"),
     (r"\b[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4}", "%a, %d %b %Y"),
-    (r"\d\d:\d\d:\d\d", "%H:%M:%S"),
-    (r"(?<=[T ])\d\d:\d\d(?!:)", "%H:%M"),
+    (r"\d\d:\d\d:\d\d(?!\s*[apAP])", "%H:%M:%S"),
+    (r"(?<=[T ])\d\d:\d\d(?!:|\s*[apAP])", "%H:%M"),
     (r"(?<=T)\d{6}", "%H%M%S"),
 )
 
 
-def greatest_timestamp(
-    records: Iterable[Any], path: str, order: str | None
-) -> tuple[str, float] | None:
-    """The greatest time stamp among records: as it came, and in unix seconds."""
-    pick, found = picker(path), list[tuple[str, float]]()
-    for value in (pick(record) for record in records if isinstance(record, dict)):
-        with contextlib.suppress(ValueError, OverflowError):
-            if type(value) in (str, int, float):
-                found.append((str(value), parse_datetime(str(value).strip(), order).timestamp()))
-    return max(found, key=lambda mark: mark[1], default=None)
-
-
-def since_text(text: str, at: float, since: Since, order: str | None) -> str:
-    """The moment `at`, less the overlap, in the form that `text` has, or in the one that was
-    asked for; rounded down. A form that cannot be written here is sent as it came, in whole."""
-    own = parse_datetime(text.strip(), order)
-    ahead = at < own.timestamp()  # the source's clock
-    if ahead:
-        kept = re.search(r":\d\d[.,]\d", text) is not None  # a fraction, which is sent as it is
-        own = datetime.fromtimestamp(math.floor(at) - kept, own.tzinfo)
+def since_text(text: str, since: Since, order: str | None) -> str:
+    """The moment that `text` says, less the overlap, in the form that it has, or in the one that
+    was asked for; rounded down. A form that cannot be written here is sent as it came."""
+    own = parse_datetime(text, order)
     before = own - timedelta(seconds=since.overlap)
     unix = {"s": 1, "ms": 10**3, "us": 10**6}
     if since.format is not None and since.format not in unix:
         return before.astimezone(UTC).strftime(since.format)
     if unit := unix.get(since.format or "") or unix_unit(text):
         return str(math.floor(before.timestamp()) * unit)
-    form = text.strip().replace("%", "%%")
+    form = text.replace("%", "%%")
     for pattern, directive in SINCE_FORMS:
         form = re.sub(pattern, directive, form, count=1)
-    known = "%d" in form and not re.search(r"\d\s*[ap]\.?m", text, re.IGNORECASE)
-    if known and parse_datetime(text.strip(), order).strftime(form) == text.strip():
-        return before.strftime(form)
-    return iso(math.floor(before.timestamp())) if ahead else text
+    return before.strftime(form) if "%d" in form and own.strftime(form) == text else text
 
 
 # ── Metrics ───────────────────────────────────────────────────────────────────────────────────
@@ -7407,22 +7314,9 @@ class Steps:
 # Not promised: what vanishes from a source stays; of records that move between numbered pages one
 # may be missed by a run, though not by the next one, unless it moved without a trace.
 
-DATA_FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")  # what HTTP may have read
 INGESTS_AT_ONCE = 2  # chunks worked on: more would only take turns on the same processor and store
 STORE_PATIENCE = 30.0  # s between attempts to write a chunk to a locked store, to which they grow
 MAX_NOTES = 50  # of a run
-LIMITS = {"secret", "header", "max_failed", "on_drift", "max_requests_per_minute", "timeout"}
-# of a source: they change nothing about what a record becomes
-
-
-def may_be_read(path: Path, config: Config) -> bool:
-    """Whether a job that does not come from jobs.yaml may read a file: a data file beneath its
-    folder, links followed, that holds no secret."""
-    real, base = path.resolve(), config.base.resolve()
-    private = [config.base / ref.file for ref in config.secrets.values() if ref.file]
-    private += filter(None, [config.settings.secret_key_file, config.settings.log_file])
-    inside = real.is_relative_to(base) and real.name.lower().endswith(DATA_FILES)
-    return inside and real not in {file.resolve() for file in private}
 
 
 class Interrupted(Exception):
@@ -7442,23 +7336,12 @@ class Ingesting:
         self.notes: list[str] = []
         self.counts = Counter[str]()
         self._reason = ""  # why the first of the rejected was
-        self._moved = False  # an id came twice with other values
-        self._latest: tuple[str, float] | None = None
-        self.reader = self._make_reader()
-
-    def _make_reader(self) -> Files | Pages:
-        config = self.steps.config
+        self.moved = False  # an id came twice with other values
+        self.reader: Files | Pages
         if isinstance(self.source, CsvSource):
-            trusted = self.job.origin == "file"
-            return Files(
-                self.source, self, config.base, lambda path: trusted or may_be_read(path, config)
-            )
-        mark, since, sent = self._known_mark(), self.source.since, None
-        if since is not None and mark is not None and mark["at"] > since.overlap:
-            sent = since_text(mark["text"], mark["at"], since, self.source.dates)
-            if sent == mark["text"] and since.overlap:
-                self.note(f"`since` sends {sent} without its overlap; `format` names another form")
-        return Pages(self.source, self, sent)
+            self.reader = Files(self.source, self)
+        else:
+            self.reader = Pages(self.source, self)
 
     async def go(self) -> StepResult:
         """Read the source to its end, and write down how that went. Raises StoreError."""
@@ -7486,7 +7369,7 @@ class Ingesting:
             error=said,
             notes=self.notes,
             wait=wait,
-            watermark=self.watermark() if status == "success" else None,
+            watermark=self.reader.watermark() if status == "success" else None,
             forget=isinstance(error, IngestFailed) and error.forget,
         )
         run = await self.retry_store(steps.store.end_run, self.run, end, steps.clock())
@@ -7511,12 +7394,24 @@ class Ingesting:
         self._judge(ended=True)
 
     async def _take(self, fetched: Fetched) -> None:
-        steps, (chunk, twice) = self.steps, await self._normalize(fetched)
+        """Identify, look up, normalize and store some records."""
+        steps = self.steps
+        rows, rejects, fields = await self.in_thread(identify_records, self.mapper, fetched)
+        self._check_drift(fields)
+        ids = {row[1] for row in rows}
+        known = await self.retry_store(steps.store.hashes, self.run, [*ids]) if ids else {}
+        if not self.checkpoint.records:  # all that is there came in this run
+            known = {key: (digest, True) for key, (digest, _) in known.items()}
+        chunk, twice = await self.in_thread(
+            normalize_records, self.mapper, fetched, rows, rejects, known
+        )
+        if chunk.counts["updated"]:
+            fetched.state["changed"] = self.run.id
         save = partial(steps.store.save_chunk, self.run, self.job.revision, self.source.type)
         if not await self.retry_store(save, chunk, self.fields, steps.clock()):
             raise Interrupted("the job was paused, changed or removed while it ran")
-        if twice and not self._moved:
-            self._moved = True
+        if twice and not self.moved:
+            self.moved = True
             which = repr_excerpt(twice[0])
             self.note(f"an id came twice with other values, {which} for one: the last wins")
         self._reason = self._reason or next((reject.reason for reject in chunk.rejects), "")
@@ -7525,40 +7420,34 @@ class Ingesting:
         if steps.stopping:
             raise Interrupted("the service was stopped while it ran")
 
-    async def _normalize(self, fetched: Fetched) -> tuple[Chunk, list[str]]:
-        """What has to be written, and the ids that came twice with other values."""
-        rows, rejects, fields = await self.in_thread(identify_records, self.mapper, fetched)
-        self._check_drift(fields)
-        if isinstance(self.source, ApiSource) and self.source.since is not None:
-            records = [record for _, record in fetched.records]
-            field, order = self.source.since.field, self.source.dates
-            found = await self.in_thread(greatest_timestamp, records, field, order)
-            marks = filter(None, (self._latest, found))
-            self._latest = max(marks, key=lambda mark: mark[1], default=None)
-        ids = {row[1] for row in rows}
-        known = await self.retry_store(self.steps.store.hashes, self.run, [*ids]) if ids else {}
-        if not self.checkpoint.records:  # all that is there came in this run
-            known = {key: (digest, True) for key, (digest, _) in known.items()}
-        return await self.in_thread(normalize_records, self.mapper, fetched, rows, rejects, known)
-
     def _judge(self, *, ended: bool) -> None:
+        """Fail a run of which too much was rejected; a share is judged from CHUNK_ROWS records on,
+        and at the end."""
         failed, processed = self.counts["failed"], self.counts["processed"]
-        limit = self.source.max_failed
-        if exceeds_max_failed(limit, failed, processed, ended=ended):
+        limit = self.source.max_failed or "100%"
+        share = limit.endswith("%")
+        allowed = float(limit.removesuffix("%")) * (processed if share else 100)
+        if failed * 100 > allowed and (ended or not share or processed >= CHUNK_ROWS):
             said = f"{failed} of {processed} records were rejected"
             raise IngestFailed(f"{said}; allowed: max_failed {limit}", forget=True)
         if ended and 0 < processed == failed:
             said = f"all {failed} records were rejected"
             raise IngestFailed(f"{said}, the first for: {self._reason}", forget=True)
 
-    def _check_drift(self, fields: Fields) -> None:
-        """Against what a whole run has met: the first one only learns, page after page."""
-        notes = drift(self.checkpoint.fields if self.checkpoint.whole else {}, fields)
+    def _check_drift(self, seen: Fields) -> None:
+        """What is new or gone, against what a whole run has met: the first one only learns."""
+        known = self.checkpoint.fields if self.checkpoint.whole and seen else {}
+        notes = [f"new field {repr_excerpt(name)}" for name in seen if known and name not in known]
+        gone = (name for name, always in known.items() if always is True and name not in seen)
+        notes += [f"field {repr_excerpt(name)} is gone" for name in gone]
         for note in notes:
             self.note(note)
         if notes and self.source.on_drift == "freeze":
             raise IngestFailed(f"the fields drifted, and on_drift is freeze: {'; '.join(notes)}")
-        self.fields = learn_fields(self.fields, fields)
+        if seen:
+            ever, first = self.fields, not self.fields
+            always = {name for name in seen if seen[name] and ever.get(name, first) is True}
+            self.fields = {name: name in always for name in {**ever, **seen}}
 
     async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
         """Call something that keeps a processor busy, in a thread: one of a few at once."""
@@ -7599,43 +7488,9 @@ class Ingesting:
                     sink.truncate()
         raise AssertionError("counting ended")
 
-    async def objects(self) -> list[RemoteFile]:
-        assert isinstance(self.source, CsvSource)
-        return await s3_objects(self.source, await self.steps.secret_of(self.source))
-
     def note(self, text: str) -> None:
         if text not in self.notes and len(self.notes) < MAX_NOTES:
             self.notes.append(text)
-
-    def watermark(self) -> str | None:
-        """What to remember for `since` after a whole run; None: what is. Never later than the run
-        began, since a clock that is ahead would hide what comes."""
-        if not isinstance(self.reader, Pages):
-            return None
-        if self._latest is None:
-            if self.reader.has_field:
-                self.note("what `since` names is no time that can be read; `dates` may help")
-            return None
-        if self.reader.numbered and (self._moved or self.reader.shrank):
-            self.note("records moved between the pages: what `since` sends waits for the next run")
-            return None
-        text, at = self._latest
-        at, known = min(at, self.run.start_time), self._known_mark()
-        if known is not None and known["at"] >= at:
-            return None
-        return json.dumps({"map": self._mark_of(), "text": text, "at": at})
-
-    def _mark_of(self) -> str:
-        """A digest of what a watermark depends on: it counts for the same records read in the same
-        way."""
-        assert isinstance(self.source, ApiSource)
-        field = self.source.since.field if self.source.since else None
-        block = self.source.model_dump(mode="json", exclude={*LIMITS, "next", "since", "more"})
-        return digest_of(json.dumps([block, field], sort_keys=True)).hex()
-
-    def _known_mark(self) -> Any:
-        mark = json.loads(self.checkpoint.watermark or "{}")
-        return mark if mark.get("map") == self._mark_of() and "text" in mark else None
 
 
 # ── Doctor ────────────────────────────────────────────────────────────────────────────────────

@@ -534,6 +534,15 @@ async def test_appended_rows_alone_are_read(world: World) -> None:
     assert await world.records() == {str(n): record for n, record in thousands(6000)}
 
 
+@Given("block", [{"columns": ["id", "title"]}, {"skip": 1, "columns": ["id", "title"]}])
+async def test_appended_rows_without_a_header(world: World, block: dict[str, Any]) -> None:
+    """They alone are read, too, where `columns` names what the file does not."""
+    run = await ingest(world, "1,a\n2,b\n", **block)
+    put(world, "1,a\n2,b\n3,c\n")
+    assert run.records_processed == 2 - block.get("skip", 0)
+    assert counts(await again(world, 1)) == {"processed": 1, "inserted": 1}
+
+
 async def test_reject_after_an_append_names_the_line(world: World) -> None:
     """Lines are counted on from where a file was left."""
     start = 'id,title\n1,"a\nz"\n'

@@ -518,6 +518,21 @@ def test_files_cut_anywhere(server: standins.Source, count: int, acts: Acts) -> 
         asyncio.run(cut_and_compare(site, acts))
 
 
+@pytest.mark.parametrize("at", range(1, 7))
+@pytest.mark.parametrize("again", ["1,a\n2,a\n", "1,b\n"])
+async def test_a_file_that_may_win_is_read_after_a_cut(tmp_path: Path, at: int, again: str) -> None:
+    """The first file changes a record that the last one has, too, and the run is cut behind it."""
+    (tmp_path / "f1.csv").write_text("id,title\n1,first\n2,first\n")
+    (tmp_path / "f2.csv").write_text("id,title\n1,last\n")
+    async with opened(tmp_path) as world:
+        job_id = await world.ingest(type="csv", path="f?.csv")
+        await world.run(job_id)
+        (tmp_path / "f1.csv").write_text(f"id,title\n{again}")
+        await cut_run(world, job_id, Cut(at, "stop"))
+        await world.run(job_id)
+        assert (await world.records())["1"]["title"] == "last"
+
+
 def edited_in_place(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(-len(b"title 4199,-\n"), os.SEEK_END)

@@ -190,7 +190,7 @@ PROSE = "x" * 79 + "\n"
 
 @Given(
     ("line", "count", "quote"),
-    [(PROSE, 320_000, ""), ("x\n", 700_000, ""), (PROSE, 120_000, '"\n')],
+    [(PROSE, 320_000, ""), ("x\n", 700_000, ""), (PROSE, 60_000, '"\n')],
     ids=["long", "short", "closed"],
 )
 def test_prose_behind_an_open_quote_costs_little_memory(
