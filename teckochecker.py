@@ -111,6 +111,7 @@ import stat
 import struct
 import subprocess
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
@@ -8504,14 +8505,11 @@ def job_fields(job: Job, secrets: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def rejects_of(source: str, n: int) -> str:
-    return f"{count_of(n, 'record')} rejected: data rejects --source {source}"
-
-
-WAITS = {  # what a job without an error waits for, by state
+WAITS = {  # what a job without an error does, in states without checks
     "triggering": "waits for Keboola to take its trigger",
     "triggered": "waits for its Keboola job to end",
     "paused": "waits for job resume",
+    "failed": "waits for job retry or other batch IDs",
     "removed": "has left jobs.yaml",
 }
 
@@ -8522,11 +8520,9 @@ def progress_text(job: JobAnswer, brought: tuple[int, int]) -> str:
         rejects = f", {brought[1]:,} rejected" if brought[1] else ""
         return count_of(brought[0], "record") + rejects
     if total := sum(batch.requests_total for batch in job.batches):
-        done = sum(batch.requests_completed + batch.requests_failed for batch in job.batches)
-        return f"{done}/{total}"
-    return (
-        f"{job.completed_count + job.failed_count}/{count_of(job.batch_count, 'batch', 'batches')}"
-    )
+        return f"{sum(b.requests_completed + b.requests_failed for b in job.batches)}/{total}"
+    ended = job.completed_count + job.failed_count
+    return f"{ended}/{count_of(job.batch_count, 'batch', 'batches')}"
 
 
 def reason_text(job: JobAnswer, brought: tuple[int, int]) -> str | None:
@@ -8534,39 +8530,23 @@ def reason_text(job: JobAnswer, brought: tuple[int, int]) -> str | None:
     if job.last_error or job.status in WAITS:
         return job.last_error or WAITS[job.status]
     if brought[1]:
-        return rejects_of(job.name, brought[1])
+        return f"{count_of(brought[1], 'record')} rejected: data rejects --source {job.name}"
     left = [batch.batch_id for batch in job.batches if outcome(batch) is None]
-    if job.status != "active" or not left:
-        return None
-    return f"waits for {left[0] if len(left) == 1 else count_of(len(left), 'batch', 'batches')}"
-
-
-def stored_record(row: Any) -> StoredRecord:
-    """A row of normalized_data; it was validated when it was written."""
-    times = {"created_at": row["created_at"], "updated_at": row["updated_at"]}
-    return StoredRecord.model_construct(**json.loads(row["data"]), **times)
+    what = left[0] if len(left) == 1 else count_of(len(left), "batch", "batches")
+    return f"waits for {what}" if job.status == "active" and left else None
 
 
 # ── Operations ────────────────────────────────────────────────────────────────────────────────
 
-NEXT: dict[str, str] = {  # what happens next, in states without checks
-    "paused": "nothing, until `job resume`",
-    "triggering": "the trigger is delivered to Keboola, while the service runs",
-    "triggered": "the Keboola job is followed to its end",
-    "completed": "nothing; other batch IDs would start a new round",
-    "completed_with_failures": "nothing; other batch IDs would start a new round",
-    "failed": "nothing, until `job retry` or other batch IDs",
-}
 TRIGGER_MEANS: dict[TriggerState, str] = {
-    "pending": "It has not reached Keboola yet.",
-    "sending": "It is on its way to Keboola.",
-    "unknown": "Whether Keboola took it is unknown; {searches} did not show it so far.",
-    "held": "Whether Keboola took it is unknown; it is on hold, as on_ambiguous: hold asks."
-    " `job retry` searches again and sends it if it is missing.",
-    "running": "Keboola runs it as job {job}{which}.",
-    "succeeded": "Keboola job {job} ended{end}.",
-    "failed": "Keboola job {job} ended{end}{why}.",
-    "rejected": "Keboola refused it{why}.",
+    "pending": "it has not reached Keboola yet",
+    "sending": "it is on its way to Keboola",
+    "unknown": "whether Keboola took it is unknown, and its search is asked again",
+    "held": "whether Keboola took it is unknown; `job retry` asks again, and resends if missing",
+    "running": "its Keboola job runs",
+    "succeeded": "its Keboola job has ended",
+    "failed": "its Keboola job has failed",
+    "rejected": "Keboola refused it",
 }
 
 
@@ -8574,73 +8554,41 @@ def explain(
     job: Job, trigger: Trigger | None, runs: Sequence[Run], records: int, now: float
 ) -> list[str]:
     """Sentences: what a job waits for, what was seen, whether it fired and why, what is next."""
-    if isinstance(job.spec, IngestSpec):
-        said = explain_ingest(job.name, job.spec.ingest.place, runs, records, now)
+    said, spec = [f"Job {job.name!r} "], job.spec
+    if isinstance(spec, IngestSpec):
+        said[0] += f"ingests records from {spec.ingest.place}; it has brought {records:,}."
+        for run in runs[:1]:
+            began = duration_text(now - run.start_time)
+            said += [f"Its last run began {began} ago: {run.status}; {run.summary}.", *run.notes]
     else:
-        said = explain_watch(job, now)
-    said += explain_trigger(trigger, now) if trigger is not None else []
+        ends = {"all_completed": "completed", "all_finished": "ended, well or not"}
+        said[0] += f"starts a Keboola job once each batch has {ends[spec.watch.trigger_when]}."
+        said += explain_batches(job, now)
+    if trigger is not None:
+        facts = (trigger.keboola_job_id, trigger.keboola_status, trigger.message)
+        known = ", ".join(fact.rstrip(".") for fact in facts if fact)
+        fired = f"It fired {duration_text(now - trigger.created_at)} ago, as trigger {trigger.id}"
+        said.append(f"{fired}: {TRIGGER_MEANS[trigger.state]}{f' ({known})' if known else ''}.")
     said += [f"Last error: {job.last_error.rstrip('.')}."] if job.last_error else []
-    return [*said, f"Next: {next_step(job, trigger, now)}."]
-
-
-def explain_trigger(trigger: Trigger, now: float) -> list[str]:
-    status, message = trigger.keboola_status, (trigger.message or "").rstrip(".")
-    means = TRIGGER_MEANS[trigger.state].format(
-        job=trigger.keboola_job_id,
-        which=f", which is {status}" if status else "",
-        end=f" with {status}" if status else "",
-        why=f": {message}" if message else "",
-        searches=count_of(trigger.searches, "search", "searches"),
-    )
-    return [
-        f"It fired {duration_text(now - trigger.created_at)} ago, as trigger {trigger.id}.",
-        means,
-    ]
-
-
-def explain_ingest(
-    name: str, place: str, runs: Sequence[Run], records: int, now: float
-) -> list[str]:
-    said = [f"Job {name!r} ingests records from {place}; it has brought {records:,}."]
-    if not runs:
-        return [*said, "It has not run yet."]
-    run = runs[0]
-    when, status = duration_text(now - run.start_time), run.status.replace("_", " ")
-    return [*said, f"Its last run began {when} ago: {status}; {run.summary}.", *run.notes]
-
-
-def explain_watch(job: Job, now: float) -> list[str]:
-    batches = job.batches
-    goal = {
-        "all_completed": "completed",
-        "all_finished": "finished, whether completed, failed, expired or cancelled",
-    }[job.watches.watch.trigger_when]
-    whose = f"all its {len(batches)} batches have" if len(batches) > 1 else "its batch has"
-    said = f"Job {job.name!r} starts a Keboola job once {whose} {goal}."
-    if job.last_check_at is None:
-        return [said, "It has not been checked yet."]
-    ends = Counter(outcome(batch) for batch in batches)
-    seen = f"{ends['completed']} of {count_of(len(batches), 'batch', 'batches')} completed"
-    rest = {"still running": ends[None], "failed": ends["failed"]}
-    figures = ", ".join([seen, *(f"{n} {what}" for what, n in rest.items() if n)])
-    checked = f"It was last checked {duration_text(now - job.last_check_at)} ago: {figures}."
-    return [said, checked, *(f"  {describe_progress(b)}" for b in batches if b.status)]
-
-
-def next_step(job: Job, trigger: Trigger | None, now: float) -> str:
-    if job.removed_at is not None:
-        carried = trigger is not None and is_open(trigger)
-        rest = "; its trigger is still carried to its end" if carried else ""
-        return f"no check, for the job has left jobs.yaml{rest}"
-    if trigger is not None and trigger.state == "unknown":
-        return "Keboola's search is asked again, until the trigger is settled"
-    if job.status != "active":
-        return NEXT[job.status]
-    left, pace = (job.next_check_at or now) - now, job.spec.poll_interval
+    if job.shown_status != "active":
+        over = f"is {job.status}; other batch IDs start a new round"
+        return [*said, f"It {WAITS.get(job.shown_status, over)}."]
+    left, pace = (job.next_check_at or now) - now, spec.poll_interval
     when = f" in {duration_text(left)}" if left > 0 else ""
     every = "as often as its progress asks for" if pace == "auto" else f"every {pace} s"
-    does = "it runs" if isinstance(job.spec, IngestSpec) else "it is checked"
-    return f"{does}{when}, {every}, while the service runs"
+    return [*said, f"It is checked{when}, {every}, while the service runs."]
+
+
+def explain_batches(job: Job, now: float) -> Iterator[str]:
+    if job.last_check_at is None:
+        yield "It has not been checked yet."
+        return
+    ends = Counter(outcome(batch) for batch in job.batches)
+    said = f"{ends['completed']} of {count_of(len(job.batches), 'batch', 'batches')} completed"
+    rest = {"still running": ends[None], "failed": ends["failed"]}
+    figures = ", ".join([said, *(f"{n} {what}" for what, n in rest.items() if n)])
+    yield f"It was last checked {duration_text(now - job.last_check_at)} ago: {figures}."
+    yield from (f"  {describe_progress(batch)}" for batch in job.batches if batch.status)
 
 
 class Operations:
@@ -8800,10 +8748,18 @@ class Operations:
     async def data(
         self, source: str | None, limit: int, after: int = 0, offset: int = 0
     ) -> tuple[list[StoredRecord], int | None]:
-        """A page of unified records, and the `after` of the next page."""
+        """A page of unified records, which were validated when they were written, and the `after`
+        of the next page."""
         rows = await self.store.data(source, limit + 1, after, offset)
-        more = rows[limit - 1]["id"] if 0 < limit < len(rows) else None
-        return [stored_record(row) for row in rows[:limit]], more
+        found = [
+            StoredRecord.model_construct(
+                **json.loads(row["data"]),
+                created_at=row["created_at"],
+                updated_at=row["updated_at"],
+            )
+            for row in rows[:limit]
+        ]
+        return found, rows[limit - 1]["id"] if 0 < limit < len(rows) else None
 
     async def history(self, days: int) -> list[Day]:
         sums = await self.store.daily_sums(days)
@@ -11294,6 +11250,8 @@ SIGNS = {  # of states on a terminal, and their colours
     "completed_with_failures": ("!", "yellow"),
     "failed": ("✗", "red"),
 }
+COLOURS = {"": 0, "red": 31, "green": 32, "yellow": 33, "cyan": 36}  # as a terminal names them
+WORD = 40  # characters that a column keeps for a long word, if there are others to be left out
 ISO_TIME = re.compile(r"\d{4}-(\d\d-\d\d)T(\d\d:\d\d):\d\dZ")
 
 
@@ -11305,62 +11263,57 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[object]]
     spare: Sequence[int] = ()
 
-    def texts(self) -> list[list[str]]:
-        """Each column's name and cells, without line breaks."""
-        rows = [["-" if v in (None, "") else redact(str(v)) for v in row] for row in self.rows]
-        clean = [[CONTROL.sub(" ", text) for text in row] for row in (self.columns, *rows)]
-        columns = [list(column) for column in zip(*clean, strict=True)]
-        signs = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
-        for column in columns:
-            if signs and column[0] in ("State", "Status"):
-                column[:] = [f"{SIGNS[t][0]} {t}" if t in SIGNS else t for t in column]
+    def texts(self, terminal: bool) -> list[list[str]]:
+        """The texts of each column, on a terminal with signs."""
+        signs = SIGNS if terminal and (sys.stdout.encoding or "").lower().startswith("utf") else {}
+        columns = []
+        for column in zip(self.columns, *self.rows, strict=True):
+            texts = [redact("-" if value in (None, "") else str(value)) for value in column]
+            if column[0] in ("State", "Status"):
+                texts = [f"{signs[t][0]}\N{NO-BREAK SPACE}{t}" if t in signs else t for t in texts]
+            columns.append([CONTROL.sub(" ", t) for t in texts[not any(self.columns) :]])
         return columns
 
 
-def fit_columns(table: Table, room: int) -> Iterator[tuple[list[str], int | None]]:
-    """The columns that fit, each with its width if that must not shrink. To fit, times are
-    shortened first, then columns are left out, then cells wrap between words, then within words."""
-    from rich.cells import cell_len
+def fit_columns(columns: Sequence[Sequence[str]], spare: Iterable[int], room: int) -> list[int]:
+    """The width of each column, 0 if it is left out: first that of its longest word, then what is
+    left to the narrow ones first."""
+    words = [[word for text in column for word in text.split(" ")] for column in columns]
+    widths = [min(max(map(len, column)), WORD) for column in words]
 
-    def least(column: Sequence[str]) -> int:
-        """A column's least width: a long word may break, a sign and its state may not."""
-        whole = max(map(cell_len, column))
-        word = max((cell_len(word) for text in column for word in text.split()), default=1)
-        return min(whole if whole <= word + GAP else word, max(min(room // 2, 40), 8))
+    def left() -> int:
+        return room + GAP - sum(width + GAP for width in widths if width)
 
-    columns = table.texts()
-    if sum(max(map(cell_len, column)) + GAP for column in columns) > room + GAP:
-        columns = [[ISO_TIME.sub(r"\1 \2", text) for text in column] for column in columns]
-    widths = dict(enumerate(map(least, columns)))
-    for i in table.spare:
-        if sum(widths.values()) + GAP * (len(widths) - 1) > room:
-            del widths[i]
-    for i, width in widths.items():
-        yield columns[i], width if max(map(cell_len, columns[i])) == width else None
+    for i in spare:
+        widths[i] = widths[i] if left() >= 0 else 0
+    while left() < 0:
+        widths[widths.index(max(widths))] -= 1
+    whole = [max(map(len, column)) for column in columns]
+    for i in sorted(filter(widths.__getitem__, range(len(widths))), key=whole.__getitem__):
+        widths[i] += min(whole[i] - widths[i], left())
+    return widths
 
 
 def print_table(table: Table) -> None:
-    """Print a table: fitted to a terminal, else with each row whole on one line."""
-    if not sys.stdout.isatty():
-        columns = table.texts()
-        widths = [max(map(len, column)) for column in columns]
-        for row in list(zip(*columns, strict=True))[not any(table.columns) :]:
-            padded = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+    """Print a table. On a terminal it is made to fit: times are shortened, then columns are left
+    out, then cells wrap between words, then within words. Else each row is whole on one line."""
+    terminal = sys.stdout.isatty()
+    columns, room = table.texts(terminal), sys.maxsize
+    if terminal:
+        room = shutil.get_terminal_size().columns
+        if sum(max(map(len, column)) + GAP for column in columns) > room + GAP:
+            columns = [[ISO_TIME.sub(r"\1 \2", text) for text in column] for column in columns]
+    widths = fit_columns(columns, table.spare, room)
+    codes = {sign: COLOURS[colour] for sign, colour in SIGNS.values()}
+    coloured = terminal and not os.environ.get("NO_COLOR")
+    for line in zip(*columns, strict=True):
+        shown = [(text, width) for text, width in zip(line, widths, strict=True) if width]
+        cells = [textwrap.wrap(text, width, break_on_hyphens=False) for text, width in shown]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            padded = [part.ljust(width) for part, (_, width) in zip(parts, shown, strict=True)]
+            if coloured:
+                padded = [f"\x1b[{codes[t[0]]}m{t}\x1b[0m" if t[0] in codes else t for t in padded]
             print((" " * GAP).join(padded).rstrip())
-        return
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    console = Console(highlight=False, emoji=False, markup=False)
-    shown, colours = [*fit_columns(table, console.width)], dict(SIGNS.values())
-    drawn = RichTable(box=None, pad_edge=False, padding=(0, 0, 0, GAP))
-    drawn.show_header = any(table.columns)
-    for column, width in shown:
-        drawn.add_column(column[0], overflow="fold", width=width)
-    for row in zip(*(column[1:] for column, _ in shown), strict=True):
-        drawn.add_row(*(Text(text, colours.get(text[:1], "")) for text in row))
-    console.print(drawn)
 
 
 def redacted(value: Any) -> Any:
