@@ -11241,17 +11241,14 @@ def due_in(at: float, now: float) -> str:
 
 
 GAP = 2  # blanks between two columns
-SIGNS = {  # of states on a terminal, and their colours
-    "active": ("●", "cyan"),
-    "triggering": ("▶", "cyan"),
-    "triggered": ("▶", "cyan"),
-    "paused": ("○", ""),
-    "completed": ("✓", "green"),
-    "completed_with_failures": ("!", "yellow"),
-    "failed": ("✗", "red"),
+COLOURS = {  # of states on a terminal, as that numbers them
+    "active": 36,
+    "triggering": 36,
+    "triggered": 36,
+    "completed": 32,
+    "completed_with_failures": 33,
+    "failed": 31,
 }
-COLOURS = {"": 0, "red": 31, "green": 32, "yellow": 33, "cyan": 36}  # as a terminal names them
-WORD = 40  # characters that a column keeps for a long word, if there are others to be left out
 ISO_TIME = re.compile(r"\d{4}-(\d\d-\d\d)T(\d\d:\d\d):\d\dZ")
 
 
@@ -11263,23 +11260,11 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[object]]
     spare: Sequence[int] = ()
 
-    def texts(self, terminal: bool) -> list[list[str]]:
-        """The texts of each column, on a terminal with signs."""
-        signs = SIGNS if terminal and (sys.stdout.encoding or "").lower().startswith("utf") else {}
-        columns = []
-        for column in zip(self.columns, *self.rows, strict=True):
-            texts = [redact("-" if value in (None, "") else str(value)) for value in column]
-            if column[0] in ("State", "Status"):
-                texts = [f"{signs[t][0]}\N{NO-BREAK SPACE}{t}" if t in signs else t for t in texts]
-            columns.append([CONTROL.sub(" ", t) for t in texts[not any(self.columns) :]])
-        return columns
-
 
 def fit_columns(columns: Sequence[Sequence[str]], spare: Iterable[int], room: int) -> list[int]:
-    """The width of each column, 0 if it is left out: first that of its longest word, then what is
-    left to the narrow ones first."""
-    words = [[word for text in column for word in text.split(" ")] for column in columns]
-    widths = [min(max(map(len, column)), WORD) for column in words]
+    """The width of each column, 0 if it is left out: first that of its longest word, up to 40, then
+    what is left to the narrow ones first."""
+    widths = [min(max(map(len, " ".join(column).split(" "))), 40) for column in columns]
 
     def left() -> int:
         return room + GAP - sum(width + GAP for width in widths if width)
@@ -11288,31 +11273,31 @@ def fit_columns(columns: Sequence[Sequence[str]], spare: Iterable[int], room: in
         widths[i] = widths[i] if left() >= 0 else 0
     while left() < 0:
         widths[widths.index(max(widths))] -= 1
-    whole = [max(map(len, column)) for column in columns]
-    for i in sorted(filter(widths.__getitem__, range(len(widths))), key=whole.__getitem__):
-        widths[i] += min(whole[i] - widths[i], left())
+    for whole, i in sorted((max(map(len, column)), i) for i, column in enumerate(columns)):
+        widths[i] += min(whole - widths[i], left()) if widths[i] else 0
     return widths
 
 
 def print_table(table: Table) -> None:
-    """Print a table. On a terminal it is made to fit: times are shortened, then columns are left
-    out, then cells wrap between words, then within words. Else each row is whole on one line."""
-    terminal = sys.stdout.isatty()
-    columns, room = table.texts(terminal), sys.maxsize
-    if terminal:
-        room = shutil.get_terminal_size().columns
-        if sum(max(map(len, column)) + GAP for column in columns) > room + GAP:
-            columns = [[ISO_TIME.sub(r"\1 \2", text) for text in column] for column in columns]
-    widths = fit_columns(columns, table.spare, room)
-    codes = {sign: COLOURS[colour] for sign, colour in SIGNS.values()}
-    coloured = terminal and not os.environ.get("NO_COLOR")
-    for line in zip(*columns, strict=True):
+    """Print a table. On a terminal times are short, and it is made to fit: columns are left out,
+    then cells wrap between words, then within words. Else each row is whole on one line."""
+    terminal, lines = sys.stdout.isatty(), []
+    for row in [table.columns, *table.rows][not any(table.columns) :]:
+        texts = ["-" if v in (None, "") else CONTROL.sub(" ", redact(str(v))) for v in row]
+        lines.append([ISO_TIME.sub(r"\1 \2", t) for t in texts] if terminal else texts)
+    room = shutil.get_terminal_size().columns if terminal else sys.maxsize
+    widths = fit_columns([*zip(*lines, strict=True)], table.spare, room)
+    colours = COLOURS if terminal and not os.environ.get("NO_COLOR") else {}
+    for line in lines:
         shown = [(text, width) for text, width in zip(line, widths, strict=True) if width]
         cells = [textwrap.wrap(text, width, break_on_hyphens=False) for text, width in shown]
         for parts in itertools.zip_longest(*cells, fillvalue=""):
-            padded = [part.ljust(width) for part, (_, width) in zip(parts, shown, strict=True)]
-            if coloured:
-                padded = [f"\x1b[{codes[t[0]]}m{t}\x1b[0m" if t[0] in codes else t for t in padded]
+            padded = [
+                f"\x1b[{colours[part]}m{part:{width}}\x1b[0m"
+                if part in colours
+                else f"{part:{width}}"
+                for part, (_, width) in zip(parts, shown, strict=True)
+            ]
             print((" " * GAP).join(padded).rstrip())
 
 
@@ -12375,7 +12360,7 @@ async def batch_table(base_url: str | None, key: SecretValue) -> Table:
             rows.append((len(rows) + 1, batch.batch_id, batch.status, requests))
     finally:
         await openai.close()
-    return Table(("", "Batch", "Status", "Requests"), rows)
+    return Table(("No.", "Batch", "Status", "Requests"), rows)
 
 
 async def configuration_table(stack: str, token: SecretValue) -> Table:
@@ -12389,7 +12374,7 @@ async def configuration_table(stack: str, token: SecretValue) -> Table:
         for each in value_at(component, "configurations") or ():
             names = (value_at(component, "id"), value_at(each, "id"), value_at(each, "name"))
             rows.append((len(rows) + 1, *names))
-    return Table(("", "Component", "Configuration", "Name"), rows)
+    return Table(("No.", "Component", "Configuration", "Name"), rows)
 
 
 def prompt_key_and_choice(
