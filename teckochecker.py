@@ -10366,7 +10366,6 @@ class Request(NamedTuple):
     body: Any
     request_id: str
     trusted: bool  # may see names of jobs and keys
-    address: str  # where the caller reached us, like http://127.0.0.1:8000
     accept: str  # the header
 
     @property
@@ -10434,18 +10433,6 @@ async def show_data(request: Request) -> DataPage:
     )
 
 
-def show_openapi(request: Request) -> str:
-    return json.dumps(openapi())
-
-
-def show_docs(request: Request) -> str:
-    return docs().replace(CALLED_AT, html.escape(request.address))
-
-
-def redirect_to_docs(request: Request) -> NoReturn:
-    raise Refused(307, "the description is at /docs", headers={"Location": "/docs"})
-
-
 SECRET_EXAMPLE = {"name": "openai-prod", "type": "openai", "value": "sk-..."}
 JOB_EXAMPLE = {
     "name": "nightly",
@@ -10473,9 +10460,9 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/data", "The records of all ingests, in one schema", show_data, DataPage,
           query=DataQuery, also="/api/data"),
     Route("GET", "/metrics", "Metrics for Prometheus", lambda r: r.service.metrics_text(), METRICS),
-    Route("GET", "/openapi.json", "This description", show_openapi, "application/json"),
-    Route("GET", "/docs", "This description, as a page", show_docs, HTML),
-    Route("GET", "/redoc", "Redirects to /docs", redirect_to_docs, HTML),
+    Route("GET", "/openapi.json", "This description", lambda r: json.dumps(openapi()),
+          "application/json"),
+    Route("GET", "/docs", "This description, as a page", lambda r: docs(), HTML, also="/redoc"),
     Route("GET", "/api/admin/secrets", "The stored secrets, without their values",
           lambda r: r.operations.secrets(), SecretList),
     Route("POST", "/api/admin/secrets", "Store a secret", lambda r: r.operations.add_secret(r.body),
@@ -10507,31 +10494,6 @@ ROUTES: tuple[Route, ...] = (
 )  # fmt: skip
 
 
-class UnclearJson(ValueError):
-    """Text that json.loads accepts, but that is not JSON or has two meanings."""
-
-
-def finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise UnclearJson(f"{text} is no number")
-    return float(text)
-
-
-def json_body(body: bytes) -> Any:
-    """Parse a body. Refuses what json.loads takes: NaN, infinite numbers and duplicate keys."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise UnclearJson("an object has a duplicate key")
-        return dict(pairs)
-
-    try:
-        return json.loads(body, parse_constant=finite, parse_float=finite, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
-        said = f": {e}" if isinstance(e, UnclearJson) else ""
-        raise Invalid([Problem("body", f"it is not JSON{said}")]) from None
-
-
 # ── OpenAPI ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -10542,35 +10504,30 @@ def content_of(*models: str) -> dict[str, Any]:
 
 
 def responses(route: Route) -> dict[str, Any]:
-    """The answers of a route, by status; `default` is an error."""
+    """The answers of a route, by status; `default` is an error, or bad news in the same shape."""
+    errors = ["ErrorAnswer"]
     if isinstance(route.answer, str):
-        shape = "object" if route.answer == "application/json" else "string"
-        done: Any = {route.answer.partition(";")[0]: {"schema": {"type": shape}}}
+        done: Any = {route.answer.partition(";")[0]: {"schema": {}}}
     else:
         done = content_of(route.answer.__name__)
-        done |= {"text/html": {"schema": {"type": "string"}}} if route.page else {}
+        done |= {"text/html": {"schema": {}}} if route.page else {}
+        errors += [route.answer.__name__] if route.public else []
     made = {str(route.status): {"description": "Done", "content": done}}
     if route.method != "GET":
         made["202"] = {"description": "Under way", "content": content_of("Done")}
-    if route.answer in (Health, Done) and route.public:  # bad news has the same shape
-        both = content_of(route.answer.__name__, "ErrorAnswer")
-        made["503"] = {"description": "Not well", "content": both}
-    return made | {"default": {"description": "Not done", "content": content_of("ErrorAnswer")}}
+    return made | {"default": {"description": "Not done", "content": content_of(*errors)}}
 
 
-def operation(route: Route) -> dict[str, Any]:
+def operation(route: Route, path: str) -> dict[str, Any]:
     """A route in the words of OpenAPI 3.1."""
-    parameters: list[dict[str, Any]] = []
-    if "{id}" in route.path:
-        number = {"type": "integer", "minimum": 1, "description": "the number of it"}
-        parameters.append({"name": "id", "in": "path", "required": True, "schema": number})
-    if route.query:
-        for name, schema in route.query.model_json_schema()["properties"].items():
-            parameters.append({"name": name, "in": "query", "schema": schema})
+    number = {"type": "integer", "minimum": 1, "description": "the number of it"}
+    parameters = [{"name": "id", "in": "path", "required": True, "schema": number}]
+    queries = route.query.model_json_schema()["properties"] if route.query else {}
     made: dict[str, Any] = {
         "summary": route.does,
-        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
-        "parameters": parameters,
+        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{path}").strip("_"),
+        "parameters": parameters * ("{id}" in path)
+        + [{"name": name, "in": "query", "schema": schema} for name, schema in queries.items()],
         "responses": responses(route),
     }
     if route.public:
@@ -10596,9 +10553,7 @@ def openapi() -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for route in ROUTES:
         for path in filter(None, (route.path, route.also)):
-            described = operation(route)
-            described["operationId"] += "_api" if path == route.also else ""
-            paths.setdefault(path, {})[route.method.lower()] = described
+            paths.setdefault(path, {})[route.method.lower()] = operation(route, path)
     schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
     return {
         "openapi": "3.1.0",
@@ -10611,6 +10566,7 @@ def openapi() -> dict[str, Any]:
 
 DOCS_SCRIPT = """
 "use strict";
+document.getElementById("url").textContent = location.origin;
 async function send(form) {
   const {method, path} = form.dataset, headers = {}, query = new URLSearchParams();
   let target = path, body;
@@ -10630,7 +10586,6 @@ for (const form of document.forms) form.addEventListener("submit", async (event)
   form.lastElementChild.textContent = await send(form).catch(String);
 });
 """
-CALLED_AT = "{address}"  # in the page: where the caller reached us
 
 
 def docs_section(method: str, path: str, described: Mapping[str, Any]) -> str:
@@ -10638,7 +10593,7 @@ def docs_section(method: str, path: str, described: Mapping[str, Any]) -> str:
     esc, method = html.escape, method.upper()
     names = dict.fromkeys(re.findall(r"schemas/(\w+)", json.dumps(described)))
     models = ", ".join(f'<a href="#{name}">{name}</a>' for name in names)
-    curl = f"curl {'' if method == 'GET' else f'-X {method} '}{CALLED_AT}{path.format(id=1)}"
+    curl = f'curl -X {method} "$URL{path.format(id=1)}"'
     fields = "".join(
         f'<p><label><code>{p["name"]}</code> <input name="{p["name"]}"> '
         f"{esc(p['schema']['description'])}</label></p>"
@@ -10659,12 +10614,13 @@ def docs_section(method: str, path: str, described: Mapping[str, Any]) -> str:
 def docs() -> str:
     """/docs: the OpenAPI document as a page, which loads nothing from other hosts. JavaScript is
     needed only to try a route."""
-    api, esc = openapi(), html.escape
-    operations = [(m, path, d) for path, ways in api["paths"].items() for m, d in ways.items()]
-    contents = "".join(
-        f'<a href="#{d["operationId"]}">{method.upper()} {esc(path)}</a><br>'
-        for method, path, d in operations
-    )
+    api, esc, contents, sections = openapi(), html.escape, "", ""
+    for path, ways in api["paths"].items():
+        for method, described in ways.items():
+            contents += (
+                f'<a href="#{described["operationId"]}">{method.upper()} {esc(path)}</a><br>'
+            )
+            sections += docs_section(method, path, described)
     models = "".join(
         f'<h3 id="{name}">{name}</h3><p>{esc(schema.get("description", ""))}</p><details>'
         f"<summary>Schema</summary><pre>{esc(json.dumps(schema, indent=1))}</pre></details>"
@@ -10674,15 +10630,14 @@ def docs() -> str:
 <html lang="en"><head><meta charset="utf-8"><title>TeckoChecker</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{PAGE_STYLE}</style></head><body><h1>TeckoChecker {VERSION}</h1>
-<p>Served at <code>{CALLED_AT}</code>. The same as <a href="/openapi.json">OpenAPI 3.1</a>.</p>
-<p>Where ADMIN_TOKEN is set, every route but the health checks needs it: as the header
-<code>Authorization: Bearer ADMIN_TOKEN</code>, or as the password of Basic authentication with any
-user name, which browsers ask for.</p>
-<pre>curl -H "Authorization: Bearer $ADMIN_TOKEN" {CALLED_AT}/stats</pre>
+<p>The same as <a href="/openapi.json">OpenAPI 3.1</a>. Where ADMIN_TOKEN is set, every route but
+the health checks needs it: as the header <code>Authorization: Bearer ADMIN_TOKEN</code>, or as the
+password of Basic authentication with any user name, which browsers ask for.</p>
+<pre>URL=<span id="url">http://127.0.0.1:8000</span>
+curl -H "Authorization: Bearer $ADMIN_TOKEN" "$URL/stats"</pre>
 <p><label>Token for the forms below: <input id="token" type="password"></label></p>
 <h2>Contents</h2><nav>{contents}<a href="#models">Models</a></nav>
-{"".join(docs_section(*each) for each in operations)}
-<h2 id="models">Models</h2>{models}
+{sections}<h2 id="models">Models</h2>{models}
 <script>{DOCS_SCRIPT}</script></body></html>"""
 
 
@@ -10707,8 +10662,8 @@ HTTP_BODY = 1 << 20  # bytes of a request's body
 READS_AT_ONCE = 2  # GETs worked on at once, so that checks take their turns at the event loop
 ACCEPT_PAUSE = 1.0  # s after a connection that could not be accepted, for lack of descriptors
 
-REQUEST_LINE = re.compile(rb"[!-~]+ [!-~]+ HTTP/\d\.\d\r\n")
-FIELD_LINE = re.compile(rb"[\w!#$%&'*+.^`|~-]+:[\t -~\x80-\xff]*\r\n")  # RFC 9110, section 5.5
+REQUEST_LINE = re.compile(rb"([!-~]+ [!-~]+ HTTP/\d\.\d)?\r\n")
+FIELD_LINE = re.compile(rb"([\w!#$%&'*+.^`|~-]+:[\t -~\x80-\xff]*)?\r\n")  # RFC 9110, section 5.5
 TARGET = re.compile(
     r"(?:(?i:https?)://(?P<host>[^/?#@]+))?(?P<path>/[^?#]*)(?:\?(?P<query>[^#]*))?"
 )
@@ -10739,23 +10694,18 @@ CORS_HEADERS = {  # for pages of the origins that CORS_ORIGINS names
 async def read_head(reader: asyncio.StreamReader, begun: bytes) -> bytes:
     """Read a request's head, whose first byte is `begun`. Each line is checked as it arrives: bare
     CR or LF, folded lines, control characters and invalid names are refused."""
-    head = bytearray()
+    head = b""
     while not head.endswith(b"\r\n\r\n"):
         try:
             line, begun = begun + await reader.readuntil(b"\n"), b""
         except asyncio.LimitOverrunError:
-            raise Refused(431, f"a head has at most {HTTP_HEAD} bytes") from None
-        if line != b"\r\n":
-            what, form = ("header", FIELD_LINE) if head else ("request", REQUEST_LINE)
-            if not form.fullmatch(line):
-                said = "lines are ASCII, end in CR LF, and are not folded"
-                raise Refused(400, f"malformed {what} line; {said}")
-        elif not head:
-            continue  # left over from the body before (RFC 9112, section 2.2)
-        head += line
-        if len(head) > HTTP_HEAD:
+            line = b"x" * HTTP_HEAD
+        if len(head) + len(line) > HTTP_HEAD:
             raise Refused(431, f"a head has at most {HTTP_HEAD} bytes")
-    return bytes(head)
+        if not (FIELD_LINE if head else REQUEST_LINE).fullmatch(line):
+            raise Refused(400, "malformed line; lines are ASCII, end in CR LF, and are not folded")
+        head = (head + line).lstrip(b"\r\n")  # left over from the body before (RFC 9112, 2.2)
+    return head
 
 
 class Exchange(http.server.BaseHTTPRequestHandler):
@@ -10878,7 +10828,7 @@ class Admin:
         # connections on which we wait for the client, longest first; True: until it takes an answer
         self._waiting: dict[asyncio.StreamWriter, bool] = {}
         self._reads = asyncio.Semaphore(READS_AT_ONCE)
-        self._late: set[asyncio.Task[Any]] = set()  # changes that go on after their 202
+        self._work: set[asyncio.Task[Any]] = set()  # changes go on after their 202
         self._stopping = False
         self._hurry = asyncio.get_running_loop().create_future()  # done: answer 202 at once
         service.connections = lambda: len(self._connections)
@@ -11022,12 +10972,11 @@ class Admin:
         given = given_token(exchange.header("Authorization"))
         return token is None or hmac.compare_digest(given, os.fsencode(token.reveal()))
 
-    def _route(self, exchange: Exchange, found: Mapping[str, Route]) -> Route:
+    def _route(self, exchange: Exchange, found: dict[str, Route]) -> Route:
         if not found:
-            raise Refused(
-                404, f"there is no {repr_excerpt(exchange.path)} here; /docs lists the routes"
-            )
-        found = {**found, "HEAD": found["GET"]} if "GET" in found else found
+            said = f"there is no {repr_excerpt(exchange.path)} here; /docs lists the routes"
+            raise Refused(404, said)
+        found |= {"HEAD": found["GET"]} if "GET" in found else {}
         if exchange.command not in found:
             allowed = ", ".join(sorted(found))
             raise Refused(405, f"allowed: {allowed}", headers={"Allow": allowed})
@@ -11045,18 +10994,18 @@ class Admin:
         if route.body:
             if exchange.headers.get_content_type() != "application/json":
                 raise Refused(415, "the body must be application/json")
-            given = json_body(body)
+            try:  # it refuses NaN, infinite numbers and lone surrogates, which json would take
+                given = orjson.loads(body)
+            except orjson.JSONDecodeError as e:
+                raise Invalid([Problem("body", f"it is not JSON: {e}")]) from None
             read = job_spec if route.body is JobSpec else partial(parse, route.body)
             data = read(given, self.service.settings.job_context)
-        scheme = "https" if exchange.header("X-Forwarded-Proto") == "https" else "http"
-        address, request_id = f"{scheme}://{exchange.host}", exchange.request_id
         accept = exchange.header("Accept")
-        return Request(self.service, ref, query, data, request_id, trusted, address, accept)
+        return Request(self.service, ref, query, data, exchange.request_id, trusted, accept)
 
     async def _run_route(self, route: Route, request: Request) -> tuple[int, Any]:
         """The status and the answer of a route. A change that takes longer than HTTP_ANSWER seconds
         goes on, since half of one would be worse, and is answered 202 with where to look."""
-
         reads = route.method == "GET" and not route.public  # health waits for nobody
 
         async def run() -> Any:
@@ -11070,27 +11019,18 @@ class Admin:
                     self.service.sync_soon()
 
         work = asyncio.create_task(run(), name=f"request {request.request_id}")
+        self._work.add(work)  # what fails after its 202 is logged by asyncio, under that name
+        work.add_done_callback(self._work.discard)
         first = asyncio.FIRST_COMPLETED
         await asyncio.wait({work, self._hurry}, timeout=HTTP_ANSWER, return_when=first)
-        if work.cancelled():
-            raise RuntimeError("the work of a route was cancelled")
-        if work.done():
+        if work.done() and not work.cancelled():
             return route.status, work.result()
-        self._late.add(work)
-        work.add_done_callback(self._ended_late)
         if route.method == "GET":
             work.cancel()
             raise Refused(503, "no answer in time", headers={"Retry-After": "5"})
         place = route.path.partition("/{id}")[0] + (f"/{request.id}" if request.id else "")
         said = f"still being carried out; GET {place} shows the outcome"
         return 202, Done(success=True, message=said)
-
-    def _ended_late(self, work: asyncio.Task[Any]) -> None:
-        self._late.discard(work)
-        if work.cancelled():
-            log.warning("%s was cut off", work.get_name())
-        elif error := work.exception():
-            log.error("%s failed after its caller was answered: %s", work.get_name(), error)
 
     def _answer(self, exchange: Exchange, route: Route, status: int, answer: Any) -> None:
         bad = isinstance(answer, Health) and answer.status == "unhealthy"
@@ -11109,7 +11049,7 @@ class Admin:
         for writer in [w for w, answering in self._waiting.items() if not answering]:
             self._drop(writer)
         for share in (0.8, 0.2):
-            if under_way := {*self._connections.values(), *self._late}:
+            if under_way := {*self._connections.values(), *self._work}:
                 await asyncio.wait(under_way, timeout=share * HTTP_STOP)
             if not self._hurry.done():
                 self._hurry.set_result(None)
