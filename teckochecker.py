@@ -10433,6 +10433,10 @@ async def show_data(request: Request) -> DataPage:
     )
 
 
+def show_openapi(request: Request) -> str:
+    return json.dumps(openapi())
+
+
 SECRET_EXAMPLE = {"name": "openai-prod", "type": "openai", "value": "sk-..."}
 JOB_EXAMPLE = {
     "name": "nightly",
@@ -10460,8 +10464,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/data", "The records of all ingests, in one schema", show_data, DataPage,
           query=DataQuery, also="/api/data"),
     Route("GET", "/metrics", "Metrics for Prometheus", lambda r: r.service.metrics_text(), METRICS),
-    Route("GET", "/openapi.json", "This description", lambda r: json.dumps(openapi()),
-          "application/json"),
+    Route("GET", "/openapi.json", "This description", show_openapi, "application/json"),
     Route("GET", "/docs", "This description, as a page", lambda r: docs(), HTML, also="/redoc"),
     Route("GET", "/api/admin/secrets", "The stored secrets, without their values",
           lambda r: r.operations.secrets(), SecretList),
@@ -10610,7 +10613,6 @@ def docs_section(method: str, path: str, described: Mapping[str, Any]) -> str:
 <pre hidden></pre></form></section>"""
 
 
-@cache
 def docs() -> str:
     """/docs: the OpenAPI document as a page, which loads nothing from other hosts. JavaScript is
     needed only to try a route."""
@@ -11250,19 +11252,28 @@ def redacted(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
-def report(args: argparse.Namespace, document: Any, *shown: str | Table) -> int:
-    """Print a result on stdout: with --json one JSON document, else `shown`."""
+def as_document(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def table_of(rows: Iterable[Any], columns: str, *spare: int) -> Table:
+    """A table of the fields of these answers that `columns` names."""
+    keys = columns.split()
+    cells = [[document[key] for key in keys] for document in map(as_document, rows)]
+    return Table([key.replace("_", " ").capitalize() for key in keys], cells, spare)
+
+
+def report(args: argparse.Namespace, document: Any, *shown: str | Table, good: bool = True) -> int:
+    """Print a result on stdout: with --json one JSON document, else `shown`. The exit code."""
     if args.json:
-        if isinstance(document, BaseModel):
-            document = document.model_dump(mode="json")
-        print(json.dumps(redacted(document), indent=2))
-        return 0
+        print(json.dumps(redacted(as_document(document)), indent=2))
+        return int(not good)
     for item in shown:
         if isinstance(item, Table):
             print_table(item)
         else:
             print(redact(item))
-    return 0
+    return int(not good)
 
 
 PRIVATE_LINE = re.compile(
@@ -11366,11 +11377,6 @@ def require_jobs(config: Config, *, or_store: bool = True) -> None:
         raise Invalid([text], hint=f"{COMMAND} init writes one")
 
 
-def require_store(config: Config) -> None:
-    """Refuse to change a database that is not there; otherwise an empty one would be made."""
-    run_operation(config, lambda operations: operations.store.counts(), looks=True)
-
-
 @contextlib.asynccontextmanager
 async def suggesting_names(store: Store) -> AsyncIterator[None]:
     """Add to the error of an unknown job or secret the name that was probably meant."""
@@ -11384,17 +11390,19 @@ async def suggesting_names(store: Store) -> AsyncIterator[None]:
 
 
 def run_operation(
-    config: Config, work: Callable[[Operations], Awaitable[T]], *, looks: bool = False
+    config: Config, work: Callable[..., Awaitable[T]], *given: Any, mode: str = "change"
 ) -> T:
-    """Run an operation in an event loop of its own, and return its result. With `looks`, it may
-    only read: nothing is created and no key is needed."""
-    vault = Vault(config.settings)
+    """Run an operation in an event loop of its own, and return its result. With the mode `look` it
+    may only read, and no key is needed; only with `make` a database is made where none is."""
+    settings, vault = config.settings, Vault(config.settings)
+    there = mode == "make" or settings.has_store
 
     async def asking() -> T:
-        async with Store(config.settings.store, read_only=looks) as store, suggesting_names(store):
-            return await work(Operations(store, vault, lambda: config))
+        read_only = mode == "look" or not there  # then it says that there is no database
+        async with Store(settings.store, read_only=read_only) as store, suggesting_names(store):
+            return await work(Operations(store, vault, lambda: config), *given)
 
-    if not looks:
+    if there and mode != "look":
         vault.load(required=False)
     return asyncio.run(asking())
 
@@ -11402,11 +11410,11 @@ def run_operation(
 def run_read_only(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
     """Run an operation that only reads; if there is no database yet, on an empty temporary one."""
     if config.settings.has_store:
-        return run_operation(config, work, looks=True)
+        return run_operation(config, work, mode="look")
     with tempfile.TemporaryDirectory() as folder:
         settings = config.settings.model_copy(update={"database": Path(folder) / "empty.db"})
         asyncio.run(Store(settings.store).touch())
-        return run_operation(replace(config, settings=settings), work, looks=True)
+        return run_operation(replace(config, settings=settings), work, mode="look")
 
 
 def cmd_validate(args: argparse.Namespace, config: Config) -> int:
@@ -11431,38 +11439,30 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
 
     stored, changes, findings = run_read_only(config, look)
     names = sorted({*config.secrets, *stored})
-    text = f"{config.path} is good: {count_of(len(jobs), 'job')},"
-    lines = [f"{text} {count_of(len(names), 'secret')}", *changes]
-    lines += shown_findings(findings)
-    document = {
-        "valid": True,
-        "jobs": [job.name for job in jobs],
-        "secrets": names,
-        "changes": changes,
-    }
-    report(args, document | {"online": [f._asdict() for f in findings]}, "\n".join(lines))
-    return int(not all(f.good for f in findings))
+    head = {"valid": True, "jobs": [job.name for job in jobs], "secrets": names, "changes": changes}
+    text = f"{config.path} is good: {count_of(len(jobs), 'job')}, {count_of(len(names), 'secret')}"
+    return report_findings(args, head, "online", findings, text, *changes)
 
 
-def shown_findings(findings: Iterable[Finding]) -> list[str]:
-    return [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
+def report_findings(
+    args: argparse.Namespace, head: dict[str, Any], name: str, found: Sequence[Finding], *said: str
+) -> int:
+    document = head | {name: [f._asdict() for f in found]}
+    lines = [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in found]
+    return report(args, document, *said, *lines, good=all(f.good for f in found))
 
 
 def cmd_alert_test(args: argparse.Namespace, config: Config) -> int:
     """Send a message to each target, and report which ones were reached."""
-
     if not config.alerts:
         raise Conflict(f"{config.path} names nobody to tell", hint="`alerts:` does, see README.md")
 
-    async def tell() -> list[Finding]:
-        async with Store(config.settings.store) as store, make_steps(config, store) as steps:
+    async def tell(operations: Operations) -> list[Finding]:
+        async with make_steps(config, operations.store) as steps:
             steps.vault.load(required=False)
             return await Alerts(steps).test()
 
-    findings = asyncio.run(tell())
-    document = {"targets": [f._asdict() for f in findings]}
-    report(args, document, "\n".join(shown_findings(findings)))
-    return int(not all(f.good for f in findings))
+    return report_findings(args, {}, "targets", run_operation(config, tell, mode="make"))
 
 
 def missing_secret_hint(problems: Sequence[Problem]) -> str:
@@ -11681,10 +11681,9 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_stats(args: argparse.Namespace, config: Config) -> int:
-    found = run_operation(config, lambda operations: operations.history(args.days), looks=True)
-    rows = [day.model_dump() for day in found]
-    columns = ("Day (UTC)", "Checks", "Triggers", "Done to POST, ms", "Records")
-    return report(args, {"history": rows}, Table(columns, [(*row.values(),) for row in rows]))
+    rows = [*map(as_document, run_operation(config, Operations.history, args.days, mode="look"))]
+    columns = "day checks triggers done_to_post_ms records"
+    return report(args, {"history": rows}, table_of(rows, columns))
 
 
 def refused_reload(address: str, settings: Settings) -> list[dict[str, Any]]:
@@ -11710,7 +11709,7 @@ def file_of(settings: Settings, command: str) -> Path:
 def cmd_backup(args: argparse.Namespace, config: Config) -> int:
     settings, now, vault = config.settings, time.time(), Vault(config.settings)
     database = file_of(settings, "pg_dump")
-    require_store(config)
+    run_operation(config, Operations.secrets, mode="look")  # refuses where there is no database
     file = args.file or settings.backups / f"{file_timestamp(now)}.db"
     if file.exists() or (args.with_key and vault.file is None):
         there = f"{file} is there already" if file.exists() else "the key is in SECRET_KEY alone"
@@ -11725,7 +11724,6 @@ def cmd_backup(args: argparse.Namespace, config: Config) -> int:
 
 def cmd_restore(args: argparse.Namespace, config: Config) -> int:
     if args.acknowledge:
-        require_store(config)
         noted = run_operation(config, lambda operations: operations.store.acknowledge())
         return report(args, {"acknowledged": noted}, "noted" if noted else "nothing was restored")
     database = file_of(config.settings, "pg_restore")
@@ -11919,17 +11917,16 @@ def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
     else:
         args.value = sys.stdin.read()
     body = parse(SecretBody, {name: getattr(args, name) for name in ("name", "type", "value")})
-    answer = run_operation(
-        config, lambda operations: operations.add_secret(body, replace=args.replace)
+    add = partial(Operations.add_secret, replace=args.replace)
+    answer = run_operation(config, add, body, mode="make")
+    return report(
+        args, answer, f"{'replaced' if args.replace else 'stored'} secret {answer.name!r}"
     )
-    done = "replaced" if args.replace else "stored"
-    return report(args, answer, f"{done} secret {answer.name!r}")
 
 
 def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
-    answer = run_read_only(config, lambda operations: operations.secrets())
-    rows: list[tuple[object, ...]]
-    rows = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
+    answer = run_read_only(config, Operations.secrets)
+    rows: list[Any] = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
     for name, ref in config.secrets.items():
         rows.append((None, name, ref.type, f"{config.path}: {ref.env or ref.file}"))
     columns = ("ID", "Name", "Type", "Created, or where it is")
@@ -11937,17 +11934,16 @@ def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
-    found = run_operation(config, lambda operations: operations.secret(args.name), looks=True)
+    found = run_operation(config, Operations.secret, args.name, mode="look")
     if not confirmed(args, f"Delete secret {found.name!r} of type {found.type}, for good?"):
         return 1
-    answer = run_operation(config, lambda operations: operations.delete_secret(args.name))
+    answer = run_operation(config, Operations.delete_secret, args.name)
     return report(args, answer, answer.message)
 
 
 def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
-    require_store(config)
-    count = run_operation(config, Operations.rotate)
-    place, vault = config.settings.shown_store, Vault(config.settings)
+    count, vault = run_operation(config, Operations.rotate), Vault(config.settings)
+    place = config.settings.shown_store
     text = f"sealed {count_of(count, 'secret')} of {place} with a new master key"
     if vault.file is not None:
         text += f": back up {vault.file} (the one before is in {vault.old_file()})"
@@ -11964,11 +11960,11 @@ def cmd_import(args: argparse.Namespace, config: Config) -> int:
         with open_original(args.file) as ask:
             return await operations.store.transact(Import(ask, secret_key, operations).run)
 
-    done = run_operation(config, work)
+    done = run_operation(config, work, mode="make")
     shown = [{"what": what, "here": here, "said": said} for what, here, said in done]
     lines = [f"{'here' if here else 'NOT '}  {what}: {said}" for what, here, said in done]
-    report(args, {"imported": shown}, "\n".join(lines) or "there is nothing to import")
-    return int(not all(here for _, here, _ in done))
+    good = all(here for _, here, _ in done)
+    return report(args, {"imported": shown}, *lines or ["there is nothing to import"], good=good)
 
 
 JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by flat field
@@ -11990,15 +11986,12 @@ JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by fl
 def named_by_option() -> Iterator[None]:
     """In errors, name the option that was typed in place of the field that it became."""
     names = {"poll_interval": "--poll-interval"} | {f: o for f, (o, _) in JOB_OPTIONS.items()}
-
-    def named(problem: Problem) -> Problem:
-        where = re.sub(r"^\w+", lambda m: names.get(m[0], m[0]), problem.where)
-        return replace(problem, where=where)
-
     try:
         yield
     except Invalid as e:
-        e.problems = [*map(named, e.problems)]
+        for n, problem in enumerate(e.problems):
+            where = re.sub(r"^\w+", lambda m: names.get(m[0], m[0]), problem.where)
+            e.problems[n] = replace(problem, where=where)
         raise
 
 
@@ -12010,24 +12003,19 @@ def flat_job(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
+    """create and update."""
     with named_by_option():
-        spec = job_spec(flat_job(args), config.settings.job_context)
-        answer = run_operation(config, lambda operations: operations.create_job(spec))
-    return report(args, answer, f"created job {answer.name!r} (ID {answer.id})")
-
-
-def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
-    require_store(config)
-    with named_by_option():
-        answer = run_operation(
-            config, lambda operations: operations.update_job(args.job, flat_job(args))
-        )
-    return report(args, answer, f"updated job {answer.name!r}")
+        if args.action == "update":
+            answer = run_operation(config, Operations.update_job, args.job, flat_job(args))
+        else:
+            spec = job_spec(flat_job(args), config.settings.job_context)
+            answer = run_operation(config, Operations.create_job, spec, mode="make")
+    return report(args, answer, f"{args.action}d job {answer.name!r} (ID {answer.id})")
 
 
 def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
-    ask = partial(Operations.jobs, status=args.status, limit=10**9, after=0, recent=True)
-    found, now, rows = run_operation(config, ask, looks=True), time.time(), []
+    found = run_operation(config, Operations.jobs, args.status, 10**9, 0, "", True, mode="look")
+    now, rows = time.time(), []
     for job in found.jobs:
         recent, pace = cast(Recent, job.recent), job.poll_interval_seconds
         every = pace if pace == "auto" else duration_text(pace)
@@ -12048,44 +12036,36 @@ def as_written(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+JOB_TABLES: dict[
+    str, tuple[Any, ...]
+] = {  # of `job show`: their columns, and which may be left out
+    "batches": ("batch_id status requests_completed requests_total",),
+    "triggers": ("id state keboola_job_id keboola_status", 3),
+    "runs": (f"start_time status {' '.join(f'records_{name}' for name in COUNTED)}", 5, 2),
+    "rejects": ("source place reason record", 0, 3),
+    "logs": ("created_at status actor message", 2),
+}
+
+
 def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
-    answer = run_operation(
-        config, lambda operations: operations.job(args.job, args.logs), looks=True
-    )
+    answer = run_operation(config, Operations.job, args.job, args.logs, mode="look")
     document = answer.model_dump(mode="json")
-    apart = {"batches", "logs", "triggers", "totals", "runs", "rejects", "recent"}
-    apart |= {"batch_id", "batch_ids"}
+    apart = {*JOB_TABLES, "totals", "recent", "batch_id", "batch_ids"}
     apart |= {"batch_count", "completed_count", "failed_count"} if answer.ingest else set()
-    facts = {k: v for k, v in document.items() if k not in apart and v not in (None, {})}
-    head = [
-        (k.replace("_", " "), as_written(v)) for k, v in (facts | (answer.totals or {})).items()
-    ]
-    batches = [
-        (b.batch_id, b.status or "not seen yet", f"{b.requests_completed}/{b.requests_total}")
-        for b in answer.batches
-    ]
-    triggers = [(t.id, t.state, t.keboola_job_id, t.keboola_status) for t in answer.triggers]
-    runs = [
-        (iso(run.start_time), run.status, *(getattr(run, f"records_{n}") for n in COUNTED))
-        for run in answer.runs
-    ]
-    logs = [(iso(row.created_at), row.status, row.actor, row.message) for row in answer.logs or ()]
-    tables = (
-        Table(("Job", answer.name), head),
-        Table(("Batch", "Status", "Requests"), batches),
-        Table(("Trigger", "State", "Keboola job", "Its status"), triggers, (3,)),
-        Table(("Run", "Status", *map(str.capitalize, COUNTED)), runs, (5, 2)),
-        reject_table(answer.rejects[::-1]),
-        Table(("Time", "What", "By", "Message"), logs, (2,)),
-    )
-    parts: list[str | Table] = [part for table in tables if table.rows for part in ("", table)]
-    return report(args, answer, *parts[1:])
+    facts = {key: value for key, value in document.items() if key not in apart}
+    facts = {k: v for k, v in (facts | (answer.totals or {})).items() if v not in (None, {})}
+    head = [(key.replace("_", " "), as_written(value)) for key, value in facts.items()]
+    shown: list[str | Table] = [Table(("Job", answer.name), head)]
+    for name, (columns, *spare) in JOB_TABLES.items():
+        if document[name]:
+            shown += ["", table_of(document[name], columns, *spare)]
+    return report(args, document, *shown)
 
 
 def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
     """pause, resume and retry."""
-    before = run_operation(config, lambda operations: operations.job(args.job, None), looks=True)
-    answer = run_operation(config, lambda operations: operations.step_job(args.job, args.action))
+    before = run_operation(config, Operations.job, args.job, None, mode="look")
+    answer = run_operation(config, Operations.step_job, args.job, args.action)
     report(args, answer, f"job {answer.name!r} is {answer.status} now")
     lost = [b.batch_id for b in before.batches if outcome(b) == "failed"]
     if args.action == "retry" and lost and before.trigger_when == "all_completed":
@@ -12096,20 +12076,19 @@ def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
 
 
 def cmd_job_delete(args: argparse.Namespace, config: Config) -> int:
-    job = run_operation(config, lambda operations: operations.job(args.job, None), looks=True)
-    records = count_of(job.totals["records"], "record") if job.totals else ""
-    what = f"its history and its {records} in /data" if records else "its history"
-    if not confirmed(args, f"Delete job {job.name!r} (ID {job.id}) with {what}?"):
+    job = run_operation(config, Operations.job, args.job, None, mode="look")
+    records = f" and {count_of(job.totals['records'], 'record')} in /data" if job.totals else ""
+    if not confirmed(args, f"Delete job {job.name!r} (ID {job.id}) with its history{records}?"):
         return 1
-    answer = run_operation(config, lambda operations: operations.delete_job(str(job.id)))
-    return report(args, answer, answer.message + (f", with {records}" if records else ""))
+    answer = run_operation(config, Operations.delete_job, str(job.id))
+    return report(args, answer, f"{answer.message}, with its history{records}")
 
 
 def cmd_explain(args: argparse.Namespace, config: Config) -> int:
-    said = run_operation(config, lambda operations: operations.explain(args.job), looks=True)
+    said = run_operation(config, Operations.explain, args.job, mode="look")
     if holder(config.settings.database) is None:
         said.append("The service does not run at the moment.")
-    return report(args, {"job": args.job, "said": said}, "\n".join(said))
+    return report(args, {"job": args.job, "said": said}, *said)
 
 
 def cmd_logs(args: argparse.Namespace, config: Config) -> int:
@@ -12128,7 +12107,7 @@ def cmd_logs(args: argparse.Namespace, config: Config) -> int:
 
     try:
         while True:
-            rows = run_operation(config, look, looks=True)
+            rows = run_operation(config, look, mode="look")
             if args.json and not args.follow:
                 return report(args, rows)
             for row in rows:
@@ -12147,43 +12126,48 @@ def log_line(row: Mapping[str, Any]) -> str:
     return CONTROL.sub(" ", redact(text.removesuffix(": ") + by))
 
 
+async def data_rows(
+    operations: Operations, args: argparse.Namespace, limit: int
+) -> AsyncIterator[Any]:
+    """Up to `limit` records or rejects, in the order of their arrival."""
+    after: int | None = 0
+    if args.action == "rejects":
+        for reject in (await operations.rejects(args.source, limit))[::-1]:
+            yield reject
+        return
+    while after is not None and limit > 0:
+        found, after = await operations.data(args.source, min(CHUNK_ROWS, limit), after)
+        limit -= len(found)
+        for record in found:
+            yield record
+
+
 def cmd_data(args: argparse.Namespace, config: Config) -> int:
-    """list and rejects: some rows as a table, or all as JSON or CSV, in the order of arrival."""
+    """list and rejects: some rows as a table, or all as JSON or CSV."""
     rejects, whole = args.action == "rejects", args.csv or (args.json and args.action == "list")
     limit = args.limit if args.limit is not None else 10**9 if whole else 100 if rejects else 20
 
-    async def each(operations: Operations) -> AsyncIterator[Any]:
-        after, left = (0 if limit else None), limit
-        for reject in (await operations.rejects(args.source, limit))[::-1] if rejects else ():
-            yield reject
-        while after is not None and left > 0 and not rejects:
-            found, after = await operations.data(args.source, min(CHUNK_ROWS, left), after)
-            left -= len(found)
-            for record in found:
-                yield record
-
     async def show(operations: Operations) -> None:
-        await check_source(operations.store, args.source)
+        known, rows = await operations.store.ingested(), data_rows(operations, args, limit)
+        if (
+            args.source
+            and args.source not in known
+            and (question := did_you_mean(args.source, known))
+        ):
+            say(f"hint: there is no source {args.source!r}{question}")
         if args.csv or args.json:
-            return await export(args, RejectAnswer if rejects else StoredRecord, each(operations))
-        found = [row async for row in each(operations)]
+            return await export(args, RejectAnswer if rejects else StoredRecord, rows)
+        found = [row async for row in rows]
         if rejects:
-            return print_table(reject_table(found))
-        rows = [(r.source, r.source_id, r.title, r.published_at, r.url) for r in found]
-        print_table(Table(("Source", "ID", "Title", "Published", "URL"), rows, (4, 3, 0)))
+            return print_table(table_of(found, *JOB_TABLES["rejects"]))
+        print_table(table_of(found, "source source_id title published_at url", 4, 3, 0))
         total = (await operations.store.totals(args.source or ""))["records"]
         if total > len(found):
             print(f"{len(found)} of {total:,}; --limit shows more, --csv and --json all")
         return None
 
-    run_operation(config, show, looks=True)
+    run_operation(config, show, mode="look")
     return 0
-
-
-async def check_source(store: Store, source: str | None) -> None:
-    known = await store.ingested()
-    if source and source not in known and (question := did_you_mean(source, known)):
-        say(f"hint: there is no source {source!r}{question}")
 
 
 async def export(
@@ -12206,14 +12190,6 @@ async def export(
             joint = ",\n "
     if not args.csv:
         print("[]" if joint == "[" else "]")
-
-
-def reject_table(rejects: Sequence[RejectAnswer]) -> Table:
-    """A table of rejected records; a terminal shows only the beginning of each."""
-    most = 60 if sys.stdout.isatty() else sys.maxsize
-    records = [r.record[:most] + "..." * (len(r.record) > most) for r in rejects]
-    rows = [(r.source, r.place, r.reason, t) for r, t in zip(rejects, records, strict=True)]
-    return Table(("Source", "Rejected at", "Why", "Record"), rows, (0, 3))
 
 
 def cmd_schema(args: argparse.Namespace) -> int:
@@ -12250,7 +12226,7 @@ def cmd_completion(args: argparse.Namespace) -> int:
     config = config_despite_mistakes(args)
     names = {*config.secrets} if what == "secrets" else set[str]()
     if config.settings.has_store:
-        names |= {*run_operation(config, stored, looks=True)}
+        names |= {*run_operation(config, stored, mode="look")}
     print(*sorted(name for name in names if re.fullmatch(r"[\w.@/+-]+", name)), sep="\n")
     return 0
 
@@ -12384,7 +12360,7 @@ def create_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) 
         asyncio.run(Store(settings.store).touch())
         yield f"made the database {settings.shown_store}"
     for body in given:
-        run_operation(config, partial(Operations.add_secret, body=body))
+        run_operation(config, Operations.add_secret, body, mode="make")
         yield f"stored the secret {body.name!r}"
     if not config.path.exists():
         config.path.write_text(jobs_file)
@@ -12396,7 +12372,7 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
     settings, vault = config.settings, Vault(config.settings)
     sealed = list[str]()
     if settings.has_store:  # of a server, it makes the tables where they are missing
-        sealed = run_operation(config, lambda operations: operations.store.names("secrets"))
+        sealed = [row.name for row in run_operation(config, Operations.secrets).secrets]
     if sealed and vault.file is not None and not vault.file.exists() and not args.new_key:
         raise SecretError(
             f"{vault.file} is missing, and a new key would not open what"
@@ -12540,7 +12516,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[
         arg("--status", choices=STATES, help="only of this state"),)),
     ("job show", cmd_job_show, config_of, "batches, triggers and the last log lines",
      (JOB, SHOWN_LINES)),
-    ("job update", cmd_job_update, config_of, "change a job", (
+    ("job update", cmd_job_create, config_of, "change a job", (
         JOB, *job_options(create=False))),
     ("job pause", cmd_job_step, config_of, "stop checking a job", (JOB,)),
     ("job resume", cmd_job_step, config_of, "go on checking a paused job", (JOB,)),
