@@ -12269,14 +12269,16 @@ FIRST_STACK = "https://connection.keboola.com"
 
 async def batch_table(base_url: str | None, key: SecretValue) -> Table:
     """The newest batches that a key may see."""
-    openai, rows = OpenAI(base_url), list[tuple[object, ...]]()
+    openai = OpenAI(base_url)
     try:
-        for batch in await openai.latest(key):
-            requests = f"{batch.requests_completed}/{batch.requests_total}"
-            rows.append((len(rows) + 1, batch.batch_id, batch.status, requests))
+        found = await openai.latest(key)
     finally:
         await openai.close()
-    return Table(("No.", "Batch", "Status", "Requests"), rows)
+    shown = [
+        (n, batch.batch_id, batch.status, f"{batch.requests_completed}/{batch.requests_total}")
+        for n, batch in enumerate(found, 1)
+    ]
+    return Table(("No.", "Batch", "Status", "Requests"), shown)
 
 
 async def configuration_table(stack: str, token: SecretValue) -> Table:
@@ -12298,30 +12300,20 @@ def prompt_key_and_choice(
 ) -> tuple[str, list[Sequence[Any]]]:
     """Ask for a key, list what it may see, and ask for the rows to use. Both results are empty if
     nothing is typed. A key that cannot list anything is asked for again."""
-    value, table = "", Table((), ())
-    while not value and (text := getpass.getpass(f"{name} (is not shown): ")):
+    while value := getpass.getpass(f"{name} (is not shown): "):
         try:
-            table = asyncio.run(listing(SecretValue(clean_secret(text))))
-            value = text
+            table = asyncio.run(listing(SecretValue(clean_secret(value))))
         except TeckoError as e:
             print_error(e)
-    if not table.rows:
+            continue
+        print_table(table)
+        while words := {*prompt_line(f"{what}: ").replace(",", " ").split()}:
+            rows = [row for row in table.rows if str(row[0]) in words]
+            if len(rows) == len(words) <= most:
+                return value, rows
+            say(f"at most {most} of the numbers above, or Enter for none")
         return value, []
-    print_table(table)
-    while words := {*prompt_line(f"{what}: ").replace(",", " ").split()}:
-        rows = [row for row in table.rows if str(row[0]) in words]
-        if len(rows) == len(words) <= most:
-            return value, rows
-        say(f"at most {most} of the numbers above, or Enter for none")
-    return value, []
-
-
-def prompt_stack() -> str:
-    while text := prompt_line(f"Keboola stack (Enter: {FIRST_STACK}): ").strip():
-        with contextlib.suppress(ValueError):
-            return clean_stack_url(text)
-        say(f"a stack is {FIRST_STACK} or another one, without a path")
-    return FIRST_STACK
+    return "", []
 
 
 def first_jobs_file(
@@ -12339,7 +12331,12 @@ def interview(settings: Settings) -> tuple[list[SecretBody], str]:
     say("Enter skips a question. Ctrl-C ends this, and nothing is made.")
     ask = partial(batch_table, settings.openai_base_url)
     key, batches = prompt_key_and_choice("OpenAI key", ask, "Batches to watch, like 1, 2", 10)
-    ask = partial(configuration_table, stack := prompt_stack())
+    while text := prompt_line(f"Keboola stack (Enter: {FIRST_STACK}): ").strip():
+        with contextlib.suppress(ValueError):
+            text = clean_stack_url(text)
+            break
+        say(f"a stack is {FIRST_STACK} or another one, without a path")
+    ask = partial(configuration_table, stack := text or FIRST_STACK)
     token, target = prompt_key_and_choice("Keboola token", ask, "Number of the one to start", 1)
     kinds = (("openai", key), ("keboola", token))
     given = [parse(SecretBody, {"name": f"{k}-prod", "type": k, "value": v}) for k, v in kinds if v]
@@ -12433,6 +12430,10 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def count(*names: str, **how: Any) -> Argument:
+    return names, {"type": whole_number, "metavar": "N"} | how
+
+
 def job_options(*, create: bool) -> Iterator[Argument]:
     """The options of `job create` and `job update`, with help from the models."""
     for name, (option, metavar) in JOB_OPTIONS.items():
@@ -12449,86 +12450,79 @@ def job_options(*, create: bool) -> Iterator[Argument]:
 
 JOB = arg("job", metavar="JOB", help="id or name")
 FORCE = arg("--force", action="store_true", help="do not ask")
-SOURCE = arg("--source", metavar="SOURCE", help="only of this ingest's job")
-LIMIT = arg("--limit", type=whole_number, metavar="N", help="at most N")
-AS_CSV = arg("--csv", action="store_true", help="all of them, as CSV")
-SHOWN_LINES = arg("--logs", type=whole_number, default=20, metavar="N",
-                  help="log lines (default: %(default)s)")  # fmt: skip
-STATES = (*JOB_STEPS, "removed")
+ROWS = (
+    arg("--source", metavar="SOURCE", help="only of this ingest's job"),
+    count("--limit", help="at most N"),
+    arg("--csv", action="store_true", help="all of them, as CSV"),
+)
 
-Configured = Callable[[argparse.Namespace], Config]
-COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[Argument]], ...] = (
-    ("init", cmd_init, config_of, "make the key, the database and a first jobs.yaml", (
+# which need no jobs.yaml, and which work despite mistakes in it
+CONFIGLESS = (cmd_schema, cmd_completion, cmd_demo)
+TOLERANT = (cmd_stop, cmd_reload, cmd_status, cmd_backup, cmd_restore, cmd_logs)
+COMMANDS: tuple[tuple[str, Callable[..., int], str, Sequence[Argument]], ...] = (
+    ("init", cmd_init, "make the key, the database and a first jobs.yaml", (
         arg("--new-key", action="store_true", help="even where secrets are sealed already"),)),
-    ("validate", cmd_validate, config_of, "check jobs.yaml and every secret; what would change", (
+    ("validate", cmd_validate, "check jobs.yaml and every secret; what would change", (
         arg("--online", action="store_true", help="ask every key, batch and source once, too"),)),
-    ("doctor", cmd_validate, config_of, "validate --online", (
+    ("doctor", cmd_validate, "validate --online", (
         arg("--online", action="store_true", default=True, help="as always here"),)),
-    ("start", cmd_start, config_of, "run the service", (
+    ("start", cmd_start, "run the service", (
         arg("--daemon", action="store_true", help="in the background"),)),
-    ("stop", cmd_stop, config_despite_mistakes, "stop the service gracefully", ()),
-    ("reload", cmd_reload, config_despite_mistakes, "have the service read jobs.yaml again", ()),
-    ("status", cmd_status, config_despite_mistakes,
-     "whether it runs, what is due, and what needs you", ()),
-    ("backup", cmd_backup, config_despite_mistakes, "copy the database, while others use it", (
+    ("stop", cmd_stop, "stop the service gracefully", ()),
+    ("reload", cmd_reload, "have the service read jobs.yaml again", ()),
+    ("status", cmd_status, "whether it runs, what is due, and what needs you", ()),
+    ("backup", cmd_backup, "copy the database, while others use it", (
         arg("file", nargs="?", type=Path, metavar="FILE",
             help="where to (default: where the service has its own)"),
         arg("--with-key", action="store_true", help="put the master key beside it"))),
-    ("restore", cmd_restore, config_despite_mistakes, "let a backup take the database's place", (
+    ("restore", cmd_restore, "let a backup take the database's place", (
         arg("file", nargs="?", type=Path, metavar="FILE", help="a backup"),
         arg("--acknowledge", action="store_true",
             help="say that you know what may be missing since one did"))),
-    ("check", cmd_check, config_of, "one round now, then exit", (
+    ("check", cmd_check, "one round now, then exit", (
         arg("jobs", nargs="*", metavar="JOB", help="id or name (default: all)"),)),
-    ("explain", cmd_explain, config_of, "what a job waits for, and why", (JOB,)),
-    ("logs", cmd_logs, config_despite_mistakes, "what was done, when and by whom", (
+    ("explain", cmd_explain, "what a job waits for, and why", (JOB,)),
+    ("logs", cmd_logs, "what was done, when and by whom", (
         arg("job", nargs="?", metavar="JOB", help="id or name (default: all)"),
         arg("-f", "--follow", action="store_true", help="also what comes, until Ctrl-C"),
-        arg("-n", "--lines", type=whole_number, default=20, metavar="N",
-            help="how many (default: %(default)s)"))),
-    ("import", cmd_import, config_of, "take over what the original program has", (
+        count("-n", "--lines", default=20, help="how many (default: 20)"))),
+    ("import", cmd_import, "take over what the original program has", (
         arg("file", type=Path, metavar="FILE", help="its SQLite database; stop it first"),
         arg("--env", type=Path, metavar="FILE", help="its .env with its SECRET_KEY (default: the"
             " one beside its database)"))),
-    ("stats", cmd_stats, config_of, "checks, triggers, delay and records, by day", (
-        arg("--days", type=whole_number, default=30, metavar="N",
-            help="how many, up to 90 (default: %(default)s)"),)),
-    ("schema", cmd_schema, None, "print the JSON Schema of jobs.yaml", ()),
-    ("completion", cmd_completion, None, "print a shell's completion script", (
+    ("stats", cmd_stats, "checks, triggers, delay and records, by day", (
+        count("--days", default=30, help="how many, up to 90 (default: 30)"),)),
+    ("schema", cmd_schema, "print the JSON Schema of jobs.yaml", ()),
+    ("completion", cmd_completion, "print a shell's completion script", (
         arg("shell", choices=("bash", "zsh", "fish", *COMPLETED.values()),
             metavar="bash|zsh|fish"),)),
-    ("demo", cmd_demo, None, "the whole thing on this machine, without an account", (
+    ("demo", cmd_demo, "the whole thing on this machine, without an account", (
         arg("--keep", action="store_true", help="go on until Ctrl-C"),)),
-    ("secret add", cmd_secret_add, config_of, "store one, typed without echo or piped in", (
+    ("secret add", cmd_secret_add, "store one, typed without echo or piped in", (
         arg("--name", required=True, help=SecretBody.model_fields["name"].description),
         arg("--type", required=True, choices=get_args(SecretBody.model_fields["type"].annotation)),
         arg("--value", help="the secret itself; shows up in the process list and the shell's"
             " history, prefer the prompt or a pipe"),
         arg("--replace", action="store_true", help="give a stored one a new value"))),
-    ("secret list", cmd_secret_list, config_of, "names and types, never values", ()),
-    ("secret delete", cmd_secret_delete, config_of, "delete one that no running job uses", (
+    ("secret list", cmd_secret_list, "names and types, never values", ()),
+    ("secret delete", cmd_secret_delete, "delete one that no running job uses", (
         arg("name", metavar="SECRET"), FORCE)),
-    ("secret rotate", cmd_secret_rotate, config_of,
-     "new master key, every secret encrypted anew", ()),
-    ("alert test", cmd_alert_test, config_of, "send each target of `alerts:` a message", ()),
-    ("job create", cmd_job_create, config_of, "watch batches", (*job_options(create=True),)),
-    ("job list", cmd_job_list, config_of, "all jobs, with what they have done and why", (
-        arg("--status", choices=STATES, help="only of this state"),)),
-    ("job show", cmd_job_show, config_of, "batches, triggers and the last log lines",
-     (JOB, SHOWN_LINES)),
-    ("job update", cmd_job_create, config_of, "change a job", (
-        JOB, *job_options(create=False))),
-    ("job pause", cmd_job_step, config_of, "stop checking a job", (JOB,)),
-    ("job resume", cmd_job_step, config_of, "go on checking a paused job", (JOB,)),
-    ("job retry", cmd_job_step, config_of, "re-arm a failed job", (JOB,)),
-    ("job delete", cmd_job_delete, config_of, "delete a job with its history and its records",
-     (JOB, FORCE)),
-    ("job run", cmd_check, config_of, "one run of an ingest now", (
+    ("secret rotate", cmd_secret_rotate, "new master key, every secret encrypted anew", ()),
+    ("alert test", cmd_alert_test, "send each target of `alerts:` a message", ()),
+    ("job create", cmd_job_create, "watch batches", (*job_options(create=True),)),
+    ("job list", cmd_job_list, "all jobs, with what they have done and why", (
+        arg("--status", choices=(*JOB_STEPS, "removed"), help="only of this state"),)),
+    ("job show", cmd_job_show, "batches, triggers and the last log lines", (
+        JOB, count("--logs", default=20, help="log lines (default: 20)"))),
+    ("job update", cmd_job_create, "change a job", (JOB, *job_options(create=False))),
+    ("job pause", cmd_job_step, "stop checking a job", (JOB,)),
+    ("job resume", cmd_job_step, "go on checking a paused job", (JOB,)),
+    ("job retry", cmd_job_step, "re-arm a failed job", (JOB,)),
+    ("job delete", cmd_job_delete, "delete a job with its history and its records", (JOB, FORCE)),
+    ("job run", cmd_check, "one run of an ingest now", (
         arg("jobs", nargs=1, metavar="JOB", help="id or name"),)),
-    ("data list", cmd_data, config_of, "records in the unified schema",
-     (SOURCE, LIMIT, AS_CSV)),
-    ("data rejects", cmd_data, config_of, "records that were rejected, and why",
-     (SOURCE, LIMIT, AS_CSV)),
+    ("data list", cmd_data, "records in the unified schema", ROWS),
+    ("data rejects", cmd_data, "records that were rejected, and why", ROWS),
 )  # fmt: skip
 GROUPS = {"secret": "API keys and tokens", "job": "jobs", "data": "what ingests brought",
           "alert": "who is told of what is wrong"}  # fmt: skip
@@ -12561,13 +12555,13 @@ def make_parser(prog: str = COMMAND, completes: Any = None) -> argparse.Argument
         late.add_argument(*names, **how | hidden)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     groups = {"": commands}
-    for path, run, configured, says, arguments in COMMANDS:
+    for path, run, says, arguments in COMMANDS:
         group, _, name = path.rpartition(" ")
         if group not in groups:
             holds = commands.add_parser(group, help=GROUPS[group])
             groups[group] = holds.add_subparsers(dest="action", required=True, metavar="ACTION")
         parser = groups[group].add_parser(name, help=says, description=says, parents=[late])
-        parser.set_defaults(run=run, configured=configured)
+        parser.set_defaults(run=run)
         for names, how in arguments:
             action = parser.add_argument(*names, **how)
             if completes is not None and (what := COMPLETED.get(str(action.metavar))):
@@ -12592,28 +12586,27 @@ def run_command(args: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ACTOR.set(None if args.command in ("start", "check") else "command line")
     try:
-        if args.configured is None:
+        if args.run in CONFIGLESS:
             return int(args.run(args))
-        config = args.configured(args)
+        config = (config_despite_mistakes if args.run in TOLERANT else config_of)(args)
         level = {"start": config.settings.log_level, "check": "WARNING"}.get(args.command, "ERROR")
         level = "DEBUG" if args.verbose else "ERROR" if args.quiet else level
         set_up_logging(config.settings, level, to_file=args.command == "start")
         return int(args.run(args, config))
     except TeckoError as e:
-        print_error(e, args)
+        error = e
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `... | head`
-        pass
+        return 1
     except ModuleNotFoundError as e:
-        print_error(TeckoError(install_hint(e)), args)
+        error = TeckoError(install_hint(e))
     except (OSError, UnicodeError) as e:
-        print_error(TeckoError(f"{type(e).__name__}: {e}"), args)
+        error = TeckoError(f"{type(e).__name__}: {e}")
     except Exception as e:
-        text = f"internal error: {type(e).__name__}: {e}"
-        print_error(TeckoError(text, hint="-v shows where"), args)
-        if args.verbose:
-            log.exception("internal error")  # the handler redacts it
+        error = TeckoError(f"internal error: {type(e).__name__}: {e}", hint="-v shows where")
+        log.debug("internal error", exc_info=True)  # the handler redacts it
+    print_error(error, args)
     return 1
 
 
