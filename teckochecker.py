@@ -5545,11 +5545,12 @@ def rate_limiter(per_minute: int | None) -> AsyncLimiter | None:
     return AsyncLimiter(at_once, 60 * at_once / max(per_minute - at_once, per_minute / 2))
 
 
-class Pause(NamedTuple):
-    """A key with which OpenAI is not asked at present."""
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A key of OpenAI that is not used for a while: it was rate-limited, or its calls failed."""
 
     secret: str  # its name
-    until: float  # unix time
+    until: At
     reason: str
 
 
@@ -8320,14 +8321,6 @@ class Done(Answer):
     message: str
 
 
-class PausedKey(Answer):
-    """A key that is not used for a while, because it was rate-limited or its calls failed."""
-
-    secret: str
-    reason: str
-    until: At
-
-
 class Attention(Answer):
     """A job that waits for a person, or the database."""
 
@@ -8360,7 +8353,7 @@ class Health(Answer):
         " window, or Keboola's answers about them fail",
     )
     attention: list[Attention] = Field([], description="what waits for a person")
-    paused_keys: list[PausedKey] = Field([], description="keys of OpenAI that are not used now")
+    paused_keys: list[Pause] = Field([], description="keys of OpenAI that are not used now")
     config_last_reload_successful: bool
     config_last_reload_at: At = Field(description="of the last reload, or of the start")
     config_last_reload_error: str | None
@@ -8387,18 +8380,17 @@ def with_status(health: Health, file_problem: str | None, store_error: str | Non
     work fails. A store that another process has locked degrades it, for the lock will end."""
     overdue, undelivered = len(health.overdue_jobs), len(health.undelivered_jobs)
     locked = store_error is not None and "locked" in store_error
-    lost = file_problem is not None or (store_error is not None and not locked)
     stopping = {
         "the database does not answer": not health.db_connected,
-        "the database was deleted, replaced or cannot be written; see the log": lost,
+        "the database was deleted, replaced or cannot be written; see the log":
+            file_problem or (store_error and not locked),
         f"the scheduler is {health.scheduler}": health.scheduler != "running",
-    }
+    }  # fmt: skip
     hindering = {
         "another process has locked the database": locked,
         f"{count_of(overdue, 'active job')} without a successful check for three poll intervals":
-            overdue > 0,
-        f"{count_of(undelivered, 'trigger')} not delivered, or not followed, for long":
-            undelivered > 0,
+            overdue,
+        f"{count_of(undelivered, 'trigger')} not delivered, or not followed, for long": undelivered,
         "the last reload was refused; see the log": not health.config_last_reload_successful,
         "a backup took the database's place, and what was done later is missing; see `status`":
             any(waits.what == "restored" for waits in health.attention),
@@ -8514,26 +8506,26 @@ WAITS = {  # what a job without an error does, in states without checks
 }
 
 
-def progress_text(job: JobAnswer, brought: tuple[int, int]) -> str:
-    """What a job has done, in its own terms."""
-    if job.ingest is not None:
-        rejects = f", {brought[1]:,} rejected" if brought[1] else ""
-        return count_of(brought[0], "record") + rejects
-    if total := sum(batch.requests_total for batch in job.batches):
-        return f"{sum(b.requests_completed + b.requests_failed for b in job.batches)}/{total}"
-    ended = job.completed_count + job.failed_count
-    return f"{ended}/{count_of(job.batch_count, 'batch', 'batches')}"
-
-
-def reason_text(job: JobAnswer, brought: tuple[int, int]) -> str | None:
-    """Why a job is where it is: its last error, or what it waits for."""
-    if job.last_error or job.status in WAITS:
-        return job.last_error or WAITS[job.status]
-    if brought[1]:
-        return f"{count_of(brought[1], 'record')} rejected: data rejects --source {job.name}"
+def recent_of(
+    job: JobAnswer, records: int, rejects: int, trigger: Trigger | None, runs: Sequence[Run]
+) -> Recent:
+    """What a job has done in its own terms, and why it is where it is."""
     left = [batch.batch_id for batch in job.batches if outcome(batch) is None]
-    what = left[0] if len(left) == 1 else count_of(len(left), "batch", "batches")
-    return f"waits for {what}" if job.status == "active" and left else None
+    total = sum(batch.requests_total for batch in job.batches)
+    ended = sum(batch.requests_completed + batch.requests_failed for batch in job.batches)
+    done, why = f"{ended}/{total}", job.last_error or WAITS.get(job.status)
+    if job.ingest is not None:
+        done = count_of(records, "record") + (f", {rejects:,} rejected" if rejects else "")
+    elif not total:
+        done = f"{len(job.batches) - len(left)}/{count_of(len(job.batches), 'batch', 'batches')}"
+    if why is None and rejects:
+        why = f"{count_of(rejects, 'record')} rejected: data rejects --source {job.name}"
+    elif why is None and job.status == "active" and left:
+        why = f"waits for {left[0] if len(left) == 1 else f'{len(left)} batches'}"
+    ends = [
+        "rejected" if run.status == "success" and run.records_failed else run.status for run in runs
+    ]
+    return Recent(done=done, why=why, trigger=trigger, runs=ends)
 
 
 # ── Operations ────────────────────────────────────────────────────────────────────────────────
@@ -8717,17 +8709,9 @@ class Operations:
         ingested = await self.store.ingested(jobs[0].name if len(jobs) == 1 else "")
         last = {t.job_id: t for t in await self.store.triggers(*(job.id for job in jobs))}
         for job in jobs:
-            brought = ingested.get(job.name, (0, 0))
             runs = await self.store.runs(job.name, 20) if job.ingest else []
-            job.recent = Recent(
-                done=progress_text(job, brought),
-                why=reason_text(job, brought),
-                trigger=last.get(job.id),
-                runs=[
-                    "rejected" if run.status == "success" and run.records_failed else run.status
-                    for run in runs
-                ],
-            )
+            brought = ingested.get(job.name, (0, 0))
+            job.recent = recent_of(job, *brought, last.get(job.id), runs)
 
     async def job(self, ref: str, logs: int | None = 20) -> JobDetail:
         job = await self.store.find_job(ref)
@@ -9935,7 +9919,7 @@ class Service(Timers):
             version=VERSION,
             uptime_seconds=round(now - self.started_at, 1),
             scheduler="stalled" if stalled else running,
-            paused_keys=[PausedKey.model_validate(p) for p in self.steps.openai.pauses()],
+            paused_keys=self.steps.openai.pauses(),
             config_last_reload_successful=self.reload_error is None,
             config_last_reload_at=self.reloaded_at,
             config_last_reload_error=self.reload_error,
@@ -10506,32 +10490,28 @@ def content_of(*models: str) -> dict[str, Any]:
     return {"application/json": {"schema": {"anyOf": forms} if len(forms) > 1 else forms[0]}}
 
 
-def responses(route: Route) -> dict[str, Any]:
-    """The answers of a route, by status; `default` is an error, or bad news in the same shape."""
-    errors = ["ErrorAnswer"]
-    if isinstance(route.answer, str):
-        done: Any = {route.answer.partition(";")[0]: {"schema": {}}}
-    else:
-        done = content_of(route.answer.__name__)
-        done |= {"text/html": {"schema": {}}} if route.page else {}
-        errors += [route.answer.__name__] if route.public else []
-    made = {str(route.status): {"description": "Done", "content": done}}
-    if route.method != "GET":
-        made["202"] = {"description": "Under way", "content": content_of("Done")}
-    return made | {"default": {"description": "Not done", "content": content_of(*errors)}}
-
-
 def operation(route: Route, path: str) -> dict[str, Any]:
-    """A route in the words of OpenAPI 3.1."""
+    """A route in the words of OpenAPI 3.1. `default` is an error, or bad news in the same shape."""
     number = {"type": "integer", "minimum": 1, "description": "the number of it"}
     parameters = [{"name": "id", "in": "path", "required": True, "schema": number}]
     queries = route.query.model_json_schema()["properties"] if route.query else {}
+    done: dict[str, Any] = {str(route.answer).partition(";")[0]: {"schema": {}}}
+    errors = ["ErrorAnswer"]
+    if not isinstance(route.answer, str):
+        done = content_of(route.answer.__name__)
+        done |= {"text/html": {"schema": {}}} if route.page else {}
+        errors += [route.answer.__name__] * route.public
+    late = {"202": {"description": "Under way", "content": content_of("Done")}}
     made: dict[str, Any] = {
         "summary": route.does,
         "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{path}").strip("_"),
         "parameters": parameters * ("{id}" in path)
         + [{"name": name, "in": "query", "schema": schema} for name, schema in queries.items()],
-        "responses": responses(route),
+        "responses": {
+            str(route.status): {"description": "Done", "content": done},
+            **(late if route.method != "GET" else {}),
+            "default": {"description": "Not done", "content": content_of(*errors)},
+        },
     }
     if route.public:
         made["security"] = []
@@ -11281,36 +11261,29 @@ PRIVATE_LINE = re.compile(
 )  # is not shown, whatever it has
 
 
-def source_lines(problem: Problem) -> Iterator[str]:
-    """The line of a problem's file, and a caret below the column."""
-    line, column = CONTROL.sub(" ", problem.source), problem.column
-    if line.strip() and column and not PRIVATE_LINE.search(line + problem.where):
-        yield f"{problem.line:>5} | {line}"
-        yield f"{'':5} | {' ' * (column - 1)}^"
-
-
 def print_error(error: TeckoError, args: argparse.Namespace | None = None) -> None:
-    """Print an error and its hint, a line each; with --json also a JSON document on stdout."""
+    """Print an error and its hint, a line each, with the line of the file that it is about; with
+    --json also a JSON document on stdout."""
     problems = error.problems if isinstance(error, Invalid) else [Problem("", str(error))]
     for problem in problems:
-        place = f"{problem.file}:{problem.line}:"
-        exact = f"{place}{problem.column}:" if problem.column else place
-        for line in (str(problem).replace(place, exact, 1), *source_lines(problem)):
-            say(line if line.startswith(" ") else f"teckochecker: {line}")
+        place, column = f"{problem.file}:{problem.line}:", problem.column
+        exact = f"{place}{column}:" if column else place
+        say(f"teckochecker: {str(problem).replace(place, exact, 1)}")
+        line = CONTROL.sub(" ", problem.source)
+        if line.strip() and column and not PRIVATE_LINE.search(line + problem.where):
+            say(f"{problem.line:>5} | {line}\n{'':5} | {' ' * (column - 1)}^")
     if error.hint:
         say(f"hint: {error.hint}")
     if args is None or not args.json:
         return
     wanted = ("file", "line", "column", "where", "found", "allowed")
     errors = [{name: getattr(problem, name) for name in wanted} for problem in problems]
-    document = {
-        "error": ERROR_NAMES.get(error.code, "error"),
-        "detail": str(error),
-        "hint": error.hint or None,
-        "errors": errors,
-    }
+    document: Any = {"valid": False, "errors": errors}
+    if args.command != "validate":
+        document = {"error": ERROR_NAMES.get(error.code, "error"), "detail": str(error)}
+        document |= {"hint": error.hint or None, "errors": errors}
     with contextlib.suppress(OSError):  # that stdout takes nothing is told when it is closed
-        report(args, {"valid": False, "errors": errors} if args.command == "validate" else document)
+        report(args, document)
 
 
 def prompt_line(prompt: str) -> str:
@@ -11430,7 +11403,10 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
         problems = await every_problem(config, store, Vault(config.settings), unused=True)
         problems += [Problem(found=said) for said in await client_problems()]
         if problems:
-            raise Invalid(problems, hint=missing_secret_hint(problems))
+            pattern = r"(?:no secret '|secret '(?=[^']+': the environ))(.+?)'"
+            lost = re.search(pattern, "\n".join(map(str, problems)))
+            add = f"{COMMAND} secret add --name {lost[1] if lost else ''} --type openai|keboola|api"
+            raise Invalid(problems, hint=add if lost else "")
         findings = list[Finding]()
         if args.online:
             async with make_steps(config, store) as steps:
@@ -11463,13 +11439,6 @@ def cmd_alert_test(args: argparse.Namespace, config: Config) -> int:
             return await Alerts(steps).test()
 
     return report_findings(args, {}, "targets", run_operation(config, tell, mode="make"))
-
-
-def missing_secret_hint(problems: Sequence[Problem]) -> str:
-    text = "\n".join(map(str, problems))
-    lost = re.search(r"no secret '(.+?)'|secret '(.+?)': the environ", text)
-    name = lost[1] or lost[2] if lost else ""
-    return f"{COMMAND} secret add --name {name} --type openai|keboola|api" if lost else ""
 
 
 def cmd_start(args: argparse.Namespace, config: Config) -> int:
@@ -11536,24 +11505,22 @@ def start_daemon(args: argparse.Namespace, config: Config) -> int:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    said, pipe = b"", cast(IO[bytes], child.stderr)
-    os.set_blocking(pipe.fileno(), False)
     try:
-        while child.poll() is None:
+        while child.returncode is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                lines = child.communicate(timeout=0.05)[1].splitlines()
             found = holder(database)
             if found is not None and found.pid == child.pid and found.started_at:
                 document = {"running": True, "pid": child.pid, "log": str(log_file)}
                 return report(args, document, f"started, pid {child.pid}; the log is {log_file}")
-            said += pipe.read() or b""
-            time.sleep(0.05)
     except KeyboardInterrupt:  # or SIGTERM: whoever gives up waiting leaves no service behind
         child.terminate()
         child.wait()
         raise
-    lines = (said + (pipe.read() or b"")).decode(errors="replace").splitlines()
     told = [line for line in lines if line.startswith("teckochecker: ")] or lines or [""]
     why = told[-1].removeprefix("teckochecker: ") or f"it ended with {child.returncode}"
     raise TeckoError(f"the service did not start: {why}", hint=f"the log is {log_file}")
@@ -11982,34 +11949,23 @@ JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by fl
 }
 
 
-@contextlib.contextmanager
-def named_by_option() -> Iterator[None]:
-    """In errors, name the option that was typed in place of the field that it became."""
+def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
+    """create and update. In errors, the option is named in place of the field that it became."""
     names = {"poll_interval": "--poll-interval"} | {f: o for f, (o, _) in JOB_OPTIONS.items()}
-    try:
-        yield
-    except Invalid as e:
-        for n, problem in enumerate(e.problems):
-            where = re.sub(r"^\w+", lambda m: names.get(m[0], m[0]), problem.where)
-            e.problems[n] = replace(problem, where=where)
-        raise
-
-
-def flat_job(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `job create` and `job update` as the flat form of a job."""
     given = {name: getattr(args, name) for name in JOB_OPTIONS}
     given["variables"] = dict(given["variables"] or ()) or None
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
-    """create and update."""
-    with named_by_option():
+    flat = {name: value for name, value in given.items() if value is not None}
+    try:
         if args.action == "update":
-            answer = run_operation(config, Operations.update_job, args.job, flat_job(args))
+            answer = run_operation(config, Operations.update_job, args.job, flat)
         else:
-            spec = job_spec(flat_job(args), config.settings.job_context)
+            spec = job_spec(flat, config.settings.job_context)
             answer = run_operation(config, Operations.create_job, spec, mode="make")
+    except Invalid as e:
+        for n, problem in enumerate(e.problems):
+            where = re.sub(r"^\w+", lambda field: names.get(field[0], field[0]), problem.where)
+            e.problems[n] = replace(problem, where=where)
+        raise
     return report(args, answer, f"{args.action}d job {answer.name!r} (ID {answer.id})")
 
 
@@ -12111,19 +12067,18 @@ def cmd_logs(args: argparse.Namespace, config: Config) -> int:
             if args.json and not args.follow:
                 return report(args, rows)
             for row in rows:
-                print(json.dumps(redacted(row)) if args.json else log_line(row), flush=True)
+                text = (
+                    f"{row['created_at']}  {row['job'] or '-'}  {row['status']}: {row['message']}"
+                )
+                by = f" (by {row['actor']})" if row["actor"] else ""
+                line = CONTROL.sub(" ", redact(text.removesuffix(": ") + by))
+                print(json.dumps(redacted(row)) if args.json else line, flush=True)
             if not args.follow:
                 return 0
             after, limit = (rows[-1]["id"] if rows else after), 10**9
             time.sleep(1)
     except KeyboardInterrupt:
         return 0
-
-
-def log_line(row: Mapping[str, Any]) -> str:
-    by = f" (by {row['actor']})" if row["actor"] else ""
-    text = f"{row['created_at']}  {row['job'] or '-'}  {row['status']}: {row['message']}"
-    return CONTROL.sub(" ", redact(text.removesuffix(": ") + by))
 
 
 async def data_rows(
@@ -12398,11 +12353,7 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviated options, for users would come to rely on them. For a misspelt word, it
-    suggests the one that was probably meant."""
-
-    def __init__(self, **how: Any) -> None:
-        super().__init__(allow_abbrev=False, **how)
+    """For a misspelt word, it suggests the one that was probably meant."""
 
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
@@ -12547,6 +12498,7 @@ def make_parser(prog: str = COMMAND, completes: Any = None) -> argparse.Argument
         description="Watch OpenAI batches and start a Keboola job when they are done, once.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"TeckoChecker {VERSION}")
     for names, how in EVERYWHERE:
@@ -12558,9 +12510,10 @@ def make_parser(prog: str = COMMAND, completes: Any = None) -> argparse.Argument
     for path, run, says, arguments in COMMANDS:
         group, _, name = path.rpartition(" ")
         if group not in groups:
-            holds = commands.add_parser(group, help=GROUPS[group])
+            holds = commands.add_parser(group, help=GROUPS[group], allow_abbrev=False)
             groups[group] = holds.add_subparsers(dest="action", required=True, metavar="ACTION")
-        parser = groups[group].add_parser(name, help=says, description=says, parents=[late])
+        shown: Any = {"help": says, "description": says, "parents": [late], "allow_abbrev": False}
+        parser = groups[group].add_parser(name, **shown)
         parser.set_defaults(run=run)
         for names, how in arguments:
             action = parser.add_argument(*names, **how)
