@@ -4195,7 +4195,9 @@ class Jobs(Secrets):
         found = await self._jobs("j.id = :ref" if is_id else "j.name = :ref", {"ref": key})
         if not found:
             what = f"ID {ref}" if is_id else f"name {ref!r}"
-            raise NotFound(f"Job with {what} not found", hint=f"{COMMAND} job list shows them")
+            names = [row[0] for row in await self._sql("SELECT name FROM polling_jobs")]
+            hint = did_you_mean(ref, names).strip(" ()") or f"{COMMAND} job list shows them"
+            raise NotFound(f"Job with {what} not found", hint=hint)
         return found[0]
 
     async def jobs_among(self, ids: Iterable[int]) -> list[Job]:
@@ -8506,9 +8508,7 @@ WAITS = {  # what a job without an error does, in states without checks
 }
 
 
-def recent_of(
-    job: JobAnswer, records: int, rejects: int, trigger: Trigger | None, runs: Sequence[Run]
-) -> Recent:
+def recent_of(job: JobAnswer, records: int, rejects: int, runs: Sequence[Run]) -> Recent:
     """What a job has done in its own terms, and why it is where it is."""
     left = [batch.batch_id for batch in job.batches if outcome(batch) is None]
     total = sum(batch.requests_total for batch in job.batches)
@@ -8522,10 +8522,8 @@ def recent_of(
         why = f"{count_of(rejects, 'record')} rejected: data rejects --source {job.name}"
     elif why is None and job.status == "active" and left:
         why = f"waits for {left[0] if len(left) == 1 else f'{len(left)} batches'}"
-    ends = [
-        "rejected" if run.status == "success" and run.records_failed else run.status for run in runs
-    ]
-    return Recent(done=done, why=why, trigger=trigger, runs=ends)
+    ends = ["rejected" if r.status == "success" and r.records_failed else r.status for r in runs]
+    return Recent(done=done, why=why, trigger=None, runs=ends)
 
 
 # ── Operations ────────────────────────────────────────────────────────────────────────────────
@@ -8610,11 +8608,15 @@ class Operations:
         return SecretList(secrets=rows, total=len(rows))
 
     async def secret(self, ref: str) -> SecretAnswer:
-        for row in await self.store.secrets():
+        rows = await self.store.secrets()
+        for row in rows:
             if ref in (row.name, str(row.id)):
                 return SecretAnswer.model_validate(row)
         what = f"with ID {ref}" if ref.isdigit() else repr(ref)
-        raise NotFound(f"Secret {what} not found", hint="`secret list` shows them", code=1001)
+        hint = did_you_mean(ref, [row.name for row in rows]).strip(" ()")
+        raise NotFound(
+            f"Secret {what} not found", hint=hint or "`secret list` shows them", code=1001
+        )
 
     async def delete_secret(self, ref: str) -> Done:
         secret = await self.secret(ref)
@@ -8711,7 +8713,8 @@ class Operations:
         for job in jobs:
             runs = await self.store.runs(job.name, 20) if job.ingest else []
             brought = ingested.get(job.name, (0, 0))
-            job.recent = recent_of(job, *brought, last.get(job.id), runs)
+            job.recent = recent_of(job, *brought, runs)
+            job.recent.trigger = last.get(job.id)
 
     async def job(self, ref: str, logs: int | None = 20) -> JobDetail:
         job = await self.store.find_job(ref)
@@ -10254,9 +10257,9 @@ async function visit() {
 $("search").oninput = $("status").onchange = () => choose([0]);
 addEventListener("hashchange", visit);
 addEventListener("visibilitychange", () => document.hidden || turn());
-setInterval(() => document.querySelectorAll("time").forEach((t) => {
-  t.textContent = when(t.dateTime);
-}), 1000);
+setInterval(() => {
+  for (const t of document.querySelectorAll("time")) t.textContent = when(t.dateTime);
+}, 1000);
 visit();
 </script></body></html>
 """
@@ -10310,10 +10313,11 @@ class Query(BaseModel):
     model_config = ConfigDict(defer_build=True, extra="forbid")
 
 
+STATES = (*JOB_STEPS, "removed")
+
+
 class JobsQuery(Query):
-    status: Literal[JobStatus, "removed"] | None = Field(
-        None, description=", ".join((*JOB_STEPS, "removed"))
-    )
+    status: Literal[JobStatus, "removed"] | None = Field(None, description=", ".join(STATES))
     limit: int = Field(100, ge=1, le=1000, description="jobs a page, 1 to 1000")
     after: int = Field(0, ge=0, le=2**63 - 1, description="`next_after` of the page before")
     search: str = Field("", description="a part of the name, in either case")
@@ -10324,9 +10328,7 @@ class DataQuery(Query):
     source: str | None = Field(None, min_length=1, description="an ingest's job; default: all")
     limit: int = Field(10, ge=1, le=100, description="records a page, 1 to 100")
     offset: int = Field(0, ge=0, le=10**12, description="records to skip; costs as much as reading")
-    after: int | None = Field(
-        None, ge=0, le=2**63 - 1, description="`next_after` of the page before; not with offset"
-    )
+    after: int | None = Field(None, ge=0, le=2**63 - 1, description="`next_after`, no offset")
 
     @field_validator("after")
     @classmethod
@@ -10401,16 +10403,14 @@ async def show_job(request: Request) -> JobDetail:
 
 
 async def show_data(request: Request) -> DataPage:
-    query, begun = cast(DataQuery, request.query), time.perf_counter()
-    found, following = await request.operations.data(
-        query.source, query.limit, query.after or 0, query.offset
-    )
-    totals = await request.service.store.totals(query.source or "")
-    return DataPage.model_construct(
+    q, begun = cast(DataQuery, request.query), time.perf_counter()
+    found, following = await request.operations.data(q.source, q.limit, q.after or 0, q.offset)
+    totals = await request.service.store.totals(q.source or "")
+    return DataPage(
         request_id=request.request_id,
         total_count=totals["records"],
-        limit=query.limit,
-        offset=query.offset,
+        limit=q.limit,
+        offset=q.offset,
         next_after=following,
         api_latency_ms=round((time.perf_counter() - begun) * 1000, 2),
         data=found,
@@ -10598,11 +10598,9 @@ def docs() -> str:
     needed only to try a route."""
     api, esc, contents, sections = openapi(), html.escape, "", ""
     for path, ways in api["paths"].items():
-        for method, described in ways.items():
-            contents += (
-                f'<a href="#{described["operationId"]}">{method.upper()} {esc(path)}</a><br>'
-            )
-            sections += docs_section(method, path, described)
+        for method, way in ways.items():
+            contents += f'<a href="#{way["operationId"]}">{method.upper()} {esc(path)}</a><br>'
+            sections += docs_section(method, path, way)
     models = "".join(
         f'<h3 id="{name}">{name}</h3><p>{esc(schema.get("description", ""))}</p><details>'
         f"<summary>Schema</summary><pre>{esc(json.dumps(schema, indent=1))}</pre></details>"
@@ -10644,11 +10642,11 @@ HTTP_BODY = 1 << 20  # bytes of a request's body
 READS_AT_ONCE = 2  # GETs worked on at once, so that checks take their turns at the event loop
 ACCEPT_PAUSE = 1.0  # s after a connection that could not be accepted, for lack of descriptors
 
+Reader = asyncio.StreamReader
+Writer = asyncio.StreamWriter
 REQUEST_LINE = re.compile(rb"([!-~]+ [!-~]+ HTTP/\d\.\d)?\r\n")
 FIELD_LINE = re.compile(rb"([\w!#$%&'*+.^`|~-]+:[\t -~\x80-\xff]*)?\r\n")  # RFC 9110, section 5.5
-TARGET = re.compile(
-    r"(?:(?i:https?)://(?P<host>[^/?#@]+))?(?P<path>/[^?#]*)(?:\?(?P<query>[^#]*))?"
-)
+TARGET = re.compile(r"(?:(?i:https?)://([^/?#@]+))?(/[^?#]*)(?:\?([^#]*))?")  # host, path, query
 SINGLE = ("Host", "Origin", "Content-Length", "Content-Type", "Authorization", "Sec-Fetch-Site")
 
 
@@ -10673,7 +10671,7 @@ CORS_HEADERS = {  # for pages of the origins that CORS_ORIGINS names
 }
 
 
-async def read_head(reader: asyncio.StreamReader, begun: bytes) -> bytes:
+async def read_head(reader: Reader, begun: bytes) -> bytes:
     """Read a request's head, whose first byte is `begun`. Each line is checked as it arrives: bare
     CR or LF, folded lines, control characters and invalid names are refused."""
     head = b""
@@ -10720,9 +10718,9 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         if int(length) > HTTP_BODY:
             raise Refused(413, f"a body has at most {HTTP_BODY} bytes")
         self.host, target = self.header("Host"), TARGET.fullmatch(self.path)
-        if target is None or (target["host"] or self.host).lower() != self.host.lower():
+        if target is None or (target[1] or self.host).lower() != self.host.lower():
             raise Refused(400, "the target must be a path of the host that Host names")
-        self.length, self.path, self.query = int(length), target["path"], target["query"] or ""
+        self.length, self.path, self.query = int(length), target[2], target[3] or ""
         self.close_connection |= self.request_version == "HTTP/1.0"
         self.close_connection |= "close" in self.header("Connection").lower()
 
@@ -10825,13 +10823,9 @@ class Admin:
                 log.warning("cannot accept a connection: %s", e)
                 await asyncio.sleep(ACCEPT_PAUSE)
             else:
-                self._connections[streams[1]] = asyncio.create_task(
-                    self._serve_connection(*streams)
-                )
+                self._connections[streams[1]] = asyncio.create_task(self._serve(*streams))
 
-    async def _serve_connection(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _serve(self, reader: Reader, writer: Writer) -> None:
         """Serve one connection until a side closes it. Above the limit, requests are still read,
         for they may ask for health; above twice the limit, the connection is dropped."""
         most = self.service.settings.api_max_connections
@@ -10854,9 +10848,7 @@ class Admin:
         self._waiting.pop(writer, None)
         writer.transport.abort()
 
-    async def _exchange(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, spare: bool
-    ) -> bool:
+    async def _exchange(self, reader: Reader, writer: Writer, spare: bool) -> bool:
         """Serve one request; True if another may follow on the connection."""
         exchange, body = Exchange(), b""
         self._waiting[writer] = False
@@ -10877,9 +10869,7 @@ class Admin:
             await self._respond(exchange, body, spare)
         return await self._send(exchange, reader, writer)
 
-    async def _send(
-        self, exchange: Exchange, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bool:
+    async def _send(self, exchange: Exchange, reader: Reader, writer: Writer) -> bool:
         """Send the answer; True if the connection stays open."""
         self._waiting[writer] = True
         async with asyncio.timeout(HTTP_DEADLINE):
@@ -10926,10 +10916,8 @@ class Admin:
         address = re.fullmatch(r"\[[0-9a-f:.]+\]|[0-9.]+", name)
         known = bool(address or (name and name in map(bare_host, ours)))
         if not known and not public:
-            said = (
-                f"Host header {repr_excerpt(exchange.host)} is not allowed; add it to ADMIN_HOSTS"
-            )
-            raise Refused(421, said)
+            given = repr_excerpt(exchange.host)
+            raise Refused(421, f"Host header {given} is not allowed; add it to ADMIN_HOSTS")
         return known
 
     def _check_origin(self, exchange: Exchange) -> bool:
@@ -10941,9 +10929,8 @@ class Admin:
             exchange.more_headers |= CORS_HEADERS | {"Access-Control-Allow-Origin": origin}
             return True
         if "Origin" in exchange.headers and not same_place(origin, exchange.host):
-            raise Refused(
-                403, f"Origin {repr_excerpt(origin)} is not allowed; add it to CORS_ORIGINS"
-            )
+            given = repr_excerpt(origin)
+            raise Refused(403, f"Origin {given} is not allowed; add it to CORS_ORIGINS")
         elsewhere = exchange.header("Sec-Fetch-Site").lower() == "cross-site"
         if elsewhere and exchange.command not in ("GET", "HEAD"):
             raise Refused(403, "pages of other sites may change nothing here")
@@ -11046,24 +11033,22 @@ async def serving(service: Service) -> AsyncIterator[Admin]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        listener = socket.create_server(
-            (host, port), family=family, backlog=1024, dualstack_ipv6=both
-        )
+        sock = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as e:
         why = str(e.strerror).partition(" (while")[0]
         hint = "API_HOST and API_PORT, or admin: in jobs.yaml, choose another one"
         raise Conflict(f"cannot listen on {host}:{port}: {why}", hint=hint) from e
-    with listener:
-        listener.setblocking(False)
+    with sock:
+        sock.setblocking(False)
         shown = f"[{host}]" if ":" in host else host
-        admin = Admin(service, f"http://{shown}:{listener.getsockname()[1]}")
-        accepting = asyncio.create_task(admin.listen(listener))
+        admin = Admin(service, f"http://{shown}:{sock.getsockname()[1]}")
+        accepting = asyncio.create_task(admin.listen(sock))
         try:
             yield admin
         finally:
             accepting.cancel()
             await asyncio.wait({accepting})
-            listener.close()
+            sock.close()
             await admin.stop()
 
 
@@ -11236,6 +11221,10 @@ def as_document(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
+Args = argparse.Namespace
+Work = Callable[..., Awaitable[T]]
+
+
 def table_of(rows: Iterable[Any], columns: str, *spare: int) -> Table:
     """A table of the fields of these answers that `columns` names."""
     keys = columns.split()
@@ -11243,7 +11232,7 @@ def table_of(rows: Iterable[Any], columns: str, *spare: int) -> Table:
     return Table([key.replace("_", " ").capitalize() for key in keys], cells, spare)
 
 
-def report(args: argparse.Namespace, document: Any, *shown: str | Table, good: bool = True) -> int:
+def report(args: Args, document: Any, *shown: str | Table, good: bool = True) -> int:
     """Print a result on stdout: with --json one JSON document, else `shown`. The exit code."""
     if args.json:
         print(json.dumps(redacted(as_document(document)), indent=2))
@@ -11261,7 +11250,7 @@ PRIVATE_LINE = re.compile(
 )  # is not shown, whatever it has
 
 
-def print_error(error: TeckoError, args: argparse.Namespace | None = None) -> None:
+def print_error(error: TeckoError, args: Args | None = None) -> None:
     """Print an error and its hint, a line each, with the line of the file that it is about; with
     --json also a JSON document on stdout."""
     problems = error.problems if isinstance(error, Invalid) else [Problem("", str(error))]
@@ -11300,7 +11289,7 @@ def prompt_or_exit(prompt: Callable[[], T], nothing: str) -> T:
         raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 1) from None
 
 
-def confirmed(args: argparse.Namespace, question: str) -> bool:
+def confirmed(args: Args, question: str) -> bool:
     """Ask before deleting. Without a terminal, --force is needed."""
     if args.force:
         return True
@@ -11321,13 +11310,13 @@ FOLLOW_SECONDS = 0.2  # s between looks at what goes on elsewhere
 STOP_SECONDS = 2.0  # that an ingest has after Ctrl-C to write its chunk
 
 
-def config_of(args: argparse.Namespace) -> Config:
+def config_of(args: Args) -> Config:
     path = args.config or Path("jobs.yaml")
     needed = args.config is not None and args.command != "init"
     return load_config(path, os.environ, must_exist=needed)
 
 
-def config_despite_mistakes(args: argparse.Namespace) -> Config:
+def config_despite_mistakes(args: Args) -> Config:
     """The configuration, for commands that must work while jobs.yaml has a mistake: then defaults,
     with the database that jobs.yaml names, if that can be read."""
     path = args.config or Path("jobs.yaml")
@@ -11350,21 +11339,7 @@ def require_jobs(config: Config, *, or_store: bool = True) -> None:
         raise Invalid([text], hint=f"{COMMAND} init writes one")
 
 
-@contextlib.asynccontextmanager
-async def suggesting_names(store: Store) -> AsyncIterator[None]:
-    """Add to the error of an unknown job or secret the name that was probably meant."""
-    try:
-        yield
-    except NotFound as e:
-        names = await store.names("secrets" if e.code == 1001 else "polling_jobs")
-        question = did_you_mean(str(e).partition("'")[2].partition("'")[0], names)
-        e.hint = question.strip(" ()") or e.hint
-        raise
-
-
-def run_operation(
-    config: Config, work: Callable[..., Awaitable[T]], *given: Any, mode: str = "change"
-) -> T:
+def run_operation(config: Config, work: Work[T], *given: Any, mode: str = "change") -> T:
     """Run an operation in an event loop of its own, and return its result. With the mode `look` it
     may only read, and no key is needed; only with `make` a database is made where none is."""
     settings, vault = config.settings, Vault(config.settings)
@@ -11372,7 +11347,7 @@ def run_operation(
 
     async def asking() -> T:
         read_only = mode == "look" or not there  # then it says that there is no database
-        async with Store(settings.store, read_only=read_only) as store, suggesting_names(store):
+        async with Store(settings.store, read_only=read_only) as store:
             return await work(Operations(store, vault, lambda: config), *given)
 
     if there and mode != "look":
@@ -11390,7 +11365,7 @@ def run_read_only(config: Config, work: Callable[[Operations], Awaitable[T]]) ->
         return run_operation(replace(config, settings=settings), work, mode="look")
 
 
-def cmd_validate(args: argparse.Namespace, config: Config) -> int:
+def cmd_validate(args: Args, config: Config) -> int:
     """Report everything that `start` would refuse, secrets that do not decrypt, and what would
     change; with --online also ask each upstream."""
     require_jobs(config, or_store=False)
@@ -11420,15 +11395,13 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
     return report_findings(args, head, "online", findings, text, *changes)
 
 
-def report_findings(
-    args: argparse.Namespace, head: dict[str, Any], name: str, found: Sequence[Finding], *said: str
-) -> int:
+def report_findings(args: Args, head: Any, name: str, found: list[Finding], *said: str) -> int:
     document = head | {name: [f._asdict() for f in found]}
     lines = [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in found]
     return report(args, document, *said, *lines, good=all(f.good for f in found))
 
 
-def cmd_alert_test(args: argparse.Namespace, config: Config) -> int:
+def cmd_alert_test(args: Args, config: Config) -> int:
     """Send a message to each target, and report which ones were reached."""
     if not config.alerts:
         raise Conflict(f"{config.path} names nobody to tell", hint="`alerts:` does, see README.md")
@@ -11441,7 +11414,7 @@ def cmd_alert_test(args: argparse.Namespace, config: Config) -> int:
     return report_findings(args, {}, "targets", run_operation(config, tell, mode="make"))
 
 
-def cmd_start(args: argparse.Namespace, config: Config) -> int:
+def cmd_start(args: Args, config: Config) -> int:
     database = config.settings.database
     require_jobs(config)
     if args.daemon:
@@ -11491,7 +11464,7 @@ async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> No
             log.info("stopping")
 
 
-def start_daemon(args: argparse.Namespace, config: Config) -> int:
+def start_daemon(args: Args, config: Config) -> int:
     """Start this program in a session of its own, and wait until it works or is in reserve. If it
     ends before, its last message is the reason."""
     database = config.settings.database
@@ -11541,7 +11514,7 @@ def signal_holder(config: Config, number: signal.Signals) -> Holder:
     return found
 
 
-def cmd_stop(args: argparse.Namespace, config: Config) -> int:
+def cmd_stop(args: Args, config: Config) -> int:
     stopped = signal_holder(config, signal.SIGTERM)
     until = time.monotonic() + DRAIN_SECONDS + 7  # the service's own 10 s, and some for the machine
     while (found := holder(config.settings.database)) and found.pid == stopped.pid:
@@ -11551,7 +11524,7 @@ def cmd_stop(args: argparse.Namespace, config: Config) -> int:
     return report(args, {"stopped": stopped.pid}, f"stopped, pid {stopped.pid}")
 
 
-def cmd_reload(args: argparse.Namespace, config: Config) -> int:
+def cmd_reload(args: Args, config: Config) -> int:
     """Have the running service read its configuration again, and report the result."""
     if (found := service_of(config)) is None:
         raise Conflict("no service runs on this database", hint="each start reads jobs.yaml")
@@ -11609,13 +11582,11 @@ def ask_service(address: str, method: str, path: str, settings: Settings) -> Any
     return document
 
 
-def cmd_status(args: argparse.Namespace, config: Config) -> int:
+def cmd_status(args: Args, config: Config) -> int:
     now, settings, found = time.time(), config.settings, holder(config.settings.database)
     serves = found is not None and found.address != ""
 
-    async def look(
-        operations: Operations,
-    ) -> tuple[dict[str, int], list[tuple[str, float]], list[Any]]:
+    async def look(operations: Operations) -> Any:
         counts, due = (await operations.store.counts())["jobs"], await operations.store.due_next(5)
         return counts, due, await operations.store.attention(10)
 
@@ -11647,7 +11618,7 @@ def cmd_status(args: argparse.Namespace, config: Config) -> int:
     return report(args, document, Table(("", ""), [row for row in rows if row[1]]))
 
 
-def cmd_stats(args: argparse.Namespace, config: Config) -> int:
+def cmd_stats(args: Args, config: Config) -> int:
     rows = [*map(as_document, run_operation(config, Operations.history, args.days, mode="look"))]
     columns = "day checks triggers done_to_post_ms records"
     return report(args, {"history": rows}, table_of(rows, columns))
@@ -11746,8 +11717,7 @@ async def show_progress(store: Store, turns: Sequence[JobRound]) -> None:
 async def rounds_of(store: Store, args: argparse.Namespace) -> list[JobRound]:
     """The jobs of a round: those that are named, else all that have something left to do."""
     ready, verb = await store.schedule(), "run" if args.command == "job" else "check"
-    async with suggesting_names(store):
-        jobs = [await store.find_job(ref) for ref in args.jobs]
+    jobs = [await store.find_job(ref) for ref in args.jobs]
     for job in jobs:
         if verb == "run" and not isinstance(job.spec, IngestSpec):
             raise Conflict(f"job {job.name!r} watches batches", hint="`check` looks at them now")
@@ -11875,7 +11845,7 @@ async def await_round(store: Store, turn: JobRound, config: Config) -> None:
 # ── Secrets, jobs and records on the command line ─────────────────────────────────────────────
 
 
-def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
+def cmd_secret_add(args: Args, config: Config) -> int:
     Vault(config.settings).load(required=True)  # before anything is typed in vain
     if args.value is not None:
         say("warning: --value shows the secret to all who list processes")
@@ -11886,12 +11856,10 @@ def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
     body = parse(SecretBody, {name: getattr(args, name) for name in ("name", "type", "value")})
     add = partial(Operations.add_secret, replace=args.replace)
     answer = run_operation(config, add, body, mode="make")
-    return report(
-        args, answer, f"{'replaced' if args.replace else 'stored'} secret {answer.name!r}"
-    )
+    return report(args, answer, f"stored secret {answer.name!r}")
 
 
-def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
+def cmd_secret_list(args: Args, config: Config) -> int:
     answer = run_read_only(config, Operations.secrets)
     rows: list[Any] = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
     for name, ref in config.secrets.items():
@@ -11900,7 +11868,7 @@ def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
     return report(args, answer, Table(columns, rows, (0,)))
 
 
-def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
+def cmd_secret_delete(args: Args, config: Config) -> int:
     found = run_operation(config, Operations.secret, args.name, mode="look")
     if not confirmed(args, f"Delete secret {found.name!r} of type {found.type}, for good?"):
         return 1
@@ -11908,7 +11876,7 @@ def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
     return report(args, answer, answer.message)
 
 
-def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
+def cmd_secret_rotate(args: Args, config: Config) -> int:
     count, vault = run_operation(config, Operations.rotate), Vault(config.settings)
     place = config.settings.shown_store
     text = f"sealed {count_of(count, 'secret')} of {place} with a new master key"
@@ -11917,7 +11885,7 @@ def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
     return report(args, {"resealed": count}, text)
 
 
-def cmd_import(args: argparse.Namespace, config: Config) -> int:
+def cmd_import(args: Args, config: Config) -> int:
     place = args.env or args.file.absolute().parent / ".env"
     if not (secret_key := read_dot_env(place)[0].get("SECRET_KEY", "")):
         raise SecretError(f"no SECRET_KEY in {place}", hint="--env names the original's .env")
@@ -11949,7 +11917,7 @@ JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by fl
 }
 
 
-def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
+def cmd_job_create(args: Args, config: Config) -> int:
     """create and update. In errors, the option is named in place of the field that it became."""
     names = {"poll_interval": "--poll-interval"} | {f: o for f, (o, _) in JOB_OPTIONS.items()}
     given = {name: getattr(args, name) for name in JOB_OPTIONS}
@@ -11969,7 +11937,7 @@ def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
     return report(args, answer, f"{args.action}d job {answer.name!r} (ID {answer.id})")
 
 
-def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
+def cmd_job_list(args: Args, config: Config) -> int:
     found = run_operation(config, Operations.jobs, args.status, 10**9, 0, "", True, mode="look")
     now, rows = time.time(), []
     for job in found.jobs:
@@ -11992,9 +11960,8 @@ def as_written(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-JOB_TABLES: dict[
-    str, tuple[Any, ...]
-] = {  # of `job show`: their columns, and which may be left out
+# of `job show`: their columns, and which may be left out
+JOB_TABLES: dict[str, tuple[Any, ...]] = {
     "batches": ("batch_id status requests_completed requests_total",),
     "triggers": ("id state keboola_job_id keboola_status", 3),
     "runs": (f"start_time status {' '.join(f'records_{name}' for name in COUNTED)}", 5, 2),
@@ -12003,7 +11970,7 @@ JOB_TABLES: dict[
 }
 
 
-def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
+def cmd_job_show(args: Args, config: Config) -> int:
     answer = run_operation(config, Operations.job, args.job, args.logs, mode="look")
     document = answer.model_dump(mode="json")
     apart = {*JOB_TABLES, "totals", "recent", "batch_id", "batch_ids"}
@@ -12018,7 +11985,7 @@ def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
     return report(args, document, *shown)
 
 
-def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
+def cmd_job_step(args: Args, config: Config) -> int:
     """pause, resume and retry."""
     before = run_operation(config, Operations.job, args.job, None, mode="look")
     answer = run_operation(config, Operations.step_job, args.job, args.action)
@@ -12031,7 +11998,7 @@ def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def cmd_job_delete(args: argparse.Namespace, config: Config) -> int:
+def cmd_job_delete(args: Args, config: Config) -> int:
     job = run_operation(config, Operations.job, args.job, None, mode="look")
     records = f" and {count_of(job.totals['records'], 'record')} in /data" if job.totals else ""
     if not confirmed(args, f"Delete job {job.name!r} (ID {job.id}) with its history{records}?"):
@@ -12040,14 +12007,14 @@ def cmd_job_delete(args: argparse.Namespace, config: Config) -> int:
     return report(args, answer, f"{answer.message}, with its history{records}")
 
 
-def cmd_explain(args: argparse.Namespace, config: Config) -> int:
+def cmd_explain(args: Args, config: Config) -> int:
     said = run_operation(config, Operations.explain, args.job, mode="look")
     if holder(config.settings.database) is None:
         said.append("The service does not run at the moment.")
     return report(args, {"job": args.job, "said": said}, *said)
 
 
-def cmd_logs(args: argparse.Namespace, config: Config) -> int:
+def cmd_logs(args: Args, config: Config) -> int:
     """Print what was done and by whom, oldest first; with --follow go on until Ctrl-C."""
     after, limit = 0, args.lines
 
@@ -12056,10 +12023,8 @@ def cmd_logs(args: argparse.Namespace, config: Config) -> int:
         rows = await operations.store.logs(job_id, limit, after)
         jobs = await operations.store.jobs_among({row.job_id for row in rows if row.job_id})
         names: dict[int | None, str] = {job.id: job.name for job in jobs}
-        return [
-            asdict(row) | {"job": names.get(row.job_id), "created_at": iso(row.created_at)}
-            for row in rows
-        ]
+        more = [{"job": names.get(row.job_id), "created_at": iso(row.created_at)} for row in rows]
+        return [asdict(row) | known for row, known in zip(rows, more, strict=True)]
 
     try:
         while True:
@@ -12067,11 +12032,10 @@ def cmd_logs(args: argparse.Namespace, config: Config) -> int:
             if args.json and not args.follow:
                 return report(args, rows)
             for row in rows:
-                text = (
-                    f"{row['created_at']}  {row['job'] or '-'}  {row['status']}: {row['message']}"
-                )
-                by = f" (by {row['actor']})" if row["actor"] else ""
-                line = CONTROL.sub(" ", redact(text.removesuffix(": ") + by))
+                said = f"{row['status']}: {row['message']}".removesuffix(": ")
+                said += f" (by {row['actor']})" if row["actor"] else ""
+                text = f"{row['created_at']}  {row['job'] or '-'}  {said}"
+                line = CONTROL.sub(" ", redact(text))
                 print(json.dumps(redacted(row)) if args.json else line, flush=True)
             if not args.follow:
                 return 0
@@ -12081,9 +12045,7 @@ def cmd_logs(args: argparse.Namespace, config: Config) -> int:
         return 0
 
 
-async def data_rows(
-    operations: Operations, args: argparse.Namespace, limit: int
-) -> AsyncIterator[Any]:
+async def data_rows(operations: Operations, args: Args, limit: int) -> AsyncIterator[Any]:
     """Up to `limit` records or rejects, in the order of their arrival."""
     after: int | None = 0
     if args.action == "rejects":
@@ -12097,7 +12059,7 @@ async def data_rows(
             yield record
 
 
-def cmd_data(args: argparse.Namespace, config: Config) -> int:
+def cmd_data(args: Args, config: Config) -> int:
     """list and rejects: some rows as a table, or all as JSON or CSV."""
     rejects, whole = args.action == "rejects", args.csv or (args.json and args.action == "list")
     limit = args.limit if args.limit is not None else 10**9 if whole else 100 if rejects else 20
@@ -12125,9 +12087,7 @@ def cmd_data(args: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-async def export(
-    args: argparse.Namespace, model: type[BaseModel], rows: AsyncIterator[BaseModel]
-) -> None:
+async def export(args: Args, model: type[BaseModel], rows: AsyncIterator[BaseModel]) -> None:
     """Print rows as they are read: as CSV, in which blocks are JSON, or as one JSON array."""
     # a writer whose lines end with CRLF quotes both; of those lines the CR is dropped
     out = argparse.Namespace(write=lambda line: sys.stdout.write(f"{line[:-2]}\n"))
@@ -12147,7 +12107,7 @@ async def export(
         print("[]" if joint == "[" else "]")
 
 
-def cmd_schema(args: argparse.Namespace) -> int:
+def cmd_schema(args: Args) -> int:
     """The JSON Schema of jobs.yaml, for editors."""
     jobs: Any = list[JobSpec | FlatJob | IngestSpec] | None
     whole = create_model("JobsYaml", __base__=JobsFile, __doc__="jobs.yaml", jobs=(jobs, None))
@@ -12158,7 +12118,7 @@ def cmd_schema(args: argparse.Namespace) -> int:
 COMPLETED = {"JOB": "jobs", "SECRET": "secrets", "SOURCE": "sources"}  # by metavar
 
 
-def cmd_completion(args: argparse.Namespace) -> int:
+def cmd_completion(args: Args) -> int:
     """Print a completion script, or the names it asks for, without those a shell would expand."""
     import shtab
 
@@ -12186,7 +12146,7 @@ def cmd_completion(args: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_demo(args: argparse.Namespace) -> int:
+def cmd_demo(args: Args) -> int:
     here = Path(__file__).resolve().parent
     folder = here / "teckochecker_demo"  # of an installation
     if not (folder / "demo.py").exists() and not ((folder := here / "tests") / "demo.py").exists():
@@ -12319,7 +12279,7 @@ def create_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) 
         yield f"wrote {config.path}"
 
 
-def cmd_init(args: argparse.Namespace, config: Config) -> int:
+def cmd_init(args: Args, config: Config) -> int:
     """Create what is missing, and change nothing that exists. On a terminal, ask what to watch."""
     settings, vault = config.settings, Vault(config.settings)
     sealed = list[str]()
@@ -12462,7 +12422,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], str, Sequence[Argument]], ...] = 
     ("alert test", cmd_alert_test, "send each target of `alerts:` a message", ()),
     ("job create", cmd_job_create, "watch batches", (*job_options(create=True),)),
     ("job list", cmd_job_list, "all jobs, with what they have done and why", (
-        arg("--status", choices=(*JOB_STEPS, "removed"), help="only of this state"),)),
+        arg("--status", choices=STATES, help="only of this state"),)),
     ("job show", cmd_job_show, "batches, triggers and the last log lines", (
         JOB, count("--logs", default=20, help="log lines (default: 20)"))),
     ("job update", cmd_job_create, "change a job", (JOB, *job_options(create=False))),
@@ -12531,7 +12491,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return close_streams(e.code if isinstance(e.code, int) else 0)
 
 
-def run_command(args: argparse.Namespace) -> int:
+def run_command(args: Args) -> int:
     """Run a command and report what it raises; the exit code."""
     waits = args.command == "start" and not args.daemon  # until it can end in good order
     if not waits and signal.getsignal(signal.SIGINT) is end_at_once:
