@@ -11232,6 +11232,26 @@ def table_of(rows: Iterable[Any], columns: str, *spare: int) -> Table:
     return Table([key.replace("_", " ").capitalize() for key in keys], cells, spare)
 
 
+def as_written(value: object) -> str:
+    """A value of a document, as it could stand in jobs.yaml."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {as_written(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(as_written, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def show_document(
+    document: Mapping[str, Any], head: Sequence[str], tables: Mapping[str, tuple[Any, ...]]
+) -> Iterator[str | Table]:
+    """A document as a table of its fields, and one more for each list that `tables` names."""
+    facts = {k: v for k, v in document.items() if k not in tables and v not in (None, {})}
+    yield Table(head, [(key.replace("_", " "), as_written(v)) for key, v in facts.items()])
+    for name, (columns, *spare) in tables.items():
+        if rows := document[name]:
+            yield from ("", table_of(rows, columns, *spare))
+
+
 def report(args: Args, document: Any, *shown: str | Table, good: bool = True) -> int:
     """Print a result on stdout: with --json one JSON document, else `shown`. The exit code."""
     if args.json:
@@ -11528,16 +11548,15 @@ def cmd_reload(args: Args, config: Config) -> int:
     """Have the running service read its configuration again, and report the result."""
     if (found := service_of(config)) is None:
         raise Conflict("no service runs on this database", hint="each start reads jobs.yaml")
-    before = ask_service(found.address, "GET", "/health", config.settings)["config_last_reload_at"]
+    ask = partial(ask_service, found.address, "GET", "/health", config.settings)
+    before, until = ask()["config_last_reload_at"], time.monotonic() + START_WAIT
     while iso(time.time()) == before:  # which counts whole seconds
         time.sleep(0.05)
     signal_holder(config, signal.SIGHUP)
-    until, health = time.monotonic() + START_WAIT, {"config_last_reload_at": before}
-    while health["config_last_reload_at"] == before:
+    while (health := ask())["config_last_reload_at"] == before:
         if time.monotonic() > until:
             raise Conflict(f"pid {found.pid} has not read it yet", hint="look at its log")
         time.sleep(0.05)
-        health = ask_service(found.address, "GET", "/health", config.settings)
     if not health["config_last_reload_successful"]:
         why = str(health["config_last_reload_error"] or "see its log")
         raise Invalid(why.splitlines(), hint="the service goes on with what it had")
@@ -11584,38 +11603,34 @@ def ask_service(address: str, method: str, path: str, settings: Settings) -> Any
 
 def cmd_status(args: Args, config: Config) -> int:
     now, settings, found = time.time(), config.settings, holder(config.settings.database)
-    serves = found is not None and found.address != ""
 
     async def look(operations: Operations) -> Any:
         counts, due = (await operations.store.counts())["jobs"], await operations.store.due_next(5)
         return counts, due, await operations.store.attention(10)
 
     counts, due, needs = run_read_only(config, look)
-    needs += refused_reload(found.address, settings) if found and serves else []
+    needs += refused_reload(found.address, settings) if found and found.address else []
     up = round(now - found.started_at, 1) if found and found.started_at else None
+    does = "not running"
+    if found is not None:
+        does = "running" if found.command == "start" else f"not running; a {found.command} is"
+        does = "in reserve" if up is not None and not found.address else does
+        does += f", pid {found.pid or 'unknown'}, for {duration_text(up or 0.0)}"
     document = {
+        "service": does,
         "running": found is not None and found.command == "start",
         "command": found.command if found else None,
         "pid": found.pid if found else None,
         "uptime_seconds": up,
-        "admin": found.address if found and serves else None,
-        "database": settings.shown_store,
+        "admin": (found.address or None) if found else None,
+        "database": settings.shown_store + " (not there yet)" * (not settings.has_store),
         "jobs": counts,
         "due_next": [{"job": name, "next_check_at": iso(at)} for name, at in due],
         "attention": needs,
     }
-    does = "running" if document["running"] else f"not running; a {found and found.command} is"
-    does = "in reserve" if up is not None and not serves else does
-    what = f"{does}, pid {found.pid or 'unknown'}" if found else "not running"
-    rows = [
-        ("Service", what + (f", for {duration_text(up)}" if up is not None else "")),
-        ("Admin surface", document["admin"]),
-        ("Database", settings.shown_store + " (not there yet)" * (not settings.has_store)),
-        ("Jobs", ", ".join(f"{n:,} {status}" for status, n in sorted(counts.items())) or "none"),
-        ("Due next", ", ".join(f"{name} {due_in(at, now)}" for name, at in due if serves)),
-        *(("Needs you", f"{each['job']}: {each['reason'] or each['what']}") for each in needs),
-    ]
-    return report(args, document, Table(("", ""), [row for row in rows if row[1]]))
+    tables = {"due_next": ("job next_check_at",), "attention": ("job what reason", 1)}
+    shown = {name: document[name] for name in ("service", "admin", "database", "jobs", *tables)}
+    return report(args, document, *show_document(shown, ("", ""), tables))
 
 
 def cmd_stats(args: Args, config: Config) -> int:
@@ -11951,15 +11966,6 @@ def cmd_job_list(args: Args, config: Config) -> int:
     return report(args, found, Table(columns, rows, (5, 6, 7, 0, 3, 4)))
 
 
-def as_written(value: object) -> str:
-    """A value of a job's definition, as it could stand in jobs.yaml."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {as_written(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(as_written, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 # of `job show`: their columns, and which may be left out
 JOB_TABLES: dict[str, tuple[Any, ...]] = {
     "batches": ("batch_id status requests_completed requests_total",),
@@ -11972,17 +11978,10 @@ JOB_TABLES: dict[str, tuple[Any, ...]] = {
 
 def cmd_job_show(args: Args, config: Config) -> int:
     answer = run_operation(config, Operations.job, args.job, args.logs, mode="look")
-    document = answer.model_dump(mode="json")
-    apart = {*JOB_TABLES, "totals", "recent", "batch_id", "batch_ids"}
+    apart = {"recent", "batch_id", "batch_ids"}
     apart |= {"batch_count", "completed_count", "failed_count"} if answer.ingest else set()
-    facts = {key: value for key, value in document.items() if key not in apart}
-    facts = {k: v for k, v in (facts | (answer.totals or {})).items() if v not in (None, {})}
-    head = [(key.replace("_", " "), as_written(value)) for key, value in facts.items()]
-    shown: list[str | Table] = [Table(("Job", answer.name), head)]
-    for name, (columns, *spare) in JOB_TABLES.items():
-        if document[name]:
-            shown += ["", table_of(document[name], columns, *spare)]
-    return report(args, document, *shown)
+    shown = answer.model_dump(mode="json", exclude=apart)
+    return report(args, answer, *show_document(shown, ("Job", answer.name), JOB_TABLES))
 
 
 def cmd_job_step(args: Args, config: Config) -> int:
