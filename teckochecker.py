@@ -10291,11 +10291,6 @@ class About(Answer):
     health: str = "/api/health"
 
 
-class FieldError(Answer):
-    field: str
-    message: str
-
-
 class ErrorAnswer(Answer):
     """Why a request was not done; `code` is also in the header X-Error-Code."""
 
@@ -10304,19 +10299,13 @@ class ErrorAnswer(Answer):
     code: int
     request_id: str
     message: str | None = Field(None, description="with 422: that validation failed")
-    details: list[FieldError] | None = Field(None, description="with 422: each wrong field")
-
-
-class Query(BaseModel):
-    """Query parameters. Unknown ones are refused: a misspelt filter must not list everything."""
-
-    model_config = ConfigDict(defer_build=True, extra="forbid")
+    details: list[dict[str, str]] | None = Field(None, description="with 422: of each wrong field")
 
 
 STATES = (*JOB_STEPS, "removed")
 
 
-class JobsQuery(Query):
+class JobsQuery(StrictModel):
     status: Literal[JobStatus, "removed"] | None = Field(None, description=", ".join(STATES))
     limit: int = Field(100, ge=1, le=1000, description="jobs a page, 1 to 1000")
     after: int = Field(0, ge=0, le=2**63 - 1, description="`next_after` of the page before")
@@ -10324,7 +10313,7 @@ class JobsQuery(Query):
     recent: bool = Field(False, description="true: with `recent`, what each job did last")
 
 
-class DataQuery(Query):
+class DataQuery(StrictModel):
     source: str | None = Field(None, min_length=1, description="an ingest's job; default: all")
     limit: int = Field(10, ge=1, le=100, description="records a page, 1 to 100")
     offset: int = Field(0, ge=0, le=10**12, description="records to skip; costs as much as reading")
@@ -10338,7 +10327,7 @@ class DataQuery(Query):
         return value
 
 
-class JobQuery(Query):
+class JobQuery(StrictModel):
     include_logs: bool = Field(True, description="true or false")
     log_limit: int = Field(20, ge=1, le=1000, description="log rows, 1 to 1000")
 
@@ -10370,7 +10359,7 @@ class Route:
     answer: Any  # an Answer, or the content type of a text
     body: Any = None  # what the body has to be
     example: Mapping[str, Any] | None = None  # of a body
-    query: type[Query] | None = None
+    query: type[BaseModel] | None = None
     status: int = 200
     public: bool = False  # no token is asked for, and any Host will do: probes use addresses
     also: str = ""  # a second path
@@ -10737,17 +10726,34 @@ class Exchange(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("request %s: %s", self.request_id, format % args)
 
+    def given_token(self) -> bytes:
+        """The token of a Bearer header, or the password of a Basic one with any user name."""
+        scheme, _, value = self.header("Authorization").partition(" ")
+        raw = value.strip().encode("latin-1")  # as http.client decoded it
+        with contextlib.suppress(ValueError):
+            if scheme.lower() == "basic":
+                return base64.b64decode(raw, validate=True).partition(b":")[2]
+        return raw if scheme.lower() == "bearer" else b""
+
+    def answer_with(self, route: Route, status: int, answer: Any) -> None:
+        bad = isinstance(answer, Health) and answer.status == "unhealthy"
+        bad |= isinstance(answer, Done) and not answer.success
+        text = answer if isinstance(answer, str) else answer.model_dump_json()
+        kind = route.answer if isinstance(route.answer, str) else "application/json"
+        if route.page:
+            kind = HTML if isinstance(answer, str) else kind
+            self.more_headers["Vary"] = "Accept, Origin"
+        self.answer(503 if bad else status, kind, text)
+
     def answer(self, status: int, kind: str, text: str) -> None:
         data, self.wfile = text.encode(), io.BytesIO()
         self.close_connection |= status >= 500
         self.request_version = "HTTP/1.1"  # the base class answers HTTP/0.9 without a head
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("X-Request-ID", self.request_id)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        for name, value in (SECURITY_HEADERS | self.more_headers).items():
+        headers = {"Content-Type": kind, "Content-Length": str(len(data))}
+        headers |= {"X-Request-ID": self.request_id} | SECURITY_HEADERS | self.more_headers
+        headers |= {"Connection": "close"} if self.close_connection else {}
+        for name, value in headers.items():
             self.send_header(name, value)
         if status == 401:  # with Basic, a browser asks for the token
             self.send_header("WWW-Authenticate", "Bearer")
@@ -10770,7 +10776,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
             code=error.code,
             request_id=self.request_id,
             message="Request validation failed" if isinstance(error, Invalid) else None,
-            details=[FieldError(field=p.where, message=p.text) for p in wrong if p.where] or None,
+            details=[{"field": p.where, "message": p.text} for p in wrong if p.where] or None,
         )
         text = shown.model_dump_json(exclude_none=True)
         self.answer(error.http_status, "application/json", text)
@@ -10786,17 +10792,6 @@ def same_place(origin: str, host: str) -> bool:
     scheme and the default ports 80 and 443 are ignored."""
     found = re.fullmatch(r"https?://(.+?)(?::(?:80|443))?", origin)
     return found is not None and found[1] == re.sub(":(80|443)$", "", host.lower())
-
-
-def given_token(authorization: str) -> bytes:
-    """The token of a Bearer header, or the password of a Basic one with any user name."""
-    scheme, _, value = authorization.partition(" ")
-    raw = value.strip().encode("latin-1")  # as http.client decoded it
-    if scheme.lower() != "basic":
-        return raw if scheme.lower() == "bearer" else b""
-    with contextlib.suppress(ValueError):
-        return base64.b64decode(raw, validate=True).partition(b":")[2]
-    return b""
 
 
 class Admin:
@@ -10893,14 +10888,15 @@ class Admin:
             if self._check_origin(exchange) and exchange.command == "OPTIONS":
                 exchange.answer(200, "text/plain", "")  # the browser asks whether it may ask
                 return
-            trusted = here and self._has_token(exchange)
-            if not trusted and not public:
+            token, given = self.service.settings.admin_token, exchange.given_token()
+            knows = token is None or hmac.compare_digest(given, os.fsencode(token.reveal()))
+            if not (here and knows) and not public:
                 raise Refused(401, "this needs ADMIN_TOKEN, as Bearer token or as Basic password")
             route = self._route(exchange, found)
-            request = self._request(exchange, route, body, trusted)
+            request = self._request(exchange, route, body, here and knows)
             status, answer = await self._run_route(route, request)
             exchange.close_connection |= self._stopping
-            self._answer(exchange, route, status, answer)
+            exchange.answer_with(route, status, answer)
         except TeckoError as e:
             exchange.refuse(e)
         except Exception:
@@ -10935,11 +10931,6 @@ class Admin:
         if elsewhere and exchange.command not in ("GET", "HEAD"):
             raise Refused(403, "pages of other sites may change nothing here")
         return False
-
-    def _has_token(self, exchange: Exchange) -> bool:
-        token = self.service.settings.admin_token
-        given = given_token(exchange.header("Authorization"))
-        return token is None or hmac.compare_digest(given, os.fsencode(token.reveal()))
 
     def _route(self, exchange: Exchange, found: dict[str, Route]) -> Route:
         if not found:
@@ -11000,16 +10991,6 @@ class Admin:
         place = route.path.partition("/{id}")[0] + (f"/{request.id}" if request.id else "")
         said = f"still being carried out; GET {place} shows the outcome"
         return 202, Done(success=True, message=said)
-
-    def _answer(self, exchange: Exchange, route: Route, status: int, answer: Any) -> None:
-        bad = isinstance(answer, Health) and answer.status == "unhealthy"
-        bad |= isinstance(answer, Done) and not answer.success
-        text = answer if isinstance(answer, str) else answer.model_dump_json()
-        kind = route.answer if isinstance(route.answer, str) else "application/json"
-        if route.page:
-            kind = HTML if isinstance(answer, str) else kind
-            exchange.more_headers["Vary"] = "Accept, Origin"
-        exchange.answer(503 if bad else status, kind, text)
 
     async def stop(self) -> None:
         """Take no new requests, and wait for those under way. Changes that take longer are answered
@@ -11091,12 +11072,8 @@ class LogFile(logging.handlers.RotatingFileHandler, logging.handlers.WatchedFile
 def set_up_logging(settings: Settings, level: str, *, to_file: bool = True) -> None:
     """Log to stderr, and to LOG_FILE if it is set; every handler redacts."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
-    file = settings.log_file if to_file else None
-    if file is not None:
-        try:
-            handlers.append(LogFile(file, maxBytes=LOG_BYTES, backupCount=5, encoding="utf-8"))
-        except OSError as e:
-            raise StoreError(f"cannot write the log file {file}: {e.strerror}") from e
+    if to_file and (file := settings.log_file) is not None:
+        handlers.append(LogFile(file, maxBytes=LOG_BYTES, backupCount=5, encoding="utf-8"))
     text = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s")
     for handler in handlers:
         handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
@@ -11139,12 +11116,9 @@ def say(text: str) -> None:
         print(redact(text), file=sys.stderr)
 
 
-def ago(at: float, now: float) -> str:
-    return "just now" if now - at < 1 else f"{duration_text(now - at)} ago"
-
-
-def due_in(at: float, now: float) -> str:
-    return "now" if at - now < 1 else f"in {duration_text(at - now)}"
+def when(at: float, now: float) -> str:
+    text = duration_text(abs(at - now))
+    return "now" if abs(at - now) < 1 else f"in {text}" if at > now else f"{text} ago"
 
 
 GAP = 2  # blanks between two columns
@@ -11958,9 +11932,9 @@ def cmd_job_list(args: Args, config: Config) -> int:
     for job in found.jobs:
         recent, pace = cast(Recent, job.recent), job.poll_interval_seconds
         every = pace if pace == "auto" else duration_text(pace)
-        last = job.last_check_at and ago(job.last_check_at, now)
-        following = job.next_check_at and job.status == "active" and due_in(job.next_check_at, now)
-        times = (every, last or None, following or None)
+        last = when(job.last_check_at, now) if job.last_check_at else None
+        due = job.next_check_at if job.status == "active" else None
+        times = (every, last, when(due, now) if due else None)
         rows.append((job.id, job.name, job.status, recent.done, recent.why, *times))
     columns = ("ID", "Name", "State", "Done", "Why", "Every", "Checked", "Next")
     return report(args, found, Table(columns, rows, (5, 6, 7, 0, 3, 4)))
@@ -12018,14 +11992,16 @@ def cmd_logs(args: Args, config: Config) -> int:
     after, limit = 0, args.lines
 
     async def look(operations: Operations) -> list[dict[str, Any]]:
-        job_id = (await operations.store.find_job(args.job)).id if args.job else None
-        rows = await operations.store.logs(job_id, limit, after)
-        jobs = await operations.store.jobs_among({row.job_id for row in rows if row.job_id})
-        names: dict[int | None, str] = {job.id: job.name for job in jobs}
-        more = [{"job": names.get(row.job_id), "created_at": iso(row.created_at)} for row in rows]
-        return [asdict(row) | known for row, known in zip(rows, more, strict=True)]
+        store = operations.store
+        job_id = (await store.find_job(args.job)).id if args.job else None
+        rows = [*map(asdict, await store.logs(job_id, limit, after))]
+        jobs = await store.jobs_among({row["job_id"] for row in rows if row["job_id"]})
+        names = {job.id: job.name for job in jobs}
+        for row in rows:
+            row |= {"job": names.get(row["job_id"]), "created_at": iso(row["created_at"])}
+        return rows
 
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         while True:
             rows = run_operation(config, look, mode="look")
             if args.json and not args.follow:
@@ -12033,15 +12009,15 @@ def cmd_logs(args: Args, config: Config) -> int:
             for row in rows:
                 said = f"{row['status']}: {row['message']}".removesuffix(": ")
                 said += f" (by {row['actor']})" if row["actor"] else ""
-                text = f"{row['created_at']}  {row['job'] or '-'}  {said}"
-                line = CONTROL.sub(" ", redact(text))
-                print(json.dumps(redacted(row)) if args.json else line, flush=True)
+                line = redact(f"{row['created_at']}  {row['job'] or '-'}  {said}")
+                print(
+                    json.dumps(redacted(row)) if args.json else CONTROL.sub(" ", line), flush=True
+                )
             if not args.follow:
-                return 0
+                break
             after, limit = (rows[-1]["id"] if rows else after), 10**9
             time.sleep(1)
-    except KeyboardInterrupt:
-        return 0
+    return 0
 
 
 async def data_rows(operations: Operations, args: Args, limit: int) -> AsyncIterator[Any]:
@@ -12259,13 +12235,11 @@ def interview(settings: Settings) -> tuple[list[SecretBody], str]:
 
 
 def create_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) -> Iterator[str]:
-    """Create the key, the database, the secrets and jobs.yaml where they are missing; a sentence
-    for each that was created."""
+    """Create what is missing of key, database, secrets and jobs.yaml; a sentence for each."""
     settings, vault = config.settings, Vault(config.settings)
-    key_file = vault.file
-    if key_file is not None and not key_file.exists():
-        write_private(key_file, new_master_key() + "\n")
-        yield f"made the master key {key_file} (back it up: without it no secret opens)"
+    if (file := vault.file) is not None and not file.exists():
+        write_private(file, new_master_key() + "\n")
+        yield f"made the master key {file} (back it up: without it no secret opens)"
     vault.load(required=True)
     if not settings.has_store:
         asyncio.run(Store(settings.store).touch())
