@@ -8581,20 +8581,15 @@ def explain_batches(job: Job, now: float) -> Iterator[str]:
     yield from (f"  {describe_progress(batch)}" for batch in job.batches if batch.status)
 
 
+@dataclass
 class Operations:
     """Everything that the command line and the HTTP API can ask for; each rule stands here once.
+    `ref` is an id or a name. Raises Invalid, NotFound, Conflict, SecretError and StoreError."""
 
-    `ref` is an id or a name. Raises Invalid, NotFound, Conflict, SecretError and StoreError.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        vault: Vault,
-        config: Callable[[], Config],
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self.store, self.vault, self.config, self.clock = store, vault, config, clock
+    store: Store
+    vault: Vault
+    config: Callable[[], Config]
+    clock: Callable[[], float] = time.time
 
     async def add_secret(self, body: SecretBody, *, replace: bool = False) -> SecretAnswer:
         value = SecretValue(clean_secret(body.value))
@@ -10342,10 +10337,7 @@ class Request(NamedTuple):
     request_id: str
     trusted: bool  # may see names of jobs and keys
     accept: str  # the header
-
-    @property
-    def operations(self) -> Operations:
-        return self.service.operations
+    operations: Operations
 
 
 @dataclass(frozen=True, slots=True)
@@ -10960,8 +10952,8 @@ class Admin:
                 raise Invalid([Problem("body", f"it is not JSON: {e}")]) from None
             read = job_spec if route.body is JobSpec else partial(parse, route.body)
             data = read(given, self.service.settings.job_context)
-        accept = exchange.header("Accept")
-        return Request(self.service, ref, query, data, exchange.request_id, trusted, accept)
+        more = exchange.request_id, trusted, exchange.header("Accept"), self.service.operations
+        return Request(self.service, ref, query, data, *more)
 
     async def _run_route(self, route: Route, request: Request) -> tuple[int, Any]:
         """The status and the answer of a route. A change that takes longer than HTTP_ANSWER seconds
@@ -11122,10 +11114,7 @@ def when(at: float, now: float) -> str:
 
 
 GAP = 2  # blanks between two columns
-COLOURS = {  # of states on a terminal, as that numbers them
-    "active": 36,
-    "triggering": 36,
-    "triggered": 36,
+COLOURS = dict.fromkeys(("active", "triggering", "triggered"), 36) | {  # as terminals number them
     "completed": 32,
     "completed_with_failures": 33,
     "failed": 31,
@@ -12070,11 +12059,12 @@ async def export(args: Args, model: type[BaseModel], rows: AsyncIterator[BaseMod
     if args.csv:
         writer.writeheader()
     async for row in rows:
-        line = row.model_dump(mode="json")
+        line = as_document(row)
         if args.csv:
-            blocks = {k: v for k, v in line.items() if isinstance(v, dict)}
-            texts_of = {k: json.dumps(v, ensure_ascii=False) for k, v in blocks.items()}
-            writer.writerow(line | texts_of)
+            blocks = {key: value for key, value in line.items() if isinstance(value, dict)}
+            writer.writerow(
+                line | {k: json.dumps(v, ensure_ascii=False) for k, v in blocks.items()}
+            )
         else:
             print(joint, json.dumps(line), sep="", end="")
             joint = ",\n "
@@ -12097,26 +12087,24 @@ def cmd_completion(args: Args) -> int:
     """Print a completion script, or the names it asks for, without those a shell would expand."""
     import shtab
 
-    what = args.shell
-    if what not in COMPLETED.values():
-
-        def asking(names: str) -> Any:
-            """At each completion; shtab's own way for zsh asks once, when the script is loaded."""
-            ask = f"teckochecker completion {names} 2>/dev/null"
-            return shtab.cmd(ask) | {"zsh": f"{{compadd -- \\$({ask})}}"}
-
-        print(shtab.complete(make_parser("teckochecker", asking), what))
-        return 0
+    def asking(names: str) -> Any:
+        """At each completion; shtab's own way for zsh asks once, when the script is loaded."""
+        ask = f"teckochecker completion {names} 2>/dev/null"
+        return shtab.cmd(ask) | {"zsh": f"{{compadd -- \\$({ask})}}"}
 
     async def stored(operations: Operations) -> Iterable[str]:
-        if what == "sources":
+        if args.shell == "sources":
             return await operations.store.ingested()
-        return await operations.store.names("secrets" if what == "secrets" else "polling_jobs")
+        return await operations.store.names(
+            "secrets" if args.shell == "secrets" else "polling_jobs"
+        )
 
+    if args.shell not in COMPLETED.values():
+        print(shtab.complete(make_parser("teckochecker", asking), args.shell))
+        return 0
     config = config_despite_mistakes(args)
-    names = {*config.secrets} if what == "secrets" else set[str]()
-    if config.settings.has_store:
-        names |= {*run_operation(config, stored, mode="look")}
+    names = {*config.secrets} if args.shell == "secrets" else set[str]()
+    names |= {*run_operation(config, stored, mode="look")} if config.settings.has_store else set()
     print(*sorted(name for name in names if re.fullmatch(r"[\w.@/+-]+", name)), sep="\n")
     return 0
 
