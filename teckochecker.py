@@ -8540,45 +8540,33 @@ TRIGGER_MEANS: dict[TriggerState, str] = {
 }
 
 
-def explain(
-    job: Job, trigger: Trigger | None, runs: Sequence[Run], records: int, now: float
-) -> list[str]:
-    """Sentences: what a job waits for, what was seen, whether it fired and why, what is next."""
-    said, spec = [f"Job {job.name!r} "], job.spec
-    if isinstance(spec, IngestSpec):
-        said[0] += f"ingests records from {spec.ingest.place}; it has brought {records:,}."
-        for run in runs[:1]:
-            began = duration_text(now - run.start_time)
-            said += [f"Its last run began {began} ago: {run.status}; {run.summary}.", *run.notes]
-    else:
+def explain(job: JobDetail, now: float) -> Iterator[str]:
+    """Sentences: how far a job is and why, what was seen, whether it fired, what is next."""
+    recent = cast(Recent, job.recent)
+    why = f"; {recent.why.rstrip('.')}" if recent.why else ""
+    yield f"Job {job.name!r} is {job.status}: {recent.done}{why}."
+    if job.trigger_when is not None:
         ends = {"all_completed": "completed", "all_finished": "ended, well or not"}
-        said[0] += f"starts a Keboola job once each batch has {ends[spec.watch.trigger_when]}."
-        said += explain_batches(job, now)
-    if trigger is not None:
+        yield f"It starts a Keboola job once each batch has {ends[job.trigger_when]}."
+    for run in job.runs[:1]:
+        began = duration_text(now - run.start_time)
+        yield f"Its last run began {began} ago: {run.status}; {run.summary}."
+        yield from run.notes
+    if job.last_check_at is None:
+        yield "It has not been checked yet."
+    else:
+        yield f"It was last checked {duration_text(now - job.last_check_at)} ago."
+    yield from (f"  {describe_progress(batch)}" for batch in job.batches if batch.status)
+    if trigger := recent.trigger:
         facts = (trigger.keboola_job_id, trigger.keboola_status, trigger.message)
         known = ", ".join(fact.rstrip(".") for fact in facts if fact)
         fired = f"It fired {duration_text(now - trigger.created_at)} ago, as trigger {trigger.id}"
-        said.append(f"{fired}: {TRIGGER_MEANS[trigger.state]}{f' ({known})' if known else ''}.")
-    said += [f"Last error: {job.last_error.rstrip('.')}."] if job.last_error else []
-    if job.shown_status != "active":
-        over = f"is {job.status}; other batch IDs start a new round"
-        return [*said, f"It {WAITS.get(job.shown_status, over)}."]
-    left, pace = (job.next_check_at or now) - now, spec.poll_interval
-    when = f" in {duration_text(left)}" if left > 0 else ""
-    every = "as often as its progress asks for" if pace == "auto" else f"every {pace} s"
-    return [*said, f"It is checked{when}, {every}, while the service runs."]
-
-
-def explain_batches(job: Job, now: float) -> Iterator[str]:
-    if job.last_check_at is None:
-        yield "It has not been checked yet."
-        return
-    ends = Counter(outcome(batch) for batch in job.batches)
-    said = f"{ends['completed']} of {count_of(len(job.batches), 'batch', 'batches')} completed"
-    rest = {"still running": ends[None], "failed": ends["failed"]}
-    figures = ", ".join([said, *(f"{n} {what}" for what, n in rest.items() if n)])
-    yield f"It was last checked {duration_text(now - job.last_check_at)} ago: {figures}."
-    yield from (f"  {describe_progress(batch)}" for batch in job.batches if batch.status)
+        yield f"{fired}: {TRIGGER_MEANS[trigger.state]}{f' ({known})' if known else ''}."
+    if job.status == "active":
+        left, pace = (job.next_check_at or now) - now, job.poll_interval_seconds
+        when = f"in {duration_text(left)}" if left > 0 else "now"
+        every = "as often as its progress asks for" if pace == "auto" else f"every {pace} s"
+        yield f"Its next check is {when}, {every}, while the service runs."
 
 
 @dataclass
@@ -8766,11 +8754,7 @@ class Operations:
         return Done(success=True, message=f"Job {job.name!r} deleted successfully")
 
     async def explain(self, ref: str) -> list[str]:
-        job, now = await self.store.find_job(ref), self.clock()
-        triggers = await self.store.triggers(job.id)
-        trigger = next((t for t in triggers if t.round == job.round), None)
-        runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
-        return explain(job, trigger, runs, totals["records"], now)
+        return [*explain(await self.job(ref, None), self.clock())]
 
 
 # ── Import ────────────────────────────────────────────────────────────────────────────────────
