@@ -8548,6 +8548,8 @@ def explain(job: JobDetail, now: float) -> Iterator[str]:
     if job.trigger_when is not None:
         ends = {"all_completed": "completed", "all_finished": "ended, well or not"}
         yield f"It starts a Keboola job once each batch has {ends[job.trigger_when]}."
+    if job.ingest is not None:
+        yield f"It ingests records from {job.ingest.get('path') or job.ingest['url']}."
     for run in job.runs[:1]:
         began = duration_text(now - run.start_time)
         yield f"Its last run began {began} ago: {run.status}; {run.summary}."
