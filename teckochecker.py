@@ -10341,7 +10341,6 @@ class Route:
     status: int = 200
     public: bool = False  # no token is asked for, and any Host will do: probes use addresses
     also: str = ""  # a second path
-    page: bool = False  # browsers get a page in place of `answer`
 
     def match(self, path: str) -> str | None:
         """The id in `path` ("" where the route has none); None where it is another's."""
@@ -10402,8 +10401,7 @@ JOB_EXAMPLE = {
 METRICS = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus text format
 HTML = "text/html; charset=utf-8"
 ROUTES: tuple[Route, ...] = (
-    Route("GET", "/", "Name and version; for browsers a page with all jobs", show_root, About,
-          page=True),
+    Route("GET", "/", "Name and version; for browsers a page with all jobs", show_root, About),
     Route("GET", "/health", "Overall health, judged by recent checks; 503: unhealthy", show_health,
           Health, public=True, also="/api/health"),
     Route("GET", "/livez", "Liveness: the event loop responds",  # for it runs this
@@ -10466,7 +10464,7 @@ def operation(route: Route, path: str) -> dict[str, Any]:
     errors = ["ErrorAnswer"]
     if not isinstance(route.answer, str):
         done = content_of(route.answer.__name__)
-        done |= {"text/html": {"schema": {}}} if route.page else {}
+        done |= {"text/html": {"schema": {}}} if path == "/" else {}
         errors += [route.answer.__name__] * route.public
     late = {"202": {"description": "Under way", "content": content_of("Done")}}
     made: dict[str, Any] = {
@@ -10623,6 +10621,7 @@ STYLE_HASH, PAGE_HASH, DOCS_HASH = (  # as a Content-Security-Policy names inlin
 )
 SECURITY_HEADERS = {
     "Cache-Control": "no-store",
+    "Vary": "Accept, Origin",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -10717,10 +10716,8 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         bad = isinstance(answer, Health) and answer.status == "unhealthy"
         bad |= isinstance(answer, Done) and not answer.success
         text = answer if isinstance(answer, str) else answer.model_dump_json()
-        kind = route.answer if isinstance(route.answer, str) else "application/json"
-        if route.page:
-            kind = HTML if isinstance(answer, str) else kind
-            self.more_headers["Vary"] = "Accept, Origin"
+        kind = HTML if isinstance(answer, str) else "application/json"
+        kind = route.answer if isinstance(route.answer, str) else kind
         self.answer(503 if bad else status, kind, text)
 
     def answer(self, status: int, kind: str, text: str) -> None:
@@ -10897,7 +10894,6 @@ class Admin:
     def _check_origin(self, exchange: Exchange) -> bool:
         """Whether a page of CORS_ORIGINS calls. Raises Refused for pages of other hosts."""
         named = re.findall(ORIGIN, self.service.settings.cors_origins.lower())
-        exchange.more_headers |= {"Vary": "Origin"} if named else {}
         origin = exchange.header("Origin").lower()
         if origin in named:
             exchange.more_headers |= CORS_HEADERS | {"Access-Control-Allow-Origin": origin}
@@ -11214,9 +11210,8 @@ def report(args: Args, document: Any, *shown: str | Table, good: bool = True) ->
     return int(not good)
 
 
-PRIVATE_LINE = re.compile(
-    "value|header|token|password|secrets|ping|webhook|- *.?[a-z]+://"
-)  # is not shown, whatever it has
+# a line that is not shown, whatever it has
+PRIVATE_LINE = re.compile("value|header|token|password|secrets|ping|webhook|- *.?[a-z]+://")
 
 
 def print_error(error: TeckoError, args: Args | None = None) -> None:
@@ -11310,28 +11305,24 @@ def require_jobs(config: Config, *, or_store: bool = True) -> None:
 
 def run_operation(config: Config, work: Work[T], *given: Any, mode: str = "change") -> T:
     """Run an operation in an event loop of its own, and return its result. With the mode `look` it
-    may only read, and no key is needed; only with `make` a database is made where none is."""
+    may only read, and no key is needed; `peek`: if no database is there, it reads an empty one;
+    `make`: one is made."""
     settings, vault = config.settings, Vault(config.settings)
+    if mode == "peek" and not settings.has_store:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = settings.model_copy(update={"database": Path(folder) / "empty.db"})
+            asyncio.run(Store(settings.store).touch())
+            return run_operation(replace(config, settings=settings), work, *given, mode="look")
     there = mode == "make" or settings.has_store
 
     async def asking() -> T:
-        read_only = mode == "look" or not there  # then it says that there is no database
+        read_only = mode in ("look", "peek") or not there  # then it says that there is no database
         async with Store(settings.store, read_only=read_only) as store:
             return await work(Operations(store, vault, lambda: config), *given)
 
-    if there and mode != "look":
+    if there and mode in ("change", "make"):
         vault.load(required=False)
     return asyncio.run(asking())
-
-
-def run_read_only(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
-    """Run an operation that only reads; if there is no database yet, on an empty temporary one."""
-    if config.settings.has_store:
-        return run_operation(config, work, mode="look")
-    with tempfile.TemporaryDirectory() as folder:
-        settings = config.settings.model_copy(update={"database": Path(folder) / "empty.db"})
-        asyncio.run(Store(settings.store).touch())
-        return run_operation(replace(config, settings=settings), work, mode="look")
 
 
 def cmd_validate(args: Args, config: Config) -> int:
@@ -11357,7 +11348,7 @@ def cmd_validate(args: Args, config: Config) -> int:
                 findings = await Doctor(steps).examine(jobs)
         return await store.names("secrets"), await describe_plan(jobs, store), findings
 
-    stored, changes, findings = run_read_only(config, look)
+    stored, changes, findings = run_operation(config, look, mode="peek")
     names = sorted({*config.secrets, *stored})
     head = {"valid": True, "jobs": [job.name for job in jobs], "secrets": names, "changes": changes}
     text = f"{config.path} is good: {count_of(len(jobs), 'job')}, {count_of(len(names), 'secret')}"
@@ -11557,7 +11548,7 @@ def cmd_status(args: Args, config: Config) -> int:
         counts, due = (await operations.store.counts())["jobs"], await operations.store.due_next(5)
         return counts, due, await operations.store.attention(10)
 
-    counts, due, needs = run_read_only(config, look)
+    counts, due, needs = run_operation(config, look, mode="peek")
     needs += refused_reload(found.address, settings) if found and found.address else []
     up = round(now - found.started_at, 1) if found and found.started_at else None
     does = "not running"
@@ -11824,7 +11815,7 @@ def cmd_secret_add(args: Args, config: Config) -> int:
 
 
 def cmd_secret_list(args: Args, config: Config) -> int:
-    answer = run_read_only(config, Operations.secrets)
+    answer = run_operation(config, Operations.secrets, mode="peek")
     rows: list[Any] = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
     for name, ref in config.secrets.items():
         rows.append((None, name, ref.type, f"{config.path}: {ref.env or ref.file}"))
