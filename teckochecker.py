@@ -8329,10 +8329,9 @@ class Attention(Answer):
     id: int | None = None
     job: str
     what: Literal["failed", "held", "refused", "ingest", "restored"] = Field(
-        description="failed: it has ended so; held: its trigger may have arrived, see `job retry`;"
-        " refused: OpenAI does not take its key;"
-        " ingest: its last run with work in it failed or rejected records; restored: a backup took"
-        " the database's place, see `restore --acknowledge`"
+        description="held: its trigger may have arrived, see `job retry`; refused: OpenAI does not"
+        " take its key; ingest: its last run with work in it failed or rejected records; restored:"
+        " a backup took the database's place, see `restore --acknowledge`"
     )
     reason: str | None
 
@@ -8349,11 +8348,7 @@ class Health(Answer):
     db_connected: bool
     scheduler: Literal["running", "stopped", "stalled"]
     overdue_jobs: list[str] = Field([], description="no successful check for three intervals")
-    undelivered_jobs: list[str] = Field(
-        [],
-        description="their triggers are open for longer than three intervals and the settle"
-        " window, or Keboola's answers about them fail",
-    )
+    undelivered_jobs: list[str] = Field([], description="their triggers are open for long")
     attention: list[Attention] = Field([], description="what waits for a person")
     paused_keys: list[Pause] = Field([], description="keys of OpenAI that are not used now")
     config_last_reload_successful: bool
@@ -10018,6 +10013,7 @@ async def make_service(
 # `/` for browsers: a table of jobs that anybody can read, made here; and a script that keeps it up
 # to date out of the routes below. It makes texts of all that it is told, never markup.
 
+STATES = (*JOB_STEPS, "removed")
 STATUS_PAGE = r"""
 <!doctype html><html lang="en"><head><meta charset="utf-8"><title>TeckoChecker</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
@@ -10257,7 +10253,7 @@ def status_page(jobs: Sequence[JobAnswer]) -> str:
         due = iso(job.next_check_at) if job.next_check_at else None
         cells = (job.name, job.status, recent.done, sent or "", due or "", recent.why or "")
         rows += "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells)
-    states = "".join(f"<option>{status}" for status in (*JOB_STEPS, "removed"))
+    states = "".join(f"<option>{status}" for status in STATES)
     return STATUS_PAGE.replace("<!-- jobs -->", rows).replace("<!-- states -->", states)
 
 
@@ -10281,9 +10277,6 @@ class ErrorAnswer(Answer):
     request_id: str
     message: str | None = Field(None, description="with 422: that validation failed")
     details: list[dict[str, str]] | None = Field(None, description="with 422: of each wrong field")
-
-
-STATES = (*JOB_STEPS, "removed")
 
 
 class JobsQuery(StrictModel):
@@ -10789,11 +10782,10 @@ class Admin:
             try:
                 connection, _ = await asyncio.get_running_loop().sock_accept(listener)
                 streams = await asyncio.open_connection(sock=connection, limit=HTTP_HEAD)
+                self._connections[streams[1]] = asyncio.create_task(self._serve(*streams))
             except Exception as e:  # mostly a lack of descriptors; nothing may end this loop
                 log.warning("cannot accept a connection: %s", e)
                 await asyncio.sleep(ACCEPT_PAUSE)
-            else:
-                self._connections[streams[1]] = asyncio.create_task(self._serve(*streams))
 
     async def _serve(self, reader: Reader, writer: Writer) -> None:
         """Serve one connection until a side closes it. Above the limit, requests are still read,
@@ -11095,6 +11087,8 @@ def when(at: float, now: float) -> str:
     return "now" if abs(at - now) < 1 else f"in {text}" if at > now else f"{text} ago"
 
 
+# a line of jobs.yaml that is not shown, whatever it has
+PRIVATE_LINE = re.compile("value|header|token|password|secrets|ping|webhook|- *.?[a-z]+://")
 GAP = 2  # blanks between two columns
 COLOURS = dict.fromkeys(("active", "triggering", "triggered"), 36) | {  # as terminals number them
     "completed": 32,
@@ -11210,10 +11204,6 @@ def report(args: Args, document: Any, *shown: str | Table, good: bool = True) ->
     return int(not good)
 
 
-# a line that is not shown, whatever it has
-PRIVATE_LINE = re.compile("value|header|token|password|secrets|ping|webhook|- *.?[a-z]+://")
-
-
 def print_error(error: TeckoError, args: Args | None = None) -> None:
     """Print an error and its hint, a line each, with the line of the file that it is about; with
     --json also a JSON document on stdout."""
@@ -11253,17 +11243,16 @@ def prompt_or_exit(prompt: Callable[[], T], nothing: str) -> T:
         raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 1) from None
 
 
-def confirmed(args: Args, question: str) -> bool:
-    """Ask before deleting. Without a terminal, --force is needed."""
+def confirm(args: Args, question: str) -> None:
+    """Ask before deleting, and end the program unless it is a yes. --force answers it."""
     if args.force:
-        return True
+        return
     if not sys.stdin.isatty():
         raise Conflict("without a terminal to ask on, nothing is deleted", hint="add --force")
     answer = prompt_or_exit(partial(prompt_line, f"{redact(question)} [y/N]: "), "nothing deleted")
-    sure = answer.strip().lower() in ("y", "yes")
-    if not sure:
+    if answer.strip().lower() not in ("y", "yes"):
         say("nothing deleted")
-    return sure
+        raise SystemExit(1)
 
 
 # ── Commands ──────────────────────────────────────────────────────────────────────────────────
@@ -11825,8 +11814,7 @@ def cmd_secret_list(args: Args, config: Config) -> int:
 
 def cmd_secret_delete(args: Args, config: Config) -> int:
     found = run_operation(config, Operations.secret, args.name, mode="look")
-    if not confirmed(args, f"Delete secret {found.name!r} of type {found.type}, for good?"):
-        return 1
+    confirm(args, f"Delete secret {found.name!r} of type {found.type}, for good?")
     answer = run_operation(config, Operations.delete_secret, args.name)
     return report(args, answer, answer.message)
 
@@ -11857,6 +11845,15 @@ def cmd_import(args: Args, config: Config) -> int:
     return report(args, {"imported": shown}, *lines or ["there is nothing to import"], good=good)
 
 
+COMPLETED = {"JOB": "jobs", "SECRET": "secrets", "SOURCE": "sources"}  # by metavar
+# of `job show`: their columns, and which may be left out
+JOB_TABLES: dict[str, tuple[Any, ...]] = {
+    "batches": ("batch_id status requests_completed requests_total",),
+    "triggers": ("id state keboola_job_id keboola_status", 3),
+    "runs": (f"start_time status {' '.join(f'records_{name}' for name in COUNTED)}", 5, 2),
+    "rejects": ("source place reason record", 0, 3),
+    "logs": ("created_at status actor message", 2),
+}
 JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by flat field
     "name": ("--name", "NAME"),
     "batch_ids": ("--batch-id", "ID"),
@@ -11906,16 +11903,6 @@ def cmd_job_list(args: Args, config: Config) -> int:
     return report(args, found, Table(columns, rows, (5, 6, 7, 0, 3, 4)))
 
 
-# of `job show`: their columns, and which may be left out
-JOB_TABLES: dict[str, tuple[Any, ...]] = {
-    "batches": ("batch_id status requests_completed requests_total",),
-    "triggers": ("id state keboola_job_id keboola_status", 3),
-    "runs": (f"start_time status {' '.join(f'records_{name}' for name in COUNTED)}", 5, 2),
-    "rejects": ("source place reason record", 0, 3),
-    "logs": ("created_at status actor message", 2),
-}
-
-
 def cmd_job_show(args: Args, config: Config) -> int:
     answer = run_operation(config, Operations.job, args.job, args.logs, mode="look")
     apart = {"recent", "batch_id", "batch_ids"}
@@ -11940,8 +11927,7 @@ def cmd_job_step(args: Args, config: Config) -> int:
 def cmd_job_delete(args: Args, config: Config) -> int:
     job = run_operation(config, Operations.job, args.job, None, mode="look")
     records = f" and {count_of(job.totals['records'], 'record')} in /data" if job.totals else ""
-    if not confirmed(args, f"Delete job {job.name!r} (ID {job.id}) with its history{records}?"):
-        return 1
+    confirm(args, f"Delete job {job.name!r} (ID {job.id}) with its history{records}?")
     answer = run_operation(config, Operations.delete_job, str(job.id))
     return report(args, answer, f"{answer.message}, with its history{records}")
 
@@ -12057,9 +12043,6 @@ def cmd_schema(args: Args) -> int:
     return 0
 
 
-COMPLETED = {"JOB": "jobs", "SECRET": "secrets", "SOURCE": "sources"}  # by metavar
-
-
 def cmd_completion(args: Args) -> int:
     """Print a completion script, or the names it asks for, without those a shell would expand."""
     import shtab
@@ -12088,9 +12071,9 @@ def cmd_completion(args: Args) -> int:
 
 def cmd_demo(args: Args) -> int:
     here = Path(__file__).resolve().parent
-    folder = here / "teckochecker_demo"  # of an installation
-    if not (folder / "demo.py").exists() and not ((folder := here / "tests") / "demo.py").exists():
-        text = f"the demo's stand-ins are not in {folder}"
+    folders = (here / "teckochecker_demo", here / "tests")  # of an installation, of a checkout
+    if not (folder := next((f for f in folders if (f / "demo.py").exists()), None)):
+        text = f"the demo's stand-ins are not in {folders[1]}"
         raise TeckoError(text, hint="run it from a whole checkout, or install that")
     sys.path.insert(0, str(folder))
     sys.modules["teckochecker"] = sys.modules[__name__]
