@@ -8718,14 +8718,10 @@ class Operations:
         """A page of unified records, which were validated when they were written, and the `after`
         of the next page."""
         rows = await self.store.data(source, limit + 1, after, offset)
-        found = [
-            StoredRecord.model_construct(
-                **json.loads(row["data"]),
-                created_at=row["created_at"],
-                updated_at=row["updated_at"],
-            )
-            for row in rows[:limit]
-        ]
+        found = []
+        for row in rows[:limit]:
+            times = {"created_at": row["created_at"], "updated_at": row["updated_at"]}
+            found.append(StoredRecord.model_construct(**json.loads(row["data"]), **times))
         return found, rows[limit - 1]["id"] if 0 < limit < len(rows) else None
 
     async def history(self, days: int) -> list[Day]:
@@ -10291,14 +10287,7 @@ class DataQuery(StrictModel):
     source: str | None = Field(None, min_length=1, description="an ingest's job; default: all")
     limit: int = Field(10, ge=1, le=100, description="records a page, 1 to 100")
     offset: int = Field(0, ge=0, le=10**12, description="records to skip; costs as much as reading")
-    after: int | None = Field(None, ge=0, le=2**63 - 1, description="`next_after`, no offset")
-
-    @field_validator("after")
-    @classmethod
-    def _one_way(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and info.data.get("offset"):
-            raise ValueError("allowed: offset or after, not both")
-        return value
+    after: int = Field(0, ge=0, le=2**63 - 1, description="`next_after` of the page before")
 
 
 class JobQuery(StrictModel):
@@ -10363,7 +10352,7 @@ async def show_job(request: Request) -> JobDetail:
 
 async def show_data(request: Request) -> DataPage:
     q, begun = cast(DataQuery, request.query), time.perf_counter()
-    found, following = await request.operations.data(q.source, q.limit, q.after or 0, q.offset)
+    found, following = await request.operations.data(q.source, q.limit, q.after, q.offset)
     totals = await request.service.store.totals(q.source or "")
     return DataPage(
         request_id=request.request_id,
