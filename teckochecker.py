@@ -8594,9 +8594,7 @@ class Operations:
                 return SecretAnswer.model_validate(row)
         what = f"with ID {ref}" if ref.isdigit() else repr(ref)
         hint = did_you_mean(ref, [row.name for row in rows]).strip(" ()")
-        raise NotFound(
-            f"Secret {what} not found", hint=hint or "`secret list` shows them", code=1001
-        )
+        raise NotFound(f"Secret {what} not found", code=1001, hint=hint or "see `secret list`")
 
     async def delete_secret(self, ref: str) -> Done:
         secret = await self.secret(ref)
@@ -10336,8 +10334,7 @@ class Route:
 async def show_root(request: Request) -> About | str:
     if not re.match("text/html *(,|$)", request.accept):  # as browsers say it
         return About()
-    jobs = (await request.operations.jobs(None, 50, 0, recent=True)).jobs
-    return status_page(jobs)
+    return status_page((await request.operations.jobs(None, 50, 0, recent=True)).jobs)
 
 
 async def show_health(request: Request) -> Health:
@@ -10818,10 +10815,6 @@ class Admin:
                 return False  # it was dropped just before its last byte was seen
             del self._waiting[writer]
             await self._respond(exchange, body, spare)
-        return await self._send(exchange, reader, writer)
-
-    async def _send(self, exchange: Exchange, reader: Reader, writer: Writer) -> bool:
-        """Send the answer; True if the connection stays open."""
         self._waiting[writer] = True
         async with asyncio.timeout(HTTP_DEADLINE):
             writer.write(exchange.wfile.getvalue())
@@ -11951,9 +11944,8 @@ def cmd_logs(args: Args, config: Config) -> int:
                 said = f"{row['status']}: {row['message']}".removesuffix(": ")
                 said += f" (by {row['actor']})" if row["actor"] else ""
                 line = redact(f"{row['created_at']}  {row['job'] or '-'}  {said}")
-                print(
-                    json.dumps(redacted(row)) if args.json else CONTROL.sub(" ", line), flush=True
-                )
+                shown = json.dumps(redacted(row)) if args.json else CONTROL.sub(" ", line)
+                print(shown, flush=True)
             if not args.follow:
                 break
             after, limit = (rows[-1]["id"] if rows else after), 10**9
@@ -12014,9 +12006,8 @@ async def export(args: Args, model: type[BaseModel], rows: AsyncIterator[BaseMod
         line = as_document(row)
         if args.csv:
             blocks = {key: value for key, value in line.items() if isinstance(value, dict)}
-            writer.writerow(
-                line | {k: json.dumps(v, ensure_ascii=False) for k, v in blocks.items()}
-            )
+            texts = {key: json.dumps(v, ensure_ascii=False) for key, v in blocks.items()}
+            writer.writerow(line | texts)
         else:
             print(joint, json.dumps(line), sep="", end="")
             joint = ",\n "
@@ -12044,9 +12035,8 @@ def cmd_completion(args: Args) -> int:
     async def stored(operations: Operations) -> Iterable[str]:
         if args.shell == "sources":
             return await operations.store.ingested()
-        return await operations.store.names(
-            "secrets" if args.shell == "secrets" else "polling_jobs"
-        )
+        table: Any = "secrets" if args.shell == "secrets" else "polling_jobs"
+        return await operations.store.names(table)
 
     if args.shell not in COMPLETED.values():
         print(shtab.complete(make_parser("teckochecker", asking), args.shell))
