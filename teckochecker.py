@@ -10135,8 +10135,7 @@ function row(job) {
   return make("tr", {}, cells.map((cell) => make("td", {}, cell)));
 }
 function rows(jobs, isNew) {
-  const none = isNew ? "No jobs yet: write some into jobs.yaml, then run `reload`."
-    : "No job is like this.";
+  const none = isNew ? "No jobs yet: write jobs.yaml, then run `reload`." : "No job is like this.";
   return jobs.length ? jobs.map(row) : make("tr", {}, make("td", {colSpan: 6}, none));
 }
 function table(title, rows, columns) { // of the fields that `columns` names
@@ -10228,9 +10227,8 @@ async function visit() {
 $("search").oninput = $("status").onchange = () => choose([0]);
 addEventListener("hashchange", visit);
 addEventListener("visibilitychange", () => document.hidden || turn());
-setInterval(() => {
-  for (const t of document.querySelectorAll("time")) t.textContent = when(t.dateTime);
-}, 1000);
+const refresh = (t) => { t.textContent = when(t.dateTime); };
+setInterval(() => document.querySelectorAll("time").forEach(refresh), 1000);
 visit();
 </script></body></html>
 """
@@ -11115,7 +11113,8 @@ def print_table(table: Table) -> None:
         lines.append([ISO_TIME.sub(r"\1 \2", t) for t in texts] if terminal else texts)
     room = shutil.get_terminal_size().columns if terminal else sys.maxsize
     widths = fit_columns([*zip(*lines, strict=True)], table.spare, room)
-    colours = COLOURS if terminal and not os.environ.get("NO_COLOR") else {}
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not terminal
+    colours = {} if plain else COLOURS
     for line in lines:
         shown = [(text, width) for text, width in zip(line, widths, strict=True) if width]
         cells = [textwrap.wrap(text, width, break_on_hyphens=False) for text, width in shown]
@@ -11301,7 +11300,7 @@ def cmd_validate(args: Args, config: Config) -> int:
     change; with --online also ask each upstream."""
     require_jobs(config, or_store=False)
     for warning in config.warnings:
-        print(redact(f"warning: {warning}"), file=sys.stderr)
+        say(f"warning: {warning}")
     jobs = config.jobs or []
 
     async def look(operations: Operations) -> tuple[list[str], list[str], list[Finding]]:
@@ -12205,8 +12204,9 @@ def cmd_init(args: Args, config: Config) -> int:
     steps = [f"{COMMAND} secret add --name {kind}-prod --type {kind}" for kind in lacks]
     steps += [] if config.jobs else [f"edit {config.path}"]
     steps += [f"{COMMAND} validate --online", f"{COMMAND} start"]
-    text = [*(done or ["everything is there already; nothing was changed"]), "", "Next:"]
-    return report(args, {"done": done, "next": steps}, "\n".join(text + [f"  {s}" for s in steps]))
+    text = done or ["everything is there already; nothing was changed"]
+    shown = [*text, "", "Next:", *(f"  {step}" for step in steps)]
+    return report(args, {"done": done, "next": steps}, *shown)
 
 
 # ── Parser and main ───────────────────────────────────────────────────────────────────────────
