@@ -8557,7 +8557,9 @@ def explain(job: JobDetail, now: float) -> Iterator[str]:
     if trigger := recent.trigger:
         facts = (trigger.keboola_job_id, trigger.keboola_status, trigger.message)
         known = ", ".join(fact.rstrip(".") for fact in facts if fact)
-        fired = f"It fired {duration_text(now - trigger.created_at)} ago, as trigger {trigger.id}"
+        fired = (
+            f"It last fired {duration_text(now - trigger.created_at)} ago, as trigger {trigger.id}"
+        )
         yield f"{fired}: {TRIGGER_MEANS[trigger.state]}{f' ({known})' if known else ''}."
     if job.status == "active":
         left, pace = (job.next_check_at or now) - now, job.poll_interval_seconds
@@ -11079,8 +11081,8 @@ ISO_TIME = re.compile(r"\d{4}-(\d\d-\d\d)T(\d\d:\d\d):\d\dZ")
 
 
 class Table(NamedTuple):
-    """Rows under a header; no header if no column has a name. On a terminal that is too narrow, the
-    columns at the indexes in `spare` are left out, in that order."""
+    """Rows under a header. Where a terminal is too narrow, the columns at the indexes in `spare`
+    are left out, in that order."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -11108,7 +11110,7 @@ def print_table(table: Table) -> None:
     """Print a table. On a terminal times are short, and it is made to fit: columns are left out,
     then cells wrap between words, then within words. Else each row is whole on one line."""
     terminal, lines = sys.stdout.isatty(), []
-    for row in [table.columns, *table.rows][not any(table.columns) :]:
+    for row in (table.columns, *table.rows):
         texts = ["-" if v in (None, "") else CONTROL.sub(" ", redact(str(v))) for v in row]
         lines.append([ISO_TIME.sub(r"\1 \2", t) for t in texts] if terminal else texts)
     room = shutil.get_terminal_size().columns if terminal else sys.maxsize
@@ -11527,7 +11529,6 @@ def cmd_status(args: Args, config: Config) -> int:
         does = "in reserve" if up is not None and not found.address else does
         does += f", pid {found.pid or 'unknown'}, for {duration_text(up or 0.0)}"
     document = {
-        "service": does,
         "running": found is not None and found.command == "start",
         "command": found.command if found else None,
         "pid": found.pid if found else None,
@@ -11539,8 +11540,8 @@ def cmd_status(args: Args, config: Config) -> int:
         "attention": needs,
     }
     tables = {"due_next": ("job next_check_at",), "attention": ("job what reason", 1)}
-    shown = {name: document[name] for name in ("service", "admin", "database", "jobs", *tables)}
-    return report(args, document, *show_document(shown, ("", ""), tables))
+    shown = {name: document[name] for name in ("admin", "database", "jobs", *tables)}
+    return report(args, document, *show_document(shown, ("service", does), tables))
 
 
 def cmd_stats(args: Args, config: Config) -> int:

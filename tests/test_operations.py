@@ -101,7 +101,7 @@ SEEN = [
     "  batch_2 completed: 7 of 8 requests succeeded",
 ]
 WAITING = [*SEEN[:3], "  batch_2 in_progress, 3 of 8 requests done"]
-FIRED = "It fired 10 min ago, as trigger f00d: "
+FIRED = "It last fired 10 min ago, as trigger f00d: "
 EXPLAINED: dict[str, tuple[tecko.Job, tuple[tecko.Batch, ...], tecko.Trigger | None, list[str]]] = {
     "waiting": (
         a_job(),
