@@ -112,6 +112,7 @@ import stat
 import struct
 import subprocess
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
@@ -3852,7 +3853,9 @@ class Jobs(Secrets):
         found = await self._jobs("j.id = :ref" if is_id else "j.name = :ref", {"ref": key})
         if not found:
             what = f"ID {ref}" if is_id else f"name {ref!r}"
-            raise NotFound(f"Job with {what} not found", hint=f"{COMMAND} job list shows them")
+            names = [row[0] for row in await self._sql("SELECT name FROM polling_jobs")]
+            hint = did_you_mean(ref, names).strip(" ()") or f"{COMMAND} job list shows them"
+            raise NotFound(f"Job with {what} not found", hint=hint)
         return found[0]
 
     async def jobs_among(self, ids: Iterable[int]) -> list[Job]:
@@ -5054,11 +5057,12 @@ def rate_limiter(per_minute: int | None) -> AsyncLimiter | None:
     return AsyncLimiter(at_once, 60 * at_once / max(per_minute - at_once, per_minute / 2))
 
 
-class Pause(NamedTuple):
-    """A key with which OpenAI is not asked at present."""
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A key of OpenAI that is not used for a while: it was rate-limited, or its calls failed."""
 
     secret: str  # its name
-    until: float  # unix time
+    until: At
     reason: str
 
 
@@ -7685,24 +7689,15 @@ class Done(Answer):
     message: str
 
 
-class PausedKey(Answer):
-    """A key that is not used for a while, because it was rate-limited or its calls failed."""
-
-    secret: str
-    reason: str
-    until: At
-
-
 class Attention(Answer):
     """A job that waits for a person, or the database."""
 
     id: int | None = None
     job: str
     what: Literal["failed", "held", "refused", "ingest", "restored"] = Field(
-        description="failed: it has ended so; held: its trigger may have arrived, see `job retry`;"
-        " refused: OpenAI does not take its key;"
-        " ingest: its last run with work in it failed or rejected records; restored: a backup took"
-        " the database's place, see `restore --acknowledge`"
+        description="held: its trigger may have arrived, see `job retry`; refused: OpenAI does not"
+        " take its key; ingest: its last run with work in it failed or rejected records; restored:"
+        " a backup took the database's place, see `restore --acknowledge`"
     )
     reason: str | None
 
@@ -7719,13 +7714,9 @@ class Health(Answer):
     db_connected: bool
     scheduler: Literal["running", "stopped", "stalled"]
     overdue_jobs: list[str] = Field([], description="no successful check for three intervals")
-    undelivered_jobs: list[str] = Field(
-        [],
-        description="their triggers are open for longer than three intervals and the settle"
-        " window, or Keboola's answers about them fail",
-    )
+    undelivered_jobs: list[str] = Field([], description="their triggers are open for long")
     attention: list[Attention] = Field([], description="what waits for a person")
-    paused_keys: list[PausedKey] = Field([], description="keys of OpenAI that are not used now")
+    paused_keys: list[Pause] = Field([], description="keys of OpenAI that are not used now")
     config_last_reload_successful: bool
     config_last_reload_at: At = Field(description="of the last reload, or of the start")
     config_last_reload_error: str | None
@@ -7752,18 +7743,17 @@ def with_status(health: Health, file_problem: str | None, store_error: str | Non
     work fails. A store that another process has locked degrades it, for the lock will end."""
     overdue, undelivered = len(health.overdue_jobs), len(health.undelivered_jobs)
     locked = store_error is not None and "locked" in store_error
-    lost = file_problem is not None or (store_error is not None and not locked)
     stopping = {
         "the database does not answer": not health.db_connected,
-        "the database was deleted, replaced or cannot be written; see the log": lost,
+        "the database was deleted, replaced or cannot be written; see the log":
+            file_problem or (store_error and not locked),
         f"the scheduler is {health.scheduler}": health.scheduler != "running",
-    }
+    }  # fmt: skip
     hindering = {
         "another process has locked the database": locked,
         f"{count_of(overdue, 'active job')} without a successful check for three poll intervals":
-            overdue > 0,
-        f"{count_of(undelivered, 'trigger')} not delivered, or not followed, for long":
-            undelivered > 0,
+            overdue,
+        f"{count_of(undelivered, 'trigger')} not delivered, or not followed, for long": undelivered,
         "the last reload was refused; see the log": not health.config_last_reload_successful,
         "a backup took the database's place, and what was done later is missing; see `status`":
             any(waits.what == "restored" for waits in health.attention),
@@ -7870,159 +7860,89 @@ def job_fields(job: Job, secrets: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def rejects_of(source: str, n: int) -> str:
-    return f"{count_of(n, 'record')} rejected: data rejects --source {source}"
-
-
-WAITS = {  # what a job without an error waits for, by state
+WAITS = {  # what a job without an error does, in states without checks
     "triggering": "waits for Keboola to take its trigger",
     "triggered": "waits for its Keboola job to end",
     "paused": "waits for job resume",
+    "failed": "waits for job retry or other batch IDs",
     "removed": "has left jobs.yaml",
 }
 
 
-def progress_text(job: JobAnswer, brought: tuple[int, int]) -> str:
-    """What a job has done, in its own terms."""
-    if job.ingest is not None:
-        rejects = f", {brought[1]:,} rejected" if brought[1] else ""
-        return count_of(brought[0], "record") + rejects
-    if total := sum(batch.requests_total for batch in job.batches):
-        done = sum(batch.requests_completed + batch.requests_failed for batch in job.batches)
-        return f"{done}/{total}"
-    return (
-        f"{job.completed_count + job.failed_count}/{count_of(job.batch_count, 'batch', 'batches')}"
-    )
-
-
-def reason_text(job: JobAnswer, brought: tuple[int, int]) -> str | None:
-    """Why a job is where it is: its last error, or what it waits for."""
-    if job.last_error or job.status in WAITS:
-        return job.last_error or WAITS[job.status]
-    if brought[1]:
-        return rejects_of(job.name, brought[1])
+def recent_of(job: JobAnswer, records: int, rejects: int, runs: Sequence[Run]) -> Recent:
+    """What a job has done in its own terms, and why it is where it is."""
     left = [batch.batch_id for batch in job.batches if outcome(batch) is None]
-    if job.status != "active" or not left:
-        return None
-    return f"waits for {left[0] if len(left) == 1 else count_of(len(left), 'batch', 'batches')}"
-
-
-def stored_record(row: Any) -> StoredRecord:
-    """A row of normalized_data; it was validated when it was written."""
-    times = {"created_at": row["created_at"], "updated_at": row["updated_at"]}
-    return StoredRecord.model_construct(**json.loads(row["data"]), **times)
+    total = sum(batch.requests_total for batch in job.batches)
+    ended = sum(batch.requests_completed + batch.requests_failed for batch in job.batches)
+    done, why = f"{ended}/{total}", job.last_error or WAITS.get(job.status)
+    if job.ingest is not None:
+        done = count_of(records, "record") + (f", {rejects:,} rejected" if rejects else "")
+    elif not total:
+        done = f"{len(job.batches) - len(left)}/{count_of(len(job.batches), 'batch', 'batches')}"
+    if why is None and rejects:
+        why = f"{count_of(rejects, 'record')} rejected: data rejects --source {job.name}"
+    elif why is None and job.status == "active" and left:
+        why = f"waits for {left[0] if len(left) == 1 else f'{len(left)} batches'}"
+    ends = ["rejected" if r.status == "success" and r.records_failed else r.status for r in runs]
+    return Recent(done=done, why=why, trigger=None, runs=ends)
 
 
 # ── Operations ────────────────────────────────────────────────────────────────────────────────
 
-NEXT: dict[str, str] = {  # what happens next, in states without checks
-    "paused": "nothing, until `job resume`",
-    "triggering": "the trigger is delivered to Keboola, while the service runs",
-    "triggered": "the Keboola job is followed to its end",
-    "completed": "nothing; other batch IDs would start a new round",
-    "completed_with_failures": "nothing; other batch IDs would start a new round",
-    "failed": "nothing, until `job retry` or other batch IDs",
-}
 TRIGGER_MEANS: dict[TriggerState, str] = {
-    "pending": "It has not reached Keboola yet.",
-    "sending": "It is on its way to Keboola.",
-    "unknown": "Whether Keboola took it is unknown; {searches} did not show it so far.",
-    "held": "Whether Keboola took it is unknown; it is on hold, as on_ambiguous: hold asks."
-    " `job retry` searches again and sends it if it is missing.",
-    "running": "Keboola runs it as job {job}{which}.",
-    "succeeded": "Keboola job {job} ended{end}.",
-    "failed": "Keboola job {job} ended{end}{why}.",
-    "rejected": "Keboola refused it{why}.",
+    "pending": "it has not reached Keboola yet",
+    "sending": "it is on its way to Keboola",
+    "unknown": "whether Keboola took it is unknown, and its search is asked again",
+    "held": "whether Keboola took it is unknown; `job retry` asks again, and resends if missing",
+    "running": "its Keboola job runs",
+    "succeeded": "its Keboola job has ended",
+    "failed": "its Keboola job has failed",
+    "rejected": "Keboola refused it",
 }
 
 
-def explain(
-    job: Job, trigger: Trigger | None, runs: Sequence[Run], records: int, now: float
-) -> list[str]:
-    """Sentences: what a job waits for, what was seen, whether it fired and why, what is next."""
-    if isinstance(job.spec, IngestSpec):
-        said = explain_ingest(job.name, job.spec.ingest.place, runs, records, now)
-    else:
-        said = explain_watch(job, now)
-    said += explain_trigger(trigger, now) if trigger is not None else []
-    said += [f"Last error: {job.last_error.rstrip('.')}."] if job.last_error else []
-    return [*said, f"Next: {next_step(job, trigger, now)}."]
-
-
-def explain_trigger(trigger: Trigger, now: float) -> list[str]:
-    status, message = trigger.keboola_status, (trigger.message or "").rstrip(".")
-    means = TRIGGER_MEANS[trigger.state].format(
-        job=trigger.keboola_job_id,
-        which=f", which is {status}" if status else "",
-        end=f" with {status}" if status else "",
-        why=f": {message}" if message else "",
-        searches=count_of(trigger.searches, "search", "searches"),
-    )
-    return [
-        f"It fired {duration_text(now - trigger.created_at)} ago, as trigger {trigger.id}.",
-        means,
-    ]
-
-
-def explain_ingest(
-    name: str, place: str, runs: Sequence[Run], records: int, now: float
-) -> list[str]:
-    said = [f"Job {name!r} ingests records from {place}; it has brought {records:,}."]
-    if not runs:
-        return [*said, "It has not run yet."]
-    run = runs[0]
-    when, status = duration_text(now - run.start_time), run.status.replace("_", " ")
-    return [*said, f"Its last run began {when} ago: {status}; {run.summary}.", *run.notes]
-
-
-def explain_watch(job: Job, now: float) -> list[str]:
-    batches = job.batches
-    goal = {
-        "all_completed": "completed",
-        "all_finished": "finished, whether completed, failed, expired or cancelled",
-    }[job.watches.watch.trigger_when]
-    whose = f"all its {len(batches)} batches have" if len(batches) > 1 else "its batch has"
-    said = f"Job {job.name!r} starts a Keboola job once {whose} {goal}."
+def explain(job: JobDetail, now: float) -> Iterator[str]:
+    """Sentences: how far a job is and why, what was seen, whether it fired, what is next."""
+    recent = cast(Recent, job.recent)
+    why = f"; {recent.why.rstrip('.')}" if recent.why else ""
+    yield f"Job {job.name!r} is {job.status}: {recent.done}{why}."
+    if job.trigger_when is not None:
+        ends = {"all_completed": "completed", "all_finished": "ended, well or not"}
+        yield f"It starts a Keboola job once each batch has {ends[job.trigger_when]}."
+    if job.ingest is not None:
+        yield f"It ingests records from {job.ingest.get('path') or job.ingest['url']}."
+    for run in job.runs[:1]:
+        began = duration_text(now - run.start_time)
+        yield f"Its last run began {began} ago: {run.status}; {run.summary}."
+        yield from run.notes
     if job.last_check_at is None:
-        return [said, "It has not been checked yet."]
-    ends = Counter(outcome(batch) for batch in batches)
-    seen = f"{ends['completed']} of {count_of(len(batches), 'batch', 'batches')} completed"
-    rest = {"still running": ends[None], "failed": ends["failed"]}
-    figures = ", ".join([seen, *(f"{n} {what}" for what, n in rest.items() if n)])
-    checked = f"It was last checked {duration_text(now - job.last_check_at)} ago: {figures}."
-    return [said, checked, *(f"  {describe_progress(b)}" for b in batches if b.status)]
+        yield "It has not been checked yet."
+    else:
+        yield f"It was last checked {duration_text(now - job.last_check_at)} ago."
+    yield from (f"  {describe_progress(batch)}" for batch in job.batches if batch.status)
+    if trigger := recent.trigger:
+        facts = (trigger.keboola_job_id, trigger.keboola_status, trigger.message)
+        known = ", ".join(fact.rstrip(".") for fact in facts if fact)
+        fired = (
+            f"It last fired {duration_text(now - trigger.created_at)} ago, as trigger {trigger.id}"
+        )
+        yield f"{fired}: {TRIGGER_MEANS[trigger.state]}{f' ({known})' if known else ''}."
+    if job.status == "active":
+        left, pace = (job.next_check_at or now) - now, job.poll_interval_seconds
+        when = f"in {duration_text(left)}" if left > 0 else "now"
+        every = "as often as its progress asks for" if pace == "auto" else f"every {pace} s"
+        yield f"Its next check is {when}, {every}, while the service runs."
 
 
-def next_step(job: Job, trigger: Trigger | None, now: float) -> str:
-    if job.removed_at is not None:
-        carried = trigger is not None and is_open(trigger)
-        rest = "; its trigger is still carried to its end" if carried else ""
-        return f"no check, for the job has left jobs.yaml{rest}"
-    if trigger is not None and trigger.state == "unknown":
-        return "Keboola's search is asked again, until the trigger is settled"
-    if job.status != "active":
-        return NEXT[job.status]
-    left, pace = (job.next_check_at or now) - now, job.spec.poll_interval
-    when = f" in {duration_text(left)}" if left > 0 else ""
-    every = "as often as its progress asks for" if pace == "auto" else f"every {pace} s"
-    does = "it runs" if isinstance(job.spec, IngestSpec) else "it is checked"
-    return f"{does}{when}, {every}, while the service runs"
-
-
+@dataclass
 class Operations:
     """Everything that the command line and the HTTP API can ask for; each rule stands here once.
+    `ref` is an id or a name. Raises Invalid, NotFound, Conflict, SecretError and StoreError."""
 
-    `ref` is an id or a name. Raises Invalid, NotFound, Conflict, SecretError and StoreError.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        vault: Vault,
-        config: Callable[[], Config],
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self.store, self.vault, self.config, self.clock = store, vault, config, clock
+    store: Store
+    vault: Vault
+    config: Callable[[], Config]
+    clock: Callable[[], float] = time.time
 
     async def add_secret(self, body: SecretBody, *, replace: bool = False) -> SecretAnswer:
         value = SecretValue(body.value)
@@ -8036,11 +7956,13 @@ class Operations:
         return SecretList(secrets=rows, total=len(rows))
 
     async def secret(self, ref: str) -> SecretAnswer:
-        for row in await self.store.secrets():
+        rows = await self.store.secrets()
+        for row in rows:
             if ref in (row.name, str(row.id)):
                 return SecretAnswer.model_validate(row)
         what = f"with ID {ref}" if ref.isdigit() else repr(ref)
-        raise NotFound(f"Secret {what} not found", hint="`secret list` shows them", code=1001)
+        hint = did_you_mean(ref, [row.name for row in rows]).strip(" ()")
+        raise NotFound(f"Secret {what} not found", code=1001, hint=hint or "see `secret list`")
 
     async def delete_secret(self, ref: str) -> Done:
         secret = await self.secret(ref)
@@ -8134,17 +8056,10 @@ class Operations:
         ingested = await self.store.ingested(jobs[0].name if len(jobs) == 1 else "")
         last = {t.job_id: t for t in await self.store.triggers(*(job.id for job in jobs))}
         for job in jobs:
-            brought = ingested.get(job.name, (0, 0))
             runs = await self.store.runs(job.name, 20) if job.ingest else []
-            job.recent = Recent(
-                done=progress_text(job, brought),
-                why=reason_text(job, brought),
-                trigger=last.get(job.id),
-                runs=[
-                    "rejected" if run.status == "success" and run.records_failed else run.status
-                    for run in runs
-                ],
-            )
+            brought = ingested.get(job.name, (0, 0))
+            job.recent = recent_of(job, *brought, runs)
+            job.recent.trigger = last.get(job.id)
 
     async def job(self, ref: str, logs: int | None = 20) -> JobDetail:
         job = await self.store.find_job(ref)
@@ -8165,10 +8080,14 @@ class Operations:
     async def data(
         self, source: str | None, limit: int, after: int = 0, offset: int = 0
     ) -> tuple[list[StoredRecord], int | None]:
-        """A page of unified records, and the `after` of the next page."""
+        """A page of unified records, which were validated when they were written, and the `after`
+        of the next page."""
         rows = await self.store.data(source, limit + 1, after, offset)
-        more = rows[limit - 1]["id"] if 0 < limit < len(rows) else None
-        return [stored_record(row) for row in rows[:limit]], more
+        found = []
+        for row in rows[:limit]:
+            times = {"created_at": row["created_at"], "updated_at": row["updated_at"]}
+            found.append(StoredRecord.model_construct(**json.loads(row["data"]), **times))
+        return found, rows[limit - 1]["id"] if 0 < limit < len(rows) else None
 
     async def history(self, days: int) -> list[Day]:
         sums = await self.store.daily_sums(days)
@@ -8193,11 +8112,7 @@ class Operations:
         return Done(success=True, message=f"Job {job.name!r} deleted successfully")
 
     async def explain(self, ref: str) -> list[str]:
-        job, now = await self.store.find_job(ref), self.clock()
-        triggers = await self.store.triggers(job.id)
-        trigger = next((t for t in triggers if t.round == job.round), None)
-        runs, totals = await self.store.runs(job.name, 1), await self.store.totals(job.name)
-        return explain(job, trigger, runs, totals["records"], now)
+        return [*explain(await self.job(ref, None), self.clock())]
 
 
 # ── Import ────────────────────────────────────────────────────────────────────────────────────
@@ -9301,7 +9216,7 @@ class Service(Timers):
             version=VERSION,
             uptime_seconds=round(now - self.started_at, 1),
             scheduler="stalled" if stalled else running,
-            paused_keys=[PausedKey.model_validate(p) for p in self.steps.openai.pauses()],
+            paused_keys=self.steps.openai.pauses(),
             config_last_reload_successful=self.reload_error is None,
             config_last_reload_at=self.reloaded_at,
             config_last_reload_error=self.reload_error,
@@ -9411,6 +9326,7 @@ async def make_service(
 # `/` for browsers: a table of jobs that anybody can read, made here; and a script that keeps it up
 # to date out of the routes below. It makes texts of all that it is told, never markup.
 
+STATES = (*JOB_STEPS, "removed")
 STATUS_PAGE = r"""
 <!doctype html><html lang="en"><head><meta charset="utf-8"><title>TeckoChecker</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
@@ -9538,8 +9454,7 @@ function row(job) {
   return make("tr", {}, cells.map((cell) => make("td", {}, cell)));
 }
 function rows(jobs, isNew) {
-  const none = isNew ? "No jobs yet: write some into jobs.yaml, then run `reload`."
-    : "No job is like this.";
+  const none = isNew ? "No jobs yet: write jobs.yaml, then run `reload`." : "No job is like this.";
   return jobs.length ? jobs.map(row) : make("tr", {}, make("td", {colSpan: 6}, none));
 }
 function table(title, rows, columns) { // of the fields that `columns` names
@@ -9631,9 +9546,8 @@ async function visit() {
 $("search").oninput = $("status").onchange = () => choose([0]);
 addEventListener("hashchange", visit);
 addEventListener("visibilitychange", () => document.hidden || turn());
-setInterval(() => document.querySelectorAll("time").forEach((t) => {
-  t.textContent = when(t.dateTime);
-}), 1000);
+const refresh = (t) => { t.textContent = when(t.dateTime); };
+setInterval(() => document.querySelectorAll("time").forEach(refresh), 1000);
 visit();
 </script></body></html>
 """
@@ -9650,7 +9564,7 @@ def status_page(jobs: Sequence[JobAnswer]) -> str:
         due = iso(job.next_check_at) if job.next_check_at else None
         cells = (job.name, job.status, recent.done, sent or "", due or "", recent.why or "")
         rows += "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells)
-    states = "".join(f"<option>{status}" for status in (*JOB_STEPS, "removed"))
+    states = "".join(f"<option>{status}" for status in STATES)
     return STATUS_PAGE.replace("<!-- jobs -->", rows).replace("<!-- states -->", states)
 
 
@@ -9665,11 +9579,6 @@ class About(Answer):
     health: str = "/api/health"
 
 
-class FieldError(Answer):
-    field: str
-    message: str
-
-
 class ErrorAnswer(Answer):
     """Why a request was not done; `code` is also in the header X-Error-Code."""
 
@@ -9678,42 +9587,25 @@ class ErrorAnswer(Answer):
     code: int
     request_id: str
     message: str | None = Field(None, description="with 422: that validation failed")
-    details: list[FieldError] | None = Field(None, description="with 422: each wrong field")
+    details: list[dict[str, str]] | None = Field(None, description="with 422: of each wrong field")
 
 
-class Query(BaseModel):
-    """Query parameters. Unknown ones are refused: a misspelt filter must not list everything."""
-
-    model_config = ConfigDict(defer_build=True, extra="forbid")
-
-
-class JobsQuery(Query):
-    status: Literal[JobStatus, "removed"] | None = Field(
-        None, description=", ".join((*JOB_STEPS, "removed"))
-    )
+class JobsQuery(StrictModel):
+    status: Literal[JobStatus, "removed"] | None = Field(None, description=", ".join(STATES))
     limit: int = Field(100, ge=1, le=1000, description="jobs a page, 1 to 1000")
     after: int = Field(0, ge=0, le=2**63 - 1, description="`next_after` of the page before")
     search: str = Field("", description="a part of the name, in either case")
     recent: bool = Field(False, description="true: with `recent`, what each job did last")
 
 
-class DataQuery(Query):
+class DataQuery(StrictModel):
     source: str | None = Field(None, min_length=1, description="an ingest's job; default: all")
     limit: int = Field(10, ge=1, le=100, description="records a page, 1 to 100")
     offset: int = Field(0, ge=0, le=10**12, description="records to skip; costs as much as reading")
-    after: int | None = Field(
-        None, ge=0, le=2**63 - 1, description="`next_after` of the page before; not with offset"
-    )
-
-    @field_validator("after")
-    @classmethod
-    def _one_way(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and info.data.get("offset"):
-            raise ValueError("allowed: offset or after, not both")
-        return value
+    after: int = Field(0, ge=0, le=2**63 - 1, description="`next_after` of the page before")
 
 
-class JobQuery(Query):
+class JobQuery(StrictModel):
     include_logs: bool = Field(True, description="true or false")
     log_limit: int = Field(20, ge=1, le=1000, description="log rows, 1 to 1000")
 
@@ -9727,12 +9619,8 @@ class Request(NamedTuple):
     body: Any
     request_id: str
     trusted: bool  # may see names of jobs and keys
-    address: str  # where the caller reached us, like http://127.0.0.1:8000
     accept: str  # the header
-
-    @property
-    def operations(self) -> Operations:
-        return self.service.operations
+    operations: Operations
 
 
 @dataclass(frozen=True, slots=True)
@@ -9746,11 +9634,10 @@ class Route:
     answer: Any  # an Answer, or the content type of a text
     body: Any = None  # what the body has to be
     example: Mapping[str, Any] | None = None  # of a body
-    query: type[Query] | None = None
+    query: type[BaseModel] | None = None
     status: int = 200
     public: bool = False  # no token is asked for, and any Host will do: probes use addresses
     also: str = ""  # a second path
-    page: bool = False  # browsers get a page in place of `answer`
 
     def match(self, path: str) -> str | None:
         """The id in `path` ("" where the route has none); None where it is another's."""
@@ -9764,8 +9651,7 @@ class Route:
 async def show_root(request: Request) -> About | str:
     if not re.match("text/html *(,|$)", request.accept):  # as browsers say it
         return About()
-    jobs = (await request.operations.jobs(None, 50, 0, recent=True)).jobs
-    return status_page(jobs)
+    return status_page((await request.operations.jobs(None, 50, 0, recent=True)).jobs)
 
 
 async def show_health(request: Request) -> Health:
@@ -9779,16 +9665,14 @@ async def show_job(request: Request) -> JobDetail:
 
 
 async def show_data(request: Request) -> DataPage:
-    query, begun = cast(DataQuery, request.query), time.perf_counter()
-    found, following = await request.operations.data(
-        query.source, query.limit, query.after or 0, query.offset
-    )
-    totals = await request.service.store.totals(query.source or "")
-    return DataPage.model_construct(
+    q, begun = cast(DataQuery, request.query), time.perf_counter()
+    found, following = await request.operations.data(q.source, q.limit, q.after, q.offset)
+    totals = await request.service.store.totals(q.source or "")
+    return DataPage(
         request_id=request.request_id,
         total_count=totals["records"],
-        limit=query.limit,
-        offset=query.offset,
+        limit=q.limit,
+        offset=q.offset,
         next_after=following,
         api_latency_ms=round((time.perf_counter() - begun) * 1000, 2),
         data=found,
@@ -9797,14 +9681,6 @@ async def show_data(request: Request) -> DataPage:
 
 def show_openapi(request: Request) -> str:
     return json.dumps(openapi())
-
-
-def show_docs(request: Request) -> str:
-    return docs().replace(CALLED_AT, html.escape(request.address))
-
-
-def redirect_to_docs(request: Request) -> NoReturn:
-    raise Refused(307, "the description is at /docs", headers={"Location": "/docs"})
 
 
 SECRET_EXAMPLE = {"name": "openai-prod", "type": "openai", "value": "sk-..."}
@@ -9821,8 +9697,7 @@ JOB_EXAMPLE = {
 METRICS = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus text format
 HTML = "text/html; charset=utf-8"
 ROUTES: tuple[Route, ...] = (
-    Route("GET", "/", "Name and version; for browsers a page with all jobs", show_root, About,
-          page=True),
+    Route("GET", "/", "Name and version; for browsers a page with all jobs", show_root, About),
     Route("GET", "/health", "Overall health, judged by recent checks; 503: unhealthy", show_health,
           Health, public=True, also="/api/health"),
     Route("GET", "/livez", "Liveness: the event loop responds",  # for it runs this
@@ -9835,8 +9710,7 @@ ROUTES: tuple[Route, ...] = (
           query=DataQuery, also="/api/data"),
     Route("GET", "/metrics", "Metrics for Prometheus", lambda r: r.service.metrics_text(), METRICS),
     Route("GET", "/openapi.json", "This description", show_openapi, "application/json"),
-    Route("GET", "/docs", "This description, as a page", show_docs, HTML),
-    Route("GET", "/redoc", "Redirects to /docs", redirect_to_docs, HTML),
+    Route("GET", "/docs", "This description, as a page", lambda r: docs(), HTML, also="/redoc"),
     Route("GET", "/api/admin/secrets", "The stored secrets, without their values",
           lambda r: r.operations.secrets(), SecretList),
     Route("POST", "/api/admin/secrets", "Store a secret", lambda r: r.operations.add_secret(r.body),
@@ -9868,31 +9742,6 @@ ROUTES: tuple[Route, ...] = (
 )  # fmt: skip
 
 
-class UnclearJson(ValueError):
-    """Text that json.loads accepts, but that is not JSON or has two meanings."""
-
-
-def finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise UnclearJson(f"{text} is no number")
-    return float(text)
-
-
-def json_body(body: bytes) -> Any:
-    """Parse a body. Refuses what json.loads takes: NaN, infinite numbers and duplicate keys."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise UnclearJson("an object has a duplicate key")
-        return dict(pairs)
-
-    try:
-        return json.loads(body, parse_constant=finite, parse_float=finite, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
-        said = f": {e}" if isinstance(e, UnclearJson) else ""
-        raise Invalid([Problem("body", f"it is not JSON{said}")]) from None
-
-
 # ── OpenAPI ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -9902,37 +9751,28 @@ def content_of(*models: str) -> dict[str, Any]:
     return {"application/json": {"schema": {"anyOf": forms} if len(forms) > 1 else forms[0]}}
 
 
-def responses(route: Route) -> dict[str, Any]:
-    """The answers of a route, by status; `default` is an error."""
-    if isinstance(route.answer, str):
-        shape = "object" if route.answer == "application/json" else "string"
-        done: Any = {route.answer.partition(";")[0]: {"schema": {"type": shape}}}
-    else:
+def operation(route: Route, path: str) -> dict[str, Any]:
+    """A route in the words of OpenAPI 3.1. `default` is an error, or bad news in the same shape."""
+    number = {"type": "integer", "minimum": 1, "description": "the number of it"}
+    parameters = [{"name": "id", "in": "path", "required": True, "schema": number}]
+    queries = route.query.model_json_schema()["properties"] if route.query else {}
+    done: dict[str, Any] = {str(route.answer).partition(";")[0]: {"schema": {}}}
+    errors = ["ErrorAnswer"]
+    if not isinstance(route.answer, str):
         done = content_of(route.answer.__name__)
-        done |= {"text/html": {"schema": {"type": "string"}}} if route.page else {}
-    made = {str(route.status): {"description": "Done", "content": done}}
-    if route.method != "GET":
-        made["202"] = {"description": "Under way", "content": content_of("Done")}
-    if route.answer in (Health, Done) and route.public:  # bad news has the same shape
-        both = content_of(route.answer.__name__, "ErrorAnswer")
-        made["503"] = {"description": "Not well", "content": both}
-    return made | {"default": {"description": "Not done", "content": content_of("ErrorAnswer")}}
-
-
-def operation(route: Route) -> dict[str, Any]:
-    """A route in the words of OpenAPI 3.1."""
-    parameters: list[dict[str, Any]] = []
-    if "{id}" in route.path:
-        number = {"type": "integer", "minimum": 1, "description": "the number of it"}
-        parameters.append({"name": "id", "in": "path", "required": True, "schema": number})
-    if route.query:
-        for name, schema in route.query.model_json_schema()["properties"].items():
-            parameters.append({"name": name, "in": "query", "schema": schema})
+        done |= {"text/html": {"schema": {}}} if path == "/" else {}
+        errors += [route.answer.__name__] * route.public
+    late = {"202": {"description": "Under way", "content": content_of("Done")}}
     made: dict[str, Any] = {
         "summary": route.does,
-        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
-        "parameters": parameters,
-        "responses": responses(route),
+        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{path}").strip("_"),
+        "parameters": parameters * ("{id}" in path)
+        + [{"name": name, "in": "query", "schema": schema} for name, schema in queries.items()],
+        "responses": {
+            str(route.status): {"description": "Done", "content": done},
+            **(late if route.method != "GET" else {}),
+            "default": {"description": "Not done", "content": content_of(*errors)},
+        },
     }
     if route.public:
         made["security"] = []
@@ -9957,9 +9797,7 @@ def openapi() -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for route in ROUTES:
         for path in filter(None, (route.path, route.also)):
-            described = operation(route)
-            described["operationId"] += "_api" if path == route.also else ""
-            paths.setdefault(path, {})[route.method.lower()] = described
+            paths.setdefault(path, {})[route.method.lower()] = operation(route, path)
     schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
     return {
         "openapi": "3.1.0",
@@ -9972,6 +9810,7 @@ def openapi() -> dict[str, Any]:
 
 DOCS_SCRIPT = """
 "use strict";
+document.getElementById("url").textContent = location.origin;
 async function send(form) {
   const {method, path} = form.dataset, headers = {}, query = new URLSearchParams();
   let target = path, body;
@@ -9991,7 +9830,6 @@ for (const form of document.forms) form.addEventListener("submit", async (event)
   form.lastElementChild.textContent = await send(form).catch(String);
 });
 """
-CALLED_AT = "{address}"  # in the page: where the caller reached us
 
 
 def docs_section(method: str, path: str, described: Mapping[str, Any]) -> str:
@@ -9999,7 +9837,7 @@ def docs_section(method: str, path: str, described: Mapping[str, Any]) -> str:
     esc, method = html.escape, method.upper()
     names = dict.fromkeys(re.findall(r"schemas/(\w+)", json.dumps(described)))
     models = ", ".join(f'<a href="#{name}">{name}</a>' for name in names)
-    curl = f"curl {'' if method == 'GET' else f'-X {method} '}{CALLED_AT}{path.format(id=1)}"
+    curl = f'curl -X {method} "$URL{path.format(id=1)}"'
     fields = "".join(
         f'<p><label><code>{p["name"]}</code> <input name="{p["name"]}"> '
         f"{esc(p['schema']['description'])}</label></p>"
@@ -10016,16 +9854,14 @@ def docs_section(method: str, path: str, described: Mapping[str, Any]) -> str:
 <pre hidden></pre></form></section>"""
 
 
-@cache
 def docs() -> str:
     """/docs: the OpenAPI document as a page, which loads nothing from other hosts. JavaScript is
     needed only to try a route."""
-    api, esc = openapi(), html.escape
-    operations = [(m, path, d) for path, ways in api["paths"].items() for m, d in ways.items()]
-    contents = "".join(
-        f'<a href="#{d["operationId"]}">{method.upper()} {esc(path)}</a><br>'
-        for method, path, d in operations
-    )
+    api, esc, contents, sections = openapi(), html.escape, "", ""
+    for path, ways in api["paths"].items():
+        for method, way in ways.items():
+            contents += f'<a href="#{way["operationId"]}">{method.upper()} {esc(path)}</a><br>'
+            sections += docs_section(method, path, way)
     models = "".join(
         f'<h3 id="{name}">{name}</h3><p>{esc(schema.get("description", ""))}</p><details>'
         f"<summary>Schema</summary><pre>{esc(json.dumps(schema, indent=1))}</pre></details>"
@@ -10035,15 +9871,14 @@ def docs() -> str:
 <html lang="en"><head><meta charset="utf-8"><title>TeckoChecker</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{PAGE_STYLE}</style></head><body><h1>TeckoChecker {VERSION}</h1>
-<p>Served at <code>{CALLED_AT}</code>. The same as <a href="/openapi.json">OpenAPI 3.1</a>.</p>
-<p>Where ADMIN_TOKEN is set, every route but the health checks needs it: as the header
-<code>Authorization: Bearer ADMIN_TOKEN</code>, or as the password of Basic authentication with any
-user name, which browsers ask for.</p>
-<pre>curl -H "Authorization: Bearer $ADMIN_TOKEN" {CALLED_AT}/stats</pre>
+<p>The same as <a href="/openapi.json">OpenAPI 3.1</a>. Where ADMIN_TOKEN is set, every route but
+the health checks needs it: as the header <code>Authorization: Bearer ADMIN_TOKEN</code>, or as the
+password of Basic authentication with any user name, which browsers ask for.</p>
+<pre>URL=<span id="url">http://127.0.0.1:8000</span>
+curl -H "Authorization: Bearer $ADMIN_TOKEN" "$URL/stats"</pre>
 <p><label>Token for the forms below: <input id="token" type="password"></label></p>
 <h2>Contents</h2><nav>{contents}<a href="#models">Models</a></nav>
-{"".join(docs_section(*each) for each in operations)}
-<h2 id="models">Models</h2>{models}
+{sections}<h2 id="models">Models</h2>{models}
 <script>{DOCS_SCRIPT}</script></body></html>"""
 
 
@@ -10068,11 +9903,11 @@ HTTP_BODY = 1 << 20  # bytes of a request's body
 READS_AT_ONCE = 2  # GETs worked on at once, so that checks take their turns at the event loop
 ACCEPT_PAUSE = 1.0  # s after a connection that could not be accepted, for lack of descriptors
 
-REQUEST_LINE = re.compile(rb"[!-~]+ [!-~]+ HTTP/\d\.\d\r\n")
-FIELD_LINE = re.compile(rb"[\w!#$%&'*+.^`|~-]+:[\t -~\x80-\xff]*\r\n")  # RFC 9110, section 5.5
-TARGET = re.compile(
-    r"(?:(?i:https?)://(?P<host>[^/?#@]+))?(?P<path>/[^?#]*)(?:\?(?P<query>[^#]*))?"
-)
+Reader = asyncio.StreamReader
+Writer = asyncio.StreamWriter
+REQUEST_LINE = re.compile(rb"([!-~]+ [!-~]+ HTTP/\d\.\d)?\r\n")
+FIELD_LINE = re.compile(rb"([\w!#$%&'*+.^`|~-]+:[\t -~\x80-\xff]*)?\r\n")  # RFC 9110, section 5.5
+TARGET = re.compile(r"(?:(?i:https?)://([^/?#@]+))?(/[^?#]*)(?:\?([^#]*))?")  # host, path, query
 SINGLE = ("Host", "Origin", "Content-Length", "Content-Type", "Authorization", "Sec-Fetch-Site")
 
 
@@ -10082,6 +9917,7 @@ STYLE_HASH, PAGE_HASH, DOCS_HASH = (  # as a Content-Security-Policy names inlin
 )
 SECURITY_HEADERS = {
     "Cache-Control": "no-store",
+    "Vary": "Accept, Origin",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -10097,26 +9933,21 @@ CORS_HEADERS = {  # for pages of the origins that CORS_ORIGINS names
 }
 
 
-async def read_head(reader: asyncio.StreamReader, begun: bytes) -> bytes:
+async def read_head(reader: Reader, begun: bytes) -> bytes:
     """Read a request's head, whose first byte is `begun`. Each line is checked as it arrives: bare
     CR or LF, folded lines, control characters and invalid names are refused."""
-    head = bytearray()
+    head = b""
     while not head.endswith(b"\r\n\r\n"):
         try:
             line, begun = begun + await reader.readuntil(b"\n"), b""
         except asyncio.LimitOverrunError:
-            raise Refused(431, f"a head has at most {HTTP_HEAD} bytes") from None
-        if line != b"\r\n":
-            what, form = ("header", FIELD_LINE) if head else ("request", REQUEST_LINE)
-            if not form.fullmatch(line):
-                said = "lines are ASCII, end in CR LF, and are not folded"
-                raise Refused(400, f"malformed {what} line; {said}")
-        elif not head:
-            continue  # left over from the body before (RFC 9112, section 2.2)
-        head += line
-        if len(head) > HTTP_HEAD:
+            line = b"x" * HTTP_HEAD
+        if len(head) + len(line) > HTTP_HEAD:
             raise Refused(431, f"a head has at most {HTTP_HEAD} bytes")
-    return bytes(head)
+        if not (FIELD_LINE if head else REQUEST_LINE).fullmatch(line):
+            raise Refused(400, "malformed line; lines are ASCII, end in CR LF, and are not folded")
+        head = (head + line).lstrip(b"\r\n")  # left over from the body before (RFC 9112, 2.2)
+    return head
 
 
 class Exchange(http.server.BaseHTTPRequestHandler):
@@ -10149,9 +9980,9 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         if int(length) > HTTP_BODY:
             raise Refused(413, f"a body has at most {HTTP_BODY} bytes")
         self.host, target = self.header("Host"), TARGET.fullmatch(self.path)
-        if target is None or (target["host"] or self.host).lower() != self.host.lower():
+        if target is None or (target[1] or self.host).lower() != self.host.lower():
             raise Refused(400, "the target must be a path of the host that Host names")
-        self.length, self.path, self.query = int(length), target["path"], target["query"] or ""
+        self.length, self.path, self.query = int(length), target[2], target[3] or ""
         self.close_connection |= self.request_version == "HTTP/1.0"
         self.close_connection |= "close" in self.header("Connection").lower()
 
@@ -10168,17 +9999,32 @@ class Exchange(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("request %s: %s", self.request_id, format % args)
 
+    def given_token(self) -> bytes:
+        """The token of a Bearer header, or the password of a Basic one with any user name."""
+        scheme, _, value = self.header("Authorization").partition(" ")
+        raw = value.strip().encode("latin-1")  # as http.client decoded it
+        with contextlib.suppress(ValueError):
+            if scheme.lower() == "basic":
+                return base64.b64decode(raw, validate=True).partition(b":")[2]
+        return raw if scheme.lower() == "bearer" else b""
+
+    def answer_with(self, route: Route, status: int, answer: Any) -> None:
+        bad = isinstance(answer, Health) and answer.status == "unhealthy"
+        bad |= isinstance(answer, Done) and not answer.success
+        text = answer if isinstance(answer, str) else answer.model_dump_json()
+        kind = HTML if isinstance(answer, str) else "application/json"
+        kind = route.answer if isinstance(route.answer, str) else kind
+        self.answer(503 if bad else status, kind, text)
+
     def answer(self, status: int, kind: str, text: str) -> None:
         data, self.wfile = text.encode(), io.BytesIO()
         self.close_connection |= status >= 500
         self.request_version = "HTTP/1.1"  # the base class answers HTTP/0.9 without a head
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("X-Request-ID", self.request_id)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        for name, value in (SECURITY_HEADERS | self.more_headers).items():
+        headers = {"Content-Type": kind, "Content-Length": str(len(data))}
+        headers |= {"X-Request-ID": self.request_id} | SECURITY_HEADERS | self.more_headers
+        headers |= {"Connection": "close"} if self.close_connection else {}
+        for name, value in headers.items():
             self.send_header(name, value)
         if status == 401:  # with Basic, a browser asks for the token
             self.send_header("WWW-Authenticate", "Bearer")
@@ -10201,7 +10047,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
             code=error.code,
             request_id=self.request_id,
             message="Request validation failed" if isinstance(error, Invalid) else None,
-            details=[FieldError(field=p.where, message=p.text) for p in wrong if p.where] or None,
+            details=[{"field": p.where, "message": p.text} for p in wrong if p.where] or None,
         )
         text = shown.model_dump_json(exclude_none=True)
         self.answer(error.http_status, "application/json", text)
@@ -10219,17 +10065,6 @@ def same_place(origin: str, host: str) -> bool:
     return found is not None and found[1] == re.sub(":(80|443)$", "", host.lower())
 
 
-def given_token(authorization: str) -> bytes:
-    """The token of a Bearer header, or the password of a Basic one with any user name."""
-    scheme, _, value = authorization.partition(" ")
-    raw = value.strip().encode("latin-1")  # as http.client decoded it
-    if scheme.lower() != "basic":
-        return raw if scheme.lower() == "bearer" else b""
-    with contextlib.suppress(ValueError):
-        return base64.b64decode(raw, validate=True).partition(b":")[2]
-    return b""
-
-
 class Admin:
     """The admin surface: connections, access control, and running the routes."""
 
@@ -10239,7 +10074,7 @@ class Admin:
         # connections on which we wait for the client, longest first; True: until it takes an answer
         self._waiting: dict[asyncio.StreamWriter, bool] = {}
         self._reads = asyncio.Semaphore(READS_AT_ONCE)
-        self._late: set[asyncio.Task[Any]] = set()  # changes that go on after their 202
+        self._work: set[asyncio.Task[Any]] = set()  # changes go on after their 202
         self._stopping = False
         self._hurry = asyncio.get_running_loop().create_future()  # done: answer 202 at once
         service.connections = lambda: len(self._connections)
@@ -10250,17 +10085,12 @@ class Admin:
             try:
                 connection, _ = await asyncio.get_running_loop().sock_accept(listener)
                 streams = await asyncio.open_connection(sock=connection, limit=HTTP_HEAD)
+                self._connections[streams[1]] = asyncio.create_task(self._serve(*streams))
             except Exception as e:  # mostly a lack of descriptors; nothing may end this loop
                 log.warning("cannot accept a connection: %s", e)
                 await asyncio.sleep(ACCEPT_PAUSE)
-            else:
-                self._connections[streams[1]] = asyncio.create_task(
-                    self._serve_connection(*streams)
-                )
 
-    async def _serve_connection(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _serve(self, reader: Reader, writer: Writer) -> None:
         """Serve one connection until a side closes it. Above the limit, requests are still read,
         for they may ask for health; above twice the limit, the connection is dropped."""
         most = self.service.settings.api_max_connections
@@ -10283,9 +10113,7 @@ class Admin:
         self._waiting.pop(writer, None)
         writer.transport.abort()
 
-    async def _exchange(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, spare: bool
-    ) -> bool:
+    async def _exchange(self, reader: Reader, writer: Writer, spare: bool) -> bool:
         """Serve one request; True if another may follow on the connection."""
         exchange, body = Exchange(), b""
         self._waiting[writer] = False
@@ -10304,12 +10132,6 @@ class Admin:
                 return False  # it was dropped just before its last byte was seen
             del self._waiting[writer]
             await self._respond(exchange, body, spare)
-        return await self._send(exchange, reader, writer)
-
-    async def _send(
-        self, exchange: Exchange, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bool:
-        """Send the answer; True if the connection stays open."""
         self._waiting[writer] = True
         async with asyncio.timeout(HTTP_DEADLINE):
             writer.write(exchange.wfile.getvalue())
@@ -10332,14 +10154,15 @@ class Admin:
             if self._check_origin(exchange) and exchange.command == "OPTIONS":
                 exchange.answer(200, "text/plain", "")  # the browser asks whether it may ask
                 return
-            trusted = here and self._has_token(exchange)
-            if not trusted and not public:
+            token, given = self.service.settings.admin_token, exchange.given_token()
+            knows = token is None or hmac.compare_digest(given, os.fsencode(token.reveal()))
+            if not (here and knows) and not public:
                 raise Refused(401, "this needs ADMIN_TOKEN, as Bearer token or as Basic password")
             route = self._route(exchange, found)
-            request = self._request(exchange, route, body, trusted)
+            request = self._request(exchange, route, body, here and knows)
             status, answer = await self._run_route(route, request)
             exchange.close_connection |= self._stopping
-            self._answer(exchange, route, status, answer)
+            exchange.answer_with(route, status, answer)
         except TeckoError as e:
             exchange.refuse(e)
         except Exception:
@@ -10355,40 +10178,30 @@ class Admin:
         address = re.fullmatch(r"\[[0-9a-f:.]+\]|[0-9.]+", name)
         known = bool(address or (name and name in map(bare_host, ours)))
         if not known and not public:
-            said = (
-                f"Host header {repr_excerpt(exchange.host)} is not allowed; add it to ADMIN_HOSTS"
-            )
-            raise Refused(421, said)
+            given = repr_excerpt(exchange.host)
+            raise Refused(421, f"Host header {given} is not allowed; add it to ADMIN_HOSTS")
         return known
 
     def _check_origin(self, exchange: Exchange) -> bool:
         """Whether a page of CORS_ORIGINS calls. Raises Refused for pages of other hosts."""
         named = re.findall(ORIGIN, self.service.settings.cors_origins.lower())
-        exchange.more_headers |= {"Vary": "Origin"} if named else {}
         origin = exchange.header("Origin").lower()
         if origin in named:
             exchange.more_headers |= CORS_HEADERS | {"Access-Control-Allow-Origin": origin}
             return True
         if "Origin" in exchange.headers and not same_place(origin, exchange.host):
-            raise Refused(
-                403, f"Origin {repr_excerpt(origin)} is not allowed; add it to CORS_ORIGINS"
-            )
+            given = repr_excerpt(origin)
+            raise Refused(403, f"Origin {given} is not allowed; add it to CORS_ORIGINS")
         elsewhere = exchange.header("Sec-Fetch-Site").lower() == "cross-site"
         if elsewhere and exchange.command not in ("GET", "HEAD"):
             raise Refused(403, "pages of other sites may change nothing here")
         return False
 
-    def _has_token(self, exchange: Exchange) -> bool:
-        token = self.service.settings.admin_token
-        given = given_token(exchange.header("Authorization"))
-        return token is None or hmac.compare_digest(given, os.fsencode(token.reveal()))
-
-    def _route(self, exchange: Exchange, found: Mapping[str, Route]) -> Route:
+    def _route(self, exchange: Exchange, found: dict[str, Route]) -> Route:
         if not found:
-            raise Refused(
-                404, f"there is no {repr_excerpt(exchange.path)} here; /docs lists the routes"
-            )
-        found = {**found, "HEAD": found["GET"]} if "GET" in found else found
+            said = f"there is no {repr_excerpt(exchange.path)} here; /docs lists the routes"
+            raise Refused(404, said)
+        found |= {"HEAD": found["GET"]} if "GET" in found else {}
         if exchange.command not in found:
             allowed = ", ".join(sorted(found))
             raise Refused(405, f"allowed: {allowed}", headers={"Allow": allowed})
@@ -10406,18 +10219,18 @@ class Admin:
         if route.body:
             if exchange.headers.get_content_type() != "application/json":
                 raise Refused(415, "the body must be application/json")
-            given = json_body(body)
+            try:  # it refuses NaN, infinite numbers and lone surrogates, which json would take
+                given = orjson.loads(body)
+            except orjson.JSONDecodeError as e:
+                raise Invalid([Problem("body", f"it is not JSON: {e}")]) from None
             read = job_spec if route.body is JobSpec else partial(parse, route.body)
             data = read(given, self.service.settings.job_context)
-        scheme = "https" if exchange.header("X-Forwarded-Proto") == "https" else "http"
-        address, request_id = f"{scheme}://{exchange.host}", exchange.request_id
-        accept = exchange.header("Accept")
-        return Request(self.service, ref, query, data, request_id, trusted, address, accept)
+        more = exchange.request_id, trusted, exchange.header("Accept"), self.service.operations
+        return Request(self.service, ref, query, data, *more)
 
     async def _run_route(self, route: Route, request: Request) -> tuple[int, Any]:
         """The status and the answer of a route. A change that takes longer than HTTP_ANSWER seconds
         goes on, since half of one would be worse, and is answered 202 with where to look."""
-
         reads = route.method == "GET" and not route.public  # health waits for nobody
 
         async def run() -> Any:
@@ -10431,37 +10244,18 @@ class Admin:
                     self.service.sync_soon()
 
         work = asyncio.create_task(run(), name=f"request {request.request_id}")
+        self._work.add(work)  # what fails after its 202 is logged by asyncio, under that name
+        work.add_done_callback(self._work.discard)
         first = asyncio.FIRST_COMPLETED
         await asyncio.wait({work, self._hurry}, timeout=HTTP_ANSWER, return_when=first)
-        if work.cancelled():
-            raise RuntimeError("the work of a route was cancelled")
-        if work.done():
+        if work.done() and not work.cancelled():
             return route.status, work.result()
-        self._late.add(work)
-        work.add_done_callback(self._ended_late)
         if route.method == "GET":
             work.cancel()
             raise Refused(503, "no answer in time", headers={"Retry-After": "5"})
         place = route.path.partition("/{id}")[0] + (f"/{request.id}" if request.id else "")
         said = f"still being carried out; GET {place} shows the outcome"
         return 202, Done(success=True, message=said)
-
-    def _ended_late(self, work: asyncio.Task[Any]) -> None:
-        self._late.discard(work)
-        if work.cancelled():
-            log.warning("%s was cut off", work.get_name())
-        elif error := work.exception():
-            log.error("%s failed after its caller was answered: %s", work.get_name(), error)
-
-    def _answer(self, exchange: Exchange, route: Route, status: int, answer: Any) -> None:
-        bad = isinstance(answer, Health) and answer.status == "unhealthy"
-        bad |= isinstance(answer, Done) and not answer.success
-        text = answer if isinstance(answer, str) else answer.model_dump_json()
-        kind = route.answer if isinstance(route.answer, str) else "application/json"
-        if route.page:
-            kind = HTML if isinstance(answer, str) else kind
-            exchange.more_headers["Vary"] = "Accept, Origin"
-        exchange.answer(503 if bad else status, kind, text)
 
     async def stop(self) -> None:
         """Take no new requests, and wait for those under way. Changes that take longer are answered
@@ -10470,7 +10264,7 @@ class Admin:
         for writer in [w for w, answering in self._waiting.items() if not answering]:
             self._drop(writer)
         for share in (0.8, 0.2):
-            if under_way := {*self._connections.values(), *self._late}:
+            if under_way := {*self._connections.values(), *self._work}:
                 await asyncio.wait(under_way, timeout=share * HTTP_STOP)
             if not self._hurry.done():
                 self._hurry.set_result(None)
@@ -10485,24 +10279,22 @@ async def serving(service: Service) -> AsyncIterator[Admin]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        listener = socket.create_server(
-            (host, port), family=family, backlog=1024, dualstack_ipv6=both
-        )
+        sock = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as e:
         why = str(e.strerror).partition(" (while")[0]
         hint = "API_HOST and API_PORT, or admin: in jobs.yaml, choose another one"
         raise Conflict(f"cannot listen on {host}:{port}: {why}", hint=hint) from e
-    with listener:
-        listener.setblocking(False)
+    with sock:
+        sock.setblocking(False)
         shown = f"[{host}]" if ":" in host else host
-        admin = Admin(service, f"http://{shown}:{listener.getsockname()[1]}")
-        accepting = asyncio.create_task(admin.listen(listener))
+        admin = Admin(service, f"http://{shown}:{sock.getsockname()[1]}")
+        accepting = asyncio.create_task(admin.listen(sock))
         try:
             yield admin
         finally:
             accepting.cancel()
             await asyncio.wait({accepting})
-            listener.close()
+            sock.close()
             await admin.stop()
 
 
@@ -10545,12 +10337,8 @@ class LogFile(logging.handlers.RotatingFileHandler, logging.handlers.WatchedFile
 def set_up_logging(settings: Settings, level: str, *, to_file: bool = True) -> None:
     """Log to stderr, and to LOG_FILE if it is set; every handler redacts."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
-    file = settings.log_file if to_file else None
-    if file is not None:
-        try:
-            handlers.append(LogFile(file, maxBytes=LOG_BYTES, backupCount=5, encoding="utf-8"))
-        except OSError as e:
-            raise StoreError(f"cannot write the log file {file}: {e.strerror}") from e
+    if to_file and (file := settings.log_file) is not None:
+        handlers.append(LogFile(file, maxBytes=LOG_BYTES, backupCount=5, encoding="utf-8"))
     text = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s")
     for handler in handlers:
         handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
@@ -10593,91 +10381,76 @@ def say(text: str) -> None:
         print(redact(text), file=sys.stderr)
 
 
-def ago(at: float, now: float) -> str:
-    return "just now" if now - at < 1 else f"{duration_text(now - at)} ago"
-
-
-def due_in(at: float, now: float) -> str:
-    return "now" if at - now < 1 else f"in {duration_text(at - now)}"
+def when(at: float, now: float) -> str:
+    text = duration_text(abs(at - now))
+    return "now" if abs(at - now) < 1 else f"in {text}" if at > now else f"{text} ago"
 
 
 GAP = 2  # blanks between two columns
-SIGNS = {  # of states on a terminal, and their colours
-    "active": ("●", "cyan"),
-    "triggering": ("▶", "cyan"),
-    "triggered": ("▶", "cyan"),
-    "paused": ("○", ""),
-    "completed": ("✓", "green"),
-    "completed_with_failures": ("!", "yellow"),
-    "failed": ("✗", "red"),
+STATES = {  # on a terminal: a sign, and the number of a colour
+    "active": ("●", 36),
+    "triggering": ("▶", 36),
+    "triggered": ("▶", 36),
+    "paused": ("○", 39),
+    "completed": ("✓", 32),
+    "completed_with_failures": ("!", 33),
+    "failed": ("✗", 31),
 }
 ISO_TIME = re.compile(r"\d{4}-(\d\d-\d\d)T(\d\d:\d\d):\d\dZ")
 
 
 class Table(NamedTuple):
-    """Rows under a header; no header if no column has a name. On a terminal that is too narrow, the
-    columns at the indexes in `spare` are left out, in that order."""
+    """Rows under a header. Where a terminal is too narrow, the columns at the indexes in `spare`
+    are left out, in that order."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     spare: Sequence[int] = ()
 
-    def texts(self) -> list[list[str]]:
-        """Each column's name and cells, without line breaks."""
-        rows = [["-" if v in (None, "") else redact(str(v)) for v in row] for row in self.rows]
-        clean = [[CONTROL.sub(" ", text) for text in row] for row in (self.columns, *rows)]
-        columns = [list(column) for column in zip(*clean, strict=True)]
-        signs = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
-        for column in columns:
-            if signs and column[0] in ("State", "Status"):
-                column[:] = [f"{SIGNS[t][0]} {t}" if t in SIGNS else t for t in column]
-        return columns
 
+def fit_columns(columns: Sequence[Sequence[str]], spare: Iterable[int], room: int) -> list[int]:
+    """The width of each column, 0 if it is left out: first that of its longest word, up to 40, then
+    what is left to the narrow ones first."""
+    widths = [min(max(map(len, " ".join(column).split(" "))), 40) for column in columns]
 
-def fit_columns(table: Table, room: int) -> Iterator[tuple[list[str], int | None]]:
-    """The columns that fit, each with its width if that must not shrink. To fit, times are
-    shortened first, then columns are left out, then cells wrap between words, then within words."""
-    from rich.cells import cell_len
+    def left() -> int:
+        return room + GAP - sum(width + GAP for width in widths if width)
 
-    def least(column: Sequence[str]) -> int:
-        """A column's least width: a long word may break, a sign and its state may not."""
-        whole = max(map(cell_len, column))
-        word = max((cell_len(word) for text in column for word in text.split()), default=1)
-        return min(whole if whole <= word + GAP else word, max(min(room // 2, 40), 8))
-
-    columns = table.texts()
-    if sum(max(map(cell_len, column)) + GAP for column in columns) > room + GAP:
-        columns = [[ISO_TIME.sub(r"\1 \2", text) for text in column] for column in columns]
-    widths = dict(enumerate(map(least, columns)))
-    for i in table.spare:
-        if sum(widths.values()) + GAP * (len(widths) - 1) > room:
-            del widths[i]
-    for i, width in widths.items():
-        yield columns[i], width if max(map(cell_len, columns[i])) == width else None
+    for i in spare:
+        widths[i] = widths[i] if left() >= 0 else 0
+    while left() < 0:
+        widths[widths.index(max(widths))] -= 1
+    for whole, i in sorted((max(map(len, column)), i) for i, column in enumerate(columns)):
+        widths[i] += min(whole - widths[i], left()) if widths[i] else 0
+    return widths
 
 
 def print_table(table: Table) -> None:
-    """Print a table: fitted to a terminal, else with each row whole on one line."""
-    if not sys.stdout.isatty():
-        columns = table.texts()
-        widths = [max(map(len, column)) for column in columns]
-        for row in list(zip(*columns, strict=True))[not any(table.columns) :]:
-            padded = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+    """Print a table. On a terminal times are short, and it is made to fit: columns are left out,
+    then cells wrap between words, then within words. Else each row is whole on one line."""
+    terminal, lines = sys.stdout.isatty(), []
+    colours = {f"{sign} {state}": colour for state, (sign, colour) in STATES.items()}
+    for row in (table.columns, *table.rows):
+        texts = ["-" if v in (None, "") else CONTROL.sub(" ", redact(str(v))) for v in row]
+        if terminal:
+            signed = (f"{STATES[t][0]} {t}" if t in STATES else t for t in texts)
+            texts = [ISO_TIME.sub(r"\1 \2", t) for t in signed]
+        lines.append(texts)
+    room = shutil.get_terminal_size().columns if terminal else sys.maxsize
+    widths = fit_columns([*zip(*lines, strict=True)], table.spare, room)
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        colours = {}
+    for line in lines:
+        shown = [(text, width) for text, width in zip(line, widths, strict=True) if width]
+        cells = [textwrap.wrap(text, width, break_on_hyphens=False) for text, width in shown]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            padded = [
+                f"\x1b[{colours[part]}m{part:{width}}\x1b[0m"
+                if part in colours
+                else f"{part:{width}}"
+                for part, (_, width) in zip(parts, shown, strict=True)
+            ]
             print((" " * GAP).join(padded).rstrip())
-        return
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    console = Console(highlight=False, emoji=False, markup=False)
-    shown, colours = [*fit_columns(table, console.width)], dict(SIGNS.values())
-    drawn = RichTable(box=None, pad_edge=False, padding=(0, 0, 0, GAP))
-    drawn.show_header = any(table.columns)
-    for column, width in shown:
-        drawn.add_column(column[0], overflow="fold", width=width)
-    for row in zip(*(column[1:] for column, _ in shown), strict=True):
-        drawn.add_row(*(Text(text, colours.get(text[:1], "")) for text in row))
-    console.print(drawn)
 
 
 def redacted(value: Any) -> Any:
@@ -10689,51 +10462,77 @@ def redacted(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
-def report(args: argparse.Namespace, document: Any, *shown: str | Table) -> int:
-    """Print a result on stdout: with --json one JSON document, else `shown`."""
+def as_document(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+Args = argparse.Namespace
+Work = Callable[..., Awaitable[T]]
+
+
+def table_of(rows: Iterable[Any], columns: str, *spare: int) -> Table:
+    """A table of the fields of these answers that `columns` names."""
+    keys = columns.split()
+    cells = [[document[key] for key in keys] for document in map(as_document, rows)]
+    return Table([key.replace("_", " ").capitalize() for key in keys], cells, spare)
+
+
+def as_written(value: object) -> str:
+    """A value of a document, as it could stand in jobs.yaml."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {as_written(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(as_written, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def show_document(
+    document: Mapping[str, Any], head: Sequence[str], tables: Mapping[str, tuple[Any, ...]]
+) -> Iterator[str | Table]:
+    """A document as a table of its fields, and one more for each list that `tables` names."""
+    facts = {k: v for k, v in document.items() if k not in tables and v not in (None, {})}
+    yield Table(head, [(key.replace("_", " "), as_written(v)) for key, v in facts.items()])
+    for name, (columns, *spare) in tables.items():
+        if rows := document[name]:
+            yield from ("", table_of(rows, columns, *spare))
+
+
+def report(args: Args, document: Any, *shown: str | Table, good: bool = True) -> int:
+    """Print a result on stdout: with --json one JSON document, else `shown`. The exit code."""
     if args.json:
-        if isinstance(document, BaseModel):
-            document = document.model_dump(mode="json")
-        print(json.dumps(redacted(document), indent=2))
-        return 0
+        print(json.dumps(redacted(as_document(document)), indent=2))
+        return int(not good)
     for item in shown:
         if isinstance(item, Table):
             print_table(item)
         else:
             print(redact(item))
-    return 0
+    return int(not good)
 
 
-def source_lines(problem: Problem) -> Iterator[str]:
-    """The line of a problem's file, and a caret below the column."""
-    line, column = CONTROL.sub(" ", problem.source), problem.column
-    if line.strip() and column:
-        yield f"{problem.line:>5} | {line}"
-        yield f"{'':5} | {' ' * (column - 1)}^"
-
-
-def print_error(error: TeckoError, args: argparse.Namespace | None = None) -> None:
-    """Print an error and its hint, a line each; with --json also a JSON document on stdout."""
+def print_error(error: TeckoError, args: Args | None = None) -> None:
+    """Print an error and its hint, a line each, with the line of the file that it is about; with
+    --json also a JSON document on stdout."""
     problems = error.problems if isinstance(error, Invalid) else [Problem("", str(error))]
     for problem in problems:
-        place = f"{problem.file}:{problem.line}:"
-        exact = f"{place}{problem.column}:" if problem.column else place
-        for line in (str(problem).replace(place, exact, 1), *source_lines(problem)):
-            say(line if line.startswith(" ") else f"teckochecker: {line}")
+        place, column = f"{problem.file}:{problem.line}:", problem.column
+        exact = f"{place}{column}:" if column else place
+        say(f"teckochecker: {str(problem).replace(place, exact, 1)}")
+        line = CONTROL.sub(" ", problem.source)
+        if line.strip() and column:
+            say(f"{problem.line:>5} | {line}\n{'':5} | {' ' * (column - 1)}^")
     if error.hint:
         say(f"hint: {error.hint}")
     if args is None or not args.json:
         return
     wanted = ("file", "line", "column", "where", "found", "allowed")
     errors = [{name: getattr(problem, name) for name in wanted} for problem in problems]
-    document = {
-        "error": ERROR_NAMES.get(error.code, "error"),
-        "detail": str(error),
-        "hint": error.hint or None,
-        "errors": errors,
-    }
+    document: Any = {"valid": False, "errors": errors}
+    if args.command != "validate":
+        document = {"error": ERROR_NAMES.get(error.code, "error"), "detail": str(error)}
+        document |= {"hint": error.hint or None, "errors": errors}
     with contextlib.suppress(OSError):  # that stdout takes nothing is told when it is closed
-        report(args, {"valid": False, "errors": errors} if args.command == "validate" else document)
+        report(args, document)
 
 
 def prompt_line(prompt: str) -> str:
@@ -10750,17 +10549,16 @@ def prompt_or_exit(prompt: Callable[[], T], nothing: str) -> T:
         raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 1) from None
 
 
-def confirmed(args: argparse.Namespace, question: str) -> bool:
-    """Ask before deleting. Without a terminal, --force is needed."""
+def confirm(args: Args, question: str) -> None:
+    """Ask before deleting, and end the program unless it is a yes. --force answers it."""
     if args.force:
-        return True
+        return
     if not sys.stdin.isatty():
         raise Conflict("without a terminal to ask on, nothing is deleted", hint="add --force")
     answer = prompt_or_exit(partial(prompt_line, f"{redact(question)} [y/N]: "), "nothing deleted")
-    sure = answer.strip().lower() in ("y", "yes")
-    if not sure:
+    if answer.strip().lower() not in ("y", "yes"):
         say("nothing deleted")
-    return sure
+        raise SystemExit(1)
 
 
 # ── Commands ──────────────────────────────────────────────────────────────────────────────────
@@ -10771,13 +10569,13 @@ FOLLOW_SECONDS = 0.2  # s between looks at what goes on elsewhere
 STOP_SECONDS = 2.0  # that an ingest has after Ctrl-C to write its chunk
 
 
-def config_of(args: argparse.Namespace) -> Config:
+def config_of(args: Args) -> Config:
     path = args.config or Path("jobs.yaml")
     needed = args.config is not None and args.command != "init"
     return load_config(path, os.environ, must_exist=needed)
 
 
-def config_despite_mistakes(args: argparse.Namespace) -> Config:
+def config_despite_mistakes(args: Args) -> Config:
     """The configuration, for commands that must work while jobs.yaml has a mistake: then defaults,
     with the database that jobs.yaml names, if that can be read."""
     path = args.config or Path("jobs.yaml")
@@ -10800,55 +10598,34 @@ def require_jobs(config: Config, *, or_store: bool = True) -> None:
         raise Invalid([text], hint=f"{COMMAND} init writes one")
 
 
-def require_store(config: Config) -> None:
-    """Refuse to change a database that is not there; otherwise an empty one would be made."""
-    run_operation(config, lambda operations: operations.store.counts(), looks=True)
-
-
-@contextlib.asynccontextmanager
-async def suggesting_names(store: Store) -> AsyncIterator[None]:
-    """Add to the error of an unknown job or secret the name that was probably meant."""
-    try:
-        yield
-    except NotFound as e:
-        names = await store.names("secrets" if e.code == 1001 else "polling_jobs")
-        question = did_you_mean(str(e).partition("'")[2].partition("'")[0], names)
-        e.hint = question.strip(" ()") or e.hint
-        raise
-
-
-def run_operation(
-    config: Config, work: Callable[[Operations], Awaitable[T]], *, looks: bool = False
-) -> T:
-    """Run an operation in an event loop of its own, and return its result. With `looks`, it may
-    only read: nothing is created and no key is needed."""
-    vault = Vault(config.settings)
+def run_operation(config: Config, work: Work[T], *given: Any, mode: str = "change") -> T:
+    """Run an operation in an event loop of its own, and return its result. With the mode `look` it
+    may only read, and no key is needed; `peek`: if no database is there, it reads an empty one;
+    `make`: one is made."""
+    settings, vault = config.settings, Vault(config.settings)
+    if mode == "peek" and not settings.has_store:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = settings.model_copy(update={"database": Path(folder) / "empty.db"})
+            asyncio.run(Store(settings.store).touch())
+            return run_operation(replace(config, settings=settings), work, *given, mode="look")
+    there = mode == "make" or settings.has_store
 
     async def asking() -> T:
-        async with Store(config.settings.store, read_only=looks) as store, suggesting_names(store):
-            return await work(Operations(store, vault, lambda: config))
+        read_only = mode in ("look", "peek") or not there  # then it says that there is no database
+        async with Store(settings.store, read_only=read_only) as store:
+            return await work(Operations(store, vault, lambda: config), *given)
 
-    if not looks:
+    if there and mode in ("change", "make"):
         vault.load(required=False)
     return asyncio.run(asking())
 
 
-def run_read_only(config: Config, work: Callable[[Operations], Awaitable[T]]) -> T:
-    """Run an operation that only reads; if there is no database yet, on an empty temporary one."""
-    if config.settings.has_store:
-        return run_operation(config, work, looks=True)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = config.settings.model_copy(update={"database": Path(folder) / "empty.db"})
-        asyncio.run(Store(settings.store).touch())
-        return run_operation(replace(config, settings=settings), work, looks=True)
-
-
-def cmd_validate(args: argparse.Namespace, config: Config) -> int:
+def cmd_validate(args: Args, config: Config) -> int:
     """Report everything that `start` would refuse, secrets that do not decrypt, and what would
     change; with --online also ask each upstream."""
     require_jobs(config, or_store=False)
     for warning in config.warnings:
-        print(redact(f"warning: {warning}"), file=sys.stderr)
+        say(f"warning: {warning}")
     jobs = config.jobs or []
 
     async def look(operations: Operations) -> tuple[list[str], list[str], list[Finding]]:
@@ -10856,57 +10633,43 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
         problems = await every_problem(config, store, Vault(config.settings), unused=True)
         problems += [Problem(found=said) for said in await client_problems()]
         if problems:
-            raise Invalid(problems, hint=missing_secret_hint(problems))
+            pattern = r"(?:no secret '|secret '(?=[^']+': the environ))(.+?)'"
+            lost = re.search(pattern, "\n".join(map(str, problems)))
+            add = f"{COMMAND} secret add --name {lost[1] if lost else ''} --type openai|keboola|api"
+            raise Invalid(problems, hint=add if lost else "")
         findings = list[Finding]()
         if args.online:
             async with make_steps(config, store) as steps:
                 findings = await Doctor(steps).examine(jobs)
         return await store.names("secrets"), await describe_plan(jobs, store), findings
 
-    stored, changes, findings = run_read_only(config, look)
+    stored, changes, findings = run_operation(config, look, mode="peek")
     names = sorted({*config.secrets, *stored})
-    text = f"{config.path} is good: {count_of(len(jobs), 'job')},"
-    lines = [f"{text} {count_of(len(names), 'secret')}", *changes]
-    lines += shown_findings(findings)
-    document = {
-        "valid": True,
-        "jobs": [job.name for job in jobs],
-        "secrets": names,
-        "changes": changes,
-    }
-    report(args, document | {"online": [f._asdict() for f in findings]}, "\n".join(lines))
-    return int(not all(f.good for f in findings))
+    head = {"valid": True, "jobs": [job.name for job in jobs], "secrets": names, "changes": changes}
+    text = f"{config.path} is good: {count_of(len(jobs), 'job')}, {count_of(len(names), 'secret')}"
+    return report_findings(args, head, "online", findings, text, *changes)
 
 
-def shown_findings(findings: Iterable[Finding]) -> list[str]:
-    return [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in findings]
+def report_findings(args: Args, head: Any, name: str, found: list[Finding], *said: str) -> int:
+    document = head | {name: [f._asdict() for f in found]}
+    lines = [f"{'good' if f.good else 'BAD '}  {f.subject}: {f.said}" for f in found]
+    return report(args, document, *said, *lines, good=all(f.good for f in found))
 
 
-def cmd_alert_test(args: argparse.Namespace, config: Config) -> int:
+def cmd_alert_test(args: Args, config: Config) -> int:
     """Send a message to each target, and report which ones were reached."""
-
     if not config.alerts:
         raise Conflict(f"{config.path} names nobody to tell", hint="`alerts:` does, see README.md")
 
-    async def tell() -> list[Finding]:
-        async with Store(config.settings.store) as store, make_steps(config, store) as steps:
+    async def tell(operations: Operations) -> list[Finding]:
+        async with make_steps(config, operations.store) as steps:
             steps.vault.load(required=False)
             return await Alerts(steps).test()
 
-    findings = asyncio.run(tell())
-    document = {"targets": [f._asdict() for f in findings]}
-    report(args, document, "\n".join(shown_findings(findings)))
-    return int(not all(f.good for f in findings))
+    return report_findings(args, {}, "targets", run_operation(config, tell, mode="make"))
 
 
-def missing_secret_hint(problems: Sequence[Problem]) -> str:
-    text = "\n".join(map(str, problems))
-    lost = re.search(r"no secret '(.+?)'|secret '(.+?)': the environ", text)
-    name = lost[1] or lost[2] if lost else ""
-    return f"{COMMAND} secret add --name {name} --type openai|keboola|api" if lost else ""
-
-
-def cmd_start(args: argparse.Namespace, config: Config) -> int:
+def cmd_start(args: Args, config: Config) -> int:
     database = config.settings.database
     require_jobs(config)
     if args.daemon:
@@ -10956,7 +10719,7 @@ async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> No
             log.info("stopping")
 
 
-def start_daemon(args: argparse.Namespace, config: Config) -> int:
+def start_daemon(args: Args, config: Config) -> int:
     """Start this program in a session of its own, and wait until it works or is in reserve. If it
     ends before, its last message is the reason."""
     database = config.settings.database
@@ -10970,24 +10733,22 @@ def start_daemon(args: argparse.Namespace, config: Config) -> int:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    said, pipe = b"", cast(IO[bytes], child.stderr)
-    os.set_blocking(pipe.fileno(), False)
     try:
-        while child.poll() is None:
+        while child.returncode is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                lines = child.communicate(timeout=0.05)[1].splitlines()
             found = holder(database)
             if found is not None and found.pid == child.pid and found.started_at:
                 document = {"running": True, "pid": child.pid, "log": str(log_file)}
                 return report(args, document, f"started, pid {child.pid}; the log is {log_file}")
-            said += pipe.read() or b""
-            time.sleep(0.05)
     except KeyboardInterrupt:  # or SIGTERM: whoever gives up waiting leaves no service behind
         child.terminate()
         child.wait()
         raise
-    lines = (said + (pipe.read() or b"")).decode(errors="replace").splitlines()
     told = [line for line in lines if line.startswith("teckochecker: ")] or lines or [""]
     why = told[-1].removeprefix("teckochecker: ") or f"it ended with {child.returncode}"
     raise TeckoError(f"the service did not start: {why}", hint=f"the log is {log_file}")
@@ -11008,7 +10769,7 @@ def signal_holder(config: Config, number: signal.Signals) -> Holder:
     return found
 
 
-def cmd_stop(args: argparse.Namespace, config: Config) -> int:
+def cmd_stop(args: Args, config: Config) -> int:
     stopped = signal_holder(config, signal.SIGTERM)
     until = time.monotonic() + DRAIN_SECONDS + 7  # the service's own 10 s, and some for the machine
     while (found := holder(config.settings.database)) and found.pid == stopped.pid:
@@ -11018,20 +10779,19 @@ def cmd_stop(args: argparse.Namespace, config: Config) -> int:
     return report(args, {"stopped": stopped.pid}, f"stopped, pid {stopped.pid}")
 
 
-def cmd_reload(args: argparse.Namespace, config: Config) -> int:
+def cmd_reload(args: Args, config: Config) -> int:
     """Have the running service read its configuration again, and report the result."""
     if (found := service_of(config)) is None:
         raise Conflict("no service runs on this database", hint="each start reads jobs.yaml")
-    before = ask_service(found.address, "GET", "/health", config.settings)["config_last_reload_at"]
+    ask = partial(ask_service, found.address, "GET", "/health", config.settings)
+    before, until = ask()["config_last_reload_at"], time.monotonic() + START_WAIT
     while iso(time.time()) == before:  # which counts whole seconds
         time.sleep(0.05)
     signal_holder(config, signal.SIGHUP)
-    until, health = time.monotonic() + START_WAIT, {"config_last_reload_at": before}
-    while health["config_last_reload_at"] == before:
+    while (health := ask())["config_last_reload_at"] == before:
         if time.monotonic() > until:
             raise Conflict(f"pid {found.pid} has not read it yet", hint="look at its log")
         time.sleep(0.05)
-        health = ask_service(found.address, "GET", "/health", config.settings)
     if not health["config_last_reload_successful"]:
         why = str(health["config_last_reload_error"] or "see its log")
         raise Invalid(why.splitlines(), hint="the service goes on with what it had")
@@ -11076,49 +10836,41 @@ def ask_service(address: str, method: str, path: str, settings: Settings) -> Any
     return document
 
 
-def cmd_status(args: argparse.Namespace, config: Config) -> int:
+def cmd_status(args: Args, config: Config) -> int:
     now, settings, found = time.time(), config.settings, holder(config.settings.database)
-    serves = found is not None and found.address != ""
 
-    async def look(
-        operations: Operations,
-    ) -> tuple[dict[str, int], list[tuple[str, float]], list[Any]]:
+    async def look(operations: Operations) -> Any:
         counts, due = (await operations.store.counts())["jobs"], await operations.store.due_next(5)
         return counts, due, await operations.store.attention(10)
 
-    counts, due, needs = run_read_only(config, look)
-    needs += refused_reload(found.address, settings) if found and serves else []
+    counts, due, needs = run_operation(config, look, mode="peek")
+    needs += refused_reload(found.address, settings) if found and found.address else []
     up = round(now - found.started_at, 1) if found and found.started_at else None
+    does = "not running"
+    if found is not None:
+        does = "running" if found.command == "start" else f"not running; a {found.command} is"
+        does = "in reserve" if up is not None and not found.address else does
+        does += f", pid {found.pid or 'unknown'}, for {duration_text(up or 0.0)}"
     document = {
         "running": found is not None and found.command == "start",
         "command": found.command if found else None,
         "pid": found.pid if found else None,
         "uptime_seconds": up,
-        "admin": found.address if found and serves else None,
-        "database": settings.shown_store,
+        "admin": (found.address or None) if found else None,
+        "database": settings.shown_store + " (not there yet)" * (not settings.has_store),
         "jobs": counts,
         "due_next": [{"job": name, "next_check_at": iso(at)} for name, at in due],
         "attention": needs,
     }
-    does = "running" if document["running"] else f"not running; a {found and found.command} is"
-    does = "in reserve" if up is not None and not serves else does
-    what = f"{does}, pid {found.pid or 'unknown'}" if found else "not running"
-    rows = [
-        ("Service", what + (f", for {duration_text(up)}" if up is not None else "")),
-        ("Admin surface", document["admin"]),
-        ("Database", settings.shown_store + " (not there yet)" * (not settings.has_store)),
-        ("Jobs", ", ".join(f"{n:,} {status}" for status, n in sorted(counts.items())) or "none"),
-        ("Due next", ", ".join(f"{name} {due_in(at, now)}" for name, at in due if serves)),
-        *(("Needs you", f"{each['job']}: {each['reason'] or each['what']}") for each in needs),
-    ]
-    return report(args, document, Table(("", ""), [row for row in rows if row[1]]))
+    tables = {"due_next": ("job next_check_at",), "attention": ("job what reason", 1)}
+    shown = {name: document[name] for name in ("admin", "database", "jobs", *tables)}
+    return report(args, document, *show_document(shown, ("service", does), tables))
 
 
-def cmd_stats(args: argparse.Namespace, config: Config) -> int:
-    found = run_operation(config, lambda operations: operations.history(args.days), looks=True)
-    rows = [day.model_dump() for day in found]
-    columns = ("Day (UTC)", "Checks", "Triggers", "Done to POST, ms", "Records")
-    return report(args, {"history": rows}, Table(columns, [(*row.values(),) for row in rows]))
+def cmd_stats(args: Args, config: Config) -> int:
+    rows = [*map(as_document, run_operation(config, Operations.history, args.days, mode="look"))]
+    columns = "day checks triggers done_to_post_ms records"
+    return report(args, {"history": rows}, table_of(rows, columns))
 
 
 def refused_reload(address: str, settings: Settings) -> list[dict[str, Any]]:
@@ -11144,7 +10896,7 @@ def file_of(settings: Settings, command: str) -> Path:
 def cmd_backup(args: argparse.Namespace, config: Config) -> int:
     settings, now, vault = config.settings, time.time(), Vault(config.settings)
     database = file_of(settings, "pg_dump")
-    require_store(config)
+    run_operation(config, Operations.secrets, mode="look")  # refuses where there is no database
     file = args.file or settings.backups / f"{file_timestamp(now)}.db"
     if file.exists() or (args.with_key and vault.file is None):
         there = f"{file} is there already" if file.exists() else "the key is in SECRET_KEY alone"
@@ -11159,7 +10911,6 @@ def cmd_backup(args: argparse.Namespace, config: Config) -> int:
 
 def cmd_restore(args: argparse.Namespace, config: Config) -> int:
     if args.acknowledge:
-        require_store(config)
         noted = run_operation(config, lambda operations: operations.store.acknowledge())
         return report(args, {"acknowledged": noted}, "noted" if noted else "nothing was restored")
     database = file_of(config.settings, "pg_restore")
@@ -11215,8 +10966,7 @@ async def show_progress(store: Store, turns: Sequence[JobRound]) -> None:
 async def rounds_of(store: Store, args: argparse.Namespace) -> list[JobRound]:
     """The jobs of a round: those that are named, else all that have something left to do."""
     ready, verb = await store.schedule(), "run" if args.command == "job" else "check"
-    async with suggesting_names(store):
-        jobs = [await store.find_job(ref) for ref in args.jobs]
+    jobs = [await store.find_job(ref) for ref in args.jobs]
     for job in jobs:
         if verb == "run" and not isinstance(job.spec, IngestSpec):
             raise Conflict(f"job {job.name!r} watches batches", hint="`check` looks at them now")
@@ -11344,7 +11094,7 @@ async def await_round(store: Store, turn: JobRound, config: Config) -> None:
 # ── Secrets, jobs and records on the command line ─────────────────────────────────────────────
 
 
-def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
+def cmd_secret_add(args: Args, config: Config) -> int:
     Vault(config.settings).load(required=True)  # before anything is typed in vain
     if args.value is not None:
         say("warning: --value shows the secret to all who list processes")
@@ -11353,42 +11103,37 @@ def cmd_secret_add(args: argparse.Namespace, config: Config) -> int:
     else:
         args.value = sys.stdin.read()
     body = parse(SecretBody, {name: getattr(args, name) for name in ("name", "type", "value")})
-    answer = run_operation(
-        config, lambda operations: operations.add_secret(body, replace=args.replace)
-    )
-    done = "replaced" if args.replace else "stored"
-    return report(args, answer, f"{done} secret {answer.name!r}")
+    add = partial(Operations.add_secret, replace=args.replace)
+    answer = run_operation(config, add, body, mode="make")
+    return report(args, answer, f"stored secret {answer.name!r}")
 
 
-def cmd_secret_list(args: argparse.Namespace, config: Config) -> int:
-    answer = run_read_only(config, lambda operations: operations.secrets())
-    rows: list[tuple[object, ...]]
-    rows = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
+def cmd_secret_list(args: Args, config: Config) -> int:
+    answer = run_operation(config, Operations.secrets, mode="peek")
+    rows: list[Any] = [(row.id, row.name, row.type, iso(row.created_at)) for row in answer.secrets]
     for name, ref in config.secrets.items():
         rows.append((None, name, ref.type, f"{config.path}: {ref.env or ref.file}"))
     columns = ("ID", "Name", "Type", "Created, or where it is")
     return report(args, answer, Table(columns, rows, (0,)))
 
 
-def cmd_secret_delete(args: argparse.Namespace, config: Config) -> int:
-    found = run_operation(config, lambda operations: operations.secret(args.name), looks=True)
-    if not confirmed(args, f"Delete secret {found.name!r} of type {found.type}, for good?"):
-        return 1
-    answer = run_operation(config, lambda operations: operations.delete_secret(args.name))
+def cmd_secret_delete(args: Args, config: Config) -> int:
+    found = run_operation(config, Operations.secret, args.name, mode="look")
+    confirm(args, f"Delete secret {found.name!r} of type {found.type}, for good?")
+    answer = run_operation(config, Operations.delete_secret, args.name)
     return report(args, answer, answer.message)
 
 
-def cmd_secret_rotate(args: argparse.Namespace, config: Config) -> int:
-    require_store(config)
-    count = run_operation(config, Operations.rotate)
-    place, vault = config.settings.shown_store, Vault(config.settings)
+def cmd_secret_rotate(args: Args, config: Config) -> int:
+    count, vault = run_operation(config, Operations.rotate), Vault(config.settings)
+    place = config.settings.shown_store
     text = f"sealed {count_of(count, 'secret')} of {place} with a new master key"
     if vault.file is not None:
         text += f": back up {vault.file} (the one before is in {vault.old_file()})"
     return report(args, {"resealed": count}, text)
 
 
-def cmd_import(args: argparse.Namespace, config: Config) -> int:
+def cmd_import(args: Args, config: Config) -> int:
     place = args.env or args.file.absolute().parent / ".env"
     if not (secret_key := read_dot_env(place)[0].get("SECRET_KEY", "")):
         raise SecretError(f"no SECRET_KEY in {place}", hint="--env names the original's .env")
@@ -11398,13 +11143,22 @@ def cmd_import(args: argparse.Namespace, config: Config) -> int:
         with open_sqlite(args.file, "ro") as db:
             return await operations.store.transact(Import(db, secret_key, operations).run)
 
-    done = run_operation(config, work)
+    done = run_operation(config, work, mode="make")
     shown = [{"what": what, "here": here, "said": said} for what, here, said in done]
     lines = [f"{'here' if here else 'NOT '}  {what}: {said}" for what, here, said in done]
-    report(args, {"imported": shown}, "\n".join(lines) or "there is nothing to import")
-    return int(not all(here for _, here, _ in done))
+    good = all(here for _, here, _ in done)
+    return report(args, {"imported": shown}, *lines or ["there is nothing to import"], good=good)
 
 
+COMPLETED = {"JOB": "jobs", "SECRET": "secrets", "SOURCE": "sources"}  # by metavar
+# of `job show`: their columns, and which may be left out
+JOB_TABLES: dict[str, tuple[Any, ...]] = {
+    "batches": ("batch_id status requests_completed requests_total",),
+    "triggers": ("id state keboola_job_id keboola_status", 3),
+    "runs": (f"start_time status {' '.join(f'records_{name}' for name in COUNTED)}", 5, 2),
+    "rejects": ("source place reason record", 0, 3),
+    "logs": ("created_at status actor message", 2),
+}
 JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by flat field
     "name": ("--name", "NAME"),
     "batch_ids": ("--batch-id", "ID"),
@@ -11420,106 +11174,52 @@ JOB_OPTIONS = {  # of `job create` and `job update`, with what each takes; by fl
 }
 
 
-@contextlib.contextmanager
-def named_by_option() -> Iterator[None]:
-    """In errors, name the option that was typed in place of the field that it became."""
+def cmd_job_create(args: Args, config: Config) -> int:
+    """create and update. In errors, the option is named in place of the field that it became."""
     names = {"poll_interval": "--poll-interval"} | {f: o for f, (o, _) in JOB_OPTIONS.items()}
-
-    def named(problem: Problem) -> Problem:
-        where = re.sub(r"^\w+", lambda m: names.get(m[0], m[0]), problem.where)
-        return replace(problem, where=where)
-
-    try:
-        yield
-    except Invalid as e:
-        e.problems = [*map(named, e.problems)]
-        raise
-
-
-def flat_job(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `job create` and `job update` as the flat form of a job."""
     given = {name: getattr(args, name) for name in JOB_OPTIONS}
     given["variables"] = dict(given["variables"] or ()) or None
-    return {name: value for name, value in given.items() if value is not None}
+    flat = {name: value for name, value in given.items() if value is not None}
+    try:
+        if args.action == "update":
+            answer = run_operation(config, Operations.update_job, args.job, flat)
+        else:
+            spec = job_spec(flat, config.settings.job_context)
+            answer = run_operation(config, Operations.create_job, spec, mode="make")
+    except Invalid as e:
+        for n, problem in enumerate(e.problems):
+            where = re.sub(r"^\w+", lambda field: names.get(field[0], field[0]), problem.where)
+            e.problems[n] = replace(problem, where=where)
+        raise
+    return report(args, answer, f"{args.action}d job {answer.name!r} (ID {answer.id})")
 
 
-def cmd_job_create(args: argparse.Namespace, config: Config) -> int:
-    with named_by_option():
-        spec = job_spec(flat_job(args), config.settings.job_context)
-        answer = run_operation(config, lambda operations: operations.create_job(spec))
-    return report(args, answer, f"created job {answer.name!r} (ID {answer.id})")
-
-
-def cmd_job_update(args: argparse.Namespace, config: Config) -> int:
-    require_store(config)
-    with named_by_option():
-        answer = run_operation(
-            config, lambda operations: operations.update_job(args.job, flat_job(args))
-        )
-    return report(args, answer, f"updated job {answer.name!r}")
-
-
-def cmd_job_list(args: argparse.Namespace, config: Config) -> int:
-    ask = partial(Operations.jobs, status=args.status, limit=10**9, after=0, recent=True)
-    found, now, rows = run_operation(config, ask, looks=True), time.time(), []
+def cmd_job_list(args: Args, config: Config) -> int:
+    found = run_operation(config, Operations.jobs, args.status, 10**9, 0, "", True, mode="look")
+    now, rows = time.time(), []
     for job in found.jobs:
         recent, pace = cast(Recent, job.recent), job.poll_interval_seconds
         every = pace if pace == "auto" else duration_text(pace)
-        last = job.last_check_at and ago(job.last_check_at, now)
-        following = job.next_check_at and job.status == "active" and due_in(job.next_check_at, now)
-        times = (every, last or None, following or None)
+        last = when(job.last_check_at, now) if job.last_check_at else None
+        due = job.next_check_at if job.status == "active" else None
+        times = (every, last, when(due, now) if due else None)
         rows.append((job.id, job.name, job.status, recent.done, recent.why, *times))
     columns = ("ID", "Name", "State", "Done", "Why", "Every", "Checked", "Next")
     return report(args, found, Table(columns, rows, (5, 6, 7, 0, 3, 4)))
 
 
-def as_written(value: object) -> str:
-    """A value of a job's definition, as it could stand in jobs.yaml."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {as_written(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(as_written, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def cmd_job_show(args: argparse.Namespace, config: Config) -> int:
-    answer = run_operation(
-        config, lambda operations: operations.job(args.job, args.logs), looks=True
-    )
-    document = answer.model_dump(mode="json")
-    apart = {"batches", "logs", "triggers", "totals", "runs", "rejects", "recent"}
-    apart |= {"batch_id", "batch_ids"}
+def cmd_job_show(args: Args, config: Config) -> int:
+    answer = run_operation(config, Operations.job, args.job, args.logs, mode="look")
+    apart = {"recent", "batch_id", "batch_ids"}
     apart |= {"batch_count", "completed_count", "failed_count"} if answer.ingest else set()
-    facts = {k: v for k, v in document.items() if k not in apart and v not in (None, {})}
-    head = [
-        (k.replace("_", " "), as_written(v)) for k, v in (facts | (answer.totals or {})).items()
-    ]
-    batches = [
-        (b.batch_id, b.status or "not seen yet", f"{b.requests_completed}/{b.requests_total}")
-        for b in answer.batches
-    ]
-    triggers = [(t.id, t.state, t.keboola_job_id, t.keboola_status) for t in answer.triggers]
-    runs = [
-        (iso(run.start_time), run.status, *(getattr(run, f"records_{n}") for n in COUNTED))
-        for run in answer.runs
-    ]
-    logs = [(iso(row.created_at), row.status, row.actor, row.message) for row in answer.logs or ()]
-    tables = (
-        Table(("Job", answer.name), head),
-        Table(("Batch", "Status", "Requests"), batches),
-        Table(("Trigger", "State", "Keboola job", "Its status"), triggers, (3,)),
-        Table(("Run", "Status", *map(str.capitalize, COUNTED)), runs, (5, 2)),
-        reject_table(answer.rejects[::-1]),
-        Table(("Time", "What", "By", "Message"), logs, (2,)),
-    )
-    parts: list[str | Table] = [part for table in tables if table.rows for part in ("", table)]
-    return report(args, answer, *parts[1:])
+    shown = answer.model_dump(mode="json", exclude=apart)
+    return report(args, answer, *show_document(shown, ("Job", answer.name), JOB_TABLES))
 
 
-def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
+def cmd_job_step(args: Args, config: Config) -> int:
     """pause, resume and retry."""
-    before = run_operation(config, lambda operations: operations.job(args.job, None), looks=True)
-    answer = run_operation(config, lambda operations: operations.step_job(args.job, args.action))
+    before = run_operation(config, Operations.job, args.job, None, mode="look")
+    answer = run_operation(config, Operations.step_job, args.job, args.action)
     report(args, answer, f"job {answer.name!r} is {answer.status} now")
     lost = [b.batch_id for b in before.batches if outcome(b) == "failed"]
     if args.action == "retry" and lost and before.trigger_when == "all_completed":
@@ -11529,100 +11229,96 @@ def cmd_job_step(args: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def cmd_job_delete(args: argparse.Namespace, config: Config) -> int:
-    job = run_operation(config, lambda operations: operations.job(args.job, None), looks=True)
-    records = count_of(job.totals["records"], "record") if job.totals else ""
-    what = f"its history and its {records} in /data" if records else "its history"
-    if not confirmed(args, f"Delete job {job.name!r} (ID {job.id}) with {what}?"):
-        return 1
-    answer = run_operation(config, lambda operations: operations.delete_job(str(job.id)))
-    return report(args, answer, answer.message + (f", with {records}" if records else ""))
+def cmd_job_delete(args: Args, config: Config) -> int:
+    job = run_operation(config, Operations.job, args.job, None, mode="look")
+    records = f" and {count_of(job.totals['records'], 'record')} in /data" if job.totals else ""
+    confirm(args, f"Delete job {job.name!r} (ID {job.id}) with its history{records}?")
+    answer = run_operation(config, Operations.delete_job, str(job.id))
+    return report(args, answer, f"{answer.message}, with its history{records}")
 
 
-def cmd_explain(args: argparse.Namespace, config: Config) -> int:
-    said = run_operation(config, lambda operations: operations.explain(args.job), looks=True)
+def cmd_explain(args: Args, config: Config) -> int:
+    said = run_operation(config, Operations.explain, args.job, mode="look")
     if holder(config.settings.database) is None:
         said.append("The service does not run at the moment.")
-    return report(args, {"job": args.job, "said": said}, "\n".join(said))
+    return report(args, {"job": args.job, "said": said}, *said)
 
 
-def cmd_logs(args: argparse.Namespace, config: Config) -> int:
+def cmd_logs(args: Args, config: Config) -> int:
     """Print what was done and by whom, oldest first; with --follow go on until Ctrl-C."""
     after, limit = 0, args.lines
 
     async def look(operations: Operations) -> list[dict[str, Any]]:
-        job_id = (await operations.store.find_job(args.job)).id if args.job else None
-        rows = await operations.store.logs(job_id, limit, after)
-        jobs = await operations.store.jobs_among({row.job_id for row in rows if row.job_id})
-        names: dict[int | None, str] = {job.id: job.name for job in jobs}
-        return [
-            asdict(row) | {"job": names.get(row.job_id), "created_at": iso(row.created_at)}
-            for row in rows
-        ]
+        store = operations.store
+        job_id = (await store.find_job(args.job)).id if args.job else None
+        rows = [*map(asdict, await store.logs(job_id, limit, after))]
+        jobs = await store.jobs_among({row["job_id"] for row in rows if row["job_id"]})
+        names = {job.id: job.name for job in jobs}
+        for row in rows:
+            row |= {"job": names.get(row["job_id"]), "created_at": iso(row["created_at"])}
+        return rows
 
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         while True:
-            rows = run_operation(config, look, looks=True)
+            rows = run_operation(config, look, mode="look")
             if args.json and not args.follow:
                 return report(args, rows)
             for row in rows:
-                print(json.dumps(redacted(row)) if args.json else log_line(row), flush=True)
+                said = f"{row['status']}: {row['message']}".removesuffix(": ")
+                said += f" (by {row['actor']})" if row["actor"] else ""
+                line = redact(f"{row['created_at']}  {row['job'] or '-'}  {said}")
+                shown = json.dumps(redacted(row)) if args.json else CONTROL.sub(" ", line)
+                print(shown, flush=True)
             if not args.follow:
-                return 0
+                break
             after, limit = (rows[-1]["id"] if rows else after), 10**9
             time.sleep(1)
-    except KeyboardInterrupt:
-        return 0
+    return 0
 
 
-def log_line(row: Mapping[str, Any]) -> str:
-    by = f" (by {row['actor']})" if row["actor"] else ""
-    text = f"{row['created_at']}  {row['job'] or '-'}  {row['status']}: {row['message']}"
-    return CONTROL.sub(" ", redact(text.removesuffix(": ") + by))
+async def data_rows(operations: Operations, args: Args, limit: int) -> AsyncIterator[Any]:
+    """Up to `limit` records or rejects, in the order of their arrival."""
+    after: int | None = 0
+    if args.action == "rejects":
+        for reject in (await operations.rejects(args.source, limit))[::-1]:
+            yield reject
+        return
+    while after is not None and limit > 0:
+        found, after = await operations.data(args.source, min(CHUNK_ROWS, limit), after)
+        limit -= len(found)
+        for record in found:
+            yield record
 
 
-def cmd_data(args: argparse.Namespace, config: Config) -> int:
-    """list and rejects: some rows as a table, or all as JSON or CSV, in the order of arrival."""
+def cmd_data(args: Args, config: Config) -> int:
+    """list and rejects: some rows as a table, or all as JSON or CSV."""
     rejects, whole = args.action == "rejects", args.csv or (args.json and args.action == "list")
     limit = args.limit if args.limit is not None else 10**9 if whole else 100 if rejects else 20
 
-    async def each(operations: Operations) -> AsyncIterator[Any]:
-        after, left = (0 if limit else None), limit
-        for reject in (await operations.rejects(args.source, limit))[::-1] if rejects else ():
-            yield reject
-        while after is not None and left > 0 and not rejects:
-            found, after = await operations.data(args.source, min(CHUNK_ROWS, left), after)
-            left -= len(found)
-            for record in found:
-                yield record
-
     async def show(operations: Operations) -> None:
-        await check_source(operations.store, args.source)
+        known, rows = await operations.store.ingested(), data_rows(operations, args, limit)
+        if (
+            args.source
+            and args.source not in known
+            and (question := did_you_mean(args.source, known))
+        ):
+            say(f"hint: there is no source {args.source!r}{question}")
         if args.csv or args.json:
-            return await export(args, RejectAnswer if rejects else StoredRecord, each(operations))
-        found = [row async for row in each(operations)]
+            return await export(args, RejectAnswer if rejects else StoredRecord, rows)
+        found = [row async for row in rows]
         if rejects:
-            return print_table(reject_table(found))
-        rows = [(r.source, r.source_id, r.title, r.published_at, r.url) for r in found]
-        print_table(Table(("Source", "ID", "Title", "Published", "URL"), rows, (4, 3, 0)))
+            return print_table(table_of(found, *JOB_TABLES["rejects"]))
+        print_table(table_of(found, "source source_id title published_at url", 4, 3, 0))
         total = (await operations.store.totals(args.source or ""))["records"]
         if total > len(found):
             print(f"{len(found)} of {total:,}; --limit shows more, --csv and --json all")
         return None
 
-    run_operation(config, show, looks=True)
+    run_operation(config, show, mode="look")
     return 0
 
 
-async def check_source(store: Store, source: str | None) -> None:
-    known = await store.ingested()
-    if source and source not in known and (question := did_you_mean(source, known)):
-        say(f"hint: there is no source {source!r}{question}")
-
-
-async def export(
-    args: argparse.Namespace, model: type[BaseModel], rows: AsyncIterator[BaseModel]
-) -> None:
+async def export(args: Args, model: type[BaseModel], rows: AsyncIterator[BaseModel]) -> None:
     """Print rows as they are read: as CSV, in which blocks are JSON, or as one JSON array."""
     # a writer whose lines end with CRLF quotes both; of those lines the CR is dropped
     out = argparse.Namespace(write=lambda line: sys.stdout.write(f"{line[:-2]}\n"))
@@ -11630,11 +11326,11 @@ async def export(
     if args.csv:
         writer.writeheader()
     async for row in rows:
-        line = row.model_dump(mode="json")
+        line = as_document(row)
         if args.csv:
-            blocks = {k: v for k, v in line.items() if isinstance(v, dict)}
-            texts_of = {k: json.dumps(v, ensure_ascii=False) for k, v in blocks.items()}
-            writer.writerow(line | texts_of)
+            blocks = {key: value for key, value in line.items() if isinstance(value, dict)}
+            texts = {key: json.dumps(v, ensure_ascii=False) for key, v in blocks.items()}
+            writer.writerow(line | texts)
         else:
             print(joint, json.dumps(line), sep="", end="")
             joint = ",\n "
@@ -11642,15 +11338,7 @@ async def export(
         print("[]" if joint == "[" else "]")
 
 
-def reject_table(rejects: Sequence[RejectAnswer]) -> Table:
-    """A table of rejected records; a terminal shows only the beginning of each."""
-    most = 60 if sys.stdout.isatty() else sys.maxsize
-    records = [r.record[:most] + "..." * (len(r.record) > most) for r in rejects]
-    rows = [(r.source, r.place, r.reason, t) for r, t in zip(rejects, records, strict=True)]
-    return Table(("Source", "Rejected at", "Why", "Record"), rows, (0, 3))
-
-
-def cmd_schema(args: argparse.Namespace) -> int:
+def cmd_schema(args: Args) -> int:
     """The JSON Schema of jobs.yaml, for editors."""
     jobs: Any = list[JobSpec | FlatJob | IngestSpec] | None
     whole = create_model("JobsYaml", __base__=JobsFile, __doc__="jobs.yaml", jobs=(jobs, None))
@@ -11658,42 +11346,36 @@ def cmd_schema(args: argparse.Namespace) -> int:
     return 0
 
 
-COMPLETED = {"JOB": "jobs", "SECRET": "secrets", "SOURCE": "sources"}  # by metavar
-
-
-def cmd_completion(args: argparse.Namespace) -> int:
+def cmd_completion(args: Args) -> int:
     """Print a completion script, or the names it asks for, without those a shell would expand."""
     import shtab
 
-    what = args.shell
-    if what not in COMPLETED.values():
-
-        def asking(names: str) -> Any:
-            """At each completion; shtab's own way for zsh asks once, when the script is loaded."""
-            ask = f"teckochecker completion {names} 2>/dev/null"
-            return shtab.cmd(ask) | {"zsh": f"{{compadd -- \\$({ask})}}"}
-
-        print(shtab.complete(make_parser("teckochecker", asking), what))
-        return 0
+    def asking(names: str) -> Any:
+        """At each completion; shtab's own way for zsh asks once, when the script is loaded."""
+        ask = f"teckochecker completion {names} 2>/dev/null"
+        return shtab.cmd(ask) | {"zsh": f"{{compadd -- \\$({ask})}}"}
 
     async def stored(operations: Operations) -> Iterable[str]:
-        if what == "sources":
+        if args.shell == "sources":
             return await operations.store.ingested()
-        return await operations.store.names("secrets" if what == "secrets" else "polling_jobs")
+        table: Any = "secrets" if args.shell == "secrets" else "polling_jobs"
+        return await operations.store.names(table)
 
+    if args.shell not in COMPLETED.values():
+        print(shtab.complete(make_parser("teckochecker", asking), args.shell))
+        return 0
     config = config_despite_mistakes(args)
-    names = {*config.secrets} if what == "secrets" else set[str]()
-    if config.settings.has_store:
-        names |= {*run_operation(config, stored, looks=True)}
+    names = {*config.secrets} if args.shell == "secrets" else set[str]()
+    names |= {*run_operation(config, stored, mode="look")} if config.settings.has_store else set()
     print(*sorted(name for name in names if re.fullmatch(r"[\w.@/+-]+", name)), sep="\n")
     return 0
 
 
-def cmd_demo(args: argparse.Namespace) -> int:
+def cmd_demo(args: Args) -> int:
     here = Path(__file__).resolve().parent
-    folder = here / "teckochecker_demo"  # of an installation
-    if not (folder / "demo.py").exists() and not ((folder := here / "tests") / "demo.py").exists():
-        text = f"the demo's stand-ins are not in {folder}"
+    folders = (here / "teckochecker_demo", here / "tests")  # of an installation, of a checkout
+    if not (folder := next((f for f in folders if (f / "demo.py").exists()), None)):
+        text = f"the demo's stand-ins are not in {folders[1]}"
         raise TeckoError(text, hint="run it from a whole checkout, or install that")
     sys.path.insert(0, str(folder))
     sys.modules["teckochecker"] = sys.modules[__name__]
@@ -11727,14 +11409,16 @@ FIRST_STACK = "https://connection.keboola.com"
 
 async def batch_table(base_url: str | None, key: SecretValue) -> Table:
     """The newest batches that a key may see."""
-    openai, rows = OpenAI(base_url), list[tuple[object, ...]]()
+    openai = OpenAI(base_url)
     try:
-        for batch in await openai.latest(key):
-            requests = f"{batch.requests_completed}/{batch.requests_total}"
-            rows.append((len(rows) + 1, batch.batch_id, batch.status, requests))
+        found = await openai.latest(key)
     finally:
         await openai.close()
-    return Table(("", "Batch", "Status", "Requests"), rows)
+    shown = [
+        (n, batch.batch_id, batch.status, f"{batch.requests_completed}/{batch.requests_total}")
+        for n, batch in enumerate(found, 1)
+    ]
+    return Table(("No.", "Batch", "Status", "Requests"), shown)
 
 
 async def configuration_table(stack: str, token: SecretValue) -> Table:
@@ -11748,7 +11432,7 @@ async def configuration_table(stack: str, token: SecretValue) -> Table:
         for each in value_at(component, "configurations") or ():
             names = (value_at(component, "id"), value_at(each, "id"), value_at(each, "name"))
             rows.append((len(rows) + 1, *names))
-    return Table(("", "Component", "Configuration", "Name"), rows)
+    return Table(("No.", "Component", "Configuration", "Name"), rows)
 
 
 def prompt_key_and_choice(
@@ -11756,32 +11440,23 @@ def prompt_key_and_choice(
 ) -> tuple[str, list[Sequence[Any]]]:
     """Ask for a key, list what it may see, and ask for the rows to use. Both results are empty if
     nothing is typed. A key that cannot list anything is asked for again."""
-    value, table = "", Table((), ())
-    while not value and (text := getpass.getpass(f"{name} (is not shown): ")):
+    while value := getpass.getpass(f"{name} (is not shown): "):
         try:
-            table = asyncio.run(listing(SecretValue(clean_secret(text))))
-            value = text
+            table = asyncio.run(listing(SecretValue(clean_secret(value))))
         except ValueError as e:
             say(str(e))
+            continue
         except TeckoError as e:
             print_error(e)
-    if not table.rows:
+            continue
+        print_table(table)
+        while words := {*prompt_line(f"{what}: ").replace(",", " ").split()}:
+            rows = [row for row in table.rows if str(row[0]) in words]
+            if len(rows) == len(words) <= most:
+                return value, rows
+            say(f"at most {most} of the numbers above, or Enter for none")
         return value, []
-    print_table(table)
-    while words := {*prompt_line(f"{what}: ").replace(",", " ").split()}:
-        rows = [row for row in table.rows if str(row[0]) in words]
-        if len(rows) == len(words) <= most:
-            return value, rows
-        say(f"at most {most} of the numbers above, or Enter for none")
-    return value, []
-
-
-def prompt_stack() -> str:
-    while text := prompt_line(f"Keboola stack (Enter: {FIRST_STACK}): ").strip():
-        with contextlib.suppress(ValueError):
-            return clean_stack_url(text)
-        say(f"a stack is {FIRST_STACK} or another one, without a path")
-    return FIRST_STACK
+    return "", []
 
 
 def first_jobs_file(
@@ -11799,7 +11474,12 @@ def interview(settings: Settings) -> tuple[list[SecretBody], str]:
     say("Enter skips a question. Ctrl-C ends this, and nothing is made.")
     ask = partial(batch_table, settings.openai_base_url)
     key, batches = prompt_key_and_choice("OpenAI key", ask, "Batches to watch, like 1, 2", 10)
-    ask = partial(configuration_table, stack := prompt_stack())
+    while text := prompt_line(f"Keboola stack (Enter: {FIRST_STACK}): ").strip():
+        with contextlib.suppress(ValueError):
+            text = clean_stack_url(text)
+            break
+        say(f"a stack is {FIRST_STACK} or another one, without a path")
+    ask = partial(configuration_table, stack := text or FIRST_STACK)
     token, target = prompt_key_and_choice("Keboola token", ask, "Number of the one to start", 1)
     kinds = (("openai", key), ("keboola", token))
     given = [parse(SecretBody, {"name": f"{k}-prod", "type": k, "value": v}) for k, v in kinds if v]
@@ -11808,31 +11488,29 @@ def interview(settings: Settings) -> tuple[list[SecretBody], str]:
 
 
 def create_missing(config: Config, given: Sequence[SecretBody], jobs_file: str) -> Iterator[str]:
-    """Create the key, the database, the secrets and jobs.yaml where they are missing; a sentence
-    for each that was created."""
+    """Create what is missing of key, database, secrets and jobs.yaml; a sentence for each."""
     settings, vault = config.settings, Vault(config.settings)
-    key_file = vault.file
-    if key_file is not None and not key_file.exists():
-        write_private(key_file, new_master_key() + "\n")
-        yield f"made the master key {key_file} (back it up: without it no secret opens)"
+    if (file := vault.file) is not None and not file.exists():
+        write_private(file, new_master_key() + "\n")
+        yield f"made the master key {file} (back it up: without it no secret opens)"
     vault.load(required=True)
     if not settings.has_store:
         asyncio.run(Store(settings.store).touch())
         yield f"made the database {settings.shown_store}"
     for body in given:
-        run_operation(config, partial(Operations.add_secret, body=body))
+        run_operation(config, Operations.add_secret, body, mode="make")
         yield f"stored the secret {body.name!r}"
     if not config.path.exists():
         config.path.write_text(jobs_file)
         yield f"wrote {config.path}"
 
 
-def cmd_init(args: argparse.Namespace, config: Config) -> int:
+def cmd_init(args: Args, config: Config) -> int:
     """Create what is missing, and change nothing that exists. On a terminal, ask what to watch."""
     settings, vault = config.settings, Vault(config.settings)
     sealed = list[str]()
     if settings.has_store:  # of a server, it makes the tables where they are missing
-        sealed = run_operation(config, lambda operations: operations.store.names("secrets"))
+        sealed = [row.name for row in run_operation(config, Operations.secrets).secrets]
     if sealed and vault.file is not None and not vault.file.exists() and not args.new_key:
         raise SecretError(
             f"{vault.file} is missing, and a new key would not open what"
@@ -11853,19 +11531,16 @@ def cmd_init(args: argparse.Namespace, config: Config) -> int:
     steps = [f"{COMMAND} secret add --name {kind}-prod --type {kind}" for kind in lacks]
     steps += [] if config.jobs else [f"edit {config.path}"]
     steps += [f"{COMMAND} validate --online", f"{COMMAND} start"]
-    text = [*(done or ["everything is there already; nothing was changed"]), "", "Next:"]
-    return report(args, {"done": done, "next": steps}, "\n".join(text + [f"  {s}" for s in steps]))
+    text = done or ["everything is there already; nothing was changed"]
+    shown = [*text, "", "Next:", *(f"  {step}" for step in steps)]
+    return report(args, {"done": done, "next": steps}, *shown)
 
 
 # ── Parser and main ───────────────────────────────────────────────────────────────────────────
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviated options, for users would come to rely on them. For a misspelt word, it
-    suggests the one that was probably meant."""
-
-    def __init__(self, **how: Any) -> None:
-        super().__init__(allow_abbrev=False, **how)
+    """For a misspelt word, it suggests the one that was probably meant."""
 
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
@@ -11893,6 +11568,10 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def count(*names: str, **how: Any) -> Argument:
+    return names, {"type": whole_number, "metavar": "N"} | how
+
+
 def job_options(*, create: bool) -> Iterator[Argument]:
     """The options of `job create` and `job update`, with help from the models."""
     for name, (option, metavar) in JOB_OPTIONS.items():
@@ -11909,86 +11588,79 @@ def job_options(*, create: bool) -> Iterator[Argument]:
 
 JOB = arg("job", metavar="JOB", help="id or name")
 FORCE = arg("--force", action="store_true", help="do not ask")
-SOURCE = arg("--source", metavar="SOURCE", help="only of this ingest's job")
-LIMIT = arg("--limit", type=whole_number, metavar="N", help="at most N")
-AS_CSV = arg("--csv", action="store_true", help="all of them, as CSV")
-SHOWN_LINES = arg("--logs", type=whole_number, default=20, metavar="N",
-                  help="log lines (default: %(default)s)")  # fmt: skip
-STATES = (*JOB_STEPS, "removed")
+ROWS = (
+    arg("--source", metavar="SOURCE", help="only of this ingest's job"),
+    count("--limit", help="at most N"),
+    arg("--csv", action="store_true", help="all of them, as CSV"),
+)
 
-Configured = Callable[[argparse.Namespace], Config]
-COMMANDS: tuple[tuple[str, Callable[..., int], Configured | None, str, Sequence[Argument]], ...] = (
-    ("init", cmd_init, config_of, "make the key, the database and a first jobs.yaml", (
+# which need no jobs.yaml, and which work despite mistakes in it
+CONFIGLESS = (cmd_schema, cmd_completion, cmd_demo)
+TOLERANT = (cmd_stop, cmd_reload, cmd_status, cmd_backup, cmd_restore, cmd_logs)
+COMMANDS: tuple[tuple[str, Callable[..., int], str, Sequence[Argument]], ...] = (
+    ("init", cmd_init, "make the key, the database and a first jobs.yaml", (
         arg("--new-key", action="store_true", help="even where secrets are sealed already"),)),
-    ("validate", cmd_validate, config_of, "check jobs.yaml and every secret; what would change", (
+    ("validate", cmd_validate, "check jobs.yaml and every secret; what would change", (
         arg("--online", action="store_true", help="ask every key, batch and source once, too"),)),
-    ("doctor", cmd_validate, config_of, "validate --online", (
+    ("doctor", cmd_validate, "validate --online", (
         arg("--online", action="store_true", default=True, help="as always here"),)),
-    ("start", cmd_start, config_of, "run the service", (
+    ("start", cmd_start, "run the service", (
         arg("--daemon", action="store_true", help="in the background"),)),
-    ("stop", cmd_stop, config_despite_mistakes, "stop the service gracefully", ()),
-    ("reload", cmd_reload, config_despite_mistakes, "have the service read jobs.yaml again", ()),
-    ("status", cmd_status, config_despite_mistakes,
-     "whether it runs, what is due, and what needs you", ()),
-    ("backup", cmd_backup, config_despite_mistakes, "copy the database, while others use it", (
+    ("stop", cmd_stop, "stop the service gracefully", ()),
+    ("reload", cmd_reload, "have the service read jobs.yaml again", ()),
+    ("status", cmd_status, "whether it runs, what is due, and what needs you", ()),
+    ("backup", cmd_backup, "copy the database, while others use it", (
         arg("file", nargs="?", type=Path, metavar="FILE",
             help="where to (default: where the service has its own)"),
         arg("--with-key", action="store_true", help="put the master key beside it"))),
-    ("restore", cmd_restore, config_despite_mistakes, "let a backup take the database's place", (
+    ("restore", cmd_restore, "let a backup take the database's place", (
         arg("file", nargs="?", type=Path, metavar="FILE", help="a backup"),
         arg("--acknowledge", action="store_true",
             help="say that you know what may be missing since one did"))),
-    ("check", cmd_check, config_of, "one round now, then exit", (
+    ("check", cmd_check, "one round now, then exit", (
         arg("jobs", nargs="*", metavar="JOB", help="id or name (default: all)"),)),
-    ("explain", cmd_explain, config_of, "what a job waits for, and why", (JOB,)),
-    ("logs", cmd_logs, config_despite_mistakes, "what was done, when and by whom", (
+    ("explain", cmd_explain, "what a job waits for, and why", (JOB,)),
+    ("logs", cmd_logs, "what was done, when and by whom", (
         arg("job", nargs="?", metavar="JOB", help="id or name (default: all)"),
         arg("-f", "--follow", action="store_true", help="also what comes, until Ctrl-C"),
-        arg("-n", "--lines", type=whole_number, default=20, metavar="N",
-            help="how many (default: %(default)s)"))),
-    ("import", cmd_import, config_of, "take over what the original program has", (
+        count("-n", "--lines", default=20, help="how many (default: 20)"))),
+    ("import", cmd_import, "take over what the original program has", (
         arg("file", type=Path, metavar="FILE", help="its SQLite database; stop it first"),
         arg("--env", type=Path, metavar="FILE", help="its .env with its SECRET_KEY (default: the"
             " one beside its database)"))),
-    ("stats", cmd_stats, config_of, "checks, triggers, delay and records, by day", (
-        arg("--days", type=whole_number, default=30, metavar="N",
-            help="how many, up to 90 (default: %(default)s)"),)),
-    ("schema", cmd_schema, None, "print the JSON Schema of jobs.yaml", ()),
-    ("completion", cmd_completion, None, "print a shell's completion script", (
+    ("stats", cmd_stats, "checks, triggers, delay and records, by day", (
+        count("--days", default=30, help="how many, up to 90 (default: 30)"),)),
+    ("schema", cmd_schema, "print the JSON Schema of jobs.yaml", ()),
+    ("completion", cmd_completion, "print a shell's completion script", (
         arg("shell", choices=("bash", "zsh", "fish", *COMPLETED.values()),
             metavar="bash|zsh|fish"),)),
-    ("demo", cmd_demo, None, "the whole thing on this machine, without an account", (
+    ("demo", cmd_demo, "the whole thing on this machine, without an account", (
         arg("--keep", action="store_true", help="go on until Ctrl-C"),)),
-    ("secret add", cmd_secret_add, config_of, "store one, typed without echo or piped in", (
+    ("secret add", cmd_secret_add, "store one, typed without echo or piped in", (
         arg("--name", required=True, help=SecretBody.model_fields["name"].description),
         arg("--type", required=True, choices=get_args(SecretBody.model_fields["type"].annotation)),
         arg("--value", help="the secret itself; shows up in the process list and the shell's"
             " history, prefer the prompt or a pipe"),
         arg("--replace", action="store_true", help="give a stored one a new value"))),
-    ("secret list", cmd_secret_list, config_of, "names and types, never values", ()),
-    ("secret delete", cmd_secret_delete, config_of, "delete one that no running job uses", (
+    ("secret list", cmd_secret_list, "names and types, never values", ()),
+    ("secret delete", cmd_secret_delete, "delete one that no running job uses", (
         arg("name", metavar="SECRET"), FORCE)),
-    ("secret rotate", cmd_secret_rotate, config_of,
-     "new master key, every secret encrypted anew", ()),
-    ("alert test", cmd_alert_test, config_of, "send each target of `alerts:` a message", ()),
-    ("job create", cmd_job_create, config_of, "watch batches", (*job_options(create=True),)),
-    ("job list", cmd_job_list, config_of, "all jobs, with what they have done and why", (
+    ("secret rotate", cmd_secret_rotate, "new master key, every secret encrypted anew", ()),
+    ("alert test", cmd_alert_test, "send each target of `alerts:` a message", ()),
+    ("job create", cmd_job_create, "watch batches", (*job_options(create=True),)),
+    ("job list", cmd_job_list, "all jobs, with what they have done and why", (
         arg("--status", choices=STATES, help="only of this state"),)),
-    ("job show", cmd_job_show, config_of, "batches, triggers and the last log lines",
-     (JOB, SHOWN_LINES)),
-    ("job update", cmd_job_update, config_of, "change a job", (
-        JOB, *job_options(create=False))),
-    ("job pause", cmd_job_step, config_of, "stop checking a job", (JOB,)),
-    ("job resume", cmd_job_step, config_of, "go on checking a paused job", (JOB,)),
-    ("job retry", cmd_job_step, config_of, "re-arm a failed job", (JOB,)),
-    ("job delete", cmd_job_delete, config_of, "delete a job with its history and its records",
-     (JOB, FORCE)),
-    ("job run", cmd_check, config_of, "one run of an ingest now", (
+    ("job show", cmd_job_show, "batches, triggers and the last log lines", (
+        JOB, count("--logs", default=20, help="log lines (default: 20)"))),
+    ("job update", cmd_job_create, "change a job", (JOB, *job_options(create=False))),
+    ("job pause", cmd_job_step, "stop checking a job", (JOB,)),
+    ("job resume", cmd_job_step, "go on checking a paused job", (JOB,)),
+    ("job retry", cmd_job_step, "re-arm a failed job", (JOB,)),
+    ("job delete", cmd_job_delete, "delete a job with its history and its records", (JOB, FORCE)),
+    ("job run", cmd_check, "one run of an ingest now", (
         arg("jobs", nargs=1, metavar="JOB", help="id or name"),)),
-    ("data list", cmd_data, config_of, "records in the unified schema",
-     (SOURCE, LIMIT, AS_CSV)),
-    ("data rejects", cmd_data, config_of, "records that were rejected, and why",
-     (SOURCE, LIMIT, AS_CSV)),
+    ("data list", cmd_data, "records in the unified schema", ROWS),
+    ("data rejects", cmd_data, "records that were rejected, and why", ROWS),
 )  # fmt: skip
 GROUPS = {"secret": "API keys and tokens", "job": "jobs", "data": "what ingests brought",
           "alert": "who is told of what is wrong"}  # fmt: skip
@@ -12013,6 +11685,7 @@ def make_parser(prog: str = COMMAND, completes: Any = None) -> argparse.Argument
         description="Watch OpenAI batches and start a Keboola job when they are done, once.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"TeckoChecker {VERSION}")
     for names, how in EVERYWHERE:
@@ -12021,13 +11694,14 @@ def make_parser(prog: str = COMMAND, completes: Any = None) -> argparse.Argument
         late.add_argument(*names, **how | hidden)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     groups = {"": commands}
-    for path, run, configured, says, arguments in COMMANDS:
+    for path, run, says, arguments in COMMANDS:
         group, _, name = path.rpartition(" ")
         if group not in groups:
-            holds = commands.add_parser(group, help=GROUPS[group])
+            holds = commands.add_parser(group, help=GROUPS[group], allow_abbrev=False)
             groups[group] = holds.add_subparsers(dest="action", required=True, metavar="ACTION")
-        parser = groups[group].add_parser(name, help=says, description=says, parents=[late])
-        parser.set_defaults(run=run, configured=configured)
+        shown: Any = {"help": says, "description": says, "parents": [late], "allow_abbrev": False}
+        parser = groups[group].add_parser(name, **shown)
+        parser.set_defaults(run=run)
         for names, how in arguments:
             action = parser.add_argument(*names, **how)
             if completes is not None and (what := COMPLETED.get(str(action.metavar))):
@@ -12044,7 +11718,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return close_streams(e.code if isinstance(e.code, int) else 0)
 
 
-def run_command(args: argparse.Namespace) -> int:
+def run_command(args: Args) -> int:
     """Run a command and report what it raises; the exit code."""
     waits = args.command == "start" and not args.daemon  # until it can end in good order
     if not waits and signal.getsignal(signal.SIGINT) is end_at_once:
@@ -12052,28 +11726,27 @@ def run_command(args: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ACTOR.set(None if args.command in ("start", "check") else "command line")
     try:
-        if args.configured is None:
+        if args.run in CONFIGLESS:
             return int(args.run(args))
-        config = args.configured(args)
+        config = (config_despite_mistakes if args.run in TOLERANT else config_of)(args)
         level = {"start": config.settings.log_level, "check": "WARNING"}.get(args.command, "ERROR")
         level = "DEBUG" if args.verbose else "ERROR" if args.quiet else level
         set_up_logging(config.settings, level, to_file=args.command == "start")
         return int(args.run(args, config))
     except TeckoError as e:
-        print_error(e, args)
+        error = e
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `... | head`
-        pass
+        return 1
     except ModuleNotFoundError as e:
-        print_error(TeckoError(install_hint(e)), args)
+        error = TeckoError(install_hint(e))
     except (OSError, UnicodeError) as e:
-        print_error(TeckoError(f"{type(e).__name__}: {e}"), args)
+        error = TeckoError(f"{type(e).__name__}: {e}")
     except Exception as e:
-        text = f"internal error: {type(e).__name__}: {e}"
-        print_error(TeckoError(text, hint="-v shows where"), args)
-        if args.verbose:
-            log.exception("internal error")  # the handler redacts it
+        error = TeckoError(f"internal error: {type(e).__name__}: {e}", hint="-v shows where")
+        log.debug("internal error", exc_info=True)  # the handler redacts it
+    print_error(error, args)
     return 1
 
 

@@ -25,6 +25,16 @@ from rich.text import Text
 
 import teckochecker as tecko
 
+SIGNS = {  # of states, and their colours
+    "active": ("●", "cyan"),
+    "triggering": ("▶", "cyan"),
+    "triggered": ("▶", "cyan"),
+    "paused": ("○", ""),
+    "completed": ("✓", "green"),
+    "completed_with_failures": ("!", "yellow"),
+    "failed": ("✗", "red"),
+}
+
 JOBS = """\
 database: demo.db
 admin: {{host: 127.0.0.1, port: 0}}
@@ -156,7 +166,7 @@ class Screen(Lines):
         for width in (11, 12, 14, None):
             table.add_column(width=width, no_wrap=True, overflow="ellipsis")
         for job in await self.store.jobs():
-            sign, colour = tecko.SIGNS[job.status]
+            sign, colour = SIGNS[job.status]
             state = Text(f"{sign} {job.status.partition('_')[0]}", colour)
             done, total = await self.progress(job)
             bar = ProgressBar(total, done, width=14, complete_style=colour or "white")

@@ -711,13 +711,13 @@ def test_origins_that_may_call(guarded: Surface) -> None:
         assert (preflight.status, refused.status, answer.status) == (200, 401, 200)
         for each in (preflight, refused, answer):
             assert each.headers["Access-Control-Allow-Origin"] == origin
-            assert each.headers["Vary"] == "Origin"
+            assert each.headers["Vary"] == "Accept, Origin"
         assert "PUT" in preflight.headers["Access-Control-Allow-Methods"]
         assert "Authorization" in preflight.headers["Access-Control-Allow-Headers"]
     for origin in ("http://app.example.com", "https://app.example.com:1", "https://x.example.com"):
         other = ask(guarded, "/api/jobs", "OPTIONS", Origin=origin)
         assert other.status == 403 and "Access-Control-Allow-Origin" not in other.headers
-    assert ask(guarded, "/health").headers["Vary"] == "Origin"
+    assert ask(guarded, "/health").headers["Vary"] == "Accept, Origin"
 
 
 @pytest.mark.parametrize("origins", ["https://a.b", "http://a, https://[::1]:3", '["http://a:3"]'])

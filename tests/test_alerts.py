@@ -73,7 +73,7 @@ async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
 
 # ── What is wrong ─────────────────────────────────────────────────────────────────────────────
 
-KEY_RESTS = [tecko.PausedKey(secret="openai", reason="OpenAI said 429", until=0.0)]
+KEY_RESTS = [tecko.Pause(secret="openai", reason="OpenAI said 429", until=0.0)]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -202,6 +203,7 @@ def test_the_parser_takes_every_command_line_of_the_readme() -> None:
 # ── Requirements ──────────────────────────────────────────────────────────────────────────────
 
 
+OURS = {"standins", "teckochecker"}
 OPTIONAL = {"psycopg", "apprise", "obstore"}  # imported where the configuration asks for it
 
 
@@ -213,14 +215,15 @@ def required() -> set[str]:
 
 
 def imported() -> set[str]:
-    """The packages that the program imports beyond the standard library, anywhere in the file."""
+    """The packages that the program and its demo import beyond the standard library."""
     tops = set()
-    for node in ast.walk(ast.parse((ROOT / "teckochecker.py").read_text())):
+    files = [ROOT / name for name in ("teckochecker.py", "tests/demo.py")]
+    for node in itertools.chain(*(ast.walk(ast.parse(file.read_text())) for file in files)):
         if isinstance(node, ast.Import):
             tops |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             tops.add(str(node.module).partition(".")[0])
-    names = {top.replace("_", "-") for top in tops - sys.stdlib_module_names}
+    names = {top.replace("_", "-") for top in tops - sys.stdlib_module_names - OURS}
     return {PACKAGE_OF.get(name, name) for name in names}
 
 

@@ -660,7 +660,6 @@ BODIES = {
     "-Infinity": b'{"keboola_component_id": -Infinity}',
     "deep": b"[" * 100_000 + b"]" * 100_000,
     "deep in a field": b'{"name": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "a key twice": b'{"name": "x", "name": "y"}',
     "a list": b"[]",
     "a text": b'"name"',
     "a number": b"7",
@@ -686,17 +685,10 @@ def test_bodies(rest: Rest, method: str, path: str, raw: bytes) -> None:
     assert rest("GET", "/api/jobs?limit=1").body["jobs"][0]["name"] == job["name"]
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        *(('"cfg"', word) for word in ("NaN", "Infinity", "-Infinity")),
-        ("{", '{"poll_interval_seconds": 60, '),
-    ],
-)
-def test_a_job_in_json_that_is_none(rest: Rest, right: str, wrong: str) -> None:
-    """What only Python takes for JSON does not become a text in a job that is right otherwise, and
-    of two values of a key neither counts."""
-    raw = json.dumps(rest.flat()).replace(right, wrong, 1).encode()
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_a_job_in_json_that_is_none(rest: Rest, word: str) -> None:
+    """What only Python takes for JSON does not become a text in a job that is right otherwise."""
+    raw = json.dumps(rest.flat()).replace('"cfg"', word, 1).encode()
     assert rest("POST", "/api/jobs", raw=raw).status == 422
 
 
@@ -748,7 +740,7 @@ def test_head(rest: Rest, route: tecko.Route) -> None:
     path = route.path.replace("{id}", str(number))
     get, head = rest("GET", path), rest("HEAD", path)
     assert (head.status, head.raw) == (get.status, b"")
-    assert get.status == (307 if path == "/redoc" else 200)
+    assert get.status == 200
     differ = {"X-Request-ID", "Date", "Content-Length"}
     same = [{k: v for k, v in a.headers.items() if k not in differ} for a in (get, head)]
     assert same[0] == same[1] and get.headers.keys() == head.headers.keys()
@@ -907,21 +899,21 @@ def test_examples_are_taken(rest: Rest, route: tecko.Route) -> None:
 
 
 def test_the_page(rest: Rest) -> None:
-    """Every route with its curl line and a form to send it, every model, a list of contents, the
-    address that was called, and nothing from another host."""
-    answer = rest("GET", "/docs", Host="localhost:4711", X_Forwarded_Proto="https")
+    """Every route with its curl line and a form to send it, every model, a list of contents, and
+    nothing from another host."""
+    answer = rest("GET", "/docs")
     assert answer.headers["Content-Type"].startswith("text/html")
     page, paths = answer.raw.decode(), tecko.openapi()["paths"]
     operations = [(m.upper(), path) for path, methods in paths.items() for m in methods]
     for method, path in operations:
         assert f"<code>{method}</code> {path}</h2>" in page
         assert f'<form data-method="{method}" data-path="{path}">' in page
-    assert page.count("<pre>curl ") == len(operations) + 1
+    assert page.count("<pre>curl ") == len(operations)
     for name in tecko.openapi()["components"]["schemas"]:
         assert f'id="{name}"' in page
     links = re.findall(r'href="#([^"]+)"', page)
     assert len(links) > 2 * len(operations) and all(page.count(f'id="{to}"') == 1 for to in links)
-    for said in ("https://localhost:4711/api/jobs", "Authorization: Bearer", 'name="viewport"'):
+    for said in ('id="url"', "Authorization: Bearer", 'name="viewport"'):
         assert said in page
     linked = re.findall(r"""(?:src|href|action|url\()\s*=\s*["']?([^"'>)]+)""", page)
     assert {to for to in linked if to[:1] != "#"} == {"/openapi.json"} and "@import" not in page
@@ -941,18 +933,9 @@ def test_what_a_page_may_run(rest: Rest, path: str) -> None:
     assert policy == rest("GET", "/health").headers["Content-Security-Policy"]
 
 
-def test_a_host_is_no_markup(rest: Rest) -> None:
-    """What the page shows of a request is escaped, or the request refused."""
-    for given in ({"Host": 'localhost"><script>'}, {"Host": "localhost:<b>"}):
-        assert rest("GET", "/docs", **given).status in (400, 421)
-    page = rest("GET", "/docs", X_Forwarded_Proto="<script>alert(1)</script>").raw.decode()
-    assert page.count("<script") == 1
-
-
 def test_redoc_leads_to_the_page(rest: Rest) -> None:
     """As the user guide has it."""
-    answer = rest("GET", "/redoc")
-    assert (answer.status, answer.headers["Location"]) == (307, "/docs")
+    assert rest("GET", "/redoc").raw == rest("GET", "/docs").raw
 
 
 def test_the_curl_lines_run(rest: Rest) -> None:
@@ -961,16 +944,17 @@ def test_the_curl_lines_run(rest: Rest) -> None:
     lines = re.findall(r"<pre>(curl .*?)</pre>", page, re.S)
     for line in lines:
         words = shlex.split(line.replace("\\\n", " "))
-        [url] = [word for word in words if word.startswith("http://")]
-        method = words[words.index("-X") + 1] if "-X" in words else "GET"
+        [url] = [word for word in words if word.startswith("$URL")]
+        method = words[words.index("-X") + 1]
         body = words[words.index("-d") + 1].encode() if "-d" in words else None
-        target = url.removeprefix(f"http://{rest.made.host}").replace("/1", "/987654")
+        target = url.removeprefix("$URL").replace("/1", "/987654")
         assert "Content-Type: application/json" in words or body is None
         answer = rest(method, target, raw=body)
         assert answer.status not in (400, 405, 415, 422), (line, answer.raw[:300])
         assert answer.status != 404 or "987654" in target or body
     if shutil.which("curl"):
-        done = subprocess.run(shlex.split(lines[2]), capture_output=True, check=True)
+        command = shlex.split(lines[2].replace("$URL", f"http://{rest.made.host}"))
+        done = subprocess.run(command, capture_output=True, check=True)
         assert b'"healthy"' in done.stdout or b'"degraded"' in done.stdout
 
 

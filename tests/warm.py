@@ -30,7 +30,7 @@ PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 IMPORTED = (
     "teckochecker aiolimiter aiosqlite apscheduler.schedulers.asyncio"
     " apscheduler.triggers.interval cryptography.hazmat.primitives.ciphers.aead dotenv httpx2"
-    " openai openai.resources.batches prometheus_client rich.table yaml"
+    " openai openai.resources.batches prometheus_client yaml"
 ).split()
 starting = threading.Lock()
 
