@@ -4204,33 +4204,18 @@ class Jobs(Secrets):
     async def job(self, job_id: int) -> Job | None:
         return next(iter(await self.jobs_among([job_id])), None)
 
-    async def watched_batches(
-        self, secrets: Collection[str], until: float
-    ) -> tuple[dict[str, float | None], int]:
-        """The unfinished batches of active jobs that use one of these secrets, each with its time
-        of creation (None: not seen yet), and how many checks of them are due before `until`."""
+    async def watched_batches(self, secrets: Collection[str], until: float) -> tuple[set[str], int]:
+        """The ids of the unfinished batches of active jobs that use one of these secrets, and how
+        many checks of them are due before `until`."""
         names, given = text_list("name", secrets)
         ended, ends = text_list("end", FINISHED_BATCH)
         rows = await self._sql(
-            "SELECT b.batch_id, b.created_at, coalesce(j.next_check_at, 0) < :until"
+            "SELECT b.batch_id, coalesce(j.next_check_at, 0) < :until"
             " FROM polling_jobs j JOIN polling_batches b ON b.job_id = j.id"
             f" WHERE j.watch_secret IN {names} AND {ACTIVE} AND b.status NOT IN {ended}",
             {**given, **ends, "until": until},
         )
-        return {row[0]: row[1] for row in rows}, sum(bool(row[2]) for row in rows)
-
-    async def jobs_watching(
-        self, secrets: Collection[str], batch_ids: Collection[str]
-    ) -> list[int]:
-        """The active jobs that watch one of these batches with one of these secrets."""
-        names, given = text_list("name", secrets)
-        batches, ids = text_list("batch", batch_ids)
-        rows = await self._sql(
-            "SELECT DISTINCT j.id FROM polling_batches b JOIN polling_jobs j ON j.id = b.job_id"
-            f" WHERE b.batch_id IN {batches} AND j.watch_secret IN {names} AND {ACTIVE}",
-            given | ids,
-        )
-        return [row[0] for row in rows]
+        return {row[0] for row in rows}, sum(bool(row[1]) for row in rows)
 
     async def schedule(self, ids: Collection[int] | None = None) -> dict[int, TimerPlan]:
         """The jobs that have something left to do, all of them or those among `ids`."""
@@ -5544,24 +5529,6 @@ def rate_limiter(per_minute: int | None) -> AsyncLimiter | None:
     return AsyncLimiter(at_once, 60 * at_once / max(per_minute - at_once, per_minute / 2))
 
 
-class Pause(NamedTuple):
-    """A key with which OpenAI is not asked at present."""
-
-    secret: str  # its name
-    until: float  # unix time
-    reason: str
-
-
-@dataclass(slots=True)
-class BatchListing:
-    """Those of the wanted batches that a list of a key's batches showed. It says nothing of the
-    others."""
-
-    at: float = -math.inf  # monotonic seconds, when its first page was asked for
-    seen: dict[str, BatchSeen] = field(default_factory=dict)
-    wanted: int = 0
-
-
 @dataclass(slots=True)
 class KeyState:
     """One key: what it may do, and what its list showed. Times are monotonic seconds."""
@@ -5571,18 +5538,18 @@ class KeyState:
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT_PER_KEY))
     names: set[str] = field(default_factory=set)  # of the secrets with this value
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # the list
-    list: BatchListing = field(default_factory=BatchListing)
-    pages: int = 1  # that the list took
+    listed_at: float = -math.inf  # when the list's first page was asked for
+    listed: dict[str, BatchSeen] = field(default_factory=dict)  # those that were wanted of it
     list_from: float = -math.inf  # no list is read before
     finished: deque[str] = field(default_factory=lambda: deque(maxlen=PAGE))  # seen so singly
-    failed: dict[str, None] = field(default_factory=dict)  # what nobody was there for, in a row
+    failed: set[str] = field(default_factory=set)  # what nobody was there for, in a row
     until: float = -math.inf  # it rests; then one call tries
     pause: float = 0.0  # s that it last rested for; 0: it works
     error: OpenAIError | None = None  # why
-    trial: asyncio.Event | None = None  # set when the call that tries is over
+    trying: asyncio.Lock = field(default_factory=asyncio.Lock)  # after a pause
 
     def record_outcome(
-        self, about: str, error: OpenAIError | None, now: float, *, trial: bool
+        self, about: str, error: OpenAIError | None, now: float, trial: bool
     ) -> None:
         """Learn from how a call ended. While the key rests only the trial counts, since all others
         began before. An error about one thing (404, 500) shows that OpenAI is there."""
@@ -5592,11 +5559,11 @@ class KeyState:
         if error is None or (error.status not in NOBODY_THERE and not limited):
             if self.failed and self.pause:  # nor was the list there
                 self.list_from = -math.inf
-            self.failed, self.pause, self.error = {}, 0.0, None
+            self.failed, self.pause, self.error = set(), 0.0, None
             return
         pause = min(error.retry_after or BACKOFF_FIRST, LONGEST_WAIT)
         if not limited:
-            self.failed[about] = None
+            self.failed.add(about)
             pause = min(max(OUTAGE_PAUSE, 2 * self.pause), OUTAGE_LONGEST)
         if limited or trial or len(self.failed) >= OUTAGE_FAILURES:
             self.pause, self.until, self.error = pause, now + pause, error
@@ -5676,11 +5643,11 @@ class OpenAI:
             mine.names.add(name)
         return mine.names
 
-    def pauses(self) -> list[Pause]:
-        """The keys that rest."""
+    def pauses(self) -> list[tuple[str, float, str]]:
+        """The keys that rest: the name of each secret, until when in unix time, and why."""
         now, wall, keys = self._clock(), time.time(), [*self._keys.values()]  # also from a thread
         return [
-            Pause(name, wall + max(0.0, key.until - now), str(key.error))
+            (name, wall + max(0.0, key.until - now), str(key.error))
             for key in keys
             if key.pause
             for name in sorted(key.names)
@@ -5692,14 +5659,15 @@ class OpenAI:
         seen = parse_batch(batch_id, await self._call(mine, "retrieve", batch_id))
         if outcome(seen) is not None:
             mine.finished.append(batch_id)
-        if batch_id in mine.list.seen:
-            mine.list.seen[batch_id] = seen  # which is newer
+        if batch_id in mine.listed:
+            mine.listed[batch_id] = seen  # which is newer
         return seen
 
-    def listing(self, key: SecretValue) -> tuple[float, BatchListing]:
-        """How many seconds ago the key's batches were listed, and what that showed."""
-        found = self._key(key).list
-        return self._clock() - found.at, found
+    def listing(self, key: SecretValue) -> tuple[float, Mapping[str, BatchSeen]]:
+        """How many seconds ago the key's batches were listed, and those of the wanted ones that
+        this showed. It says nothing of the others."""
+        mine = self._key(key)
+        return self._clock() - mine.listed_at, mine.listed
 
     def may_list(self, key: SecretValue) -> bool:
         """Whether the list is to be tried: not for some minutes after it was of no use."""
@@ -5709,28 +5677,24 @@ class OpenAI:
         """The newest batches of a key, to choose from. Raises OpenAIError."""
         return parse_page(await self._call(self._key(key), "list", THE_LIST, limit=20))[0]
 
-    async def read_list(
-        self, key: SecretValue, wanted: Collection[str], checks: int
-    ) -> Collection[str]:
-        """Read the list of a key's batches, for `listing`, and return the ids of those that it
-        shows as finished. It is read from the newest batch on, until all that are wanted were
-        found, or two pages showed none of them, or half as many pages were read as there are
-        checks. A second caller waits for the first one's list. Raises OpenAIError where single
-        calls would fail as well: the key is refused, or rests."""
+    async def read_list(self, key: SecretValue, wanted: set[str], checks: int) -> None:
+        """Read the list of a key's batches, for `listing`: from the newest batch on, until all that
+        are wanted were found, or two pages showed none of them, or half as many pages were read as
+        there are checks. A second caller waits for the first one's list. Raises OpenAIError where
+        single calls would fail as well: the key is refused, or rests."""
         mine = self._key(key)
         if mine.reading.locked():
             async with mine.reading:
-                return ()
-        recent = self._clock() - mine.list.at < LIST_AGAIN
-        if checks <= 2 * max(mine.pages if recent else 1, math.ceil(len(wanted) / PAGE)):
-            return ()
+                return
+        if checks <= 2 * math.ceil(len(wanted) / PAGE):
+            return
         async with mine.reading:
             if mine.pause:  # one batch is asked for before hundreds; it is told in its own turn
                 first = min(wanted, key=lambda batch_id: batch_id in mine.failed)
                 with contextlib.suppress(OpenAIError):
                     await self.retrieve(key, first)
             try:
-                await self._read_list(mine, {*wanted}, checks)
+                await self._read_list(mine, wanted, checks)
             except OpenAIError as e:
                 if e.status == 401 or not e.sent:
                     raise
@@ -5738,25 +5702,23 @@ class OpenAI:
                 if mine.pause:
                     raise
                 log.info("batches are asked for singly, since their list fails: %s", e)
-            return [i for i, seen in mine.list.seen.items() if outcome(seen) is not None]
 
-    async def _read_list(self, mine: KeyState, left: set[str], checks: int) -> None:
-        at, wanted, seen, pages, bare = self._clock(), len(left), dict[str, BatchSeen](), 0, 0
+    async def _read_list(self, mine: KeyState, wanted: set[str], checks: int) -> None:
+        at, seen, pages, bare = self._clock(), dict[str, BatchSeen](), 0, 0
         query: dict[str, Any] = {"limit": PAGE}
-        while left and bare < BARE_PAGES and 2 * pages < checks:
+        while seen.keys() < wanted and bare < BARE_PAGES and 2 * pages < checks:
             page, after = parse_page(await self._call(mine, "list", THE_LIST, **query))
             if any(b.batch_id in mine.finished and outcome(b) is None for b in page):
-                mine.list = BatchListing()
+                mine.listed = {}
                 raise OpenAIError("it shows a finished batch as unfinished")
-            here = {batch.batch_id: batch for batch in page if batch.batch_id in left}
-            left, pages, bare = left - here.keys(), pages + 1, 0 if here else bare + 1
-            seen |= here
-            mine.list = BatchListing(at, seen, wanted)  # what came counts where a later page fails
+            before = len(seen)
+            seen |= {batch.batch_id: batch for batch in page if batch.batch_id in wanted}
+            pages, bare = pages + 1, 0 if len(seen) > before else bare + 1
+            mine.listed_at, mine.listed = at, seen  # what came counts where a later page fails
             if after is None:
                 break
             query["after"] = after
-        mine.pages = pages
-        if checks * len(seen) < pages * wanted:  # so many calls would have done as much
+        if checks * len(seen) < pages * len(wanted):  # so many calls would have done as much
             mine.list_from = at + LIST_AGAIN
 
     async def _call(
@@ -5769,30 +5731,26 @@ class OpenAI:
 
         path = OPENAI.path if kind == "list" else f"{OPENAI.path}/{about}"
         async with mine.slots:
-            if mine.budget is not None:
-                self._refuse_while_paused(mine, about)
-                await mine.budget.acquire()
-            while mine.trial is not None:
-                await mine.trial.wait()
             self._refuse_while_paused(mine, about)
-            mine.trial = trial = asyncio.Event() if mine.pause else None
-            try:
-                async with self._slots:
-                    self.on_request(kind)
-                    ask = partial(mine.sdk.get, path, cast_to=httpx2.Response)
-                    answer = await ask(options={"params": query})
-                data = parse_json_answer(answer, OpenAIError, f"OpenAI's answer about {about}")
-            except (openai.OpenAIError, OpenAIError) as e:
-                found = [x for x in (e, e.__cause__) if isinstance(x, OpenAIError)]
-                error = found[0] if found else OpenAIError(f"OpenAI about {about}: {one_line(e)}")
-                mine.record_outcome(about, error, self._clock(), trial=trial is not None)
-                raise error from e
-            finally:
-                if trial is not None:
-                    mine.trial = None
-                    trial.set()
-            mine.record_outcome(about, None, self._clock(), trial=trial is not None)
-            return data
+            if mine.budget is not None:
+                await mine.budget.acquire()
+            async with mine.trying if mine.pause else contextlib.nullcontext():
+                self._refuse_while_paused(mine, about)
+                trial = mine.pause > 0
+                try:
+                    async with self._slots:
+                        self.on_request(kind)
+                        ask = partial(mine.sdk.get, path, cast_to=httpx2.Response)
+                        answer = await ask(options={"params": query})
+                    data = parse_json_answer(answer, OpenAIError, f"OpenAI's answer about {about}")
+                except (openai.OpenAIError, OpenAIError) as e:
+                    # the SDK wraps some of what its transport raises
+                    found = [x for x in (e, e.__cause__) if isinstance(x, OpenAIError)]
+                    error = (found or [OpenAIError(f"OpenAI about {about}: {one_line(e)}")])[0]
+                    mine.record_outcome(about, error, self._clock(), trial)
+                    raise error from e
+                mine.record_outcome(about, None, self._clock(), trial)
+                return data
 
     def _refuse_while_paused(self, mine: KeyState, about: str) -> None:
         """Raises OpenAIError while the key rests, which it does twice as long for what failed."""
@@ -7532,14 +7490,11 @@ class Steps:
         self.clock, self.jitter, self.monotonic = clock, jitter, monotonic
         self.metrics = Metrics()
         openai.on_request = lambda kind: self.metrics.openai_requests.labels(kind).inc()
-        self.on_finished: Callable[[Collection[int]], None] = lambda job_ids: None
         self._unknown: dict[str, float] = {}  # triggers, and since when on the monotonic clock
-        self._singly: set[int] = set()  # jobs whose batches are to be asked for without a list
 
-    async def step(self, job_id: int, *, asked: bool = False) -> StepResult:
-        """Advance a job's open triggers, then check its batches if it is active; each singly if
-        someone `asked` for that. Raises StoreError when the store cannot be used; then nothing was
-        sent."""
+    async def step(self, job_id: int) -> StepResult:
+        """Advance a job's open triggers, then check its batches if it is active, each singly.
+        Raises StoreError when the store cannot be used; then nothing was sent."""
         steps, row = list[StepResult](), await self.store.job(job_id)
         if row is not None and row.damage:  # others go on
             return StepResult(LONGEST_WAIT, row.damage, TeckoError(row.damage))
@@ -7548,7 +7503,7 @@ class Steps:
                 steps.append(await self._advance(row, trigger))
             row = await self.store.job(job_id)
         if row is not None and row.is_active:
-            steps.append(await (self._ingest(row) if row.is_ingest else self._check(row, asked)))
+            steps.append(await (self._ingest(row) if row.is_ingest else self._check(row)))
         waits = [s.wait for s in steps if s.wait is not None]
         last = steps[-1] if steps else StepResult(None, "nothing to do")
         return replace(last, wait=min(waits, default=None))
@@ -7607,16 +7562,16 @@ class Steps:
             names = self.openai.register_secret(key, secret)
         except (SecretError, OpenAIError):
             return {}  # each tells it in its own step
-        count, now = self.openai.listing(key)[1].wanted, self.clock()
-        self._singly |= {r.id for r in rows if is_turn_to_confirm(r.id, r.pace, count, now)}
-        rows = [row for row in rows if row.id not in self._singly]
+        count, now = len(self.openai.listing(key)[1]), self.clock()
+        rows = [row for row in rows if not is_turn_to_confirm(row.id, row.pace, count, now)]
         error = await self._refresh_list(key, names, rows)
         done, checks, now = dict[int, StepResult](), list[CheckResult](), self.clock()
         for row in rows:
             batches = self._batches_from_list(key, row, now)
-            errors = [error] if batches is None and error is not None else []
-            if (batches or errors) and not (batches != row.batches and row.damage):
-                checks.append(self._conclude(row, batches or row.batches, errors))
+            if batches is not None and not (batches != row.batches and row.damage):
+                checks.append(self._conclude(row, batches, []))
+            elif batches is None and error is not None:
+                checks.append(self._conclude(row, row.batches, [error]))
         checks = [check for check in checks if check.verdict.event is None]
         for at in range(0, len(checks), CHECKS_PER_TRANSACTION):  # others get their turns between
             some = checks[at : at + CHECKS_PER_TRANSACTION]
@@ -7637,18 +7592,16 @@ class Steps:
         until = now + min(row.pace for row in stale) / 2
         wanted, worth = await self.store.watched_batches(names, until)
         try:
-            finished = await self.openai.read_list(key, wanted, max(checks, worth))
+            await self.openai.read_list(key, wanted, max(checks, worth))
         except OpenAIError as e:
             return e
-        if finished:  # their jobs need not wait until they are due
-            self.on_finished(await self.store.jobs_watching(names, finished))
         return None
 
     def _batches_from_list(self, key: SecretValue, row: Job, now: float) -> list[Batch] | None:
         """The batches as the last list has them; None where it is too old, or does not show that
         all of them go on."""
         age, listing = self.openai.listing(key)
-        seen = {b.batch_id: listing.seen.get(b.batch_id) for b in open_batches(row.batches, now)}
+        seen = {b.batch_id: listing.get(b.batch_id) for b in open_batches(row.batches, now)}
         if not seen or age > row.pace / 2:
             return None
         if any(s is None or outcome(s) is not None for s in seen.values()):
@@ -7657,12 +7610,10 @@ class Steps:
             batch_after_answer(b, s, now) if (s := seen.get(b.batch_id)) else b for b in row.batches
         ]
 
-    async def _check(self, row: Job, asked: bool) -> StepResult:
-        batches, errors = await self._ask(row, asked or row.id in self._singly)
-        self._singly.discard(row.id)
-        check = self._conclude(row, batches, errors)
+    async def _check(self, row: Job) -> StepResult:
+        check = self._conclude(row, *await self._ask(row))
         if check.trigger is not None:
-            trigger = await self.store.unknown_if_restored(check.trigger, batches)
+            trigger = await self.store.unknown_if_restored(check.trigger, check.batches)
             check = replace(check, trigger=trigger)
         recorded = row.id in await self.store.record_checks([check])
         result = self._count_check(check, recorded)
@@ -7671,21 +7622,18 @@ class Steps:
             return await self._advance(row, check.trigger)
         return result
 
-    async def _ask(self, row: Job, singly: bool) -> tuple[list[Batch], list[TeckoError]]:
+    async def _ask(self, row: Job) -> tuple[list[Batch], list[TeckoError]]:
         """The batches as they are now, and the errors met; finished ones are not asked again."""
         found, errors = dict[str, Batch](), list[TeckoError]()
         try:
             key = await self._secret(row.secret)
             self.openai.register_secret(key, row.secret)
-            age, listing = self.openai.listing(key)
         except (SecretError, OpenAIError) as e:
             return row.batches, [e]
 
         async def ask(batch: Batch) -> None:
-            seen = None if singly or age > row.pace / 2 else listing.seen.get(batch.batch_id)
             try:
-                if seen is None or outcome(seen) is not None:
-                    seen = await self.openai.retrieve(key, batch.batch_id)
+                seen = await self.openai.retrieve(key, batch.batch_id)
                 found[batch.batch_id] = batch_after_answer(batch, seen, self.clock())
             except OpenAIError as e:
                 errors.append(e)
@@ -7735,8 +7683,7 @@ class Steps:
         try:
             if trigger.state == "sending":  # steps of a job never overlap
                 said = "the program died while it sent the trigger; asking Keboola's search for it"
-                await self._record(trigger, "lose", said)
-                return StepResult(0.0, said)
+                return await self._record(trigger, "lose", said, wait=0.0)
             token = await self._secret(trigger.secret)
             act = {"pending": self._send, "unknown": self._settle, "running": self._follow}
             async with self._turns[trigger.stack_url]:
@@ -7752,65 +7699,62 @@ class Steps:
         return wait_after_error(error, job.errors_in_row + 1, usual, settings, self.jitter())
 
     async def _record(
-        self, trigger: Trigger, event: Event, said: str, **facts: Any
-    ) -> Trigger | None:
+        self,
+        trigger: Trigger,
+        event: Event,
+        said: str,
+        *,
+        wait: float | None = None,
+        error: KeboolaError | None = None,
+        **facts: Any,
+    ) -> StepResult:
         """Write down what is known to have happened, however long the store stays locked: a
         Keboola job that is not written down would be searched for, or started again."""
         self.metrics.triggers.labels(event).inc()
         self._unknown.pop(trigger.id, None)
+        if error is not None:
+            facts["message"] = str(error)
         while True:
             try:
-                return await self.store.move_trigger(trigger, event, said, self.clock(), **facts)
+                await self.store.move_trigger(trigger, event, said, self.clock(), **facts)
+                return StepResult(wait, said, error)
             except StoreError as e:
                 log.error("trigger %s: cannot write down %r, trying on: %s", trigger.id, event, e)
                 await asyncio.sleep(STORE_RETRY)
 
-    async def _send(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
-        try:
-            theirs = await self._actions[trigger.kind].prepare(trigger.stack_url)
-        except KeboolaError as e:
-            if not is_refusal(e):
-                raise
-            said = f"{e}; {FIX_IT}"
-            await self._record(trigger, "reject", said, message=str(e))
-            return StepResult(None, said, e)
-        now = self.clock()
-        at = trigger.sent_at or theirs or now
-        claimed = await self.store.move_trigger(trigger, "claim", "", now, sent_at=at)
-        if claimed is None:
-            return StepResult(0.0, "changed while it was triggered")
-        if claimed.attempts == 1:
-            delay = max(0, int(1000 * (now - trigger.created_at)))
-            self.store.sums.update(triggers=1, delay_ms=delay)
-        try:
-            job = await self._actions[trigger.kind].send(claimed, token)
-        except KeboolaError as e:
-            return await self._record_not_accepted(row, claimed, e)
-        return await self._record_accepted(row, claimed, job, f"Keboola job {job.id} started")
-
-    async def _record_not_accepted(
-        self, row: Job, trigger: Trigger, error: KeboolaError
-    ) -> StepResult:
-        self._count_error(error)
-        event = after_post(error)
-        said = str(error)
-        if event == "lose":
-            said = f"whether Keboola took the trigger is unknown, asking its search: {said}"
-        if event == "reject":
-            said = f"{said}; {FIX_IT}"
-        after = await self._record(trigger, event, said, message=str(error))
-        if event == "postpone" and after is not None:
-            return StepResult(self._retry(row, error), said, error)
-        return StepResult(None if event == "reject" else 0.0, said, error)
-
-    async def _record_accepted(
+    async def _record_started(
         self, row: Job, trigger: Trigger, job: KeboolaJob, said: str
     ) -> StepResult:
-        facts = {"keboola_job_id": job.id, "keboola_status": job.status, "message": None}
-        running = await self._record(trigger, "accept", said, **facts)
-        if running is not None and job.is_finished:
-            return await self._finish(running, job)
-        return StepResult(FOLLOW_FACTOR * self.interval_of(row), said)
+        facts: Any = {"keboola_job_id": job.id, "keboola_status": job.status, "message": None}
+        wait = 0.0 if job.is_finished else FOLLOW_FACTOR * self.interval_of(row)
+        return await self._record(trigger, "accept", said, wait=wait, **facts)
+
+    async def _send(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
+        action, now, claimed = self._actions[trigger.kind], self.clock(), False
+        try:
+            theirs = await action.prepare(trigger.stack_url)
+            at = trigger.sent_at or theirs or now
+            sending = await self.store.move_trigger(trigger, "claim", "", now, sent_at=at)
+            if sending is None:
+                return StepResult(0.0, "changed while it was triggered")
+            trigger, claimed = sending, True
+            if trigger.attempts == 1:
+                delay = max(0, int(1000 * (now - trigger.created_at)))
+                self.store.sums.update(triggers=1, delay_ms=delay)
+            job = await action.send(trigger, token)
+        except KeboolaError as e:
+            event = after_post(e) if claimed else "reject"
+            if not claimed and not is_refusal(e):
+                raise
+            self._count_error(e)
+            said, wait = str(e), self._retry(row, e) if event == "postpone" else None
+            if event == "lose":
+                said = f"whether Keboola took the trigger is unknown, asking its search: {said}"
+                wait = 0.0
+            if event == "reject":
+                said = f"{said}; {FIX_IT}"
+            return await self._record(trigger, event, said, wait=wait, error=e)
+        return await self._record_started(row, trigger, job, f"Keboola job {job.id} started")
 
     async def _settle(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         """Ask Keboola's search whether a trigger arrived; one that fails counts for nothing. The
@@ -7830,12 +7774,10 @@ class Steps:
             if not is_refusal(e) or self.monotonic() - since < REFUSED_LONG:
                 raise
             said = f"{e}, for {duration_text(REFUSED_LONG)}; {ON_HOLD}"
-            await self._record(trigger, "hold", said, message=str(e))
-            return StepResult(None, said, e)
+            return await self._record(trigger, "hold", said, error=e)
         if job is not None:
-            return await self._record_accepted(
-                row, trigger, job, f"found Keboola job {job.id} of this trigger"
-            )
+            said = f"found Keboola job {job.id} of this trigger"
+            return await self._record_started(row, trigger, job, said)
         why = f"; its POST had failed: {trigger.message}" if trigger.message else ""
         if event is None:
             said = f"Keboola's search does not show the trigger (search {searches}){why}"
@@ -7843,23 +7785,19 @@ class Steps:
             return StepResult(settle_wait(waited, window), said)
         said = f"Keboola's search did not show the trigger in {searches} searches; "
         said += (ON_HOLD if event == "hold" else "sending it again") + why
-        await self._record(trigger, event, said, searches=searches)
-        return StepResult(None if event == "hold" else 0.0, said)
+        wait = None if event == "hold" else 0.0
+        return await self._record(trigger, event, said, wait=wait, searches=searches)
 
     async def _follow(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         job = await self._actions[trigger.kind].follow(trigger, token)
-        if job.is_finished:
-            return await self._finish(trigger, job)
-        await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)
-        wait = FOLLOW_FACTOR * self.interval_of(row)
-        return StepResult(wait, f"Keboola job {job.id} is {job.status}")
-
-    async def _finish(self, trigger: Trigger, job: KeboolaJob) -> StepResult:
+        if not job.is_finished:
+            await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)
+            wait = FOLLOW_FACTOR * self.interval_of(row)
+            return StepResult(wait, f"Keboola job {job.id} is {job.status}")
         said = f"Keboola job {job.id} ended with {job.status}"
         said += f": {job.message}" if job.message else ""
-        facts = {"keboola_status": job.status, "message": job.message}
-        await self._record(trigger, after_end(job), said, **facts)
-        return StepResult(None, said)
+        facts: Any = {"keboola_status": job.status, "message": job.message}
+        return await self._record(trigger, after_end(job), said, **facts)
 
     # ingesting
 
@@ -9508,7 +9446,6 @@ class Timers:
         self._epoch = time.time()  # from which slots count
         self._stale = True  # the timers may differ from the store
         self._draining = self._woken = False
-        steps.on_finished = self._make_due_now
 
     @property
     def settings(self) -> Settings:
@@ -9574,15 +9511,6 @@ class Timers:
         self._woken = False
         if self._scheduler.running:
             self._scheduler.wakeup()
-
-    def _make_due_now(self, job_ids: Collection[int]) -> None:
-        """Make jobs due at once, because a list showed a finished batch of theirs. A job with a
-        step under way confirms it in that step."""
-        for job_id in job_ids:
-            timer = self._timers.get(job_id)
-            if timer is not None and not timer.busy:
-                timer.asked = True
-                self._move(timer, time.time())
 
     # steps
 
@@ -9666,9 +9594,9 @@ class Timers:
     async def _step(self, job_id: int) -> None:
         """A step of one job."""
         timer, began = self._timers[job_id], time.perf_counter()
-        asked, timer.asked = timer.asked, False
+        timer.asked = False
         try:
-            stepped = await self.steps.step(job_id, asked=asked)
+            stepped = await self.steps.step(job_id)
             timer.failures = 0
         except asyncio.CancelledError:
             log.warning("job %s: its step was cut off by the end of the service", job_id)
@@ -9979,7 +9907,10 @@ class Service(Timers):
             version=VERSION,
             uptime_seconds=round(now - self.started_at, 1),
             scheduler="stalled" if stalled else running,
-            paused_keys=[PausedKey.model_validate(p) for p in self.steps.openai.pauses()],
+            paused_keys=[
+                PausedKey(secret=name, until=until, reason=why)
+                for name, until, why in self.steps.openai.pauses()
+            ],
             config_last_reload_successful=self.reload_error is None,
             config_last_reload_at=self.reloaded_at,
             config_last_reload_error=self.reload_error,
@@ -10049,8 +9980,8 @@ class Service(Timers):
             backup_last_success_timestamp_seconds=self.backups.last or 0.0,
         )
         self.metrics.paused_keys.clear()
-        for pause in self.steps.openai.pauses():
-            self.metrics.paused_keys.labels(pause.secret).set(1)
+        for name, _, _ in self.steps.openai.pauses():
+            self.metrics.paused_keys.labels(name).set(1)
         return self.metrics.text()
 
 
