@@ -135,7 +135,7 @@ from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
-from functools import cache, lru_cache, partial, partialmethod, wraps
+from functools import cache, cached_property, lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
 from operator import attrgetter
 from pathlib import Path
@@ -1917,10 +1917,15 @@ def settle_wait(waited: float, window: float) -> float:
     return left if 0 < left < step else step
 
 
+def doubled(times: int) -> float:
+    """2 to this power; after some, every wait has reached its bound."""
+    return 2.0 ** min(times, 30)
+
+
 def backoff(attempt: int, longest: float, jitter: float) -> float:
     """Seconds before retry number `attempt` (from 1): 1, 2, 4, ... at most `longest`, of which
     `jitter` (0 to 1) takes away up to half, so that clients that failed together part ways."""
-    return min(BACKOFF_FIRST * 2.0 ** min(attempt - 1, 30), longest) * (1 - jitter / 2)
+    return min(BACKOFF_FIRST * doubled(attempt - 1), longest) * (1 - jitter / 2)
 
 
 def wait_after_error(
@@ -1930,7 +1935,7 @@ def wait_after_error(
     if isinstance(error, UpstreamError) and error.retry_after is not None:
         return max(BACKOFF_FIRST, min(error.retry_after, LONGEST_WAIT))
     if isinstance(error, UpstreamError) and error.status in BAD_KEY:
-        return min(interval * 2.0 ** min(errors_in_row, 10), max(LONGEST_WAIT, interval))
+        return min(interval * doubled(errors_in_row), max(LONGEST_WAIT, interval))
     if error.permanent or errors_in_row > settings.max_retries:
         return interval
     return min(backoff(errors_in_row, settings.retry_delay, jitter), interval)
@@ -5533,7 +5538,7 @@ def rate_limiter(per_minute: int | None) -> AsyncLimiter | None:
 class KeyState:
     """One key: what it may do, and what its list showed. Times are monotonic seconds."""
 
-    sdk: openai.AsyncOpenAI  # made once: a fresh one costs as much as a request
+    value: SecretValue
     budget: AsyncLimiter | None
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT_PER_KEY))
     names: set[str] = field(default_factory=set)  # of the secrets with this value
@@ -5584,7 +5589,6 @@ class OpenAI:
     ) -> None:
         self._base_url, self._per_minute, self._clock = base_url, per_minute, clock
         self._client: httpx2.AsyncClient | None = None
-        self._sdk: openai.AsyncOpenAI | None = None
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self.on_request: Callable[[str], None] = lambda kind: None  # told: retrieve or list
         self._keys: dict[str, KeyState] = {}
@@ -5597,23 +5601,26 @@ class OpenAI:
                 key.budget = rate_limiter(per_minute)
 
     def _key(self, key: SecretValue) -> KeyState:
-        if (found := self._keys.get(key.reveal())) is None:
-            try:
-                import httpx2
-                import openai
-            except (ImportError, OSError) as e:  # no file descriptor left, for one
-                raise OpenAIError(f"the SDK cannot be loaded: {one_line(e)}", sent=False) from e
-            self._client = self._client or make_client(OpenAIError)
-            self._sdk = self._sdk or openai.AsyncOpenAI(
-                api_key="set for each key",
-                base_url=self._base_url or OPENAI.base_url,
-                max_retries=0,
-                # a transport that is a function, whatever the name of its class
-                http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(self._transport)),
-            )
-            sdk = self._sdk.with_options(api_key=key.reveal())
-            found = self._keys[key.reveal()] = KeyState(sdk, rate_limiter(self._per_minute))
-        return found
+        if (value := key.reveal()) not in self._keys:
+            self._keys[value] = KeyState(key, rate_limiter(self._per_minute))
+        return self._keys[value]
+
+    @cached_property
+    def _sdk(self) -> openai.AsyncOpenAI:
+        """Made when it is first needed: its import takes most of a second."""
+        try:
+            import httpx2
+            import openai
+        except (ImportError, OSError) as e:  # no file descriptor left, for one
+            raise OpenAIError(f"the SDK cannot be loaded: {one_line(e)}", sent=False) from e
+        self._client = make_client(OpenAIError)
+        return openai.AsyncOpenAI(
+            api_key="set for each key",
+            base_url=self._base_url or OPENAI.base_url,
+            max_retries=0,
+            # a transport that is a function, whatever the name of its class
+            http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(self._transport)),
+        )
 
     async def _transport(self, request: httpx2.Request) -> httpx2.Response:
         """Send a request of the SDK. Of its headers only the key goes along: it would add what
@@ -5726,6 +5733,7 @@ class OpenAI:
     ) -> Any:
         """The JSON that a call brings, within what its key may do: so many calls at once and a
         minute, none while the key rests, and then one alone. Raises OpenAIError."""
+        sdk = self._sdk.with_options(api_key=mine.value.reveal())
         import httpx2
         import openai
 
@@ -5740,8 +5748,8 @@ class OpenAI:
                 try:
                     async with self._slots:
                         self.on_request(kind)
-                        ask = partial(mine.sdk.get, path, cast_to=httpx2.Response)
-                        answer = await ask(options={"params": query})
+                        options: Any = {"params": query}
+                        answer = await sdk.get(path, cast_to=httpx2.Response, options=options)
                     data = parse_json_answer(answer, OpenAIError, f"OpenAI's answer about {about}")
                 except (openai.OpenAIError, OpenAIError) as e:
                     # the SDK wraps some of what its transport raises
@@ -9043,8 +9051,7 @@ class RunLock:
 
 GRID = 0.25  # s; due times on a grid wake the event loop once for many jobs
 START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
-WHOLE_SECONDS_FROM = 1000  # jobs, from which on due times lie on whole seconds: a tick has a cost
-DUE_TOGETHER = 32  # jobs due together then whose rows lie together: alone, each would cost a page
+DUE_TOGETHER = 32  # jobs due together whose rows lie together: alone, each would cost a page
 CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one between two looks
 
 
@@ -9053,20 +9060,10 @@ def make_scheduler(on_step: Callable[[float], None] = lambda seconds: None) -> A
     due times are wall clock and its timer is monotonic, so a clock set back by ten minutes would
     stop all checks for ten minutes. The guard moves all due times by the same step, and calls
     `on_step` with its seconds."""
-    from apscheduler.executors.base import BaseExecutor
+    from apscheduler.executors.debug import DebugExecutor
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped tick is no news
-
-    class Notice(BaseExecutor):  # type: ignore[misc]
-        """Calls the job's function at once, with the due time. A task each would cost half a
-        check."""
-
-        def submit_job(self, job: Any, run_times: Sequence[datetime]) -> None:
-            job.func(*job.args, run_times[-1].timestamp())
-
-        def _do_submit_job(self, job: Any, run_times: Sequence[datetime]) -> None:
-            raise NotImplementedError
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it has two lines for each check
 
     class ClockGuarded(AsyncIOScheduler):  # type: ignore[misc]
         offset = time.time() - time.monotonic()
@@ -9077,20 +9074,15 @@ def make_scheduler(on_step: Callable[[float], None] = lambda seconds: None) -> A
             if abs(step) > CLOCK_JUMP:
                 log.warning("the clock was set by %+.0f s; all due times move with it", step)
                 for job in self.get_jobs():
-                    self.move(job, job.next_run_time + timedelta(seconds=step))
+                    job.modify(next_run_time=job.next_run_time + timedelta(seconds=step))
                 on_step(step)
             return super()._process_jobs()
 
-        def move(self, job: Any, at: datetime) -> None:
-            """Change a due time. The caller calls `wakeup`, once for all that it moves."""
-            job._modify(next_run_time=at)
-            self._jobstores["default"].update_job(job)
-
-    # A missed time is caught up once, however late; a job never runs beside itself.
+    # A missed time is caught up once, however late; a job never runs beside itself. Its function
+    # is called at once and begins a task: a task of the scheduler's own would cost half a check.
     defaults = {"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
-    scheduler = ClockGuarded(timezone=UTC, job_defaults=defaults)
-    scheduler.add_executor(Notice(), "notice")
-    return scheduler
+    executors = {"default": DebugExecutor()}
+    return ClockGuarded(timezone=UTC, executors=executors, job_defaults=defaults)
 
 
 def on_grid(at: float) -> datetime:
@@ -9106,10 +9098,9 @@ def phase(job_id: int, interval: float, jobs: int) -> float:
 
 def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
     """Seconds from the start to a job's first check. All jobs of one key fall within half of the
-    interval, less a little for delays, so that one list of its batches is recent enough for all."""
+    interval, less a little for delays, so that one list of its batches is recent enough for all;
+    and on whole seconds from its first one, since each tick has a cost."""
     key = phase(zlib.crc32(secret.encode()), interval / 2, jobs)
-    if jobs < WHOLE_SECONDS_FROM:
-        return key + 0.9 * phase(job_id, interval / 2, jobs)
     return key + math.floor(0.9 * phase(job_id // DUE_TOGETHER, interval / 2, jobs))
 
 
@@ -9425,8 +9416,7 @@ class JobTimer:
     since: float = 0.0  # unix time at which that step fell due
     asked: bool = False  # it is to be checked at once, and not by a list of batches
     ended: bool = False  # the last step left nothing to do; the next tick asks the store again
-    failed: bool = False  # the last step met an error
-    failures: int = 0  # steps in a row that met a failing store, or an internal error
+    failures: int = 0  # steps in a row that met an error
 
     @property
     def busy(self) -> bool:
@@ -9445,7 +9435,7 @@ class Timers:
         self._tasks: set[asyncio.Task[None]] = set()
         self._epoch = time.time()  # from which slots count
         self._stale = True  # the timers may differ from the store
-        self._draining = self._woken = False
+        self._draining = False
 
     @property
     def settings(self) -> Settings:
@@ -9492,7 +9482,6 @@ class Timers:
             (job_id,),
             id=str(job_id),
             name="check",
-            executor="notice",
             replace_existing=True,
             next_run_time=on_grid(time.time() + first),
         )
@@ -9500,28 +9489,18 @@ class Timers:
     def _move(self, timer: JobTimer, at: float) -> None:
         """Give a job another due time."""
         if timer.plan is not None and self._scheduler.running:
-            self._scheduler.move(timer.timer, on_grid(at))
-            if not self._woken:
-                self._woken = True
-                asyncio.get_running_loop().call_soon(self._wake)
-
-    def _wake(self) -> None:
-        """Have the scheduler read its due times, once for all that were moved in this turn of the
-        event loop: one reading costs more than a move."""
-        self._woken = False
-        if self._scheduler.running:
-            self._scheduler.wakeup()
+            timer.timer.modify(next_run_time=on_grid(at))
 
     # steps
 
-    def _fall_due(self, job_id: int, since: float = 0.0) -> None:
+    def _fall_due(self, job_id: int) -> None:
         """A job's timer calls this. It does nothing while a step of the job is under way."""
         timer = self._timers.get(job_id)
         if self._draining or timer is None or timer.busy:
             return
         if not self._due:
             asyncio.get_running_loop().call_soon(self._begin)
-        self._due.setdefault(job_id, since)
+        self._due.setdefault(job_id, timer.timer.next_run_time.timestamp())
 
     def _begin(self) -> None:
         """Begin the steps of all jobs that fell due in this turn of the event loop."""
@@ -9597,14 +9576,13 @@ class Timers:
         timer.asked = False
         try:
             stepped = await self.steps.step(job_id)
-            timer.failures = 0
         except asyncio.CancelledError:
             log.warning("job %s: its step was cut off by the end of the service", job_id)
             return
         except StoreError as e:
             self._store_failed(e)
-            timer.failures += 1
-            stepped = StepResult(min(STORE_PAUSE * 2**timer.failures, LONGEST_WAIT), str(e), e)
+            wait = min(STORE_PAUSE * doubled(timer.failures + 1), LONGEST_WAIT)
+            stepped = StepResult(wait, str(e), e)
         except Exception as e:
             stepped = await self._internal_error(job_id, timer, e)
         self.metrics.steps.observe(time.perf_counter() - began)
@@ -9613,13 +9591,12 @@ class Timers:
     async def _internal_error(self, job_id: int, timer: JobTimer, error: Exception) -> StepResult:
         """Report an unexpected error of a step in the log and in the job's last_error. There, only
         our own errors show their text: that of others may name what a caller may not read."""
-        timer.failures += 1
         said, traceback = str(error), None
         if not isinstance(error, TeckoError):
             said, traceback = f"internal error; see the log: {type(error).__name__}", error
             self.metrics.internal_errors.inc()
         pace = (timer.plan.interval if timer.plan else 0) or self.settings.default_poll_interval
-        wait = min(pace * 2.0 ** (timer.failures - 1), LONGEST_WAIT)
+        wait = min(pace * doubled(timer.failures), LONGEST_WAIT)
         log.error("job %s: %s; again in %.0f s", job_id, said, wait, exc_info=traceback)
         with contextlib.suppress(StoreError):  # which is told by the next step
             await self.store.note_failure(job_id, said, time.time(), wait)
@@ -9630,7 +9607,7 @@ class Timers:
         log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
         timer, now = self._timers[job_id], time.time()
         timer.task, plan = None, timer.plan
-        timer.failed = stepped.error is not None
+        timer.failures = timer.failures + 1 if stepped.error is not None else 0
         if stepped.error is None:  # how long a key that fails takes to do so is no lateness
             self.metrics.lateness.observe(max(0.0, now - timer.since))
         if plan is None or stepped.wait is None:
@@ -9725,8 +9702,8 @@ class Service(Timers):
         own = {self._tick: TICK, self._prune: PRUNE_SECONDS, self._back_up: BACKUP_SECONDS}
         own |= {self._alert: LOOK_SECONDS, self.alerts.ping: PING_SECONDS}
         for work, seconds in own.items():
-            every, soon = {"seconds": seconds, "executor": "notice"}, datetime.now(UTC)
-            self._scheduler.add_job(self._repeat, "interval", (work,), next_run_time=soon, **every)
+            every: Any = {"seconds": seconds, "next_run_time": datetime.now(UTC)}
+            self._scheduler.add_job(self._repeat, "interval", (work,), **every)
         self.store.on_write = self._written
         self._scheduler.start()
         gc.collect()
@@ -9812,13 +9789,13 @@ class Service(Timers):
             log.exception("reload refused after an internal error")
         self.reloaded_at, self.reload_error = time.time(), error
         for timer in self._timers.values():
-            if timer.failed and not timer.busy:
+            if timer.failures and not timer.busy:
                 self._move(timer, time.time())
         notify("READY=1")
 
     # ticks
 
-    def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], since: float = 0.0) -> None:
+    def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """The service's own timers call this: begin `work`, unless it is still running."""
         if not self._draining and ((task := self._repeated.get(work)) is None or task.done()):
             self._repeated[work] = self._spawn(work())
