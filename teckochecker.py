@@ -7535,17 +7535,6 @@ class Steps:
             )
         return read_reference(name, self.config.secrets[name], self.config)
 
-    def _pace(self, auto: bool, batches: Sequence[Batch], now: float) -> float | None:
-        """Until the next check, where a job leaves that to us."""
-        s = self.config.settings
-        low, high = s.min_poll_interval, s.max_poll_interval
-        return auto_interval(batches, now, low, high) if auto else None
-
-    def interval_of(self, job: Job | None) -> float:
-        """A job's interval, or the default where it has none of its own."""
-        own = job.interval if job is not None else 0
-        return float(own or self.config.settings.default_poll_interval)
-
     def _count_error(self, error: TeckoError) -> None:
         status = str(getattr(error, "status", None) or "no answer")
         self.metrics.upstream_errors.labels(ERROR_NAMES[error.code], status).inc()
@@ -7661,9 +7650,10 @@ class Steps:
             verdict = decide(row.watches.watch, batches, now)  # reads the job's definition
         if verdict.event == "fire":
             trigger = new_trigger(row, batches, verdict, uuid.uuid4().hex, now)
-        pace = self._pace(not row.interval, batches, now)
-        interval = pace or self.interval_of(row)
-        wait = max((self._retry(row, e, interval) for e in errors), default=interval)
+        pace, s = row.pace, self.config.settings
+        if not row.interval:
+            pace = auto_interval(batches, now, s.min_poll_interval, s.max_poll_interval)
+        wait = max((self._retry(row, e) for e in errors), default=pace)
         if not errors and any(lacks_output(batch, now) for batch in batches):
             wait = min(wait, OUTPUT_AGAIN)
         said = [verdict.reason] if verdict.event else [*map(str, errors), *remarks(batches, now)]
@@ -7701,10 +7691,10 @@ class Steps:
             await self.store.note_trigger(trigger, self.clock(), error=str(e))
             return StepResult(self._retry(row, e), str(e), e)
 
-    def _retry(self, job: Job, error: TeckoError, interval: float | None = None) -> float:
-        """Seconds until what failed is tried again, after `interval` usually, or the job's own."""
-        usual, settings = interval or self.interval_of(job), self.config.settings
-        return wait_after_error(error, job.errors_in_row + 1, usual, settings, self.jitter())
+    def _retry(self, job: Job, error: TeckoError) -> float:
+        """Seconds until what failed is tried again."""
+        settings = self.config.settings
+        return wait_after_error(error, job.errors_in_row + 1, job.pace, settings, self.jitter())
 
     async def _record(
         self,
@@ -7734,7 +7724,7 @@ class Steps:
         self, row: Job, trigger: Trigger, job: KeboolaJob, said: str
     ) -> StepResult:
         facts: Any = {"keboola_job_id": job.id, "keboola_status": job.status, "message": None}
-        wait = 0.0 if job.is_finished else FOLLOW_FACTOR * self.interval_of(row)
+        wait = 0.0 if job.is_finished else FOLLOW_FACTOR * row.pace
         return await self._record(trigger, "accept", said, wait=wait, **facts)
 
     async def _send(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
@@ -7800,7 +7790,7 @@ class Steps:
         job = await self._actions[trigger.kind].follow(trigger, token)
         if not job.is_finished:
             await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)
-            wait = FOLLOW_FACTOR * self.interval_of(row)
+            wait = FOLLOW_FACTOR * row.pace
             return StepResult(wait, f"Keboola job {job.id} is {job.status}")
         said = f"Keboola job {job.id} ended with {job.status}"
         said += f": {job.message}" if job.message else ""
@@ -7812,7 +7802,7 @@ class Steps:
     async def _ingest(self, job: Job) -> StepResult:
         """One run of an ingest, from its checkpoint to the end of its source."""
         if job.id in self.ingesting:
-            return StepResult(self.interval_of(job), "a run goes on already")
+            return StepResult(job.pace, "a run goes on already")
         self.ingesting.add(job.id)
         try:
             checkpoint = await self.store.checkpoint(job.name)
@@ -7912,7 +7902,7 @@ class Ingesting:
         except Exception as e:
             error = IngestFailed(f"internal error, see the log: {type(e).__name__}: {e}")
             log.exception("job %s: internal error", job.id)
-        wait = BACKOFF_FIRST if isinstance(error, Interrupted) else steps.interval_of(job)
+        wait = BACKOFF_FIRST if isinstance(error, Interrupted) else job.pace
         wait = steps._retry(job, error) if isinstance(error, TeckoError) else wait
         said = str(error) or "the program was told to end" if error else None
         end = RunEnd(
@@ -9405,6 +9395,14 @@ STORE_PAUSE = 5.0  # s until a step that met a failing store is tried again
 READ_TOGETHER = 500  # jobs read by one query of those due in one tick
 
 
+def describe_error(error: Exception) -> tuple[str, Exception | None]:
+    """What a caller may read of an error, and what the log shows with its traceback. Only our own
+    errors show their text: that of others may name what a caller may not read."""
+    if isinstance(error, TeckoError):
+        return str(error), None
+    return f"internal error; see the log: {type(error).__name__}", error
+
+
 @dataclass(slots=True)
 class JobTimer:
     """What the service remembers of a job."""
@@ -9434,7 +9432,7 @@ class Timers:
         self._due: dict[int, float] = {}  # since when; begun together when the tick is over
         self._tasks: set[asyncio.Task[None]] = set()
         self._epoch = time.time()  # from which slots count
-        self._stale = True  # the timers may differ from the store
+        self.stale = True  # the store has changed, and not by a step
         self._draining = False
 
     @property
@@ -9451,7 +9449,7 @@ class Timers:
 
     async def _sync(self, ids: Collection[int] | None = None) -> None:
         """Bring the timers in line with the store: all of them, or those of `ids`."""
-        self._stale &= ids is not None
+        self.stale &= ids is not None
         wanted = await self.store.schedule(ids)
         for job_id in [*self._timers] if ids is None else ids:
             if job_id not in wanted and job_id in self._timers:
@@ -9526,8 +9524,16 @@ class Timers:
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            what = f"this machine refused it: {error}" if isinstance(error, OSError) else ""
-            log.error(what or "internal error in a step", exc_info=None if what else error)
+            self._report(error)
+
+    def _report(self, error: BaseException) -> None:
+        """Log an error that is no job's own."""
+        if isinstance(error, StoreError):
+            self._store_failed(error)
+        elif isinstance(error, OSError):
+            log.error("this machine refused it: %s", error)
+        else:
+            log.error("internal error", exc_info=error)
 
     async def _run_due(self, ids: Sequence[int]) -> None:
         """Check jobs that fell due together: by a list of their batches where that is enough, the
@@ -9539,8 +9545,10 @@ class Timers:
                 self._finish_step(job_id, StepResult(STORE_PAUSE, str(error), error))
             return
         by_key: dict[str, list[Job]] = {}
-        with self._one_by_one_instead(len(ids)):
+        try:
             by_key = await self.steps.by_key([i for i in ids if not self._timers[i].asked])
+        except Exception as e:
+            self._report(e)  # each job then meets and reports it by itself
         for secret, rows in by_key.items():
             self._spawn(self._check_together(secret, rows), [row.id for row in rows])
         grouped = {row.id for rows in by_key.values() for row in rows}
@@ -9548,21 +9556,13 @@ class Timers:
             if job_id not in grouped:
                 self._spawn(self._step(job_id), [job_id])
 
-    @contextlib.contextmanager
-    def _one_by_one_instead(self, jobs: int) -> Iterator[None]:
-        """Log an error of a group; each of its jobs then meets and reports it by itself."""
-        try:
-            yield
-        except StoreError as e:
-            self._store_failed(e)
-        except Exception:
-            log.exception("internal error; %d jobs are checked one by one", jobs)
-
     async def _check_together(self, secret: str, rows: Sequence[Job]) -> None:
         """Check jobs of one key by a list of its batches."""
         done, began = dict[int, StepResult](), time.perf_counter()
-        with self._one_by_one_instead(len(rows)):
+        try:
             done = await self.steps.check(secret, rows)
+        except Exception as e:
+            self._report(e)  # as above
         self.metrics.steps.observe(time.perf_counter() - began)
         for row in rows:
             if row.id in done:
@@ -9589,11 +9589,9 @@ class Timers:
         self._finish_step(job_id, stepped)
 
     async def _internal_error(self, job_id: int, timer: JobTimer, error: Exception) -> StepResult:
-        """Report an unexpected error of a step in the log and in the job's last_error. There, only
-        our own errors show their text: that of others may name what a caller may not read."""
-        said, traceback = str(error), None
-        if not isinstance(error, TeckoError):
-            said, traceback = f"internal error; see the log: {type(error).__name__}", error
+        """Report an unexpected error of a step in the log and in the job's last_error."""
+        said, traceback = describe_error(error)
+        if traceback is not None:
             self.metrics.internal_errors.inc()
         pace = (timer.plan.interval if timer.plan else 0) or self.settings.default_poll_interval
         wait = min(pace * doubled(timer.failures), LONGEST_WAIT)
@@ -9721,10 +9719,6 @@ class Service(Timers):
                 self.reload.clear()
                 await self._reload()
 
-    def sync_soon(self) -> None:
-        """Have the next tick read a change of the store that no step has made."""
-        self._stale = True
-
     async def drain(self) -> None:
         """Begin no more steps, let those under way finish or be recorded, end the timers."""
         if not self._scheduler.running:
@@ -9762,7 +9756,7 @@ class Service(Timers):
                 log.info("%s: %s", config.path, said)
             done = await self.store.sync_file_jobs(config.jobs, time.time())
         self.steps.config = config
-        self._stale = True
+        self.stale = True
         words = ", ".join(f"{count} {what}" for what, count in done.items())
         log.info("%s: %s", config.path, words or "no job changed")
 
@@ -9781,12 +9775,10 @@ class Service(Timers):
             self.steps.openai.set_budget(config.settings.max_requests_per_minute)
             if changed:
                 log.warning("changed, but taken up only by a restart: %s", ", ".join(changed))
-        except TeckoError as e:
-            error = str(e)
-            log.error("reload refused, the configuration before it stays: %s", e)
         except Exception as e:
-            error = f"internal error; see the log: {type(e).__name__}"
-            log.exception("reload refused after an internal error")
+            error, traceback = describe_error(e)
+            said = "reload refused, the configuration before it stays: %s"
+            log.error(said, error, exc_info=traceback)
         self.reloaded_at, self.reload_error = time.time(), error
         for timer in self._timers.values():
             if timer.failures and not timer.busy:
@@ -9801,27 +9793,9 @@ class Service(Timers):
             self._repeated[work] = self._spawn(work())
 
     async def _tick(self) -> None:
-        """Once a second: store the checks that changed nothing, read what other processes changed,
-        and notify the watchdog."""
+        """Once a second: check that the database is still ours, read what other processes changed,
+        notify the watchdog, and store the checks that changed nothing."""
         ACTOR.set(None)
-        try:
-            await self._check_store()
-            version = await self.store.data_version()
-            if self._stale or version != self._seen_version:
-                await self._sync()
-                self._seen_version = version
-            if ended := [job_id for job_id, timer in self._timers.items() if timer.ended]:
-                await self._sync(ended)
-            now = time.monotonic()
-            self._lag, self._ticked = max(0.0, now - self._ticked - TICK), now
-            notify("WATCHDOG=1")
-        except StoreError as e:
-            self._store_failed(e)
-        except Exception:
-            log.exception("internal error in a tick; the next one follows in %s s", TICK)
-
-    async def _check_store(self) -> None:
-        """Check that the database is still ours, and that it can be written."""
         if self.lock is not None:
             self.lock.hold()
         if self.store.superseded:
@@ -9829,12 +9803,18 @@ class Service(Timers):
             self.stop.set()
         if problem := self.store.file_problem():
             self._store_failed(StoreError(problem))
-        try:
-            await self.store.flush()
-            if self.store_error is not None:  # without quiet checks, nothing was tried
-                await self.store.log_event("error", f"it failed: {self.store_error}", time.time())
-        except StoreError as e:
-            self._store_failed(e)
+        version = await self.store.data_version()
+        if self.stale or version != self._seen_version:
+            await self._sync()
+            self._seen_version = version
+        if ended := [job_id for job_id, timer in self._timers.items() if timer.ended]:
+            await self._sync(ended)
+        now = time.monotonic()
+        self._lag, self._ticked = max(0.0, now - self._ticked - TICK), now
+        notify("WATCHDOG=1")
+        await self.store.flush()
+        if self.store_error is not None:  # without quiet checks, nothing was tried
+            await self.store.log_event("error", f"it failed: {self.store_error}", time.time())
 
     def _written(self, seconds: float) -> None:
         """The store calls this after each commit, with its duration."""
@@ -9846,18 +9826,15 @@ class Service(Timers):
     async def _prune(self) -> None:
         """Delete rows past their time or number."""
         keep, days = self.settings.log_retention_rows, self.settings.log_retention_days
-        with contextlib.suppress(StoreError):  # it has time until the next look
-            await self.store.prune(time.time() - 86400 * days, keep)
+        await self.store.prune(time.time() - 86400 * days, keep)
 
     async def _alert(self) -> None:
         """Send the alerts that are due."""
         if self.steps.config.alerts:
-            with contextlib.suppress(StoreError):  # the next look follows
-                await self.alerts.update(await self.health(ALERTED))
+            await self.alerts.update(await self.health(ALERTED))
 
     async def _back_up(self) -> None:
-        with contextlib.suppress(StoreError):  # the next look follows
-            await self.store.detect_restore(time.time())
+        await self.store.detect_restore(time.time())
         await asyncio.to_thread(self.backups.run_if_due, self.settings, time.time())
 
     # figures
@@ -11019,7 +10996,7 @@ class Admin:
                     return await answer if isinstance(answer, Awaitable) else answer
             finally:
                 if route.method != "GET":
-                    self.service.sync_soon()
+                    self.service.stale = True
 
         work = asyncio.create_task(run(), name=f"request {request.request_id}")
         first = asyncio.FIRST_COMPLETED
@@ -11896,7 +11873,7 @@ async def follow_up_steps(service: Service, job_id: int, stepped: StepResult) ->
     """The steps that follow a job's first one at once."""
     while not service.steps.stopping:
         job = await service.store.job(job_id)
-        if job is None or stepped.wait is None or stepped.wait >= service.steps.interval_of(job):
+        if job is None or stepped.wait is None or stepped.wait >= job.pace:
             return
         if stepped.error is None and stepped.wait > 0:  # a search, or a look at a running job
             return

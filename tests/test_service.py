@@ -107,7 +107,7 @@ async def test_changes_of_another_process_take_effect(world: World) -> None:
 async def test_a_job_is_found_by_a_service_that_sleeps(world: World) -> None:
     """Nothing of its own to do, and yet what another process adds is soon looked at."""
     async with running(world) as service:
-        await until(lambda: not service._stale)
+        await until(lambda: not service.stale)
         await watch(world, "batch_new")
         await until(lambda: checks(world, "batch_new"))
 
@@ -285,7 +285,7 @@ async def test_a_step_goes_on_while_its_job_leaves_and_comes_back(world: World) 
         await gate.areached()
         for change in (world.store.pause_job, world.store.resume_job):
             await change(job_id, time.time())
-            await until(lambda: not service._stale and synced(world, service))
+            await until(lambda: not service.stale and synced(world, service))
         assert checks(world, "batch_hung") == 1
         gate.release()
         await until(lambda: checks(world, "batch_hung") >= 2)
@@ -835,7 +835,8 @@ async def test_the_watchdog_is_fed_by_ticks(world: World, ear: socket.socket) ->
             while ear.recv(4096):
                 pass
         ticked = service._ticked
-        await service._tick()
+        with pytest.raises(tecko.StoreError):
+            await service._tick()
         with pytest.raises(BlockingIOError):
             ear.recv(4096)
         assert service._ticked == ticked
