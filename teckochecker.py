@@ -5196,6 +5196,7 @@ class Backups:
 # One way to ask another server: bounded in bytes, time, depth and redirects, whatever it sends;
 # and one way to say what went wrong.
 
+ANSWER_BYTES = 4 << 20  # bytes of an answer of OpenAI or Keboola: a page of batches has 100 KB
 ERROR_BYTES = 1 << 18  # bytes of an answer that is an error
 ANSWER_VALUES = 100_000  # commas in an answer as JSON: each value takes some 100 bytes of memory
 REASON = 200  # characters of an answer's body that an error repeats
@@ -5297,8 +5298,8 @@ async def http_request(
     method: str,
     url: str,
     *,
-    deadline: float,
-    limit: int,
+    deadline: float = CALL_DEADLINE,
+    limit: int = ANSWER_BYTES,
     about: str = "",
     redirects: int = 0,
     anywhere: bool = False,
@@ -5441,7 +5442,6 @@ def parse_json_answer(answer: httpx2.Response, error: type[UpstreamError], who: 
 # answer, 502, 503, 504), met five times in a row about different things. Then one call alone
 # tries, and what had failed waits longer than the rest: one broken batch stops no other.
 
-ANSWER_BYTES = 4 << 20  # bytes of an answer of OpenAI or Keboola: a page of batches has 100 KB
 PAGE = 100  # batches in one page of a list, the most there is
 BARE_PAGES = 2  # pages without a wanted batch, after which a list is read no further
 LIST_AGAIN = 600.0  # s until a list that failed, lied or did not pay is tried again
@@ -5633,8 +5633,6 @@ class OpenAI:
             "OpenAI",
             request.method,
             str(request.url),
-            deadline=CALL_DEADLINE,
-            limit=ANSWER_BYTES,
             about=THE_LIST if path.endswith(OPENAI.path) else path.rpartition("/")[2],
             headers={OPENAI.header: request.headers[OPENAI.header]},
         )
@@ -5905,9 +5903,11 @@ class Keboola:
             query["createdTimeFrom"] = keboola_time(since - SEARCH_SLACK)
         met, until = set[str](), time.monotonic() + CALL_DEADLINE
         for page in range(SEARCH_PAGES):
-            bounds = {"deadline": until - time.monotonic()}
-            given = query | {"offset": str(page * SEARCH_PAGE)}
-            jobs = await self._call("GET", trigger, "search/jobs", secret, params=given, **bounds)
+            bounds = {
+                "deadline": until - time.monotonic(),
+                "params": query | {"offset": str(page * SEARCH_PAGE)},
+            }
+            jobs = await self._call("GET", trigger, "search/jobs", secret, **bounds)
             if not isinstance(jobs, list):
                 raise KeboolaError("Keboola's search answered with something else than a list")
             for job in jobs:
@@ -5947,11 +5947,9 @@ class Keboola:
         """The JSON of an answer, whose Date tells the stack's time. Raises KeboolaError."""
         self._client = self._client or make_client(KeboolaError)
         about = f"{method} {urlsplit(url).path}"
-        bounds: dict[str, Any] = {"deadline": CALL_DEADLINE, "limit": ANSWER_BYTES, "about": about}
+        ask = partial(http_request, self._client, KeboolaError, "Keboola", method, url)
         try:
-            answer = await http_request(
-                self._client, KeboolaError, "Keboola", method, url, **bounds | request
-            )
+            answer = await ask(about=about, **request)
         except KeboolaError as e:
             if not e.sent:
                 self._queues.pop(stack, None)  # the index may name another host by now
@@ -8089,64 +8087,65 @@ async def probe(subject: str, call: Callable[[], Awaitable[str]], missing: str) 
         return Finding(subject, False, str(e))
 
 
-class Doctor:
-    """Asks each key, batch, token, configuration, source and path of some jobs once, and changes
+async def examine(steps: Steps, specs: Sequence[Spec]) -> list[Finding]:
+    """Ask each key, batch, token, configuration, source and path of some jobs once, and change
     nothing: no trigger is sent and no record is stored."""
+    once = {check[0]: check for spec in specs for check in questions(steps, spec)}
+    return list(await asyncio.gather(*(probe(*check) for check in once.values())))
 
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
 
-    async def examine(self, specs: Sequence[Spec]) -> list[Finding]:
-        once = {check[0]: check for spec in specs for check in self._checks(spec)}
-        return list(await asyncio.gather(*(probe(*check) for check in once.values())))
+def questions(steps: Steps, spec: Spec) -> Iterator[tuple[str, Callable[[], Awaitable[str]], str]]:
+    """What to ask for a job: the arguments of `probe`."""
+    if isinstance(spec, IngestSpec):
+        ask = partial(ask_source, steps, spec.ingest)
+        yield f"source {without_query(spec.ingest.place)}", ask, "nothing is there"
+        return
+    key, target = str(spec.watch.secret), spec.trigger
+    for batch_id in spec.watch.batch_ids:
+        unknown = "a wrong id, or one of a project that the key is not of"
+        yield (
+            f"batch {batch_id} with key {key!r}",
+            partial(ask_batch, steps, key, batch_id),
+            unknown,
+        )
+    ask = partial(ask_storage, steps, target)
+    token = f"Keboola token {str(target.secret)!r} at {target.stack_url}"
+    shown = {"project": "owner.name", "expires": "expires"}
+    yield token, partial(ask, "tokens/verify", shown), "no stack of Keboola is there"
+    place = f"components/{quote(target.component_id)}/configs/{quote(target.configuration_id)}"
+    missing = "no such configuration in the token's project"
+    yield f"{place} with {token}", partial(ask, place, {"name": "name"}), missing
 
-    def _checks(self, spec: Spec) -> Iterator[tuple[str, Callable[[], Awaitable[str]], str]]:
-        """The arguments of `probe`."""
-        if isinstance(spec, IngestSpec):
-            source = spec.ingest
-            remote = isinstance(source, ApiSource) or source.remote or source.in_s3
-            path = str(self._steps.config.base / source.place)
-            files = partial(asyncio.to_thread, readable_files, path)
-            ask = partial(self._url, source) if remote else files
-            yield f"source {without_query(source.place)}", ask, "nothing is there"
-            return
-        key, target = str(spec.watch.secret), spec.trigger
-        for batch_id in spec.watch.batch_ids:
-            unknown = "a wrong id, or one of a project that the key is not of"
-            ask = partial(self._batch, key, batch_id)
-            yield f"batch {batch_id} with key {key!r}", ask, unknown
-        token = f"Keboola token {str(target.secret)!r} at {target.stack_url}"
-        shown = {"project": "owner.name", "expires": "expires"}
-        ask = partial(self._storage, target, "tokens/verify", shown)
-        yield token, ask, "no stack of Keboola is there"
-        place = f"components/{quote(target.component_id)}/configs/{quote(target.configuration_id)}"
-        ask = partial(self._storage, target, place, {"name": "name"})
-        yield f"{place} with {token}", ask, "no such configuration in the token's project"
 
-    async def _batch(self, key: str, batch_id: str) -> str:
-        batch = await self._steps.openai.retrieve(await self._steps._secret(key), batch_id)
-        return f"{batch.status}, {batch.requests_completed} of {batch.requests_total} requests"
+async def ask_batch(steps: Steps, key: str, batch_id: str) -> str:
+    batch = await steps.openai.retrieve(await steps._secret(key), batch_id)
+    return f"{batch.status}, {batch.requests_completed} of {batch.requests_total} requests"
 
-    async def _storage(self, target: KeboolaTrigger, path: str, shown: Mapping[str, str]) -> str:
-        """What the Storage API answers; of it, some fields by their dotted paths."""
-        token = await self._steps._secret(str(target.secret))
-        told = await self._steps.keboola.storage(target.stack_url, token, path)
-        record = told if isinstance(told, dict) else {}
-        return ", ".join(f"{name}: {one_line(picker(at)(record))}" for name, at in shown.items())
 
-    async def _url(self, source: CsvSource | ApiSource) -> str:
-        secret = await self._steps.secret_of(source)
-        if isinstance(source, CsvSource) and source.in_s3:
-            return f"{len(await s3_objects(source, secret))} objects"
-        with tempfile.TemporaryFile() as sink:
-            try:
-                async with asyncio.timeout(CALL_DEADLINE):
-                    got = await self._steps.web.get(source, source.place, secret, sink=sink)
-            except TimeoutError:
-                if not sink.tell():
-                    raise SourceError("no answer in time") from None
-                return f"is sending, for more than {CALL_DEADLINE:.0f} s"
-        return f"answered {got.status_code}"
+async def ask_storage(
+    steps: Steps, target: KeboolaTrigger, path: str, shown: Mapping[str, str]
+) -> str:
+    """What the Storage API answers; of it, some fields by their dotted paths."""
+    token = await steps._secret(str(target.secret))
+    told = await steps.keboola.storage(target.stack_url, token, path)
+    return ", ".join(f"{name}: {one_line(value_at(told, at))}" for name, at in shown.items())
+
+
+async def ask_source(steps: Steps, source: CsvSource | ApiSource) -> str:
+    if isinstance(source, CsvSource) and not source.remote and not source.in_s3:
+        return await asyncio.to_thread(readable_files, str(steps.config.base / source.place))
+    secret = await steps.secret_of(source)
+    if isinstance(source, CsvSource) and source.in_s3:
+        return f"{len(await s3_objects(source, secret))} objects"
+    with tempfile.TemporaryFile() as sink:
+        try:
+            async with asyncio.timeout(CALL_DEADLINE):
+                got = await steps.web.get(source, source.place, secret, sink=sink)
+        except TimeoutError:
+            if not sink.tell():
+                raise SourceError("no answer in time") from None
+            return f"is sending, for more than {CALL_DEADLINE:.0f} s"
+    return f"answered {got.status_code}"
 
 
 def readable_files(path: str) -> str:
@@ -11433,7 +11432,7 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
         findings = list[Finding]()
         if args.online:
             async with make_steps(config, store) as steps:
-                findings = await Doctor(steps).examine(jobs)
+                findings = await examine(steps, jobs)
         return await store.names("secrets"), await describe_plan(jobs, store), findings
 
     stored, changes, findings = run_read_only(config, look)
