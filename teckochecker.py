@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "aiolimiter>=1.2", "aiosqlite>=0.22", "apscheduler>=3.11,<4", "cryptography>=46",
+#   "aiosqlite>=0.22", "apscheduler>=3.11,<4", "cryptography>=46",
 #   "httpx2>=2.16", "openai>=3.54", "orjson>=3.11", "prometheus-client>=0.22", "pydantic>=2.12",
 #   "python-dotenv>=1.1", "pyyaml>=6.0.2", "rich>=14", "shtab>=1.7.2",
 # ]
@@ -201,7 +201,6 @@ if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK 
     import aiosqlite
     import httpx2
     import openai
-    from aiolimiter import AsyncLimiter
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
     from apscheduler.triggers.interval import IntervalTrigger
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -1734,9 +1733,7 @@ def describe_end(batch: BatchSeen) -> str:
     return f"{batch.batch_id} {batch.status}: {batch.error or done}"
 
 
-seen_fields: Callable[[BatchSeen], tuple[Any, ...]] = attrgetter(
-    *(f.name for f in fields(BatchSeen))
-)
+seen_fields = attrgetter(*(f.name for f in fields(BatchSeen)))
 
 
 def batch_after_answer(known: Batch, seen: BatchSeen, now: float) -> Batch:
@@ -1811,75 +1808,70 @@ def duration_text(seconds: float) -> str:
     return f"{int(seconds)} s"
 
 
-def trigger_body(spec: JobSpec, batches: Sequence[Batch], trigger_id: str) -> str:
-    """The body of Keboola's POST /jobs for what became of the batches."""
+def outcome_of(batches: Sequence[Batch]) -> dict[str, str]:
+    """What became of batches, as Keboola's job is told."""
     ends = {"completed": [b for b in batches if outcome(b) == "completed"]}
     ends["failed"] = [b for b in batches if b not in ends["completed"]]
-    values = {"teckochecker_job": spec.name, "teckochecker_trigger_id": trigger_id}
+    values = {"batch_count_total": str(len(batches))}
     for end, group in ends.items():
         values[f"batch_ids_{end}"] = json.dumps([b.batch_id for b in group])
         values[f"batch_count_{end}"] = str(len(group))
-    values["batch_count_total"] = str(len(batches))
     for kind in ("output", "error"):
         ids = [getattr(b, f"{kind}_file_id") for b in batches]
         values[f"{kind}_file_ids"] = json.dumps([i for i in ids if i])
     for count in ("total", "completed", "failed"):
-        values[f"request_count_{count}"] = str(
-            sum(getattr(b, f"requests_{count}") for b in batches)
-        )
-    return request_body(spec, values)
+        done = sum(getattr(b, f"requests_{count}") for b in batches)
+        values[f"request_count_{count}"] = str(done)
+    return values
 
 
-def request_body(spec: JobSpec, outcome_of_batches: Mapping[str, str]) -> str:
-    """The body of Keboola's POST /jobs as JSON. Every value is a non-empty string: Keboola refuses
-    an empty one, and ignores variables that a configuration does not define."""
-    values = {**outcome_of_batches, **spec.trigger.variables}
+def target_of(spec: JobSpec, told: Mapping[str, str]) -> dict[str, Any]:
+    """A trigger's columns that follow from its job's target: where it goes, and the body of
+    Keboola's POST /jobs. In that every value is a non-empty string: Keboola refuses an empty one,
+    and ignores variables that a configuration does not define."""
+    target = spec.trigger
+    values = {**told, "teckochecker_job": spec.name, **target.variables}
     body = {
         "mode": "run",
-        "component": spec.trigger.component_id,
-        "config": spec.trigger.configuration_id,
+        "component": target.component_id,
+        "config": target.configuration_id,
         "variableValuesData": {"values": [{"name": k, "value": v} for k, v in values.items()]},
     }
-    return json.dumps(body)
+    return {
+        "stack_url": target.stack_url,
+        "secret": str(target.secret),
+        "on_ambiguous": target.on_ambiguous,
+        "body": json.dumps(body),
+    }
 
 
 def new_trigger(
     job: Job, batches: Sequence[Batch], verdict: Verdict, trigger_id: str, now: float
 ) -> Trigger:
     """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
-    target = job.watches.trigger
+    told = outcome_of(batches) | {"teckochecker_trigger_id": trigger_id}
     return Trigger(
         id=trigger_id,
         job_id=job.id,
         round=job.round,
         state="pending",
-        stack_url=target.stack_url,
-        secret=str(target.secret),
-        body=trigger_body(job.watches, batches, trigger_id),
         partial=verdict.partial,
-        on_ambiguous=target.on_ambiguous,
         created_at=now,
+        **target_of(job.watches, told),
     )
-
-
-def is_open(trigger: Trigger) -> bool:
-    """Whether something is left to do for it that needs no person."""
-    return bool(TRIGGER_STEPS[trigger.state]) and trigger.state != "held"
 
 
 def retargeted(trigger: Trigger, spec: JobSpec) -> Trigger:
     """A trigger that is known not to have been sent, with the job's present target; what it says
     of the batches stays."""
-    body, target = json.loads(trigger.body), spec.trigger
-    values = {v["name"]: v["value"] for v in body["variableValuesData"]["values"]}
-    outcome_of_batches = {k: v for k, v in values.items() if k in RESERVED_VARIABLES}
-    return replace(
-        trigger,
-        stack_url=target.stack_url,
-        secret=str(target.secret),
-        on_ambiguous=target.on_ambiguous,
-        body=request_body(spec, {**outcome_of_batches, "teckochecker_job": spec.name}),
-    )
+    values = json.loads(trigger.body)["variableValuesData"]["values"]
+    kept = {v["name"]: v["value"] for v in values if v["name"] in RESERVED_VARIABLES}
+    return replace(trigger, **target_of(spec, kept))
+
+
+def is_open(trigger: Trigger) -> bool:
+    """Whether something is left to do for it that needs no person."""
+    return bool(TRIGGER_STEPS[trigger.state]) and trigger.state != "held"
 
 
 def is_refusal(error: UpstreamError) -> bool:
@@ -1904,11 +1896,6 @@ def after_search(trigger: Trigger, waited: float, window: float) -> Event | None
     if trigger.searches + 1 < SETTLE_SEARCHES or waited < window:
         return None
     return "hold" if trigger.on_ambiguous == "hold" else "resend"
-
-
-def after_end(job: KeboolaJob) -> Event:
-    """What the end of a Keboola job means for its trigger."""
-    return "succeed" if job.status in ("success", "warning") else "fail"
 
 
 def settle_wait(waited: float, window: float) -> float:
@@ -4114,7 +4101,7 @@ def aim_of(stack_url: str, body: str) -> str:
 def aim_of_spec(spec: JobSpec) -> str:
     """The same for a job that has not fired yet."""
     unseen = [Batch(batch_id, "") for batch_id in spec.watch.batch_ids]
-    return aim_of(spec.trigger.stack_url, trigger_body(spec, unseen, ""))
+    return aim_of(spec.trigger.stack_url, target_of(spec, outcome_of(unseen))["body"])
 
 
 def spec_columns(spec: Spec) -> dict[str, Any]:
@@ -5257,6 +5244,21 @@ async def resolve_host(host: Any, port: Any, **hints: int) -> Any:
     return await asyncio.wrap_future(answer)
 
 
+class Turns:
+    """Spreads requests evenly over each minute, without bursts."""
+
+    def __init__(self) -> None:
+        self._free_at = 0.0
+
+    async def wait(self, per_minute: int | None) -> None:
+        """Wait until the next request may be sent; None: any time."""
+        if per_minute is not None:
+            now = asyncio.get_running_loop().time()
+            at = max(now, self._free_at)
+            self._free_at = at + 60 / per_minute
+            await asyncio.sleep(at - now)
+
+
 def make_client(error: type[UpstreamError], connections: int | None = None) -> httpx2.AsyncClient:
     """A client that keeps no cookies and follows no redirect. Raises `error` where the environment
     allows none (a SOCKS proxy without its library, a missing SSL_CERT_FILE)."""
@@ -5524,22 +5526,12 @@ def parse_page(data: Any) -> tuple[list[BatchSeen], str | None]:
     return page, last if more else None
 
 
-def rate_limiter(per_minute: int | None) -> AsyncLimiter | None:
-    """Allows at most so many requests in any minute: a tenth of them at once, the rest evenly."""
-    if per_minute is None:
-        return None
-    from aiolimiter import AsyncLimiter
-
-    at_once = max(1.0, per_minute / 10)
-    return AsyncLimiter(at_once, 60 * at_once / max(per_minute - at_once, per_minute / 2))
-
-
 @dataclass(slots=True)
 class KeyState:
     """One key: what it may do, and what its list showed. Times are monotonic seconds."""
 
     value: SecretValue
-    budget: AsyncLimiter | None
+    turns: Turns = field(default_factory=Turns)
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT_PER_KEY))
     names: set[str] = field(default_factory=set)  # of the secrets with this value
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # the list
@@ -5587,22 +5579,15 @@ class OpenAI:
         per_minute: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._base_url, self._per_minute, self._clock = base_url, per_minute, clock
+        self._base_url, self.per_minute, self._clock = base_url, per_minute, clock
         self._client: httpx2.AsyncClient | None = None
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self.on_request: Callable[[str], None] = lambda kind: None  # told: retrieve or list
         self._keys: dict[str, KeyState] = {}
 
-    def set_budget(self, per_minute: int | None) -> None:
-        """From now on each key has so many requests a minute."""
-        if per_minute != self._per_minute:
-            self._per_minute = per_minute
-            for key in self._keys.values():
-                key.budget = rate_limiter(per_minute)
-
     def _key(self, key: SecretValue) -> KeyState:
         if (value := key.reveal()) not in self._keys:
-            self._keys[value] = KeyState(key, rate_limiter(self._per_minute))
+            self._keys[value] = KeyState(key)
         return self._keys[value]
 
     @cached_property
@@ -5738,8 +5723,7 @@ class OpenAI:
         path = OPENAI.path if kind == "list" else f"{OPENAI.path}/{about}"
         async with mine.slots:
             self._refuse_while_paused(mine, about)
-            if mine.budget is not None:
-                await mine.budget.acquire()
+            await mine.turns.wait(self.per_minute)
             async with mine.trying if mine.pause else contextlib.nullcontext():
                 self._refuse_while_paused(mine, about)
                 trial = mine.pause > 0
@@ -6050,7 +6034,7 @@ class Web:
 
     def __init__(self) -> None:
         self._client: httpx2.AsyncClient | None = None
-        self._free_at: dict[tuple[str, str, int], float] = {}  # by origin: when it may be asked
+        self._turns = defaultdict[tuple[str, str, int], Turns](Turns)  # by origin
 
     async def get(
         self,
@@ -6069,7 +6053,7 @@ class Web:
         self._client = self._client or make_client(SourceError, IN_FLIGHT)
         if isinstance(source, CsvSource) and source.in_s3:
             secret = None  # which has signed the URL
-        await self._turn(origin_of(url), source.max_requests_per_minute)
+        await self._turns[origin_of(url)].wait(source.max_requests_per_minute)
         patience = float(source.timeout or SOURCE_DEADLINE)
         return await http_request(
             self._client,
@@ -6094,15 +6078,6 @@ class Web:
             name, _, value = source.header.partition(":")
             headers[name] = value.strip().replace("{secret}", secret.reveal())
         return headers
-
-    async def _turn(self, host: tuple[str, str, int], rate: int | None) -> None:
-        """Wait until a host may be asked. Requests are spread evenly over a minute, without
-        bursts."""
-        if rate is not None:
-            now = asyncio.get_running_loop().time()
-            at = max(now, self._free_at.get(host, 0.0))
-            self._free_at[host] = at + 60 / rate
-            await asyncio.sleep(at - now)
 
     async def close(self) -> None:
         if self._client is not None:
@@ -7793,7 +7768,8 @@ class Steps:
         said = f"Keboola job {job.id} ended with {job.status}"
         said += f": {job.message}" if job.message else ""
         facts: Any = {"keboola_status": job.status, "message": job.message}
-        return await self._record(trigger, after_end(job), said, **facts)
+        event: Event = "succeed" if job.status in ("success", "warning") else "fail"
+        return await self._record(trigger, event, said, **facts)
 
     # ingesting
 
@@ -9771,7 +9747,7 @@ class Service(Timers):
             await self._apply_config(
                 replace(config, settings=config.settings.model_copy(update=kept))
             )
-            self.steps.openai.set_budget(config.settings.max_requests_per_minute)
+            self.steps.openai.per_minute = config.settings.max_requests_per_minute
             if changed:
                 log.warning("changed, but taken up only by a restart: %s", ", ".join(changed))
         except Exception as e:
