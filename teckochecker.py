@@ -5537,7 +5537,7 @@ class KeyState:
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # the list
     listed_at: float = -math.inf  # when the list's first page was asked for
     listed: dict[str, BatchSeen] = field(default_factory=dict)  # those that were wanted of it
-    list_from: float = -math.inf  # no list is read before
+    list_from: float = -math.inf  # no list is read before: the last one was of no use
     finished: deque[str] = field(default_factory=lambda: deque(maxlen=PAGE))  # seen so singly
     failed: set[str] = field(default_factory=set)  # what nobody was there for, in a row
     until: float = -math.inf  # it rests; then one call tries
@@ -5659,10 +5659,6 @@ class OpenAI:
         mine = self._key(key)
         return self._clock() - mine.listed_at, mine.listed
 
-    def may_list(self, key: SecretValue) -> bool:
-        """Whether the list is to be tried: not for some minutes after it was of no use."""
-        return self._clock() >= self._key(key).list_from
-
     async def latest(self, key: SecretValue) -> list[BatchSeen]:
         """The newest batches of a key, to choose from. Raises OpenAIError."""
         return parse_page(await self._call(self._key(key), "list", THE_LIST, limit=20))[0]
@@ -5676,7 +5672,7 @@ class OpenAI:
         if mine.reading.locked():
             async with mine.reading:
                 return
-        if checks <= 2 * math.ceil(len(wanted) / PAGE):
+        if checks <= 2 * math.ceil(len(wanted) / PAGE) or self._clock() < mine.list_from:
             return
         async with mine.reading:
             if mine.pause:  # one batch is asked for before hundreds; it is told in its own turn
@@ -7557,7 +7553,7 @@ class Steps:
         now = self.clock()
         stale = [row for row in rows if self._batches_from_list(key, row, now) is None]
         checks = sum(len(open_batches(row.batches, now)) for row in stale)
-        if checks <= 2 or not self.openai.may_list(key):  # two single ones cost no more than a page
+        if checks <= 2:  # single ones cost no more than a page
             return None
         until = now + min(row.pace for row in stale) / 2
         wanted, worth = await self.store.watched_batches(names, until)
@@ -9367,7 +9363,6 @@ class Alerts:
 #   wasted. Each tick tries a small write; when one succeeds, the steps go on.
 
 STORE_PAUSE = 5.0  # s until a step that met a failing store is tried again
-READ_TOGETHER = 500  # jobs read by one query of those due in one tick
 
 
 def describe_error(error: Exception) -> tuple[str, Exception | None]:
@@ -9388,7 +9383,6 @@ class JobTimer:
     began_with: TimerPlan | None = None  # the plan when that step began
     since: float = 0.0  # unix time at which that step fell due
     asked: bool = False  # it is to be checked at once, and not by a list of batches
-    ended: bool = False  # the last step left nothing to do; the next tick asks the store again
     failures: int = 0  # steps in a row that met an error
 
     @property
@@ -9431,7 +9425,6 @@ class Timers:
                 self._drop(job_id, self._timers[job_id])
         for job_id, plan in wanted.items():
             timer = self._timers.setdefault(job_id, JobTimer())
-            timer.ended = False
             if timer.plan != plan:
                 self._schedule(job_id, timer, plan, max(len(self._timers), len(wanted)))
 
@@ -9440,7 +9433,7 @@ class Timers:
         under way: if the job came back meanwhile, a second step would run beside the first."""
         if timer.plan is not None:
             self._scheduler.remove_job(str(job_id))
-        timer.plan, timer.ended = None, timer.busy
+        timer.plan = None
         if not timer.busy:
             del self._timers[job_id]
 
@@ -9482,9 +9475,7 @@ class Timers:
         for job_id in ids:
             timer = self._timers[job_id]
             timer.since, timer.began_with = due[job_id], timer.plan
-        for start in range(0, len(ids), READ_TOGETHER):
-            some = ids[start : start + READ_TOGETHER]
-            self._spawn(self._run_due(some), some)
+        self._spawn(self._run_due(ids), ids)
 
     def _spawn(self, work: Coroutine[Any, Any, Any], ids: Iterable[int] = ()) -> asyncio.Task[None]:
         """Run `work` in a task that holds the steps of `ids`, until it reports them or hands them
@@ -9583,8 +9574,8 @@ class Timers:
         timer.failures = timer.failures + 1 if stepped.error is not None else 0
         if stepped.error is None:  # how long a key that fails takes to do so is no lateness
             self.metrics.lateness.observe(max(0.0, now - timer.since))
-        if plan is None or stepped.wait is None:
-            timer.ended = True
+        if plan is None or stepped.wait is None:  # the store knows whether something is left
+            self._spawn(self._sync([job_id]))
         elif timer.began_with != plan or timer.asked:  # changed while we looked at the old one
             self._move(timer, now)
         elif not plan.interval and stepped.error is None:
@@ -9782,8 +9773,6 @@ class Service(Timers):
         if self.stale or version != self._seen_version:
             await self._sync()
             self._seen_version = version
-        if ended := [job_id for job_id, timer in self._timers.items() if timer.ended]:
-            await self._sync(ended)
         now = time.monotonic()
         self._lag, self._ticked = max(0.0, now - self._ticked - TICK), now
         notify("WATCHDOG=1")
@@ -11316,7 +11305,6 @@ def confirmed(args: argparse.Namespace, question: str) -> bool:
 START_WAIT = 30.0  # s that a start waits for a `check` to end, and a `check` for a service to be up
 CHECK_WAIT = 60.0  # s within which a service makes a check that it was asked for
 FOLLOW_SECONDS = 0.2  # s between looks at what goes on elsewhere
-STOP_SECONDS = 2.0  # that an ingest has after Ctrl-C to write its chunk
 
 
 def config_of(args: argparse.Namespace) -> Config:
@@ -11821,16 +11809,14 @@ async def run_rounds(service: Service, turns: Sequence[JobRound]) -> None:
     """Run the steps of a check. After Ctrl-C or SIGTERM no step begins; those under way have some
     seconds, until a second signal, before they are cancelled and recorded. Then SystemExit."""
     loop, caught = asyncio.get_running_loop(), list[int]()
-    ids = [turn.job.id for turn in turns]
-    grace = DRAIN_SECONDS if any(isinstance(t.job.spec, JobSpec) for t in turns) else STOP_SECONDS
 
     async def steps() -> None:
-        first = await service.steps.step_all(ids)
-        await asyncio.gather(*(follow_up_steps(service, job_id, first[job_id]) for job_id in ids))
+        first = await service.steps.step_all([turn.job.id for turn in turns])
+        await asyncio.gather(*(follow_up_steps(service, *stepped) for stepped in first.items()))
 
     def stop(number: int) -> None:
         service.steps.stopping = True
-        loop.call_later(0 if caught else grace, work.cancel)
+        loop.call_later(0 if caught else DRAIN_SECONDS, work.cancel)
         caught.append(number)
 
     work = asyncio.ensure_future(steps())
@@ -11846,11 +11832,9 @@ async def run_rounds(service: Service, turns: Sequence[JobRound]) -> None:
 
 async def follow_up_steps(service: Service, job_id: int, stepped: StepResult) -> None:
     """The steps that follow a job's first one at once."""
-    while not service.steps.stopping:
+    while stepped.wait is not None and (stepped.error or stepped.wait == 0):
         job = await service.store.job(job_id)
-        if job is None or stepped.wait is None or stepped.wait >= job.pace:
-            return
-        if stepped.error is None and stepped.wait > 0:  # a search, or a look at a running job
+        if service.steps.stopping or job is None or stepped.wait >= job.pace:
             return
         await asyncio.sleep(stepped.wait)
         stepped = await service.steps.step(job_id)
