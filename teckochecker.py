@@ -5431,6 +5431,24 @@ def parse_json_answer(answer: httpx2.Response, error: type[UpstreamError], who: 
     raise error(f"{who} cannot be read: {describe_body(answer, error) or 'it is empty'}")
 
 
+class Upstream:
+    """What is asked through one client, which is made when it is first needed."""
+
+    error: type[UpstreamError] = UpstreamError
+    connections: int | None = None  # at most
+    _client: httpx2.AsyncClient | None = None
+
+    async def _request(self, who: str, method: str, url: str, **request: Any) -> httpx2.Response:
+        """See `http_request`."""
+        self._client = self._client or make_client(self.error, self.connections)
+        return await http_request(self._client, self.error, who, method, url, **request)
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
+
 # ── Upstreams: OpenAI ─────────────────────────────────────────────────────────────────────────
 
 # A batch is checked by a list of its key's batches where that takes fewer requests than asking for
@@ -5566,12 +5584,14 @@ class KeyState:
             self.pause, self.until, self.error = pause, now + pause, error
 
 
-class OpenAI:
+class OpenAI(Upstream):
     """OpenAI's batches through the official SDK: one client and one pool for all keys.
 
     The SDK knows the API. Bounds and errors are those of `http_request`, retries are the
     scheduler's, and an answer is believed only as far as `parse_batch` does.
     """
+
+    error = OpenAIError
 
     def __init__(
         self,
@@ -5580,7 +5600,6 @@ class OpenAI:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._base_url, self.per_minute, self._clock = base_url, per_minute, clock
-        self._client: httpx2.AsyncClient | None = None
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self.on_request: Callable[[str], None] = lambda kind: None  # told: retrieve or list
         self._keys: dict[str, KeyState] = {}
@@ -5598,7 +5617,6 @@ class OpenAI:
             import openai
         except (ImportError, OSError) as e:  # no file descriptor left, for one
             raise OpenAIError(f"the SDK cannot be loaded: {one_line(e)}", sent=False) from e
-        self._client = make_client(OpenAIError)
         return openai.AsyncOpenAI(
             api_key="set for each key",
             base_url=self._base_url or OPENAI.base_url,
@@ -5610,17 +5628,10 @@ class OpenAI:
     async def _transport(self, request: httpx2.Request) -> httpx2.Response:
         """Send a request of the SDK. Of its headers only the key goes along: it would add what
         OPENAI_ORG_ID and the like say, which is not meant for every key."""
-        assert self._client is not None
-        path = request.url.path
-        return await http_request(
-            self._client,
-            OpenAIError,
-            "OpenAI",
-            request.method,
-            str(request.url),
-            about=THE_LIST if path.endswith(OPENAI.path) else path.rpartition("/")[2],
-            headers={OPENAI.header: request.headers[OPENAI.header]},
-        )
+        url, path = str(request.url), request.url.path
+        about = THE_LIST if path.endswith(OPENAI.path) else path.rpartition("/")[2]
+        headers = {OPENAI.header: request.headers[OPENAI.header]}
+        return await self._request("OpenAI", request.method, url, about=about, headers=headers)
 
     def register_secret(self, key: SecretValue, name: str) -> Collection[str]:
         """Note that the secret `name` has this value; the names of all that have it. A value that
@@ -5747,10 +5758,6 @@ class OpenAI:
             status = mine.error.status if mine.error else None
             raise OpenAIError(said, status=status, retry_after=wait, sent=False)
 
-    async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
-
 
 # ── Upstreams: Keboola ────────────────────────────────────────────────────────────────────────
 
@@ -5772,11 +5779,9 @@ class Action(Protocol):
 
     async def prepare(self, target: str) -> float | None:
         """All that can fail before a claim; the other side's time, in unix seconds, if known."""
-        ...
 
     async def send(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
         """Start it, once; the error's `sent` and `status` say what is known otherwise."""
-        ...
 
     async def find(
         self, trigger: Trigger, secret: SecretValue, known: set[str], *, anytime: bool = False
@@ -5787,7 +5792,6 @@ class Action(Protocol):
 
     async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
         """What has become of it."""
-        ...
 
 
 def parse_keboola_job(data: Any) -> KeboolaJob:
@@ -5831,13 +5835,14 @@ def queue_url(stack: str, index: Any) -> str:
     raise KeboolaError(f"{stack} names no job queue that a token may go to: {said}", sent=False)
 
 
-class Keboola:
+class Keboola(Upstream):
     """Keboola's job queue (its OpenAPI description, version 1.3.8), an `Action`. Its address comes
     from the stack's own service index, asked without a token."""
 
+    error = KeboolaError
+
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._client: httpx2.AsyncClient | None = None
         self._queues: dict[str, asyncio.Task[str]] = {}
         self._ahead: dict[str, float] = {}  # s by which a stack's clock is ahead of the monotonic
 
@@ -5905,16 +5910,17 @@ class Keboola:
 
     async def _queue(self, stack: str) -> str:
         """The URL of the stack's job queue (GET /v2/storage, services); asked once a stack."""
-        if (asked := self._queues.get(stack)) is None or (asked.done() and asked.exception()):
-            asked = self._queues[stack] = asyncio.create_task(self._ask_for_queue(stack))
-        return await asyncio.shield(asked)
 
-    async def _ask_for_queue(self, stack: str) -> str:
-        try:
-            return queue_url(stack, await self._ask("GET", stack, f"{stack}/v2/storage"))
-        except KeboolaError as e:
-            e.sent = False  # the index was asked, nothing else
-            raise
+        async def ask() -> str:
+            try:
+                return queue_url(stack, await self._ask("GET", stack, f"{stack}/v2/storage"))
+            except KeboolaError as e:
+                e.sent = False  # the index was asked, nothing else
+                raise
+
+        if (asked := self._queues.get(stack)) is None or (asked.done() and asked.exception()):
+            asked = self._queues[stack] = asyncio.create_task(ask())
+        return await asyncio.shield(asked)
 
     async def _call(
         self, method: str, trigger: Trigger, path: str, token: SecretValue, **request: Any
@@ -5925,11 +5931,9 @@ class Keboola:
 
     async def _ask(self, method: str, stack: str, url: str, **request: Any) -> Any:
         """The JSON of an answer, whose Date tells the stack's time. Raises KeboolaError."""
-        self._client = self._client or make_client(KeboolaError)
         about = f"{method} {urlsplit(url).path}"
-        ask = partial(http_request, self._client, KeboolaError, "Keboola", method, url)
         try:
-            answer = await ask(about=about, **request)
+            answer = await self._request("Keboola", method, url, about=about, **request)
         except KeboolaError as e:
             if not e.sent:
                 self._queues.pop(stack, None)  # the index may name another host by now
@@ -5941,8 +5945,7 @@ class Keboola:
     async def close(self) -> None:
         for asked in self._queues.values():
             asked.cancel()
-        if self._client is not None:
-            await self._client.aclose()
+        await super().close()
 
 
 # ── Web ───────────────────────────────────────────────────────────────────────────────────────
@@ -6024,12 +6027,13 @@ async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[Remo
     return [*map(RemoteFile, names, urls, tags)]
 
 
-class Web:
+class Web(Upstream):
     """Sources of ingests over HTTP. A secret goes to the origin that it was given for and to no
     other. Jobs with a rate share it with all others that have one for the same host."""
 
+    error, connections = SourceError, IN_FLIGHT
+
     def __init__(self) -> None:
-        self._client: httpx2.AsyncClient | None = None
         self._turns = defaultdict[tuple[str, str, int], Turns](Turns)  # by origin
 
     async def get(
@@ -6046,14 +6050,11 @@ class Web:
         """GET `url`, if it changed since the etag or time that `state` has. Raises SourceError."""
         known = {"If-None-Match": state.get("etag"), "If-Modified-Since": state.get("modified")}
         asked = {name: value for name, value in known.items() if value}
-        self._client = self._client or make_client(SourceError, IN_FLIGHT)
         if isinstance(source, CsvSource) and source.in_s3:
             secret = None  # which has signed the URL
         await self._turns[origin_of(url)].wait(source.max_requests_per_minute)
         patience = float(source.timeout or SOURCE_DEADLINE)
-        return await http_request(
-            self._client,
-            SourceError,
+        return await self._request(
             without_query(url),
             "GET",
             url,
@@ -6074,10 +6075,6 @@ class Web:
             name, _, value = source.header.partition(":")
             headers[name] = value.strip().replace("{secret}", secret.reveal())
         return headers
-
-    async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
 
 
 # ── Ingest: what records become ───────────────────────────────────────────────────────────────
