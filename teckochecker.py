@@ -3083,7 +3083,11 @@ class Sqlite:
         uri = f"file:{quote(str(self._path))}?mode={self._mode}"
         uri += "&immutable=1" if self._unwritten else ""
         sqlite3.connect(uri, uri=True).close()  # or fail without a thread of aiosqlite
-        self._db = await aiosqlite.connect(uri, uri=True, isolation_level=None)
+        opening = asyncio.ensure_future(aiosqlite.connect(uri, uri=True, isolation_level=None))
+        try:
+            await asyncio.wait([opening])
+        finally:  # also when cancelled: its thread would report to an event loop that has closed
+            self._db = await opening
         patience = LOCK_TURN if self._writes else PATIENCE  # transactions try again
         await self.run(f"PRAGMA busy_timeout = {int(1000 * patience)}")
         if not self._writes:
@@ -5674,18 +5678,18 @@ class OpenAI(Upstream):
         """The newest batches of a key, to choose from. Raises OpenAIError."""
         return parse_page(await self._call(self._key(key), "list", THE_LIST, limit=20))[0]
 
-    async def read_list(self, key: SecretValue, wanted: set[str], checks: int) -> None:
-        """Read the list of a key's batches, for `listing`: from the newest batch on, until all that
-        are wanted were found, or two pages showed none of them, or half as many pages were read as
-        there are checks. A second caller waits for the first one's list. Raises OpenAIError where
+    async def read_list(
+        self, key: SecretValue, wanted: set[str], checks: int, fresh: float
+    ) -> None:
+        """Read the list of a key's batches, for `listing`, unless it was read within `fresh`
+        seconds: from the newest batch on, until all that are wanted were found, or two pages showed
+        none of them, or half as many pages were read as there are checks. Raises OpenAIError where
         single calls would fail as well: the key is refused, or rests."""
         mine = self._key(key)
-        if mine.reading.locked():
-            async with mine.reading:
-                return
-        if checks <= 2 * math.ceil(len(wanted) / PAGE) or self._clock() < mine.list_from:
-            return
         async with mine.reading:
+            now, useless = self._clock(), checks <= 2 * math.ceil(len(wanted) / PAGE)
+            if useless or now < mine.list_from or now - mine.listed_at <= fresh:
+                return
             if mine.pause:  # one batch is asked for before hundreds; it is told in its own turn
                 first = min(wanted, key=lambda batch_id: batch_id in mine.failed)
                 with contextlib.suppress(OpenAIError):
@@ -7552,10 +7556,10 @@ class Steps:
         checks = sum(len(open_batches(row.batches, now)) for row in stale)
         if checks <= 2:  # single ones cost no more than a page
             return None
-        until = now + min(row.pace for row in stale) / 2
-        wanted, worth = await self.store.watched_batches(names, until)
+        fresh = min(row.pace for row in stale) / 2
+        wanted, worth = await self.store.watched_batches(names, now + fresh)
         try:
-            await self.openai.read_list(key, wanted, max(checks, worth))
+            await self.openai.read_list(key, wanted, max(checks, worth), fresh)
         except OpenAIError as e:
             return e
         return None

@@ -220,6 +220,18 @@ async def test_a_snapshot_answers_who_is_due_a_little_later(world: World) -> Non
     assert pages == 1 and singly <= 1
 
 
+async def test_a_list_that_was_read_meanwhile_is_not_read_again(
+    openai: standins.OpenAI, upstream: tuple[tecko.OpenAI, Clock]
+) -> None:
+    """By one who found the list before it to be too old."""
+    made, clock = upstream
+    key, wanted = tecko.SecretValue(KEY), {f"batch_{n}" for n in range(20)}
+    for later in (0, 30, 31):
+        clock.turn(later)
+        await made.read_list(key, wanted, 20, 60.0)
+    assert openai.count(LIST) == 2 and made.listing(key)[1].keys() == wanted
+
+
 async def test_few_batches_are_asked_for_singly(world: World) -> None:
     """Two in an account cost two requests; nor does one that many foreign ones came after lead
     through pages that bring nothing."""
