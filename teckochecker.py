@@ -7486,14 +7486,6 @@ class Steps:
         last = steps[-1] if steps else StepResult(None, "nothing to do")
         return replace(last, wait=min(waits, default=None))
 
-    async def step_all(self, ids: Sequence[int]) -> dict[int, StepResult]:
-        """A step of each of these jobs, and the lists of batches for those that they answer."""
-        done, rows = dict[int, StepResult](), await self.by_key(ids)
-        for found in await asyncio.gather(*(self.check(*group) for group in rows.items())):
-            done |= found
-        rest = [job_id for job_id in ids if job_id not in done]
-        return done | dict(zip(rest, await asyncio.gather(*map(self.step, rest)), strict=True))
-
     async def _secret(self, name: str) -> SecretValue:
         """Looked up at each use, so that a replaced secret counts at once."""
         row = await self.store.secret(name)
@@ -9399,6 +9391,7 @@ class Timers:
         self.store_error: str | None = None  # why the store cannot be written; None: it can
         self._scheduler = make_scheduler(self._clock_moved)
         self._timers: dict[int, JobTimer] = {}
+        self._only: Collection[int] | None = None  # ids of the jobs that have timers; None: all
         self._due: dict[int, float] = {}  # since when; begun together when the tick is over
         self._tasks: set[asyncio.Task[None]] = set()
         self._epoch = time.time()  # from which slots count
@@ -9420,7 +9413,7 @@ class Timers:
     async def _sync(self, ids: Collection[int] | None = None) -> None:
         """Bring the timers in line with the store: all of them, or those of `ids`."""
         self.stale &= ids is not None
-        wanted = await self.store.schedule(ids)
+        wanted = await self.store.schedule(self._only if ids is None else ids)
         for job_id in [*self._timers] if ids is None else ids:
             if job_id not in wanted and job_id in self._timers:
                 self._drop(job_id, self._timers[job_id])
@@ -9586,6 +9579,14 @@ class Timers:
         elif abs(stepped.wait - plan.interval) > GRID:
             self._move(timer, now + stepped.wait)
 
+    def has_stepped(self, job_id: int) -> bool:
+        """Whether a step of the job has ended, and no other one follows it at once."""
+        timer, soon = self._timers.get(job_id), on_grid(time.time() + GRID)
+        if timer is None:
+            return True
+        waits = timer.plan is None or timer.timer.next_run_time > soon
+        return timer.since > 0 and not timer.busy and waits
+
     async def check_now(self, ref: str) -> Done:
         """Make a job due at once."""
         job = await self.store.find_job(ref)
@@ -9653,19 +9654,24 @@ class Service(Timers):
         self._ticked, self._lag = time.monotonic(), 0.0
 
     async def start(self, *, timers: bool = True) -> None:
-        """Bring the store in line with jobs.yaml and start the timers. Waits while another process
-        holds the store's lock."""
+        """Bring the store in line with jobs.yaml and begin. Waits while another process holds the
+        store's lock."""
         self.store.patience = LOCK_WAIT
         await self.store.clamp_times(time.time())
         await self.store.detect_restore(time.time())
         await self._apply_config(self.steps.config)
         self.store.patience = PATIENCE
-        if not timers:
-            return
-        self._epoch = time.time()
+        if timers:
+            await self.begin()
+
+    async def begin(self, only: Collection[int] | None = None) -> None:
+        """Start the timers of all jobs and the service's own, or those of some jobs."""
+        self._epoch, self._only = time.time(), only
         await self._sync()
-        own = {self._tick: TICK, self._prune: PRUNE_SECONDS, self._back_up: BACKUP_SECONDS}
-        own |= {self._alert: LOOK_SECONDS, self.alerts.ping: PING_SECONDS}
+        own = {self._tick: TICK}
+        if only is None:
+            own |= {self._prune: PRUNE_SECONDS, self._back_up: BACKUP_SECONDS}
+            own |= {self._alert: LOOK_SECONDS, self.alerts.ping: PING_SECONDS}
         for work, seconds in own.items():
             every: Any = {"seconds": seconds, "next_run_time": datetime.now(UTC)}
             self._scheduler.add_job(self._repeat, "interval", (work,), **every)
@@ -11796,49 +11802,32 @@ def report_run(args: argparse.Namespace, run: Run) -> int:
 
 
 async def check_here(args: argparse.Namespace, config: Config) -> list[JobRound]:
+    """Be a service for these jobs alone, until each has made a step. After Ctrl-C or SIGTERM no
+    step begins, and those under way have some seconds; a second one ends at once."""
+    loop, caught, ends = asyncio.get_running_loop(), list[int](), (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int) -> None:
+        caught.append(number)
+        for end in ends:
+            loop.remove_signal_handler(end)
+
     with RunLock(config.settings.database, "check"):
         alone = partial(make_service, timers=False, in_reserve=not_beside_another)
         async with alone(config, lambda: config) as service:
+            for end in ends:
+                loop.add_signal_handler(end, stop, end)
             turns = await rounds_of(service.store, args)
-            await run_rounds(service, turns)
+            await service.begin([turn.job.id for turn in turns])
+            while not caught and not all(service.has_stepped(turn.job.id) for turn in turns):
+                await show_progress(service.store, turns)
+                await asyncio.sleep(FOLLOW_SECONDS)
             for turn in turns:
                 await turn.refresh(service.store)
-            return turns
-
-
-async def run_rounds(service: Service, turns: Sequence[JobRound]) -> None:
-    """Run the steps of a check. After Ctrl-C or SIGTERM no step begins; those under way have some
-    seconds, until a second signal, before they are cancelled and recorded. Then SystemExit."""
-    loop, caught = asyncio.get_running_loop(), list[int]()
-
-    async def steps() -> None:
-        first = await service.steps.step_all([turn.job.id for turn in turns])
-        await asyncio.gather(*(follow_up_steps(service, *stepped) for stepped in first.items()))
-
-    def stop(number: int) -> None:
-        service.steps.stopping = True
-        loop.call_later(0 if caught else DRAIN_SECONDS, work.cancel)
-        caught.append(number)
-
-    work = asyncio.ensure_future(steps())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
-    while not work.done():
-        await asyncio.wait([work], timeout=FOLLOW_SECONDS)
-        await show_progress(service.store, turns)
+            if service.store_error is not None:
+                raise StoreError(service.store_error)
     if caught:
         raise SystemExit(128 + caught[0])
-    work.result()
-
-
-async def follow_up_steps(service: Service, job_id: int, stepped: StepResult) -> None:
-    """The steps that follow a job's first one at once."""
-    while stepped.wait is not None and (stepped.error or stepped.wait == 0):
-        job = await service.store.job(job_id)
-        if service.steps.stopping or job is None or stepped.wait >= job.pace:
-            return
-        await asyncio.sleep(stepped.wait)
-        stepped = await service.steps.step(job_id)
+    return turns
 
 
 async def check_there(args: argparse.Namespace, config: Config, found: Holder) -> list[JobRound]:

@@ -97,7 +97,7 @@ async def compare(
         for round_ in range(3):
             live(openai, jobs, start, round_)
             all_jobs = range(1, len(jobs) + 1)
-            await worlds[0].steps.step_all(all_jobs)
+            await worlds[0].step_all(all_jobs)
             for job_id in all_jobs:
                 await worlds[1].steps.step(job_id)
             for job_id in all_jobs:
@@ -143,7 +143,7 @@ async def test_pages_that_shift_while_they_are_read(world: World) -> None:
     read as missing, and what was done is triggered."""
     ids = await watch(world, 150)
     gate = world.openai.gate(LIST, after_acting=True)
-    stepping = asyncio.create_task(world.steps.step_all(ids))
+    stepping = asyncio.create_task(world.step_all(ids))
     await gate.areached()
     for n in range(30):
         world.openai.batch(f"batch_new_{n}")
@@ -153,7 +153,7 @@ async def test_pages_that_shift_while_they_are_read(world: World) -> None:
     await stepping
     assert [len(world.keboola.created), await missing(world, ids)] == [1, []]
     world.clock.turn(INTERVAL)
-    await world.steps.step_all([n for n in ids if n != ids[3]])
+    await world.step_all([n for n in ids if n != ids[3]])
     assert await missing(world, ids) == [ids[120]]
 
 
@@ -162,7 +162,7 @@ async def test_a_page_whose_cursor_is_gone(world: World) -> None:
     and what it did not show is asked for singly."""
     ids = await watch(world, 150)
     gate = world.openai.gate(LIST, after_acting=True)
-    stepping = asyncio.create_task(world.steps.step_all(ids))
+    stepping = asyncio.create_task(world.step_all(ids))
     await gate.areached()
     world.openai.remove("batch_50")
     gate.release()
@@ -182,7 +182,7 @@ async def test_one_page_answers_a_hundred_checks(world: World) -> None:
     """At each round, and a few of them are asked for singly as well."""
     ids = await watch(world, 100)
     for rounds in range(1, 11):
-        await world.steps.step_all(ids)
+        await world.step_all(ids)
         pages, singly = asked(world.openai)
         assert pages == rounds and singly <= 4 * (rounds - 1)
         world.clock.turn(INTERVAL)
@@ -210,12 +210,12 @@ async def test_a_snapshot_answers_who_is_due_a_little_later(world: World) -> Non
     """Up to half an interval; and whoever asks during a sweep waits for the same one."""
     ids = await watch(world, 100)
     gate = world.openai.gate(LIST, after_acting=False)
-    both = [asyncio.create_task(world.steps.step_all(some)) for some in (ids[:20], ids[20:40])]
+    both = [asyncio.create_task(world.step_all(some)) for some in (ids[:20], ids[20:40])]
     await gate.areached()
     gate.release()
     await asyncio.gather(*both)
     world.clock.turn(INTERVAL / 2)
-    await world.steps.step_all(ids[40:60])
+    await world.step_all(ids[40:60])
     pages, singly = asked(world.openai)
     assert pages == 1 and singly <= 1
 
@@ -236,7 +236,7 @@ async def test_few_batches_are_asked_for_singly(world: World) -> None:
     """Two in an account cost two requests; nor does one that many foreign ones came after lead
     through pages that bring nothing."""
     ids = await watch(world, 2)
-    await world.steps.step_all(ids)
+    await world.step_all(ids)
     assert asked(world.openai) == (0, 2)
 
 
@@ -245,7 +245,7 @@ async def test_a_list_that_does_not_pay_is_left_alone(world: World) -> None:
     ids = await watch(world, 10)
     world.openai.many(KEY, [f"batch_foreign_{n}" for n in range(1000)], created_at_start=2**31)
     for _ in range(3):
-        await world.steps.step_all(ids)
+        await world.step_all(ids)
         world.clock.turn(INTERVAL)
     assert asked(world.openai) == (2, 30)
 
@@ -256,7 +256,7 @@ async def test_a_batch_from_long_ago_does_not_cost_the_whole_list(world: World) 
     old = await world.job("old", batch_ids=["batch_old"])
     world.openai.many(KEY, [f"batch_foreign_{n}" for n in range(1000)], created_at_start=2000)
     ids = await watch(world, 30)
-    await world.steps.step_all([old, *ids])
+    await world.step_all([old, *ids])
     assert asked(world.openai) == (3, 1)
 
 
@@ -265,7 +265,7 @@ async def test_a_host_without_a_list(world: World) -> None:
     ids = await watch(world, 10)
     world.openai.fault(LIST, Fault.status(404), times=None)
     for _ in range(2):
-        await world.steps.step_all(ids)
+        await world.step_all(ids)
         world.clock.turn(INTERVAL)
     assert asked(world.openai) == (1, 20)
 
@@ -281,7 +281,7 @@ async def test_a_list_that_never_ends(world: World, created_at: object) -> None:
     page = [item | {"created_at": created_at} for item in items]
     world.openai.fault(LIST, Fault.json({"data": page, "has_more": True}), times=None)
     world.clock.turn(INTERVAL)
-    await world.steps.step_all(ids)
+    await world.step_all(ids)
     pages, singly = asked(world.openai)
     assert 1 <= pages <= 10 and singly - before == 20
 
@@ -289,7 +289,7 @@ async def test_a_list_that_never_ends(world: World, created_at: object) -> None:
 async def test_someone_who_asks_gets_an_answer_of_now(world: World) -> None:
     """Not what a list showed a moment ago."""
     ids = await watch(world, 10)
-    await world.steps.step_all(ids)
+    await world.step_all(ids)
     await world.steps.step(ids[0])
     assert asked(world.openai) == (1, 1)
 
@@ -297,10 +297,10 @@ async def test_someone_who_asks_gets_an_answer_of_now(world: World) -> None:
 async def test_from_done_to_triggered_in_one_step(world: World) -> None:
     """A page shows it, one request confirms it, and Keboola has the trigger by its end."""
     ids = await watch(world, 10)
-    await world.steps.step_all(ids)
+    await world.step_all(ids)
     world.clock.turn(INTERVAL)
     batch(world, 4).become("completed")
-    await world.steps.step_all(ids)
+    await world.step_all(ids)
     pages, singly = asked(world.openai)
     assert pages == 2 and 1 <= singly <= 2
     assert (await world.get(ids[4])).status == "triggered" and len(world.keboola.created) == 1
@@ -309,13 +309,13 @@ async def test_from_done_to_triggered_in_one_step(world: World) -> None:
 async def test_a_damaged_job_costs_no_other_of_its_key_a_check(world: World) -> None:
     """Its definition cannot be read: it says so alone, and one page answers the rest."""
     ids = await watch(world, 10)
-    await world.steps.step_all(ids)
+    await world.step_all(ids)
     world.clock.turn(INTERVAL)
     with contextlib.closing(sqlite3.connect(world.store.path)) as db, db:
         db.execute("UPDATE polling_jobs SET spec = '{}', last_error = 'x' WHERE id = ?", ids[3:4])
     for n in range(10):
         batch(world, n).become("in_progress", completed=4)
-    done = await world.steps.step_all(ids)
+    done = await world.step_all(ids)
     assert [n for n in ids if done[n].error] == [ids[3]] and world.openai.count(LIST) == 2
 
 
@@ -338,7 +338,7 @@ async def test_a_job_that_changed_while_the_list_was_read(world: World, change: 
     """The page decides nothing about it, nor is anything of it written down."""
     ids = await watch(world, 12)
     gate = world.openai.gate(LIST, after_acting=True)
-    stepping = asyncio.create_task(world.steps.step_all(ids[:10]))
+    stepping = asyncio.create_task(world.step_all(ids[:10]))
     await gate.areached()
     await change(world, ids[0])
     gate.release()
@@ -366,13 +366,13 @@ async def test_where_a_list_fails_batches_are_asked_for_singly(world: World, fau
     ids = await watch(world, 10)
     world.openai.fault(LIST, fault, times=None)
     for rounds in (1, 2):
-        done = await world.steps.step_all(ids)
+        done = await world.step_all(ids)
         assert asked(world.openai) == (1, 10 * rounds)
         assert not any(step.error for step in done.values())
         world.clock.turn(INTERVAL)
     world.openai.heal()
     world.clock.turn(LATER)
-    await world.steps.step_all(ids)
+    await world.step_all(ids)
     assert asked(world.openai) == (2, 20)
 
 
@@ -380,7 +380,7 @@ async def test_a_later_page_that_fails_costs_single_requests_for_the_rest(world:
     """The first hundred are answered by the page that came."""
     ids = await watch(world, 150)
     gate = world.openai.gate(LIST, after_acting=True)
-    stepping = asyncio.create_task(world.steps.step_all(ids))
+    stepping = asyncio.create_task(world.step_all(ids))
     await gate.areached()
     world.openai.fault(LIST, Fault.status(500))
     gate.release()
@@ -392,7 +392,7 @@ async def test_a_refused_key_is_told_to_all_and_asked_once(world: World) -> None
     """What the list is refused with 401, every batch would be."""
     ids = await watch(world, 10)
     world.openai.fault("*", Fault.status(401), times=None)
-    done = await world.steps.step_all(ids)
+    done = await world.step_all(ids)
     assert asked(world.openai) == (1, 0)
     assert all("401" in str(done[n].error) for n in ids)
     assert {(await world.get(n)).errors_in_row for n in ids} == {1}
@@ -402,12 +402,12 @@ async def test_a_list_that_is_rate_limited_while_batches_are_not(world: World) -
     """The key rests as the list asked for; afterwards batches are asked for singly."""
     ids = await watch(world, 10)
     world.openai.fault(LIST, Fault.rate_limited(30), times=None)
-    done = await world.steps.step_all(ids)
+    done = await world.step_all(ids)
     assert asked(world.openai) == (1, 0) and {step.wait for step in done.values()} == {30.0}
     batch(world, 3).become("completed")
     for rounds in (1, 2):
         world.clock.turn(INTERVAL)
-        await world.steps.step_all(ids)
+        await world.step_all(ids)
         assert asked(world.openai) == (1, 10 if rounds == 1 else 19)
     assert (await world.get(ids[3])).status != "active"
 
@@ -425,7 +425,7 @@ async def test_an_odd_item_is_lost_and_not_its_page(world: World, item: bytes) -
     batches = [batch(world, n).encoded() for n in range(10)]
     page = b'{"data":[' + b",".join([item, *batches]) + b'],"has_more":false}'
     world.openai.fault(LIST, Fault.status(200, {"Content-Type": "application/json"}, page))
-    await world.steps.step_all(ids)
+    await world.step_all(ids)
     assert asked(world.openai) == (1, 0)
 
 
@@ -438,7 +438,7 @@ async def test_a_list_that_stands_still_hides_nothing(world: World) -> None:
     for n in range(5):
         batch(world, n).become("completed")
     for _ in range(12):
-        await world.steps.step_all(ids)
+        await world.step_all(ids)
         world.clock.turn(INTERVAL)
     assert len(world.keboola.created) == 5
 
@@ -456,7 +456,7 @@ async def test_a_key_that_fails_delays_no_other(world: World, fault: Fault) -> N
     good = [await world.job(n, batch_ids=[n], openai_secret="other") for n in names]
     world.openai.fault("*", fault, times=None, key=KEY)
     for _ in range(3):
-        done = await world.steps.step_all(bad + good)
+        done = await world.step_all(bad + good)
         assert {n for n in done if done[n].error} == set(bad)
         world.clock.turn(INTERVAL)
 
@@ -682,11 +682,11 @@ async def test_a_job_with_auto(world: World) -> None:
 async def test_quiet_checks_are_written_together_and_at_the_end(world: World) -> None:
     """This process sees their times at once, another one after a flush, which closing is too."""
     ids = await watch(world, 10)
-    await world.steps.step_all(ids)
+    await world.step_all(ids)
     world.clock.turn(INTERVAL)
     writes = list[float]()
     world.store.on_write = writes.append
-    await world.steps.step_all(ids)
+    await world.step_all(ids)
     assert not writes
     first, now = (await world.get(ids[0])).last_check_at, world.clock()
     assert first == now
@@ -696,7 +696,7 @@ async def test_quiet_checks_are_written_together_and_at_the_end(world: World) ->
     await world.store.flush()
     assert len(writes) == 1 and times(world, ids) == [now] * 9 + [now - INTERVAL]
     world.clock.turn(INTERVAL)
-    await world.steps.step_all(ids)
+    await world.step_all(ids)
     await world.store.close()
     assert times(world, ids)[:9] == [now + INTERVAL] * 9
 
