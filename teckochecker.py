@@ -1671,10 +1671,6 @@ OUTPUT_SECONDS = 300.0  # s that OpenAI may take to name a finished batch's outp
 EXPECTED_BATCH = ("validating", "in_progress", "finalizing", "cancelling")
 FINISHED_BATCH = ("completed", "failed", "expired", "cancelled")
 KNOWN_BATCH = EXPECTED_BATCH + FINISHED_BATCH
-KEBOOLA_STATUSES = (  # of a job, as its queue's description lists them
-    *("created", "waiting", "processing", "success", "warning"),
-    *("error", "terminating", "terminated", "cancelled"),
-)
 BAD_KEY = (401, 403)
 CONFIRM_EVERY = 10  # checks of a batch by a list, at least, to each that asks for it singly
 MANY_BATCHES = 1000  # of a key: from there on so many checks, or that would cost more than lists
@@ -5805,8 +5801,8 @@ def parse_keboola_job(data: Any) -> KeboolaJob:
     if not known or not isinstance(status, str) or not isinstance(ended, bool):
         raise KeboolaError("Keboola's answer is not a job: it has no id, status and isFinished")
     message = value_at(data, "result.message")
-    listed = status if status in KEBOOLA_STATUSES else one_line(status)
-    return KeboolaJob(str(given), listed, ended, one_line(message) if message else None)
+    said = one_line(message) if message else None
+    return KeboolaJob(str(given), one_line(status), ended, said)
 
 
 def purpose_of(job: Any) -> tuple[str | None, tuple[str | None, list[str]]]:
@@ -7308,10 +7304,6 @@ def since_text(text: str, at: float, since: Since, order: str | None) -> str:
 
 # ── Metrics ───────────────────────────────────────────────────────────────────────────────────
 
-LATENESS = (  # s; fine where the aims lie: a median in milliseconds, 99 of 100 within a second
-    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
-    *(1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
-)
 METERED_JOBS = 1000  # jobs with series of their own: more would burden who collects them
 GAUGES = {  # set when Prometheus asks
     "overdue_jobs": "Active jobs without a successful check for three poll intervals.",
@@ -7353,12 +7345,10 @@ class Metrics:
         self.lateness = histogram(
             "check_lateness_seconds",
             "Time from when a job's step was due until it was done, if it met no error.",
-            buckets=LATENESS,
+            buckets=(0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0),
         )
         self.writes = histogram(
-            "store_write_duration_seconds",
-            "Time that a transaction of the store took.",
-            buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+            "store_write_duration_seconds", "Time that a transaction of the store took."
         )
         self.jobs = gauge("jobs", "Jobs by state.", ["status"])
         self.paused_keys = gauge("paused_keys", "1: this key is not used for now.", ["secret"])
@@ -9609,7 +9599,6 @@ TICK = 1.0  # s between looks at what other processes changed in the store
 STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
 DRAIN_SECONDS = 7.0  # s for work in flight after SIGTERM, of the 10 s promised in all
 LOCK_WAIT = 60.0  # s that a start waits for another process's lock on the store
-GC_THRESHOLD = 10_000  # objects more than at the last collection: several ticks' worth
 PRUNE_SECONDS = 3600.0  # s between looks for rows past their time
 HEALTH_SECONDS = 2.5  # s that the store has to answer a question of /health
 NAMED = 100  # jobs that /health names of each kind
@@ -9678,8 +9667,7 @@ class Service(Timers):
         self.store.on_write = self._written
         self._scheduler.start()
         gc.collect()
-        gc.freeze()  # full collections then skip all that exists now,
-        gc.set_threshold(GC_THRESHOLD)  # and the others, what lives only as long as a check
+        gc.freeze()  # full collections then skip all that exists now
 
     async def run(self) -> None:
         """Wait until `stop` is set; read the configuration again whenever `reload` is."""
