@@ -1865,11 +1865,6 @@ def retargeted(trigger: Trigger, spec: JobSpec) -> Trigger:
     return replace(trigger, **target_of(spec, kept))
 
 
-def is_open(trigger: Trigger) -> bool:
-    """Whether something is left to do for it that needs no person."""
-    return bool(TRIGGER_STEPS[trigger.state]) and trigger.state != "held"
-
-
 def is_refusal(error: UpstreamError) -> bool:
     """Whether the other side understood and said no, so that nothing was started and to ask again
     is no use."""
@@ -5284,15 +5279,6 @@ def make_client(error: type[UpstreamError], connections: int | None = None) -> h
     return client
 
 
-async def client_problems() -> list[str]:
-    """Why no client can be made in this environment, for `validate`."""
-    try:
-        await make_client(UpstreamError).aclose()
-    except UpstreamError as e:
-        return [str(e)]
-    return []
-
-
 async def http_request(
     client: httpx2.AsyncClient,
     error: type[UpstreamError],
@@ -8519,7 +8505,7 @@ def explain_watch(job: Job, now: float) -> list[str]:
 
 def next_step(job: Job, trigger: Trigger | None, now: float) -> str:
     if job.removed_at is not None:
-        carried = trigger is not None and is_open(trigger)
+        carried = trigger and trigger.state != "held" and TRIGGER_STEPS[trigger.state]
         rest = "; its trigger is still carried to its end" if carried else ""
         return f"no check, for the job has left jobs.yaml{rest}"
     if trigger is not None and trigger.state == "unknown":
@@ -8999,7 +8985,7 @@ DUE_TOGETHER = 32  # jobs due together whose rows lie together: alone, each woul
 CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one between two looks
 
 
-def make_scheduler(on_step: Callable[[float], None] = lambda seconds: None) -> AsyncIOScheduler:
+def make_scheduler(on_step: Callable[[float], Any] = lambda seconds: None) -> AsyncIOScheduler:
     """APScheduler with settings that drop no check, and with a guard for steps of the clock. Its
     due times are wall clock and its timer is monotonic, so a clock set back by ten minutes would
     stop all checks for ten minutes. The guard moves all due times by the same step, and calls
@@ -9097,11 +9083,17 @@ async def describe_plan(specs: Sequence[Spec], store: Store) -> list[str]:
 
 
 async def every_problem(
-    config: Config, store: Store, vault: Vault, *, unused: bool = False
+    config: Config, store: Store, vault: Vault, *, thorough: bool = False
 ) -> list[Problem]:
-    """Everything that prevents a start with this configuration, stored secrets included."""
+    """Everything that prevents a start with this configuration, stored secrets included; and if
+    `thorough`, that no client can be made, and what is wrong with secrets that no job uses."""
     rows = await store.secrets()
-    problems = all_problems(config, await store.secret_types(), unused=unused)
+    problems = all_problems(config, await store.secret_types(), unused=thorough)
+    try:
+        if thorough:
+            await make_client(UpstreamError).aclose()
+    except UpstreamError as e:
+        problems.append(Problem(found=str(e)))
     try:
         vault.load(required=bool(rows))
     except SecretError as e:
@@ -9379,10 +9371,12 @@ class Timers:
     def __init__(self, steps: Steps) -> None:
         self.steps, self.store, self.metrics = steps, steps.store, steps.metrics
         self.store_error: str | None = None  # why the store cannot be written; None: it can
-        self._scheduler = make_scheduler(self._clock_moved)
+        self._scheduler = make_scheduler(
+            lambda step: self._spawn(self.store.shift_times(step, time.time()))
+        )
         self._timers: dict[int, JobTimer] = {}
         self._only: Collection[int] | None = None  # ids of the jobs that have timers; None: all
-        self._due: dict[int, float] = {}  # since when; begun together when the tick is over
+        self._due: dict[int, JobTimer] = {}  # begun together when the tick is over
         self._tasks: set[asyncio.Task[None]] = set()
         self._epoch = time.time()  # from which slots count
         self.stale = True  # the store has changed, and not by a step
@@ -9391,9 +9385,6 @@ class Timers:
     @property
     def settings(self) -> Settings:
         return self.steps.config.settings
-
-    def _clock_moved(self, step: float) -> None:
-        self._spawn(self.store.shift_times(step, time.time()))
 
     def _store_failed(self, error: StoreError) -> None:
         if str(error) != self.store_error:
@@ -9446,19 +9437,17 @@ class Timers:
     def _fall_due(self, job_id: int) -> None:
         """A job's timer calls this. It does nothing while a step of the job is under way."""
         timer = self._timers.get(job_id)
-        if self._draining or timer is None or timer.busy:
+        if self._draining or timer is None or timer.busy or job_id in self._due:
             return
         if not self._due:
             asyncio.get_running_loop().call_soon(self._begin)
-        self._due.setdefault(job_id, timer.timer.next_run_time.timestamp())
+        self._due[job_id] = timer
+        timer.since, timer.began_with = timer.timer.next_run_time.timestamp(), timer.plan
 
     def _begin(self) -> None:
         """Begin the steps of all jobs that fell due in this turn of the event loop."""
         due, self._due = self._due, {}
-        ids = sorted(due.keys() & self._timers.keys(), key=due.__getitem__)
-        for job_id in ids:
-            timer = self._timers[job_id]
-            timer.since, timer.began_with = due[job_id], timer.plan
+        ids = [job_id for job_id, timer in due.items() if self._timers.get(job_id) is timer]
         self._spawn(self._run_due(ids), ids)
 
     def _spawn(self, work: Coroutine[Any, Any, Any], ids: Iterable[int] = ()) -> asyncio.Task[None]:
@@ -11384,8 +11373,7 @@ def cmd_validate(args: argparse.Namespace, config: Config) -> int:
 
     async def look(operations: Operations) -> tuple[list[str], list[str], list[Finding]]:
         store = operations.store
-        problems = await every_problem(config, store, Vault(config.settings), unused=True)
-        problems += [Problem(found=said) for said in await client_problems()]
+        problems = await every_problem(config, store, Vault(config.settings), thorough=True)
         if problems:
             raise Invalid(problems, hint=missing_secret_hint(problems))
         findings = list[Finding]()
