@@ -9658,17 +9658,6 @@ class Service(Timers):
         gc.collect()
         gc.freeze()  # full collections then skip all that exists now
 
-    async def run(self) -> None:
-        """Wait until `stop` is set; read the configuration again whenever `reload` is."""
-        while not self.stop.is_set():
-            waits = [asyncio.create_task(event.wait()) for event in (self.stop, self.reload)]
-            _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in pending:
-                wait.cancel()
-            if self.reload.is_set():
-                self.reload.clear()
-                await self._reload()
-
     async def drain(self) -> None:
         """Begin no more steps, let those under way finish or be recorded, end the timers."""
         if not self._scheduler.running:
@@ -9744,8 +9733,12 @@ class Service(Timers):
 
     async def _tick(self) -> None:
         """Once a second: check that the database is still ours, read what other processes changed,
-        notify the watchdog, and store the checks that changed nothing."""
+        notify the watchdog, and store the checks that changed nothing; and before that, whenever
+        `reload` is set, the configuration."""
         ACTOR.set(None)
+        if self.reload.is_set():
+            self.reload.clear()
+            await self._reload()
         if self.lock is not None:
             self.lock.hold()
         if self.store.superseded:
@@ -11470,7 +11463,7 @@ async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> No
             where = f"admin surface at {admin.url}"
             log.info("TeckoChecker %s, pid %s, %s", VERSION, os.getpid(), where)
             notify("READY=1", f"STATUS={where}")
-            await service.run()
+            await service.stop.wait()
             notify("STOPPING=1")
             log.info("stopping")
 
