@@ -5854,8 +5854,7 @@ class Keboola(Upstream):
 
     async def storage(self, stack: str, token: SecretValue, path: str) -> Any:
         """GET a path of the stack's Storage API, for `validate --online`."""
-        headers = {"X-StorageApi-Token": token.reveal()}
-        return await self._ask("GET", stack, f"{stack}/v2/storage/{path}", headers=headers)
+        return await self._ask("GET", stack, f"{stack}/v2/storage/{path}", token)
 
     async def find(
         self, trigger: Trigger, secret: SecretValue, known: set[str], *, anytime: bool = False
@@ -5912,11 +5911,15 @@ class Keboola(Upstream):
         self, method: str, trigger: Trigger, path: str, token: SecretValue, **request: Any
     ) -> Any:
         url = f"{await self._queue(trigger.stack_url)}/{path}"
-        headers = {"X-StorageApi-Token": token.reveal(), "Content-Type": "application/json"}
-        return await self._ask(method, trigger.stack_url, url, headers=headers, **request)
+        return await self._ask(method, trigger.stack_url, url, token, **request)
 
-    async def _ask(self, method: str, stack: str, url: str, **request: Any) -> Any:
+    async def _ask(
+        self, method: str, stack: str, url: str, token: SecretValue | None = None, **request: Any
+    ) -> Any:
         """The JSON of an answer, whose Date tells the stack's time. Raises KeboolaError."""
+        if token is not None:
+            headers = {"X-StorageApi-Token": token.reveal(), "Content-Type": "application/json"}
+            request["headers"] = headers
         about = f"{method} {urlsplit(url).path}"
         try:
             answer = await self._request("Keboola", method, url, about=about, **request)
@@ -7342,12 +7345,8 @@ class Metrics:
         self.job_ok = gauge(
             "job_last_success_timestamp_seconds", "Time of its last successful check.", ["job"]
         )
-        self._gauges = {name: gauge(name, text) for name, text in GAUGES.items()}
+        self.gauges = {name: gauge(name, text) for name, text in GAUGES.items()}
         gauge("build_info", "The version that runs.", ["version"]).labels(VERSION).set(1)
-
-    def set(self, **values: float) -> None:
-        for name, value in values.items():
-            self._gauges[name].set(value)
 
     def jobs_are(self, jobs: Iterable[Job], counted: Mapping[str, int]) -> None:
         """How many jobs there are by state, and some of them by name."""
@@ -7495,7 +7494,7 @@ class Steps:
         try:
             key = await self._secret(secret)
             names = self.openai.register_secret(key, secret)
-        except (SecretError, OpenAIError):
+        except SecretError:
             return {}  # each tells it in its own step
         count, now = len(self.openai.listing(key)[1]), self.clock()
         rows = [row for row in rows if not is_turn_to_confirm(row.id, row.pace, count, now)]
@@ -7519,12 +7518,10 @@ class Steps:
     ) -> OpenAIError | None:
         """Read the list of the key's batches, unless the last one is fresh enough or single
         requests are fewer. Returns the error if single requests would meet it, too."""
-        now = self.clock()
-        stale = [row for row in rows if self._batches_from_list(key, row, now) is None]
-        checks = sum(len(open_batches(row.batches, now)) for row in stale)
-        if checks <= 2:  # single ones cost no more than a page
+        fresh, now = min((row.pace for row in rows), default=0.0) / 2, self.clock()
+        checks = sum(len(open_batches(row.batches, now)) for row in rows)
+        if checks <= 2 or self.openai.listing(key)[0] <= fresh:
             return None
-        fresh = min(row.pace for row in stale) / 2
         wanted, worth = await self.store.watched_batches(names, now + fresh)
         try:
             await self.openai.read_list(key, wanted, max(checks, worth), fresh)
@@ -7563,7 +7560,7 @@ class Steps:
         try:
             key = await self._secret(row.secret)
             self.openai.register_secret(key, row.secret)
-        except (SecretError, OpenAIError) as e:
+        except SecretError as e:
             return row.batches, [e]
 
         async def ask(batch: Batch) -> None:
@@ -9551,10 +9548,6 @@ class Timers:
             self._spawn(self._sync([job_id]))
         elif timer.began_with != plan or timer.asked:  # changed while we looked at the old one
             self._move(timer, now)
-        elif not plan.interval and stepped.error is None:
-            first = self._epoch + slot(plan.secret, job_id, stepped.wait or GRID, len(self._timers))
-            at, pace = datetime.now(UTC), slots(max(stepped.wait, GRID), first)
-            self._move(timer, pace.get_next_fire_time(at, at).timestamp())
         elif abs(stepped.wait - plan.interval) > GRID:
             self._move(timer, now + stepped.wait)
 
@@ -9862,18 +9855,20 @@ class Service(Timers):
         counted = dict.fromkeys((*JOB_STEPS, "removed"), 0) | (await self.store.counts())["jobs"]
         self.metrics.jobs_are(jobs, counted)
         check_age, trigger_age = await self.store.ages(now, self.started_at)
-        self.metrics.set(
-            overdue_jobs=len(await self.store.overdue(now, self.started_at)),
-            check_age_seconds=check_age,
-            oldest_open_trigger_seconds=trigger_age,
-            store_writable=self.store_error is None,
-            loop_lag_seconds=self._lag,
-            http_connections=self.connections(),
-            config_last_reload_successful=self.reload_error is None,
-            config_last_reload_timestamp_seconds=self.reloaded_at,
-            backup_last_successful=self.backups.error is None,
-            backup_last_success_timestamp_seconds=self.backups.last or 0.0,
-        )
+        figures: dict[str, float] = {
+            "overdue_jobs": len(await self.store.overdue(now, self.started_at)),
+            "check_age_seconds": check_age,
+            "oldest_open_trigger_seconds": trigger_age,
+            "store_writable": self.store_error is None,
+            "loop_lag_seconds": self._lag,
+            "http_connections": self.connections(),
+            "config_last_reload_successful": self.reload_error is None,
+            "config_last_reload_timestamp_seconds": self.reloaded_at,
+            "backup_last_successful": self.backups.error is None,
+            "backup_last_success_timestamp_seconds": self.backups.last or 0.0,
+        }
+        for name, value in figures.items():
+            self.metrics.gauges[name].set(value)
         self.metrics.paused_keys.clear()
         for name, _, _ in self.steps.openai.pauses():
             self.metrics.paused_keys.labels(name).set(1)
