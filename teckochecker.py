@@ -5838,18 +5838,16 @@ class Keboola(Upstream):
         return None if ahead is None else ahead + self._clock()
 
     async def send(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
-        return parse_keboola_job(
-            await self._call("POST", trigger, "jobs", secret, content=trigger.body)
-        )
+        answer = await self._call("POST", trigger, "jobs", secret, content=trigger.body)
+        return parse_keboola_job(answer)
 
     async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
         wanted = str(trigger.keboola_job_id)
         path = f"jobs/{quote(wanted, safe='')}"
         job = parse_keboola_job(await self._call("GET", trigger, path, secret))
         if job.id != wanted:
-            raise KeboolaError(
-                f"Keboola's answer about job {wanted} is about {one_line(job.id, 80)}"
-            )
+            said = f"Keboola's answer about job {wanted} is about {one_line(job.id, 80)}"
+            raise KeboolaError(said)
         return job
 
     async def storage(self, stack: str, token: SecretValue, path: str) -> Any:
@@ -5873,10 +5871,8 @@ class Keboola(Upstream):
             query["createdTimeFrom"] = keboola_time(since - SEARCH_SLACK)
         met, until = set[str](), time.monotonic() + CALL_DEADLINE
         for page in range(SEARCH_PAGES):
-            bounds = {
-                "deadline": until - time.monotonic(),
-                "params": query | {"offset": str(page * SEARCH_PAGE)},
-            }
+            query["offset"] = str(page * SEARCH_PAGE)
+            bounds = {"params": query, "deadline": until - time.monotonic()}
             jobs = await self._call("GET", trigger, "search/jobs", secret, **bounds)
             if not isinstance(jobs, list):
                 raise KeboolaError("Keboola's search answered with something else than a list")
@@ -7467,9 +7463,8 @@ class Steps:
         if row is not None:
             return self.vault.open(row)
         if name not in self.config.secrets:
-            raise SecretError(
-                f"there is no secret {name!r}", hint=f"secret add --name {name}", code=1001
-            )
+            hint = f"secret add --name {name}"
+            raise SecretError(f"there is no secret {name!r}", hint=hint, code=1001)
         return read_reference(name, self.config.secrets[name], self.config)
 
     def _count_error(self, error: TeckoError) -> None:
@@ -9068,13 +9063,10 @@ async def describe_plan(specs: Sequence[Spec], store: Store) -> list[str]:
         if isinstance(spec, JobSpec) and not (
             known and job and aim_of_spec(job.watches) == aim_of_spec(spec)
         ):
-            fired = next(iter(await store.fired(aim_of_spec(spec))), None)
             then = "will fire when its batches are done"
-            if fired is not None:
-                when = (
-                    f"as trigger {fired.trigger_id} of job {fired.job!r}, {iso(fired.created_at)}"
-                )
-                then = f"fires again only by `job retry`, for these batches have fired: {when}"
+            for fired in (await store.fired(aim_of_spec(spec)))[:1]:
+                then = "fires again only by `job retry`, for these batches have fired: as trigger"
+                then += f" {fired.trigger_id} of job {fired.job!r}, {iso(fired.created_at)}"
             said.append(f"job {name!r} {then}")
     return said
 
@@ -9789,16 +9781,14 @@ class Service(Timers):
                     "etl_status": run.status if run else None,
                 }
         stalled = time.monotonic() - self._ticked > STALLED_TICKS
+        pauses = self.steps.openai.pauses()
         running: Any = "running" if self._scheduler.running else "stopped"
         health = Health(
             timestamp=now,
             version=VERSION,
             uptime_seconds=round(now - self.started_at, 1),
             scheduler="stalled" if stalled else running,
-            paused_keys=[
-                PausedKey(secret=name, until=until, reason=why)
-                for name, until, why in self.steps.openai.pauses()
-            ],
+            paused_keys=[PausedKey(secret=s, until=u, reason=r) for s, u, r in pauses],
             config_last_reload_successful=self.reload_error is None,
             config_last_reload_at=self.reloaded_at,
             config_last_reload_error=self.reload_error,
