@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "aiolimiter>=1.2", "aiosqlite>=0.22", "annotated-types>=0.7", "apscheduler>=3.11,<4",
+#   "aiosqlite>=0.22", "annotated-types>=0.7", "apscheduler>=3.11,<4",
 #   "cryptography>=46", "httpx2>=2.16", "openai>=3.54", "orjson>=3.11", "prometheus-client>=0.22",
 #   "pydantic>=2.12", "python-dotenv>=1.1", "pyyaml>=6.0.2", "rich>=14", "shtab>=1.7.2",
 # ]
@@ -137,7 +137,7 @@ from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
-from functools import cache, lru_cache, partial, partialmethod, wraps
+from functools import cache, cached_property, lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
 from operator import attrgetter
 from pathlib import Path
@@ -204,7 +204,6 @@ if TYPE_CHECKING:  # imported where they are used: `job list` needs neither SDK 
     import aiosqlite
     import httpx2
     import openai
-    from aiolimiter import AsyncLimiter
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
     from apscheduler.triggers.interval import IntervalTrigger
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -1576,10 +1575,6 @@ OUTPUT_SECONDS = 300.0  # s that OpenAI may take to name a finished batch's outp
 EXPECTED_BATCH = ("validating", "in_progress", "finalizing", "cancelling")
 FINISHED_BATCH = ("completed", "failed", "expired", "cancelled")
 KNOWN_BATCH = EXPECTED_BATCH + FINISHED_BATCH
-KEBOOLA_STATUSES = (  # of a job, as its queue's description lists them
-    *("created", "waiting", "processing", "success", "warning"),
-    *("error", "terminating", "terminated", "cancelled"),
-)
 BAD_KEY = (401, 403)
 CONFIRM_EVERY = 10  # checks of a batch by a list, at least, to each that asks for it singly
 MANY_BATCHES = 1000  # of a key: from there on so many checks, or that would cost more than lists
@@ -1638,9 +1633,7 @@ def describe_end(batch: BatchSeen) -> str:
     return f"{batch.batch_id} {batch.status}: {batch.error or done}"
 
 
-seen_fields: Callable[[BatchSeen], tuple[Any, ...]] = attrgetter(
-    *(f.name for f in fields(BatchSeen))
-)
+seen_fields = attrgetter(*(f.name for f in fields(BatchSeen)))
 
 
 def batch_after_answer(known: Batch, seen: BatchSeen, now: float) -> Batch:
@@ -1715,75 +1708,65 @@ def duration_text(seconds: float) -> str:
     return f"{int(seconds)} s"
 
 
-def trigger_body(spec: JobSpec, batches: Sequence[Batch], trigger_id: str) -> str:
-    """The body of Keboola's POST /jobs for what became of the batches."""
+def outcome_of(batches: Sequence[Batch]) -> dict[str, str]:
+    """What became of batches, as Keboola's job is told."""
     ends = {"completed": [b for b in batches if outcome(b) == "completed"]}
     ends["failed"] = [b for b in batches if b not in ends["completed"]]
-    values = {"teckochecker_job": spec.name, "teckochecker_trigger_id": trigger_id}
+    values = {"batch_count_total": str(len(batches))}
     for end, group in ends.items():
         values[f"batch_ids_{end}"] = json.dumps([b.batch_id for b in group])
         values[f"batch_count_{end}"] = str(len(group))
-    values["batch_count_total"] = str(len(batches))
     for kind in ("output", "error"):
         ids = [getattr(b, f"{kind}_file_id") for b in batches]
         values[f"{kind}_file_ids"] = json.dumps([i for i in ids if i])
     for count in ("total", "completed", "failed"):
-        values[f"request_count_{count}"] = str(
-            sum(getattr(b, f"requests_{count}") for b in batches)
-        )
-    return request_body(spec, values)
+        done = sum(getattr(b, f"requests_{count}") for b in batches)
+        values[f"request_count_{count}"] = str(done)
+    return values
 
 
-def request_body(spec: JobSpec, outcome_of_batches: Mapping[str, str]) -> str:
-    """The body of Keboola's POST /jobs as JSON. Every value is a non-empty string: Keboola refuses
-    an empty one, and ignores variables that a configuration does not define."""
-    values = {**outcome_of_batches, **spec.trigger.variables}
+def target_of(spec: JobSpec, told: Mapping[str, str]) -> dict[str, Any]:
+    """A trigger's columns that follow from its job's target: where it goes, and the body of
+    Keboola's POST /jobs. In that every value is a non-empty string: Keboola refuses an empty one,
+    and ignores variables that a configuration does not define."""
+    target = spec.trigger
+    values = {**told, "teckochecker_job": spec.name, **target.variables}
     body = {
         "mode": "run",
-        "component": spec.trigger.component_id,
-        "config": spec.trigger.configuration_id,
+        "component": target.component_id,
+        "config": target.configuration_id,
         "variableValuesData": {"values": [{"name": k, "value": v} for k, v in values.items()]},
     }
-    return json.dumps(body)
+    return {
+        "stack_url": target.stack_url,
+        "secret": str(target.secret),
+        "on_ambiguous": target.on_ambiguous,
+        "body": json.dumps(body),
+    }
 
 
 def new_trigger(
     job: Job, batches: Sequence[Batch], verdict: Verdict, trigger_id: str, now: float
 ) -> Trigger:
     """The trigger as it is frozen: a fresh id, and a body that no later change touches."""
-    target = job.watches.trigger
+    told = outcome_of(batches) | {"teckochecker_trigger_id": trigger_id}
     return Trigger(
         id=trigger_id,
         job_id=job.id,
         round=job.round,
         state="pending",
-        stack_url=target.stack_url,
-        secret=str(target.secret),
-        body=trigger_body(job.watches, batches, trigger_id),
         partial=verdict.partial,
-        on_ambiguous=target.on_ambiguous,
         created_at=now,
+        **target_of(job.watches, told),
     )
-
-
-def is_open(trigger: Trigger) -> bool:
-    """Whether something is left to do for it that needs no person."""
-    return bool(TRIGGER_STEPS[trigger.state]) and trigger.state != "held"
 
 
 def retargeted(trigger: Trigger, spec: JobSpec) -> Trigger:
     """A trigger that is known not to have been sent, with the job's present target; what it says
     of the batches stays."""
-    body, target = json.loads(trigger.body), spec.trigger
-    values = {v["name"]: v["value"] for v in body["variableValuesData"]["values"]}
-    outcome_of_batches = {k: v for k, v in values.items() if k in RESERVED_VARIABLES}
-    return replace(
-        trigger,
-        stack_url=target.stack_url,
-        secret=str(target.secret),
-        on_ambiguous=target.on_ambiguous,
-        body=request_body(spec, {**outcome_of_batches, "teckochecker_job": spec.name}),
-    )
+    values = json.loads(trigger.body)["variableValuesData"]["values"]
+    kept = {v["name"]: v["value"] for v in values if v["name"] in RESERVED_VARIABLES}
+    return replace(trigger, **target_of(spec, kept))
 
 
 def is_refusal(error: UpstreamError) -> bool:
@@ -1810,21 +1793,21 @@ def after_search(trigger: Trigger, waited: float, window: float) -> Event | None
     return "hold" if trigger.on_ambiguous == "hold" else "resend"
 
 
-def after_end(job: KeboolaJob) -> Event:
-    """What the end of a Keboola job means for its trigger."""
-    return "succeed" if job.status in ("success", "warning") else "fail"
-
-
 def settle_wait(waited: float, window: float) -> float:
     """Seconds until the next search: four in a window, the last one at its very end."""
     step, left = window / 4, window - waited
     return left if 0 < left < step else step
 
 
+def doubled(times: int) -> float:
+    """2 to this power; after some, every wait has reached its bound."""
+    return 2.0 ** min(times, 30)
+
+
 def backoff(attempt: int, longest: float, jitter: float) -> float:
     """Seconds before retry number `attempt` (from 1): 1, 2, 4, ... at most `longest`, of which
     `jitter` (0 to 1) takes away up to half, so that clients that failed together part ways."""
-    return min(BACKOFF_FIRST * 2.0 ** min(attempt - 1, 30), longest) * (1 - jitter / 2)
+    return min(BACKOFF_FIRST * doubled(attempt - 1), longest) * (1 - jitter / 2)
 
 
 def wait_after_error(
@@ -1834,7 +1817,7 @@ def wait_after_error(
     if isinstance(error, UpstreamError) and error.retry_after is not None:
         return max(BACKOFF_FIRST, min(error.retry_after, LONGEST_WAIT))
     if isinstance(error, UpstreamError) and error.status in BAD_KEY:
-        return min(interval * 2.0 ** min(errors_in_row, 10), max(LONGEST_WAIT, interval))
+        return min(interval * doubled(errors_in_row), max(LONGEST_WAIT, interval))
     if error.permanent or errors_in_row > settings.max_retries:
         return interval
     return min(backoff(errors_in_row, settings.retry_delay, jitter), interval)
@@ -2892,7 +2875,11 @@ class Sqlite:
         uri = f"file:{quote(str(self._path))}?mode={self._mode}"
         uri += "&immutable=1" if self._unwritten else ""
         sqlite3.connect(uri, uri=True).close()  # or fail without a thread of aiosqlite
-        self._db = await aiosqlite.connect(uri, uri=True, isolation_level=None)
+        opening = asyncio.ensure_future(aiosqlite.connect(uri, uri=True, isolation_level=None))
+        try:
+            await asyncio.wait([opening])
+        finally:  # also when cancelled: its thread would report to an event loop that has closed
+            self._db = await opening
         patience = LOCK_TURN if self._writes else PATIENCE  # transactions try again
         await self.run(f"PRAGMA busy_timeout = {int(1000 * patience)}")
         if not self._writes:
@@ -3783,7 +3770,7 @@ def aim_of(stack_url: str, body: str) -> str:
 def aim_of_spec(spec: JobSpec) -> str:
     """The same for a job that has not fired yet."""
     unseen = [Batch(batch_id, "") for batch_id in spec.watch.batch_ids]
-    return aim_of(spec.trigger.stack_url, trigger_body(spec, unseen, ""))
+    return aim_of(spec.trigger.stack_url, target_of(spec, outcome_of(unseen))["body"])
 
 
 def spec_columns(spec: Spec) -> dict[str, Any]:
@@ -3865,19 +3852,18 @@ class Jobs(Secrets):
     async def job(self, job_id: int) -> Job | None:
         return next(iter(await self.jobs_among([job_id])), None)
 
-    async def watched_batches(
-        self, secrets: Collection[str], until: float
-    ) -> list[tuple[str, int, float | None, bool]]:
-        """The unfinished batches of active jobs that use one of these secrets: the batch, its job,
-        its time of creation (None: not seen yet), and whether its check is due before `until`."""
+    async def watched_batches(self, secrets: Collection[str], until: float) -> tuple[set[str], int]:
+        """The ids of the unfinished batches of active jobs that use one of these secrets, and how
+        many checks of them are due before `until`."""
         names, given = text_list("name", secrets)
-        return await self._sql(
-            "SELECT b.batch_id, j.id, b.created_at, coalesce(j.next_check_at, 0) < :until"
+        rows = await self._sql(
+            "SELECT b.batch_id, coalesce(j.next_check_at, 0) < :until"
             " FROM polling_jobs j JOIN polling_batches b ON b.job_id = j.id"
             f" WHERE j.watch_secret IN {names} AND {ACTIVE}"
             f" AND b.status NOT IN {tuple(FINISHED_BATCH)}",
             {**given, "until": until},
         )
+        return {row[0] for row in rows}, sum(bool(row[1]) for row in rows)
 
     async def schedule(self, ids: Collection[int] | None = None) -> dict[int, TimerPlan]:
         """The jobs that have something left to do, all of them or those among `ids`."""
@@ -4719,6 +4705,7 @@ class Backups:
 # One way to ask another server: bounded in bytes, time, depth and redirects, whatever it sends;
 # and one way to say what went wrong.
 
+ANSWER_BYTES = 4 << 20  # bytes of an answer of OpenAI or Keboola: a page of batches has 100 KB
 ERROR_BYTES = 1 << 18  # bytes of an answer that is an error
 ANSWER_VALUES = 100_000  # commas in an answer as JSON: each value takes some 100 bytes of memory
 REASON = 200  # characters of an answer's body that an error repeats
@@ -4779,6 +4766,21 @@ async def resolve_host(host: Any, port: Any, **hints: int) -> Any:
     return await asyncio.wrap_future(answer)
 
 
+class Turns:
+    """Spreads requests evenly over each minute, without bursts."""
+
+    def __init__(self) -> None:
+        self._free_at = 0.0
+
+    async def wait(self, per_minute: int | None) -> None:
+        """Wait until the next request may be sent; None: any time."""
+        if per_minute is not None:
+            now = asyncio.get_running_loop().time()
+            at = max(now, self._free_at)
+            self._free_at = at + 60 / per_minute
+            await asyncio.sleep(at - now)
+
+
 def make_client(error: type[UpstreamError], connections: int | None = None) -> httpx2.AsyncClient:
     """A client that keeps no cookies and follows no redirect. Raises `error` where the environment
     allows none (a SOCKS proxy without its library, a missing SSL_CERT_FILE)."""
@@ -4804,15 +4806,6 @@ def make_client(error: type[UpstreamError], connections: int | None = None) -> h
     return client
 
 
-async def client_problems() -> list[str]:
-    """Why no client can be made in this environment, for `validate`."""
-    try:
-        await make_client(UpstreamError).aclose()
-    except UpstreamError as e:
-        return [str(e)]
-    return []
-
-
 async def http_request(
     client: httpx2.AsyncClient,
     error: type[UpstreamError],
@@ -4820,8 +4813,8 @@ async def http_request(
     method: str,
     url: str,
     *,
-    deadline: float,
-    limit: int,
+    deadline: float = CALL_DEADLINE,
+    limit: int = ANSWER_BYTES,
     about: str = "",
     redirects: int = 0,
     anywhere: bool = False,
@@ -4951,6 +4944,24 @@ def parse_json_answer(answer: httpx2.Response, error: type[UpstreamError], who: 
     raise error(f"{who} cannot be read: {describe_body(answer, error) or 'it is empty'}")
 
 
+class Upstream:
+    """What is asked through one client, which is made when it is first needed."""
+
+    error: type[UpstreamError] = UpstreamError
+    connections: int | None = None  # at most
+    _client: httpx2.AsyncClient | None = None
+
+    async def _request(self, who: str, method: str, url: str, **request: Any) -> httpx2.Response:
+        """See `http_request`."""
+        self._client = self._client or make_client(self.error, self.connections)
+        return await http_request(self._client, self.error, who, method, url, **request)
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
+
 # ── Upstreams: OpenAI ─────────────────────────────────────────────────────────────────────────
 
 # A batch is checked by a list of its key's batches where that takes fewer requests than asking for
@@ -4964,7 +4975,6 @@ def parse_json_answer(answer: httpx2.Response, error: type[UpstreamError], who: 
 # answer, 502, 503, 504), met five times in a row about different things. Then one call alone
 # tries, and what had failed waits longer than the rest: one broken batch stops no other.
 
-ANSWER_BYTES = 4 << 20  # bytes of an answer of OpenAI or Keboola: a page of batches has 100 KB
 PAGE = 100  # batches in one page of a list, the most there is
 BARE_PAGES = 2  # pages without a wanted batch, after which a list is read no further
 LIST_AGAIN = 600.0  # s until a list that failed, lied or did not pay is tried again
@@ -5047,16 +5057,6 @@ def parse_page(data: Any) -> tuple[list[BatchSeen], str | None]:
     return page, last if more else None
 
 
-def rate_limiter(per_minute: int | None) -> AsyncLimiter | None:
-    """Allows at most so many requests in any minute: a tenth of them at once, the rest evenly."""
-    if per_minute is None:
-        return None
-    from aiolimiter import AsyncLimiter
-
-    at_once = max(1.0, per_minute / 10)
-    return AsyncLimiter(at_once, 60 * at_once / max(per_minute - at_once, per_minute / 2))
-
-
 @dataclass(frozen=True, slots=True)
 class Pause:
     """A key of OpenAI that is not used for a while: it was rate-limited, or its calls failed."""
@@ -5067,36 +5067,26 @@ class Pause:
 
 
 @dataclass(slots=True)
-class BatchListing:
-    """Those of the wanted batches that a list of a key's batches showed. It says nothing of the
-    others."""
-
-    at: float = -math.inf  # monotonic seconds, when its first page was asked for
-    seen: dict[str, BatchSeen] = field(default_factory=dict)
-    wanted: int = 0
-
-
-@dataclass(slots=True)
 class KeyState:
     """One key: what it may do, and what its list showed. Times are monotonic seconds."""
 
-    sdk: openai.AsyncOpenAI  # made once: a fresh one costs as much as a request
-    budget: AsyncLimiter | None
+    value: SecretValue
+    turns: Turns = field(default_factory=Turns)
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT_PER_KEY))
     names: set[str] = field(default_factory=set)  # of the secrets with this value
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # the list
-    list: BatchListing = field(default_factory=BatchListing)
-    pages: int = 1  # that the list took
-    list_from: float = -math.inf  # no list is read before
+    listed_at: float = -math.inf  # when the list's first page was asked for
+    listed: dict[str, BatchSeen] = field(default_factory=dict)  # those that were wanted of it
+    list_from: float = -math.inf  # no list is read before: the last one was of no use
     finished: deque[str] = field(default_factory=lambda: deque(maxlen=PAGE))  # seen so singly
-    failed: dict[str, None] = field(default_factory=dict)  # what nobody was there for, in a row
+    failed: set[str] = field(default_factory=set)  # what nobody was there for, in a row
     until: float = -math.inf  # it rests; then one call tries
     pause: float = 0.0  # s that it last rested for; 0: it works
     error: OpenAIError | None = None  # why
-    trial: asyncio.Event | None = None  # set when the call that tries is over
+    trying: asyncio.Lock = field(default_factory=asyncio.Lock)  # after a pause
 
     def record_outcome(
-        self, about: str, error: OpenAIError | None, now: float, *, trial: bool
+        self, about: str, error: OpenAIError | None, now: float, trial: bool
     ) -> None:
         """Learn from how a call ended. While the key rests only the trial counts, since all others
         began before. An error about one thing (404, 500) shows that OpenAI is there."""
@@ -5106,22 +5096,24 @@ class KeyState:
         if error is None or (error.status not in NOBODY_THERE and not limited):
             if self.failed and self.pause:  # nor was the list there
                 self.list_from = -math.inf
-            self.failed, self.pause, self.error = {}, 0.0, None
+            self.failed, self.pause, self.error = set(), 0.0, None
             return
         pause = min(error.retry_after or BACKOFF_FIRST, LONGEST_WAIT)
         if not limited:
-            self.failed[about] = None
+            self.failed.add(about)
             pause = min(max(OUTAGE_PAUSE, 2 * self.pause), OUTAGE_LONGEST)
         if limited or trial or len(self.failed) >= OUTAGE_FAILURES:
             self.pause, self.until, self.error = pause, now + pause, error
 
 
-class OpenAI:
+class OpenAI(Upstream):
     """OpenAI's batches through the official SDK: one client and one pool for all keys.
 
     The SDK knows the API. Bounds and errors are those of `http_request`, retries are the
     scheduler's, and an answer is believed only as far as `parse_batch` does.
     """
+
+    error = OpenAIError
 
     def __init__(
         self,
@@ -5129,55 +5121,39 @@ class OpenAI:
         per_minute: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._base_url, self._per_minute, self._clock = base_url, per_minute, clock
-        self._client: httpx2.AsyncClient | None = None
-        self._sdk: openai.AsyncOpenAI | None = None
+        self._base_url, self.per_minute, self._clock = base_url, per_minute, clock
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self.on_request: Callable[[str], None] = lambda kind: None  # told: retrieve or list
         self._keys: dict[str, KeyState] = {}
 
-    def set_budget(self, per_minute: int | None) -> None:
-        """From now on each key has so many requests a minute."""
-        if per_minute != self._per_minute:
-            self._per_minute = per_minute
-            for key in self._keys.values():
-                key.budget = rate_limiter(per_minute)
-
     def _key(self, key: SecretValue) -> KeyState:
-        if (found := self._keys.get(key.reveal())) is None:
-            try:
-                import httpx2
-                import openai
-            except (ImportError, OSError) as e:  # no file descriptor left, for one
-                raise OpenAIError(f"the SDK cannot be loaded: {one_line(e)}", sent=False) from e
-            self._client = self._client or make_client(OpenAIError)
-            self._sdk = self._sdk or openai.AsyncOpenAI(
-                api_key="set for each key",
-                base_url=self._base_url or OPENAI.base_url,
-                max_retries=0,
-                # a transport that is a function, whatever the name of its class
-                http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(self._transport)),
-            )
-            sdk = self._sdk.with_options(api_key=key.reveal())
-            found = self._keys[key.reveal()] = KeyState(sdk, rate_limiter(self._per_minute))
-        return found
+        if (value := key.reveal()) not in self._keys:
+            self._keys[value] = KeyState(key)
+        return self._keys[value]
+
+    @cached_property
+    def _sdk(self) -> openai.AsyncOpenAI:
+        """Made when it is first needed: its import takes most of a second."""
+        try:
+            import httpx2
+            import openai
+        except (ImportError, OSError) as e:  # no file descriptor left, for one
+            raise OpenAIError(f"the SDK cannot be loaded: {one_line(e)}", sent=False) from e
+        return openai.AsyncOpenAI(
+            api_key="set for each key",
+            base_url=self._base_url or OPENAI.base_url,
+            max_retries=0,
+            # a transport that is a function, whatever the name of its class
+            http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(self._transport)),
+        )
 
     async def _transport(self, request: httpx2.Request) -> httpx2.Response:
         """Send a request of the SDK. Of its headers only the key goes along: it would add what
         OPENAI_ORG_ID and the like say, which is not meant for every key."""
-        assert self._client is not None
-        path = request.url.path
-        return await http_request(
-            self._client,
-            OpenAIError,
-            "OpenAI",
-            request.method,
-            str(request.url),
-            deadline=CALL_DEADLINE,
-            limit=ANSWER_BYTES,
-            about=THE_LIST if path.endswith(OPENAI.path) else path.rpartition("/")[2],
-            headers={OPENAI.header: request.headers[OPENAI.header]},
-        )
+        url, path = str(request.url), request.url.path
+        about = THE_LIST if path.endswith(OPENAI.path) else path.rpartition("/")[2]
+        headers = {OPENAI.header: request.headers[OPENAI.header]}
+        return await self._request("OpenAI", request.method, url, about=about, headers=headers)
 
     def register_secret(self, key: SecretValue, name: str) -> Collection[str]:
         """Note that the secret `name` has this value; the names of all that have it. A value that
@@ -5206,45 +5182,38 @@ class OpenAI:
         seen = parse_batch(batch_id, await self._call(mine, "retrieve", batch_id))
         if outcome(seen) is not None:
             mine.finished.append(batch_id)
-        if batch_id in mine.list.seen:
-            mine.list.seen[batch_id] = seen  # which is newer
+        if batch_id in mine.listed:
+            mine.listed[batch_id] = seen  # which is newer
         return seen
 
-    def listing(self, key: SecretValue) -> tuple[float, BatchListing]:
-        """How many seconds ago the key's batches were listed, and what that showed."""
-        found = self._key(key).list
-        return self._clock() - found.at, found
-
-    def may_list(self, key: SecretValue) -> bool:
-        """Whether the list is to be tried: not for some minutes after it was of no use."""
-        return self._clock() >= self._key(key).list_from
+    def listing(self, key: SecretValue) -> tuple[float, Mapping[str, BatchSeen]]:
+        """How many seconds ago the key's batches were listed, and those of the wanted ones that
+        this showed. It says nothing of the others."""
+        mine = self._key(key)
+        return self._clock() - mine.listed_at, mine.listed
 
     async def latest(self, key: SecretValue) -> list[BatchSeen]:
         """The newest batches of a key, to choose from. Raises OpenAIError."""
         return parse_page(await self._call(self._key(key), "list", THE_LIST, limit=20))[0]
 
     async def read_list(
-        self, key: SecretValue, wanted: Collection[str], checks: int
-    ) -> Collection[str]:
-        """Read the list of a key's batches, for `listing`, and return the ids of those that it
-        shows as finished. It is read from the newest batch on, until all that are wanted were
-        found, or two pages showed none of them, or half as many pages were read as there are
-        checks. A second caller waits for the first one's list. Raises OpenAIError where single
-        calls would fail as well: the key is refused, or rests."""
+        self, key: SecretValue, wanted: set[str], checks: int, fresh: float
+    ) -> None:
+        """Read the list of a key's batches, for `listing`, unless it was read within `fresh`
+        seconds: from the newest batch on, until all that are wanted were found, or two pages showed
+        none of them, or half as many pages were read as there are checks. Raises OpenAIError where
+        single calls would fail as well: the key is refused, or rests."""
         mine = self._key(key)
-        if mine.reading.locked():
-            async with mine.reading:
-                return ()
-        recent = self._clock() - mine.list.at < LIST_AGAIN
-        if checks <= 2 * max(mine.pages if recent else 1, math.ceil(len(wanted) / PAGE)):
-            return ()
         async with mine.reading:
+            now, useless = self._clock(), checks <= 2 * math.ceil(len(wanted) / PAGE)
+            if useless or now < mine.list_from or now - mine.listed_at <= fresh:
+                return
             if mine.pause:  # one batch is asked for before hundreds; it is told in its own turn
                 first = min(wanted, key=lambda batch_id: batch_id in mine.failed)
                 with contextlib.suppress(OpenAIError):
                     await self.retrieve(key, first)
             try:
-                await self._read_list(mine, {*wanted}, checks)
+                await self._read_list(mine, wanted, checks)
             except OpenAIError as e:
                 if e.status == 401 or not e.sent:
                     raise
@@ -5252,25 +5221,23 @@ class OpenAI:
                 if mine.pause:
                     raise
                 log.info("batches are asked for singly, since their list fails: %s", e)
-            return [i for i, seen in mine.list.seen.items() if outcome(seen) is not None]
 
-    async def _read_list(self, mine: KeyState, left: set[str], checks: int) -> None:
-        at, wanted, seen, pages, bare = self._clock(), len(left), dict[str, BatchSeen](), 0, 0
+    async def _read_list(self, mine: KeyState, wanted: set[str], checks: int) -> None:
+        at, seen, pages, bare = self._clock(), dict[str, BatchSeen](), 0, 0
         query: dict[str, Any] = {"limit": PAGE}
-        while left and bare < BARE_PAGES and 2 * pages < checks:
+        while seen.keys() < wanted and bare < BARE_PAGES and 2 * pages < checks:
             page, after = parse_page(await self._call(mine, "list", THE_LIST, **query))
             if any(b.batch_id in mine.finished and outcome(b) is None for b in page):
-                mine.list = BatchListing()
+                mine.listed = {}
                 raise OpenAIError("it shows a finished batch as unfinished")
-            here = {batch.batch_id: batch for batch in page if batch.batch_id in left}
-            left, pages, bare = left - here.keys(), pages + 1, 0 if here else bare + 1
-            seen |= here
-            mine.list = BatchListing(at, seen, wanted)  # what came counts where a later page fails
+            before = len(seen)
+            seen |= {batch.batch_id: batch for batch in page if batch.batch_id in wanted}
+            pages, bare = pages + 1, 0 if len(seen) > before else bare + 1
+            mine.listed_at, mine.listed = at, seen  # what came counts where a later page fails
             if after is None:
                 break
             query["after"] = after
-        mine.pages = pages
-        if checks * len(seen) < pages * wanted:  # so many calls would have done as much
+        if checks * len(seen) < pages * len(wanted):  # so many calls would have done as much
             mine.list_from = at + LIST_AGAIN
 
     async def _call(
@@ -5278,35 +5245,31 @@ class OpenAI:
     ) -> Any:
         """The JSON that a call brings, within what its key may do: so many calls at once and a
         minute, none while the key rests, and then one alone. Raises OpenAIError."""
+        sdk = self._sdk.with_options(api_key=mine.value.reveal())
         import httpx2
         import openai
 
         path = OPENAI.path if kind == "list" else f"{OPENAI.path}/{about}"
         async with mine.slots:
-            if mine.budget is not None:
-                self._refuse_while_paused(mine, about)
-                await mine.budget.acquire()
-            while mine.trial is not None:
-                await mine.trial.wait()
             self._refuse_while_paused(mine, about)
-            mine.trial = trial = asyncio.Event() if mine.pause else None
-            try:
-                async with self._slots:
-                    self.on_request(kind)
-                    ask = partial(mine.sdk.get, path, cast_to=httpx2.Response)
-                    answer = await ask(options={"params": query})
-                data = parse_json_answer(answer, OpenAIError, f"OpenAI's answer about {about}")
-            except (openai.OpenAIError, OpenAIError) as e:
-                found = [x for x in (e, e.__cause__) if isinstance(x, OpenAIError)]
-                error = found[0] if found else OpenAIError(f"OpenAI about {about}: {one_line(e)}")
-                mine.record_outcome(about, error, self._clock(), trial=trial is not None)
-                raise error from e
-            finally:
-                if trial is not None:
-                    mine.trial = None
-                    trial.set()
-            mine.record_outcome(about, None, self._clock(), trial=trial is not None)
-            return data
+            await mine.turns.wait(self.per_minute)
+            async with mine.trying if mine.pause else contextlib.nullcontext():
+                self._refuse_while_paused(mine, about)
+                trial = mine.pause > 0
+                try:
+                    async with self._slots:
+                        self.on_request(kind)
+                        options: Any = {"params": query}
+                        answer = await sdk.get(path, cast_to=httpx2.Response, options=options)
+                    data = parse_json_answer(answer, OpenAIError, f"OpenAI's answer about {about}")
+                except (openai.OpenAIError, OpenAIError) as e:
+                    # the SDK wraps some of what its transport raises
+                    found = [x for x in (e, e.__cause__) if isinstance(x, OpenAIError)]
+                    error = (found or [OpenAIError(f"OpenAI about {about}: {one_line(e)}")])[0]
+                    mine.record_outcome(about, error, self._clock(), trial)
+                    raise error from e
+                mine.record_outcome(about, None, self._clock(), trial)
+                return data
 
     def _refuse_while_paused(self, mine: KeyState, about: str) -> None:
         """Raises OpenAIError while the key rests, which it does twice as long for what failed."""
@@ -5316,10 +5279,6 @@ class OpenAI:
             said = f"OpenAI is not asked with {names} for now: {mine.error}"
             status = mine.error.status if mine.error else None
             raise OpenAIError(said, status=status, retry_after=wait, sent=False)
-
-    async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
 
 
 # ── Upstreams: Keboola ────────────────────────────────────────────────────────────────────────
@@ -5342,11 +5301,9 @@ class Action(Protocol):
 
     async def prepare(self, target: str) -> float | None:
         """All that can fail before a claim; the other side's time, in unix seconds, if known."""
-        ...
 
     async def send(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
         """Start it, once; the error's `sent` and `status` say what is known otherwise."""
-        ...
 
     async def find(
         self, trigger: Trigger, secret: SecretValue, known: set[str], *, anytime: bool = False
@@ -5357,7 +5314,6 @@ class Action(Protocol):
 
     async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
         """What has become of it."""
-        ...
 
 
 def parse_keboola_job(data: Any) -> KeboolaJob:
@@ -5367,8 +5323,8 @@ def parse_keboola_job(data: Any) -> KeboolaJob:
     if not known or not isinstance(status, str) or not isinstance(ended, bool):
         raise KeboolaError("Keboola's answer is not a job: it has no id, status and isFinished")
     message = value_at(data, "result.message")
-    listed = status if status in KEBOOLA_STATUSES else one_line(status)
-    return KeboolaJob(str(given), listed, ended, one_line(message) if message else None)
+    said = one_line(message) if message else None
+    return KeboolaJob(str(given), one_line(status), ended, said)
 
 
 def purpose_of(job: Any) -> tuple[str | None, tuple[str | None, list[str]]]:
@@ -5401,13 +5357,14 @@ def queue_url(stack: str, index: Any) -> str:
     raise KeboolaError(f"{stack} names no job queue that a token may go to: {said}", sent=False)
 
 
-class Keboola:
+class Keboola(Upstream):
     """Keboola's job queue (its OpenAPI description, version 1.3.8), an `Action`. Its address comes
     from the stack's own service index, asked without a token."""
 
+    error = KeboolaError
+
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._client: httpx2.AsyncClient | None = None
         self._queues: dict[str, asyncio.Task[str]] = {}
         self._ahead: dict[str, float] = {}  # s by which a stack's clock is ahead of the monotonic
 
@@ -5417,24 +5374,21 @@ class Keboola:
         return None if ahead is None else ahead + self._clock()
 
     async def send(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
-        return parse_keboola_job(
-            await self._call("POST", trigger, "jobs", secret, content=trigger.body)
-        )
+        answer = await self._call("POST", trigger, "jobs", secret, content=trigger.body)
+        return parse_keboola_job(answer)
 
     async def follow(self, trigger: Trigger, secret: SecretValue) -> KeboolaJob:
         wanted = str(trigger.keboola_job_id)
         path = f"jobs/{quote(wanted, safe='')}"
         job = parse_keboola_job(await self._call("GET", trigger, path, secret))
         if job.id != wanted:
-            raise KeboolaError(
-                f"Keboola's answer about job {wanted} is about {one_line(job.id, 80)}"
-            )
+            said = f"Keboola's answer about job {wanted} is about {one_line(job.id, 80)}"
+            raise KeboolaError(said)
         return job
 
     async def storage(self, stack: str, token: SecretValue, path: str) -> Any:
         """GET a path of the stack's Storage API, for `validate --online`."""
-        headers = {"X-StorageApi-Token": token.reveal()}
-        return await self._ask("GET", stack, f"{stack}/v2/storage/{path}", headers=headers)
+        return await self._ask("GET", stack, f"{stack}/v2/storage/{path}", token)
 
     async def find(
         self, trigger: Trigger, secret: SecretValue, known: set[str], *, anytime: bool = False
@@ -5453,9 +5407,9 @@ class Keboola:
             query["createdTimeFrom"] = keboola_time(since - SEARCH_SLACK)
         met, until = set[str](), time.monotonic() + CALL_DEADLINE
         for page in range(SEARCH_PAGES):
-            bounds = {"deadline": until - time.monotonic()}
-            given = query | {"offset": str(page * SEARCH_PAGE)}
-            jobs = await self._call("GET", trigger, "search/jobs", secret, params=given, **bounds)
+            query["offset"] = str(page * SEARCH_PAGE)
+            bounds = {"params": query, "deadline": until - time.monotonic()}
+            jobs = await self._call("GET", trigger, "search/jobs", secret, **bounds)
             if not isinstance(jobs, list):
                 raise KeboolaError("Keboola's search answered with something else than a list")
             for job in jobs:
@@ -5473,33 +5427,34 @@ class Keboola:
 
     async def _queue(self, stack: str) -> str:
         """The URL of the stack's job queue (GET /v2/storage, services); asked once a stack."""
-        if (asked := self._queues.get(stack)) is None or (asked.done() and asked.exception()):
-            asked = self._queues[stack] = asyncio.create_task(self._ask_for_queue(stack))
-        return await asyncio.shield(asked)
 
-    async def _ask_for_queue(self, stack: str) -> str:
-        try:
-            return queue_url(stack, await self._ask("GET", stack, f"{stack}/v2/storage"))
-        except KeboolaError as e:
-            e.sent = False  # the index was asked, nothing else
-            raise
+        async def ask() -> str:
+            try:
+                return queue_url(stack, await self._ask("GET", stack, f"{stack}/v2/storage"))
+            except KeboolaError as e:
+                e.sent = False  # the index was asked, nothing else
+                raise
+
+        if (asked := self._queues.get(stack)) is None or (asked.done() and asked.exception()):
+            asked = self._queues[stack] = asyncio.create_task(ask())
+        return await asyncio.shield(asked)
 
     async def _call(
         self, method: str, trigger: Trigger, path: str, token: SecretValue, **request: Any
     ) -> Any:
         url = f"{await self._queue(trigger.stack_url)}/{path}"
-        headers = {"X-StorageApi-Token": token.reveal(), "Content-Type": "application/json"}
-        return await self._ask(method, trigger.stack_url, url, headers=headers, **request)
+        return await self._ask(method, trigger.stack_url, url, token, **request)
 
-    async def _ask(self, method: str, stack: str, url: str, **request: Any) -> Any:
+    async def _ask(
+        self, method: str, stack: str, url: str, token: SecretValue | None = None, **request: Any
+    ) -> Any:
         """The JSON of an answer, whose Date tells the stack's time. Raises KeboolaError."""
-        self._client = self._client or make_client(KeboolaError)
+        if token is not None:
+            headers = {"X-StorageApi-Token": token.reveal(), "Content-Type": "application/json"}
+            request["headers"] = headers
         about = f"{method} {urlsplit(url).path}"
-        bounds: dict[str, Any] = {"deadline": CALL_DEADLINE, "limit": ANSWER_BYTES, "about": about}
         try:
-            answer = await http_request(
-                self._client, KeboolaError, "Keboola", method, url, **bounds | request
-            )
+            answer = await self._request("Keboola", method, url, about=about, **request)
         except KeboolaError as e:
             if not e.sent:
                 self._queues.pop(stack, None)  # the index may name another host by now
@@ -5511,8 +5466,7 @@ class Keboola:
     async def close(self) -> None:
         for asked in self._queues.values():
             asked.cancel()
-        if self._client is not None:
-            await self._client.aclose()
+        await super().close()
 
 
 # ── Web ───────────────────────────────────────────────────────────────────────────────────────
@@ -5592,13 +5546,14 @@ async def s3_objects(source: CsvSource, secret: SecretValue | None) -> list[Remo
     return [*map(RemoteFile, names, urls, tags)]
 
 
-class Web:
+class Web(Upstream):
     """Sources of ingests over HTTP. A secret goes to the origin that it was given for and to no
     other. Jobs with a rate share it with all others that have one for the same host."""
 
+    error, connections = SourceError, IN_FLIGHT
+
     def __init__(self) -> None:
-        self._client: httpx2.AsyncClient | None = None
-        self._free_at: dict[tuple[str, str, int], float] = {}  # by origin: when it may be asked
+        self._turns = defaultdict[tuple[str, str, int], Turns](Turns)  # by origin
 
     async def get(
         self,
@@ -5614,18 +5569,11 @@ class Web:
         """GET `url`, if it changed since the etag or time that `state` has. Raises SourceError."""
         known = {"If-None-Match": state.get("etag"), "If-Modified-Since": state.get("modified")}
         asked = {name: value for name, value in known.items() if value}
-        headers = {"Accept": "application/json" if source.type == "api" else "*/*", **asked}
-        self._client = self._client or make_client(SourceError, IN_FLIGHT)
         if isinstance(source, CsvSource) and source.in_s3:
             secret = None  # which has signed the URL
-        if secret is not None:
-            name, _, value = source.header.partition(":")
-            headers[name] = value.strip().replace("{secret}", secret.reveal())
-        await self._turn(origin_of(url), source.max_requests_per_minute)
+        await self._turns[origin_of(url)].wait(source.max_requests_per_minute)
         patience = float(source.timeout or SOURCE_DEADLINE)
-        return await http_request(
-            self._client,
-            SourceError,
+        return await self._request(
             without_query(url),
             "GET",
             url,
@@ -5635,22 +5583,17 @@ class Web:
             anywhere=secret is None,
             good={*good, 304} if asked else good,
             sink=sink,
-            headers=headers,
+            headers=self._headers(source, secret) | asked,
             timeout=(CONNECT_TIMEOUT, patience, patience, None),  # connect, read, write, pool
         )
 
-    async def _turn(self, host: tuple[str, str, int], rate: int | None) -> None:
-        """Wait until a host may be asked. Requests are spread evenly over a minute, without
-        bursts."""
-        if rate is not None:
-            now = asyncio.get_running_loop().time()
-            at = max(now, self._free_at.get(host, 0.0))
-            self._free_at[host] = at + 60 / rate
-            await asyncio.sleep(at - now)
-
-    async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
+    @staticmethod
+    def _headers(source: Source, secret: SecretValue | None) -> dict[str, str]:
+        headers = {"Accept": "application/json" if source.type == "api" else "*/*"}
+        if secret is not None:
+            name, _, value = source.header.partition(":")
+            headers[name] = value.strip().replace("{secret}", secret.reveal())
+        return headers
 
 
 # ── Ingest: what records become ───────────────────────────────────────────────────────────────
@@ -6798,10 +6741,6 @@ def since_text(text: str, since: Since, order: str | None) -> str:
 
 # ── Metrics ───────────────────────────────────────────────────────────────────────────────────
 
-LATENESS = (  # s; fine where the aims lie: a median in milliseconds, 99 of 100 within a second
-    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
-    *(1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
-)
 METERED_JOBS = 1000  # jobs with series of their own: more would burden who collects them
 GAUGES = {  # set when Prometheus asks
     "overdue_jobs": "Active jobs without a successful check for three poll intervals.",
@@ -6842,12 +6781,10 @@ class Metrics:
         self.lateness = histogram(
             "check_lateness_seconds",
             "Time from when a job's step was due until it was done, if it met no error.",
-            buckets=LATENESS,
+            buckets=(0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0),
         )
         self.writes = histogram(
-            "store_write_duration_seconds",
-            "Time that a transaction of the store took.",
-            buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+            "store_write_duration_seconds", "Time that a transaction of the store took."
         )
         self.jobs = gauge("jobs", "Jobs by state.", ["status"])
         self.paused_keys = gauge("paused_keys", "1: this key is not used for now.", ["secret"])
@@ -6855,12 +6792,8 @@ class Metrics:
         self.job_ok = gauge(
             "job_last_success_timestamp_seconds", "Time of its last successful check.", ["job"]
         )
-        self._gauges = {name: gauge(name, text) for name, text in GAUGES.items()}
+        self.gauges = {name: gauge(name, text) for name, text in GAUGES.items()}
         gauge("build_info", "The version that runs.", ["version"]).labels(VERSION).set(1)
-
-    def set(self, **values: float) -> None:
-        for name, value in values.items():
-            self._gauges[name].set(value)
 
     def jobs_are(self, jobs: Iterable[Job], counted: Mapping[str, int]) -> None:
         """How many jobs there are by state, and some of them by name."""
@@ -6957,14 +6890,11 @@ class Steps:
         self.clock, self.jitter, self.monotonic = clock, jitter, monotonic
         self.metrics = Metrics()
         openai.on_request = lambda kind: self.metrics.openai_requests.labels(kind).inc()
-        self.on_finished: Callable[[Collection[int]], None] = lambda job_ids: None
         self._unknown: dict[str, float] = {}  # triggers, and since when on the monotonic clock
-        self._singly: set[int] = set()  # jobs whose batches are to be asked for without a list
 
-    async def step(self, job_id: int, *, asked: bool = False) -> StepResult:
-        """Advance a job's open triggers, then check its batches if it is active; each singly if
-        someone `asked` for that. Raises StoreError when the store cannot be used; then nothing was
-        sent."""
+    async def step(self, job_id: int) -> StepResult:
+        """Advance a job's open triggers, then check its batches if it is active, each singly.
+        Raises StoreError when the store cannot be used; then nothing was sent."""
         steps, row = list[StepResult](), await self.store.job(job_id)
         if row is not None and row.damage:  # others go on
             return StepResult(LONGEST_WAIT, row.damage, TeckoError(row.damage))
@@ -6973,18 +6903,10 @@ class Steps:
                 steps.append(await self._advance(row, trigger))
             row = await self.store.job(job_id)
         if row is not None and row.is_active:
-            steps.append(await (self._ingest(row) if row.is_ingest else self._check(row, asked)))
+            steps.append(await (self._ingest(row) if row.is_ingest else self._check(row)))
         waits = [s.wait for s in steps if s.wait is not None]
         last = steps[-1] if steps else StepResult(None, "nothing to do")
         return replace(last, wait=min(waits, default=None))
-
-    async def step_all(self, ids: Sequence[int]) -> dict[int, StepResult]:
-        """A step of each of these jobs, and the lists of batches for those that they answer."""
-        done, rows = dict[int, StepResult](), await self.by_key(ids)
-        for found in await asyncio.gather(*(self.check(*group) for group in rows.items())):
-            done |= found
-        rest = [job_id for job_id in ids if job_id not in done]
-        return done | dict(zip(rest, await asyncio.gather(*map(self.step, rest)), strict=True))
 
     async def _secret(self, name: str) -> SecretValue:
         """Looked up at each use, so that a replaced secret counts at once."""
@@ -6992,21 +6914,9 @@ class Steps:
         if row is not None:
             return self.vault.open(row)
         if name not in self.config.secrets:
-            raise SecretError(
-                f"there is no secret {name!r}", hint=f"secret add --name {name}", code=1001
-            )
+            hint = f"secret add --name {name}"
+            raise SecretError(f"there is no secret {name!r}", hint=hint, code=1001)
         return read_reference(name, self.config.secrets[name], self.config)
-
-    def _pace(self, auto: bool, batches: Sequence[Batch], now: float) -> float | None:
-        """Until the next check, where a job leaves that to us."""
-        s = self.config.settings
-        low, high = s.min_poll_interval, s.max_poll_interval
-        return auto_interval(batches, now, low, high) if auto else None
-
-    def interval_of(self, job: Job | None) -> float:
-        """A job's interval, or the default where it has none of its own."""
-        own = job.interval if job is not None else 0
-        return float(own or self.config.settings.default_poll_interval)
 
     def _count_error(self, error: TeckoError) -> None:
         status = str(getattr(error, "status", None) or "no answer")
@@ -7030,18 +6940,18 @@ class Steps:
         try:
             key = await self._secret(secret)
             names = self.openai.register_secret(key, secret)
-        except (SecretError, OpenAIError):
+        except SecretError:
             return {}  # each tells it in its own step
-        count, now = self.openai.listing(key)[1].wanted, self.clock()
-        self._singly |= {r.id for r in rows if is_turn_to_confirm(r.id, r.pace, count, now)}
-        rows = [row for row in rows if row.id not in self._singly]
+        count, now = len(self.openai.listing(key)[1]), self.clock()
+        rows = [row for row in rows if not is_turn_to_confirm(row.id, row.pace, count, now)]
         error = await self._refresh_list(key, names, rows)
         done, checks, now = dict[int, StepResult](), list[CheckResult](), self.clock()
         for row in rows:
             batches = self._batches_from_list(key, row, now)
-            errors = [error] if batches is None and error is not None else []
-            if (batches or errors) and not (batches != row.batches and row.damage):
-                checks.append(self._conclude(row, batches or row.batches, errors))
+            if batches is not None and not (batches != row.batches and row.damage):
+                checks.append(self._conclude(row, batches, []))
+            elif batches is None and error is not None:
+                checks.append(self._conclude(row, row.batches, [error]))
         checks = [check for check in checks if check.verdict.event is None]
         for at in range(0, len(checks), CHECKS_PER_TRANSACTION):  # others get their turns between
             some = checks[at : at + CHECKS_PER_TRANSACTION]
@@ -7054,28 +6964,22 @@ class Steps:
     ) -> OpenAIError | None:
         """Read the list of the key's batches, unless the last one is fresh enough or single
         requests are fewer. Returns the error if single requests would meet it, too."""
-        now = self.clock()
-        stale = [row for row in rows if self._batches_from_list(key, row, now) is None]
-        checks = sum(len(open_batches(row.batches, now)) for row in stale)
-        if checks <= 2 or not self.openai.may_list(key):  # two single ones cost no more than a page
+        fresh, now = min((row.pace for row in rows), default=0.0) / 2, self.clock()
+        checks = sum(len(open_batches(row.batches, now)) for row in rows)
+        if checks <= 2 or self.openai.listing(key)[0] <= fresh:
             return None
-        until = now + min(row.pace for row in stale) / 2
-        watched = await self.store.watched_batches(names, until)
-        wanted = {batch_id: created_at for batch_id, _, created_at, _ in watched}
-        worth = max(checks, sum(due for *_, due in watched))
+        wanted, worth = await self.store.watched_batches(names, now + fresh)
         try:
-            finished = await self.openai.read_list(key, wanted, worth)
+            await self.openai.read_list(key, wanted, max(checks, worth), fresh)
         except OpenAIError as e:
             return e
-        # their jobs need not wait until they are due
-        self.on_finished({job_id for batch_id, job_id, *_ in watched if batch_id in finished})
         return None
 
     def _batches_from_list(self, key: SecretValue, row: Job, now: float) -> list[Batch] | None:
         """The batches as the last list has them; None where it is too old, or does not show that
         all of them go on."""
         age, listing = self.openai.listing(key)
-        seen = {b.batch_id: listing.seen.get(b.batch_id) for b in open_batches(row.batches, now)}
+        seen = {b.batch_id: listing.get(b.batch_id) for b in open_batches(row.batches, now)}
         if not seen or age > row.pace / 2:
             return None
         if any(s is None or outcome(s) is not None for s in seen.values()):
@@ -7084,12 +6988,10 @@ class Steps:
             batch_after_answer(b, s, now) if (s := seen.get(b.batch_id)) else b for b in row.batches
         ]
 
-    async def _check(self, row: Job, asked: bool) -> StepResult:
-        batches, errors = await self._ask(row, asked or row.id in self._singly)
-        self._singly.discard(row.id)
-        check = self._conclude(row, batches, errors)
+    async def _check(self, row: Job) -> StepResult:
+        check = self._conclude(row, *await self._ask(row))
         if check.trigger is not None:
-            trigger = await self.store.unknown_if_restored(check.trigger, batches)
+            trigger = await self.store.unknown_if_restored(check.trigger, check.batches)
             check = replace(check, trigger=trigger)
         recorded = row.id in await self.store.record_checks([check])
         result = self._count_check(check, recorded)
@@ -7098,21 +7000,18 @@ class Steps:
             return await self._advance(row, check.trigger)
         return result
 
-    async def _ask(self, row: Job, singly: bool) -> tuple[list[Batch], list[TeckoError]]:
+    async def _ask(self, row: Job) -> tuple[list[Batch], list[TeckoError]]:
         """The batches as they are now, and the errors met; finished ones are not asked again."""
         found, errors = dict[str, Batch](), list[TeckoError]()
         try:
             key = await self._secret(row.secret)
             self.openai.register_secret(key, row.secret)
-            age, listing = self.openai.listing(key)
-        except (SecretError, OpenAIError) as e:
+        except SecretError as e:
             return row.batches, [e]
 
         async def ask(batch: Batch) -> None:
-            seen = None if singly or age > row.pace / 2 else listing.seen.get(batch.batch_id)
             try:
-                if seen is None or outcome(seen) is not None:
-                    seen = await self.openai.retrieve(key, batch.batch_id)
+                seen = await self.openai.retrieve(key, batch.batch_id)
                 found[batch.batch_id] = batch_after_answer(batch, seen, self.clock())
             except OpenAIError as e:
                 errors.append(e)
@@ -7132,9 +7031,10 @@ class Steps:
             verdict = decide(row.watches.watch, batches, now)  # reads the job's definition
         if verdict.event == "fire":
             trigger = new_trigger(row, batches, verdict, uuid.uuid4().hex, now)
-        pace = self._pace(not row.interval, batches, now)
-        interval = pace or self.interval_of(row)
-        wait = max((self._retry(row, e, interval) for e in errors), default=interval)
+        pace, s = row.pace, self.config.settings
+        if not row.interval:
+            pace = auto_interval(batches, now, s.min_poll_interval, s.max_poll_interval)
+        wait = max((self._retry(row, e) for e in errors), default=pace)
         if not errors and any(lacks_output(batch, now) for batch in batches):
             wait = min(wait, OUTPUT_AGAIN)
         said = [verdict.reason] if verdict.event else [*map(str, errors), *remarks(batches, now)]
@@ -7161,8 +7061,7 @@ class Steps:
         try:
             if trigger.state == "sending":  # steps of a job never overlap
                 said = "the program died while it sent the trigger; asking Keboola's search for it"
-                await self._record(trigger, "lose", said)
-                return StepResult(0.0, said)
+                return await self._record(trigger, "lose", said, wait=0.0)
             token = await self._secret(trigger.secret)
             act = {"pending": self._send, "unknown": self._settle, "running": self._follow}
             async with self._turns[trigger.stack_url]:
@@ -7172,68 +7071,65 @@ class Steps:
             await self.store.note_trigger(trigger, self.clock(), error=str(e))
             return StepResult(self._retry(row, e), str(e), e)
 
-    def _retry(self, job: Job, error: TeckoError, interval: float | None = None) -> float:
-        """Seconds until what failed is tried again, after `interval` usually, or the job's own."""
-        usual, settings = interval or self.interval_of(job), self.config.settings
-        return wait_after_error(error, job.errors_in_row + 1, usual, settings, self.jitter())
+    def _retry(self, job: Job, error: TeckoError) -> float:
+        """Seconds until what failed is tried again."""
+        settings = self.config.settings
+        return wait_after_error(error, job.errors_in_row + 1, job.pace, settings, self.jitter())
 
     async def _record(
-        self, trigger: Trigger, event: Event, said: str, **facts: Any
-    ) -> Trigger | None:
+        self,
+        trigger: Trigger,
+        event: Event,
+        said: str,
+        *,
+        wait: float | None = None,
+        error: KeboolaError | None = None,
+        **facts: Any,
+    ) -> StepResult:
         """Write down what is known to have happened, however long the store stays locked: a
         Keboola job that is not written down would be searched for, or started again."""
         self.metrics.triggers.labels(event).inc()
         self._unknown.pop(trigger.id, None)
+        if error is not None:
+            facts["message"] = str(error)
         while True:
             try:
-                return await self.store.move_trigger(trigger, event, said, self.clock(), **facts)
+                await self.store.move_trigger(trigger, event, said, self.clock(), **facts)
+                return StepResult(wait, said, error)
             except StoreError as e:
                 log.error("trigger %s: cannot write down %r, trying on: %s", trigger.id, event, e)
                 await asyncio.sleep(STORE_RETRY)
 
-    async def _send(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
-        try:
-            theirs = await self._actions[trigger.kind].prepare(trigger.stack_url)
-        except KeboolaError as e:
-            if not is_refusal(e):
-                raise
-            said = f"{e}; {FIX_IT}"
-            await self._record(trigger, "reject", said, message=str(e))
-            return StepResult(None, said, e)
-        now = self.clock()
-        at = trigger.sent_at or theirs or now
-        claimed = await self.store.move_trigger(trigger, "claim", "", now, sent_at=at)
-        if claimed is None:
-            return StepResult(0.0, "changed while it was triggered")
-        try:
-            job = await self._actions[trigger.kind].send(claimed, token)
-        except KeboolaError as e:
-            return await self._record_not_accepted(row, claimed, e)
-        return await self._record_accepted(row, claimed, job, f"Keboola job {job.id} started")
-
-    async def _record_not_accepted(
-        self, row: Job, trigger: Trigger, error: KeboolaError
-    ) -> StepResult:
-        self._count_error(error)
-        event = after_post(error)
-        said = str(error)
-        if event == "lose":
-            said = f"whether Keboola took the trigger is unknown, asking its search: {said}"
-        if event == "reject":
-            said = f"{said}; {FIX_IT}"
-        after = await self._record(trigger, event, said, message=str(error))
-        if event == "postpone" and after is not None:
-            return StepResult(self._retry(row, error), said, error)
-        return StepResult(None if event == "reject" else 0.0, said, error)
-
-    async def _record_accepted(
+    async def _record_started(
         self, row: Job, trigger: Trigger, job: KeboolaJob, said: str
     ) -> StepResult:
-        facts = {"keboola_job_id": job.id, "keboola_status": job.status, "message": None}
-        running = await self._record(trigger, "accept", said, **facts)
-        if running is not None and job.is_finished:
-            return await self._finish(running, job)
-        return StepResult(FOLLOW_FACTOR * self.interval_of(row), said)
+        facts: Any = {"keboola_job_id": job.id, "keboola_status": job.status, "message": None}
+        wait = 0.0 if job.is_finished else FOLLOW_FACTOR * row.pace
+        return await self._record(trigger, "accept", said, wait=wait, **facts)
+
+    async def _send(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
+        action, now, claimed = self._actions[trigger.kind], self.clock(), False
+        try:
+            theirs = await action.prepare(trigger.stack_url)
+            at = trigger.sent_at or theirs or now
+            sending = await self.store.move_trigger(trigger, "claim", "", now, sent_at=at)
+            if sending is None:
+                return StepResult(0.0, "changed while it was triggered")
+            trigger, claimed = sending, True
+            job = await action.send(trigger, token)
+        except KeboolaError as e:
+            event = after_post(e) if claimed else "reject"
+            if not claimed and not is_refusal(e):
+                raise
+            self._count_error(e)
+            said, wait = str(e), self._retry(row, e) if event == "postpone" else None
+            if event == "lose":
+                said = f"whether Keboola took the trigger is unknown, asking its search: {said}"
+                wait = 0.0
+            if event == "reject":
+                said = f"{said}; {FIX_IT}"
+            return await self._record(trigger, event, said, wait=wait, error=e)
+        return await self._record_started(row, trigger, job, f"Keboola job {job.id} started")
 
     async def _settle(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         """Ask Keboola's search whether a trigger arrived; one that fails counts for nothing. The
@@ -7253,12 +7149,10 @@ class Steps:
             if not is_refusal(e) or self.monotonic() - since < REFUSED_LONG:
                 raise
             said = f"{e}, for {duration_text(REFUSED_LONG)}; {ON_HOLD}"
-            await self._record(trigger, "hold", said, message=str(e))
-            return StepResult(None, said, e)
+            return await self._record(trigger, "hold", said, error=e)
         if job is not None:
-            return await self._record_accepted(
-                row, trigger, job, f"found Keboola job {job.id} of this trigger"
-            )
+            said = f"found Keboola job {job.id} of this trigger"
+            return await self._record_started(row, trigger, job, said)
         why = f"; its POST had failed: {trigger.message}" if trigger.message else ""
         if event is None:
             said = f"Keboola's search does not show the trigger (search {searches}){why}"
@@ -7266,30 +7160,27 @@ class Steps:
             return StepResult(settle_wait(waited, window), said)
         said = f"Keboola's search did not show the trigger in {searches} searches; "
         said += (ON_HOLD if event == "hold" else "sending it again") + why
-        await self._record(trigger, event, said, searches=searches)
-        return StepResult(None if event == "hold" else 0.0, said)
+        wait = None if event == "hold" else 0.0
+        return await self._record(trigger, event, said, wait=wait, searches=searches)
 
     async def _follow(self, row: Job, trigger: Trigger, token: SecretValue) -> StepResult:
         job = await self._actions[trigger.kind].follow(trigger, token)
-        if job.is_finished:
-            return await self._finish(trigger, job)
-        await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)
-        wait = FOLLOW_FACTOR * self.interval_of(row)
-        return StepResult(wait, f"Keboola job {job.id} is {job.status}")
-
-    async def _finish(self, trigger: Trigger, job: KeboolaJob) -> StepResult:
+        if not job.is_finished:
+            await self.store.note_trigger(trigger, self.clock(), keboola_status=job.status)
+            wait = FOLLOW_FACTOR * row.pace
+            return StepResult(wait, f"Keboola job {job.id} is {job.status}")
         said = f"Keboola job {job.id} ended with {job.status}"
         said += f": {job.message}" if job.message else ""
-        facts = {"keboola_status": job.status, "message": job.message}
-        await self._record(trigger, after_end(job), said, **facts)
-        return StepResult(None, said)
+        facts: Any = {"keboola_status": job.status, "message": job.message}
+        event: Event = "succeed" if job.status in ("success", "warning") else "fail"
+        return await self._record(trigger, event, said, **facts)
 
     # ingesting
 
     async def _ingest(self, job: Job) -> StepResult:
         """One run of an ingest, from its checkpoint to the end of its source."""
         if job.id in self.ingesting:
-            return StepResult(self.interval_of(job), "a run goes on already")
+            return StepResult(job.pace, "a run goes on already")
         self.ingesting.add(job.id)
         try:
             checkpoint = await self.store.checkpoint(job.name)
@@ -7365,7 +7256,7 @@ class Ingesting:
         except Exception as e:
             error = IngestFailed(f"internal error, see the log: {type(e).__name__}: {e}")
             log.exception("job %s: internal error", job.id)
-        wait = BACKOFF_FIRST if isinstance(error, Interrupted) else steps.interval_of(job)
+        wait = BACKOFF_FIRST if isinstance(error, Interrupted) else job.pace
         wait = steps._retry(job, error) if isinstance(error, TeckoError) else wait
         said = str(error) or "the program was told to end" if error else None
         end = RunEnd(
@@ -7523,64 +7414,65 @@ async def probe(subject: str, call: Callable[[], Awaitable[str]], missing: str) 
         return Finding(subject, False, str(e))
 
 
-class Doctor:
-    """Asks each key, batch, token, configuration, source and path of some jobs once, and changes
+async def examine(steps: Steps, specs: Sequence[Spec]) -> list[Finding]:
+    """Ask each key, batch, token, configuration, source and path of some jobs once, and change
     nothing: no trigger is sent and no record is stored."""
+    once = {check[0]: check for spec in specs for check in questions(steps, spec)}
+    return list(await asyncio.gather(*(probe(*check) for check in once.values())))
 
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
 
-    async def examine(self, specs: Sequence[Spec]) -> list[Finding]:
-        once = {check[0]: check for spec in specs for check in self._checks(spec)}
-        return list(await asyncio.gather(*(probe(*check) for check in once.values())))
+def questions(steps: Steps, spec: Spec) -> Iterator[tuple[str, Callable[[], Awaitable[str]], str]]:
+    """What to ask for a job: the arguments of `probe`."""
+    if isinstance(spec, IngestSpec):
+        ask = partial(ask_source, steps, spec.ingest)
+        yield f"source {without_query(spec.ingest.place)}", ask, "nothing is there"
+        return
+    key, target = str(spec.watch.secret), spec.trigger
+    for batch_id in spec.watch.batch_ids:
+        unknown = "a wrong id, or one of a project that the key is not of"
+        yield (
+            f"batch {batch_id} with key {key!r}",
+            partial(ask_batch, steps, key, batch_id),
+            unknown,
+        )
+    ask = partial(ask_storage, steps, target)
+    token = f"Keboola token {str(target.secret)!r} at {target.stack_url}"
+    shown = {"project": "owner.name", "expires": "expires"}
+    yield token, partial(ask, "tokens/verify", shown), "no stack of Keboola is there"
+    place = f"components/{quote(target.component_id)}/configs/{quote(target.configuration_id)}"
+    missing = "no such configuration in the token's project"
+    yield f"{place} with {token}", partial(ask, place, {"name": "name"}), missing
 
-    def _checks(self, spec: Spec) -> Iterator[tuple[str, Callable[[], Awaitable[str]], str]]:
-        """The arguments of `probe`."""
-        if isinstance(spec, IngestSpec):
-            source = spec.ingest
-            remote = isinstance(source, ApiSource) or source.remote or source.in_s3
-            path = str(self._steps.config.base / source.place)
-            files = partial(asyncio.to_thread, readable_files, path)
-            ask = partial(self._url, source) if remote else files
-            yield f"source {without_query(source.place)}", ask, "nothing is there"
-            return
-        key, target = str(spec.watch.secret), spec.trigger
-        for batch_id in spec.watch.batch_ids:
-            unknown = "a wrong id, or one of a project that the key is not of"
-            ask = partial(self._batch, key, batch_id)
-            yield f"batch {batch_id} with key {key!r}", ask, unknown
-        token = f"Keboola token {str(target.secret)!r} at {target.stack_url}"
-        shown = {"project": "owner.name", "expires": "expires"}
-        ask = partial(self._storage, target, "tokens/verify", shown)
-        yield token, ask, "no stack of Keboola is there"
-        place = f"components/{quote(target.component_id)}/configs/{quote(target.configuration_id)}"
-        ask = partial(self._storage, target, place, {"name": "name"})
-        yield f"{place} with {token}", ask, "no such configuration in the token's project"
 
-    async def _batch(self, key: str, batch_id: str) -> str:
-        batch = await self._steps.openai.retrieve(await self._steps._secret(key), batch_id)
-        return f"{batch.status}, {batch.requests_completed} of {batch.requests_total} requests"
+async def ask_batch(steps: Steps, key: str, batch_id: str) -> str:
+    batch = await steps.openai.retrieve(await steps._secret(key), batch_id)
+    return f"{batch.status}, {batch.requests_completed} of {batch.requests_total} requests"
 
-    async def _storage(self, target: KeboolaTrigger, path: str, shown: Mapping[str, str]) -> str:
-        """What the Storage API answers; of it, some fields by their dotted paths."""
-        token = await self._steps._secret(str(target.secret))
-        told = await self._steps.keboola.storage(target.stack_url, token, path)
-        record = told if isinstance(told, dict) else {}
-        return ", ".join(f"{name}: {one_line(picker(at)(record))}" for name, at in shown.items())
 
-    async def _url(self, source: CsvSource | ApiSource) -> str:
-        secret = await self._steps.secret_of(source)
-        if isinstance(source, CsvSource) and source.in_s3:
-            return f"{len(await s3_objects(source, secret))} objects"
-        with tempfile.TemporaryFile() as sink:
-            try:
-                async with asyncio.timeout(CALL_DEADLINE):
-                    got = await self._steps.web.get(source, source.place, secret, sink=sink)
-            except TimeoutError:
-                if not sink.tell():
-                    raise SourceError("no answer in time") from None
-                return f"is sending, for more than {CALL_DEADLINE:.0f} s"
-        return f"answered {got.status_code}"
+async def ask_storage(
+    steps: Steps, target: KeboolaTrigger, path: str, shown: Mapping[str, str]
+) -> str:
+    """What the Storage API answers; of it, some fields by their dotted paths."""
+    token = await steps._secret(str(target.secret))
+    told = await steps.keboola.storage(target.stack_url, token, path)
+    return ", ".join(f"{name}: {one_line(value_at(told, at))}" for name, at in shown.items())
+
+
+async def ask_source(steps: Steps, source: CsvSource | ApiSource) -> str:
+    if isinstance(source, CsvSource) and not source.remote and not source.in_s3:
+        return await asyncio.to_thread(readable_files, str(steps.config.base / source.place))
+    secret = await steps.secret_of(source)
+    if isinstance(source, CsvSource) and source.in_s3:
+        return f"{len(await s3_objects(source, secret))} objects"
+    with tempfile.TemporaryFile() as sink:
+        try:
+            async with asyncio.timeout(CALL_DEADLINE):
+                got = await steps.web.get(source, source.place, secret, sink=sink)
+        except TimeoutError:
+            if not sink.tell():
+                raise SourceError("no answer in time") from None
+            return f"is sending, for more than {CALL_DEADLINE:.0f} s"
+    return f"answered {got.status_code}"
 
 
 def readable_files(path: str) -> str:
@@ -8360,30 +8252,19 @@ class RunLock:
 
 GRID = 0.25  # s; due times on a grid wake the event loop once for many jobs
 START_RATE = 200  # first checks per second after a start: 10,000 jobs do not stampede
-WHOLE_SECONDS_FROM = 1000  # jobs, from which on due times lie on whole seconds: a tick has a cost
-DUE_TOGETHER = 32  # jobs due together then whose rows lie together: alone, each would cost a page
+DUE_TOGETHER = 32  # jobs due together whose rows lie together: alone, each would cost a page
 CLOCK_JUMP = 2.0  # s by which the wall clock may stray from the monotonic one between two looks
 
 
-def make_scheduler(on_step: Callable[[float], None] = lambda seconds: None) -> AsyncIOScheduler:
+def make_scheduler(on_step: Callable[[float], Any] = lambda seconds: None) -> AsyncIOScheduler:
     """APScheduler with settings that drop no check, and with a guard for steps of the clock. Its
     due times are wall clock and its timer is monotonic, so a clock set back by ten minutes would
     stop all checks for ten minutes. The guard moves all due times by the same step, and calls
     `on_step` with its seconds."""
-    from apscheduler.executors.base import BaseExecutor
+    from apscheduler.executors.debug import DebugExecutor
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped tick is no news
-
-    class Notice(BaseExecutor):  # type: ignore[misc]
-        """Calls the job's function at once, with the due time. A task each would cost half a
-        check."""
-
-        def submit_job(self, job: Any, run_times: Sequence[datetime]) -> None:
-            job.func(*job.args, run_times[-1].timestamp())
-
-        def _do_submit_job(self, job: Any, run_times: Sequence[datetime]) -> None:
-            raise NotImplementedError
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it has two lines for each check
 
     class ClockGuarded(AsyncIOScheduler):  # type: ignore[misc]
         offset = time.time() - time.monotonic()
@@ -8394,20 +8275,15 @@ def make_scheduler(on_step: Callable[[float], None] = lambda seconds: None) -> A
             if abs(step) > CLOCK_JUMP:
                 log.warning("the clock was set by %+.0f s; all due times move with it", step)
                 for job in self.get_jobs():
-                    self.move(job, job.next_run_time + timedelta(seconds=step))
+                    job.modify(next_run_time=job.next_run_time + timedelta(seconds=step))
                 on_step(step)
             return super()._process_jobs()
 
-        def move(self, job: Any, at: datetime) -> None:
-            """Change a due time. The caller calls `wakeup`, once for all that it moves."""
-            job._modify(next_run_time=at)
-            self._jobstores["default"].update_job(job)
-
-    # A missed time is caught up once, however late; a job never runs beside itself.
+    # A missed time is caught up once, however late; a job never runs beside itself. Its function
+    # is called at once and begins a task: a task of the scheduler's own would cost half a check.
     defaults = {"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
-    scheduler = ClockGuarded(timezone=UTC, job_defaults=defaults)
-    scheduler.add_executor(Notice(), "notice")
-    return scheduler
+    executors = {"default": DebugExecutor()}
+    return ClockGuarded(timezone=UTC, executors=executors, job_defaults=defaults)
 
 
 def on_grid(at: float) -> datetime:
@@ -8423,10 +8299,9 @@ def phase(job_id: int, interval: float, jobs: int) -> float:
 
 def slot(secret: str, job_id: int, interval: float, jobs: int) -> float:
     """Seconds from the start to a job's first check. All jobs of one key fall within half of the
-    interval, less a little for delays, so that one list of its batches is recent enough for all."""
+    interval, less a little for delays, so that one list of its batches is recent enough for all;
+    and on whole seconds from its first one, since each tick has a cost."""
     key = phase(zlib.crc32(secret.encode()), interval / 2, jobs)
-    if jobs < WHOLE_SECONDS_FROM:
-        return key + 0.9 * phase(job_id, interval / 2, jobs)
     return key + math.floor(0.9 * phase(job_id // DUE_TOGETHER, interval / 2, jobs))
 
 
@@ -8476,11 +8351,17 @@ async def describe_plan(specs: Sequence[Spec], store: Store) -> list[str]:
 
 
 async def every_problem(
-    config: Config, store: Store, vault: Vault, *, unused: bool = False
+    config: Config, store: Store, vault: Vault, *, thorough: bool = False
 ) -> list[Problem]:
-    """Everything that prevents a start with this configuration, stored secrets included."""
+    """Everything that prevents a start with this configuration, stored secrets included; and if
+    `thorough`, that no client can be made, and what is wrong with secrets that no job uses."""
     rows = await store.secrets()
-    problems = all_problems(config, await store.secret_types(), unused=unused)
+    problems = all_problems(config, await store.secret_types(), unused=thorough)
+    try:
+        if thorough:
+            await make_client(UpstreamError).aclose()
+    except UpstreamError as e:
+        problems.append(Problem(found=str(e)))
     try:
         vault.load(required=bool(rows))
     except SecretError as e:
@@ -8710,7 +8591,14 @@ class Alerts:
 #   wasted. Each tick tries a small write; when one succeeds, the steps go on.
 
 STORE_PAUSE = 5.0  # s until a step that met a failing store is tried again
-READ_TOGETHER = 500  # jobs read by one query of those due in one tick
+
+
+def describe_error(error: Exception) -> tuple[str, Exception | None]:
+    """What a caller may read of an error, and what the log shows with its traceback. Only our own
+    errors show their text: that of others may name what a caller may not read."""
+    if isinstance(error, TeckoError):
+        return str(error), None
+    return f"internal error; see the log: {type(error).__name__}", error
 
 
 @dataclass(slots=True)
@@ -8723,9 +8611,7 @@ class JobTimer:
     began_with: TimerPlan | None = None  # the plan when that step began
     since: float = 0.0  # unix time at which that step fell due
     asked: bool = False  # it is to be checked at once, and not by a list of batches
-    ended: bool = False  # the last step left nothing to do; the next tick asks the store again
-    failed: bool = False  # the last step met an error
-    failures: int = 0  # steps in a row that met a failing store, or an internal error
+    failures: int = 0  # steps in a row that met an error
 
     @property
     def busy(self) -> bool:
@@ -8738,21 +8624,20 @@ class Timers:
     def __init__(self, steps: Steps) -> None:
         self.steps, self.store, self.metrics = steps, steps.store, steps.metrics
         self.store_error: str | None = None  # why the store cannot be written; None: it can
-        self._scheduler = make_scheduler(self._clock_moved)
+        self._scheduler = make_scheduler(
+            lambda step: self._spawn(self.store.shift_times(step, time.time()))
+        )
         self._timers: dict[int, JobTimer] = {}
-        self._due: dict[int, float] = {}  # since when; begun together when the tick is over
+        self._only: Collection[int] | None = None  # ids of the jobs that have timers; None: all
+        self._due: dict[int, JobTimer] = {}  # begun together when the tick is over
         self._tasks: set[asyncio.Task[None]] = set()
         self._epoch = time.time()  # from which slots count
-        self._stale = True  # the timers may differ from the store
-        self._draining = self._woken = False
-        steps.on_finished = self._make_due_now
+        self.stale = True  # the store has changed, and not by a step
+        self._draining = False
 
     @property
     def settings(self) -> Settings:
         return self.steps.config.settings
-
-    def _clock_moved(self, step: float) -> None:
-        self._spawn(self.store.shift_times(step, time.time()))
 
     def _store_failed(self, error: StoreError) -> None:
         if str(error) != self.store_error:
@@ -8761,14 +8646,13 @@ class Timers:
 
     async def _sync(self, ids: Collection[int] | None = None) -> None:
         """Bring the timers in line with the store: all of them, or those of `ids`."""
-        self._stale &= ids is not None
-        wanted = await self.store.schedule(ids)
+        self.stale &= ids is not None
+        wanted = await self.store.schedule(self._only if ids is None else ids)
         for job_id in [*self._timers] if ids is None else ids:
             if job_id not in wanted and job_id in self._timers:
                 self._drop(job_id, self._timers[job_id])
         for job_id, plan in wanted.items():
             timer = self._timers.setdefault(job_id, JobTimer())
-            timer.ended = False
             if timer.plan != plan:
                 self._schedule(job_id, timer, plan, max(len(self._timers), len(wanted)))
 
@@ -8777,7 +8661,7 @@ class Timers:
         under way: if the job came back meanwhile, a second step would run beside the first."""
         if timer.plan is not None:
             self._scheduler.remove_job(str(job_id))
-        timer.plan, timer.ended = None, timer.busy
+        timer.plan = None
         if not timer.busy:
             del self._timers[job_id]
 
@@ -8792,7 +8676,6 @@ class Timers:
             (job_id,),
             id=str(job_id),
             name="check",
-            executor="notice",
             replace_existing=True,
             next_run_time=on_grid(time.time() + first),
         )
@@ -8800,48 +8683,25 @@ class Timers:
     def _move(self, timer: JobTimer, at: float) -> None:
         """Give a job another due time."""
         if timer.plan is not None and self._scheduler.running:
-            self._scheduler.move(timer.timer, on_grid(at))
-            if not self._woken:
-                self._woken = True
-                asyncio.get_running_loop().call_soon(self._wake)
-
-    def _wake(self) -> None:
-        """Have the scheduler read its due times, once for all that were moved in this turn of the
-        event loop: one reading costs more than a move."""
-        self._woken = False
-        if self._scheduler.running:
-            self._scheduler.wakeup()
-
-    def _make_due_now(self, job_ids: Collection[int]) -> None:
-        """Make jobs due at once, because a list showed a finished batch of theirs. A job with a
-        step under way confirms it in that step."""
-        for job_id in job_ids:
-            timer = self._timers.get(job_id)
-            if timer is not None and not timer.busy:
-                timer.asked = True
-                self._move(timer, time.time())
+            timer.timer.modify(next_run_time=on_grid(at))
 
     # steps
 
-    def _fall_due(self, job_id: int, since: float = 0.0) -> None:
+    def _fall_due(self, job_id: int) -> None:
         """A job's timer calls this. It does nothing while a step of the job is under way."""
         timer = self._timers.get(job_id)
-        if self._draining or timer is None or timer.busy:
+        if self._draining or timer is None or timer.busy or job_id in self._due:
             return
         if not self._due:
             asyncio.get_running_loop().call_soon(self._begin)
-        self._due.setdefault(job_id, since)
+        self._due[job_id] = timer
+        timer.since, timer.began_with = timer.timer.next_run_time.timestamp(), timer.plan
 
     def _begin(self) -> None:
         """Begin the steps of all jobs that fell due in this turn of the event loop."""
         due, self._due = self._due, {}
-        ids = sorted(due.keys() & self._timers.keys(), key=due.__getitem__)
-        for job_id in ids:
-            timer = self._timers[job_id]
-            timer.since, timer.began_with = due[job_id], timer.plan
-        for start in range(0, len(ids), READ_TOGETHER):
-            some = ids[start : start + READ_TOGETHER]
-            self._spawn(self._run_due(some), some)
+        ids = [job_id for job_id, timer in due.items() if self._timers.get(job_id) is timer]
+        self._spawn(self._run_due(ids), ids)
 
     def _spawn(self, work: Coroutine[Any, Any, Any], ids: Iterable[int] = ()) -> asyncio.Task[None]:
         """Run `work` in a task that holds the steps of `ids`, until it reports them or hands them
@@ -8856,8 +8716,16 @@ class Timers:
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            what = f"this machine refused it: {error}" if isinstance(error, OSError) else ""
-            log.error(what or "internal error in a step", exc_info=None if what else error)
+            self._report(error)
+
+    def _report(self, error: BaseException) -> None:
+        """Log an error that is no job's own."""
+        if isinstance(error, StoreError):
+            self._store_failed(error)
+        elif isinstance(error, OSError):
+            log.error("this machine refused it: %s", error)
+        else:
+            log.error("internal error", exc_info=error)
 
     async def _run_due(self, ids: Sequence[int]) -> None:
         """Check jobs that fell due together: by a list of their batches where that is enough, the
@@ -8869,8 +8737,10 @@ class Timers:
                 self._finish_step(job_id, StepResult(STORE_PAUSE, str(error), error))
             return
         by_key: dict[str, list[Job]] = {}
-        with self._one_by_one_instead(len(ids)):
+        try:
             by_key = await self.steps.by_key([i for i in ids if not self._timers[i].asked])
+        except Exception as e:
+            self._report(e)  # each job then meets and reports it by itself
         for secret, rows in by_key.items():
             self._spawn(self._check_together(secret, rows), [row.id for row in rows])
         grouped = {row.id for rows in by_key.values() for row in rows}
@@ -8878,21 +8748,13 @@ class Timers:
             if job_id not in grouped:
                 self._spawn(self._step(job_id), [job_id])
 
-    @contextlib.contextmanager
-    def _one_by_one_instead(self, jobs: int) -> Iterator[None]:
-        """Log an error of a group; each of its jobs then meets and reports it by itself."""
-        try:
-            yield
-        except StoreError as e:
-            self._store_failed(e)
-        except Exception:
-            log.exception("internal error; %d jobs are checked one by one", jobs)
-
     async def _check_together(self, secret: str, rows: Sequence[Job]) -> None:
         """Check jobs of one key by a list of its batches."""
         done, began = dict[int, StepResult](), time.perf_counter()
-        with self._one_by_one_instead(len(rows)):
+        try:
             done = await self.steps.check(secret, rows)
+        except Exception as e:
+            self._report(e)  # as above
         self.metrics.steps.observe(time.perf_counter() - began)
         for row in rows:
             if row.id in done:
@@ -8903,32 +8765,28 @@ class Timers:
     async def _step(self, job_id: int) -> None:
         """A step of one job."""
         timer, began = self._timers[job_id], time.perf_counter()
-        asked, timer.asked = timer.asked, False
+        timer.asked = False
         try:
-            stepped = await self.steps.step(job_id, asked=asked)
-            timer.failures = 0
+            stepped = await self.steps.step(job_id)
         except asyncio.CancelledError:
             log.warning("job %s: its step was cut off by the end of the service", job_id)
             return
         except StoreError as e:
             self._store_failed(e)
-            timer.failures += 1
-            stepped = StepResult(min(STORE_PAUSE * 2**timer.failures, LONGEST_WAIT), str(e), e)
+            wait = min(STORE_PAUSE * doubled(timer.failures + 1), LONGEST_WAIT)
+            stepped = StepResult(wait, str(e), e)
         except Exception as e:
             stepped = await self._internal_error(job_id, timer, e)
         self.metrics.steps.observe(time.perf_counter() - began)
         self._finish_step(job_id, stepped)
 
     async def _internal_error(self, job_id: int, timer: JobTimer, error: Exception) -> StepResult:
-        """Report an unexpected error of a step in the log and in the job's last_error. There, only
-        our own errors show their text: that of others may name what a caller may not read."""
-        timer.failures += 1
-        said, traceback = str(error), None
-        if not isinstance(error, TeckoError):
-            said, traceback = f"internal error; see the log: {type(error).__name__}", error
+        """Report an unexpected error of a step in the log and in the job's last_error."""
+        said, traceback = describe_error(error)
+        if traceback is not None:
             self.metrics.internal_errors.inc()
         pace = (timer.plan.interval if timer.plan else 0) or self.settings.default_poll_interval
-        wait = min(pace * 2.0 ** (timer.failures - 1), LONGEST_WAIT)
+        wait = min(pace * doubled(timer.failures), LONGEST_WAIT)
         log.error("job %s: %s; again in %.0f s", job_id, said, wait, exc_info=traceback)
         with contextlib.suppress(StoreError):  # which is told by the next step
             await self.store.note_failure(job_id, said, time.time(), wait)
@@ -8939,19 +8797,23 @@ class Timers:
         log.debug("job %s: %s; again in %s s", job_id, stepped.said, stepped.wait)
         timer, now = self._timers[job_id], time.time()
         timer.task, plan = None, timer.plan
-        timer.failed = stepped.error is not None
+        timer.failures = timer.failures + 1 if stepped.error is not None else 0
         if stepped.error is None:  # how long a key that fails takes to do so is no lateness
             self.metrics.lateness.observe(max(0.0, now - timer.since))
-        if plan is None or stepped.wait is None:
-            timer.ended = True
+        if plan is None or stepped.wait is None:  # the store knows whether something is left
+            self._spawn(self._sync([job_id]))
         elif timer.began_with != plan or timer.asked:  # changed while we looked at the old one
             self._move(timer, now)
-        elif not plan.interval and stepped.error is None:
-            first = self._epoch + slot(plan.secret, job_id, stepped.wait or GRID, len(self._timers))
-            at, pace = datetime.now(UTC), slots(max(stepped.wait, GRID), first)
-            self._move(timer, pace.get_next_fire_time(at, at).timestamp())
         elif abs(stepped.wait - plan.interval) > GRID:
             self._move(timer, now + stepped.wait)
+
+    def has_stepped(self, job_id: int) -> bool:
+        """Whether a step of the job has ended, and no other one follows it at once."""
+        timer, soon = self._timers.get(job_id), on_grid(time.time() + GRID)
+        if timer is None:
+            return True
+        waits = timer.plan is None or timer.timer.next_run_time > soon
+        return timer.since > 0 and not timer.busy and waits
 
     async def check_now(self, ref: str) -> Done:
         """Make a job due at once."""
@@ -8975,7 +8837,6 @@ TICK = 1.0  # s between looks at what other processes changed in the store
 STALLED_TICKS = 60.0  # s without a tick after which the scheduler counts as stalled
 DRAIN_SECONDS = 7.0  # s for work in flight after SIGTERM, of the 10 s promised in all
 LOCK_WAIT = 60.0  # s that a start waits for another process's lock on the store
-GC_THRESHOLD = 10_000  # objects more than at the last collection: several ticks' worth
 PRUNE_SECONDS = 3600.0  # s between looks for rows past their time
 HEALTH_SECONDS = 2.5  # s that the store has to answer a question of /health
 NAMED = 100  # jobs that /health names of each kind
@@ -9020,42 +8881,31 @@ class Service(Timers):
         self._ticked, self._lag = time.monotonic(), 0.0
 
     async def start(self, *, timers: bool = True) -> None:
-        """Bring the store in line with jobs.yaml and start the timers. Waits while another process
-        holds the store's lock."""
+        """Bring the store in line with jobs.yaml and begin. Waits while another process holds the
+        store's lock."""
         self.store.patience = LOCK_WAIT
         await self.store.clamp_times(time.time())
         await self.store.detect_restore(time.time())
         await self._apply_config(self.steps.config)
         self.store.patience = PATIENCE
-        if not timers:
-            return
-        self._epoch = time.time()
+        if timers:
+            await self.begin()
+
+    async def begin(self, only: Collection[int] | None = None) -> None:
+        """Start the timers of all jobs and the service's own, or those of some jobs."""
+        self._epoch, self._only = time.time(), only
         await self._sync()
-        own = {self._tick: TICK, self._prune: PRUNE_SECONDS, self._back_up: BACKUP_SECONDS}
-        own |= {self._alert: LOOK_SECONDS, self.alerts.ping: PING_SECONDS}
+        own = {self._tick: TICK}
+        if only is None:
+            own |= {self._prune: PRUNE_SECONDS, self._back_up: BACKUP_SECONDS}
+            own |= {self._alert: LOOK_SECONDS, self.alerts.ping: PING_SECONDS}
         for work, seconds in own.items():
-            every, soon = {"seconds": seconds, "executor": "notice"}, datetime.now(UTC)
-            self._scheduler.add_job(self._repeat, "interval", (work,), next_run_time=soon, **every)
+            every: Any = {"seconds": seconds, "next_run_time": datetime.now(UTC)}
+            self._scheduler.add_job(self._repeat, "interval", (work,), **every)
         self.store.on_write = self._written
         self._scheduler.start()
         gc.collect()
-        gc.freeze()  # full collections then skip all that exists now,
-        gc.set_threshold(GC_THRESHOLD)  # and the others, what lives only as long as a check
-
-    async def run(self) -> None:
-        """Wait until `stop` is set; read the configuration again whenever `reload` is."""
-        while not self.stop.is_set():
-            waits = [asyncio.create_task(event.wait()) for event in (self.stop, self.reload)]
-            _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in pending:
-                wait.cancel()
-            if self.reload.is_set():
-                self.reload.clear()
-                await self._reload()
-
-    def sync_soon(self) -> None:
-        """Have the next tick read a change of the store that no step has made."""
-        self._stale = True
+        gc.freeze()  # full collections then skip all that exists now
 
     async def drain(self) -> None:
         """Begin no more steps, let those under way finish or be recorded, end the timers."""
@@ -9094,7 +8944,7 @@ class Service(Timers):
                 log.info("%s: %s", config.path, said)
             done = await self.store.sync_file_jobs(config.jobs, time.time())
         self.steps.config = config
-        self._stale = True
+        self.stale = True
         words = ", ".join(f"{count} {what}" for what, count in done.items())
         log.info("%s: %s", config.path, words or "no job changed")
 
@@ -9110,50 +8960,33 @@ class Service(Timers):
             await self._apply_config(
                 replace(config, settings=config.settings.model_copy(update=kept))
             )
-            self.steps.openai.set_budget(config.settings.max_requests_per_minute)
+            self.steps.openai.per_minute = config.settings.max_requests_per_minute
             if changed:
                 log.warning("changed, but taken up only by a restart: %s", ", ".join(changed))
-        except TeckoError as e:
-            error = str(e)
-            log.error("reload refused, the configuration before it stays: %s", e)
         except Exception as e:
-            error = f"internal error; see the log: {type(e).__name__}"
-            log.exception("reload refused after an internal error")
+            error, traceback = describe_error(e)
+            said = "reload refused, the configuration before it stays: %s"
+            log.error(said, error, exc_info=traceback)
         self.reloaded_at, self.reload_error = time.time(), error
         for timer in self._timers.values():
-            if timer.failed and not timer.busy:
+            if timer.failures and not timer.busy:
                 self._move(timer, time.time())
         notify("READY=1")
 
     # ticks
 
-    def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], since: float = 0.0) -> None:
+    def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """The service's own timers call this: begin `work`, unless it is still running."""
         if not self._draining and ((task := self._repeated.get(work)) is None or task.done()):
             self._repeated[work] = self._spawn(work())
 
     async def _tick(self) -> None:
-        """Once a second: check the store, read what other processes changed in it, and notify the
-        watchdog."""
+        """Once a second: check that the database is still ours, read what other processes changed
+        in it, and notify the watchdog; before that, whenever `reload` is set, the configuration."""
         ACTOR.set(None)
-        try:
-            await self._check_store()
-            version = await self.store.data_version()
-            if self._stale or version != self._seen_version:
-                await self._sync()
-                self._seen_version = version
-            if ended := [job_id for job_id, timer in self._timers.items() if timer.ended]:
-                await self._sync(ended)
-            now = time.monotonic()
-            self._lag, self._ticked = max(0.0, now - self._ticked - TICK), now
-            notify("WATCHDOG=1")
-        except StoreError as e:
-            self._store_failed(e)
-        except Exception:
-            log.exception("internal error in a tick; the next one follows in %s s", TICK)
-
-    async def _check_store(self) -> None:
-        """Check that the database is still ours, and that it can be written."""
+        if self.reload.is_set():
+            self.reload.clear()
+            await self._reload()
         if self.lock is not None:
             self.lock.hold()
         if self.store.superseded:
@@ -9161,12 +8994,15 @@ class Service(Timers):
             self.stop.set()
         if problem := self.store.file_problem():
             self._store_failed(StoreError(problem))
+        version = await self.store.data_version()
+        if self.stale or version != self._seen_version:
+            await self._sync()
+            self._seen_version = version
+        now = time.monotonic()
+        self._lag, self._ticked = max(0.0, now - self._ticked - TICK), now
+        notify("WATCHDOG=1")
         if self.store_error is not None:  # no step is begun, so that nothing else is tried
-            said = f"it failed: {self.store_error}"
-            try:
-                await self.store.log_event("error", said, time.time())
-            except StoreError as e:
-                self._store_failed(e)
+            await self.store.log_event("error", f"it failed: {self.store_error}", time.time())
 
     def _written(self, seconds: float) -> None:
         """The store calls this after each commit, with its duration."""
@@ -9178,18 +9014,15 @@ class Service(Timers):
     async def _prune(self) -> None:
         """Delete rows past their time or number."""
         keep, days = self.settings.log_retention_rows, self.settings.log_retention_days
-        with contextlib.suppress(StoreError):  # it has time until the next look
-            await self.store.prune(time.time() - 86400 * days, keep)
+        await self.store.prune(time.time() - 86400 * days, keep)
 
     async def _alert(self) -> None:
         """Send the alerts that are due."""
         if self.steps.config.alerts:
-            with contextlib.suppress(StoreError):  # the next look follows
-                await self.alerts.update(await self.health(ALERTED))
+            await self.alerts.update(await self.health(ALERTED))
 
     async def _back_up(self) -> None:
-        with contextlib.suppress(StoreError):  # the next look follows
-            await self.store.detect_restore(time.time())
+        await self.store.detect_restore(time.time())
         await asyncio.to_thread(self.backups.run_if_due, self.settings, time.time())
 
     # figures
@@ -9272,17 +9105,19 @@ class Service(Timers):
         now, jobs = time.time(), await self.store.jobs(None, METERED_JOBS)
         counted = dict.fromkeys((*JOB_STEPS, "removed"), 0) | (await self.store.counts())["jobs"]
         self.metrics.jobs_are(jobs, counted)
-        self.metrics.set(
-            overdue_jobs=len(await self.store.overdue(now, self.started_at)),
-            oldest_open_trigger_seconds=await self.store.oldest_trigger(now),
-            store_writable=self.store_error is None,
-            loop_lag_seconds=self._lag,
-            http_connections=self.connections(),
-            config_last_reload_successful=self.reload_error is None,
-            config_last_reload_timestamp_seconds=self.reloaded_at,
-            backup_last_successful=self.backups.error is None,
-            backup_last_success_timestamp_seconds=self.backups.last or 0.0,
-        )
+        figures: dict[str, float] = {
+            "overdue_jobs": len(await self.store.overdue(now, self.started_at)),
+            "oldest_open_trigger_seconds": await self.store.oldest_trigger(now),
+            "store_writable": self.store_error is None,
+            "loop_lag_seconds": self._lag,
+            "http_connections": self.connections(),
+            "config_last_reload_successful": self.reload_error is None,
+            "config_last_reload_timestamp_seconds": self.reloaded_at,
+            "backup_last_successful": self.backups.error is None,
+            "backup_last_success_timestamp_seconds": self.backups.last or 0.0,
+        }
+        for name, value in figures.items():
+            self.metrics.gauges[name].set(value)
         self.metrics.paused_keys.clear()
         for pause in self.steps.openai.pauses():
             self.metrics.paused_keys.labels(pause.secret).set(1)
@@ -10241,7 +10076,7 @@ class Admin:
                     return await answer if isinstance(answer, Awaitable) else answer
             finally:
                 if route.method != "GET":
-                    self.service.sync_soon()
+                    self.service.stale = True
 
         work = asyncio.create_task(run(), name=f"request {request.request_id}")
         self._work.add(work)  # what fails after its 202 is logged by asyncio, under that name
@@ -10387,7 +10222,7 @@ def when(at: float, now: float) -> str:
 
 
 GAP = 2  # blanks between two columns
-STATES = {  # on a terminal: a sign, and the number of a colour
+SIGNS = {  # on a terminal: a sign, and the number of a colour
     "active": ("●", 36),
     "triggering": ("▶", 36),
     "triggered": ("▶", 36),
@@ -10429,11 +10264,11 @@ def print_table(table: Table) -> None:
     """Print a table. On a terminal times are short, and it is made to fit: columns are left out,
     then cells wrap between words, then within words. Else each row is whole on one line."""
     terminal, lines = sys.stdout.isatty(), []
-    colours = {f"{sign} {state}": colour for state, (sign, colour) in STATES.items()}
+    colours = {f"{sign} {state}": colour for state, (sign, colour) in SIGNS.items()}
     for row in (table.columns, *table.rows):
         texts = ["-" if v in (None, "") else CONTROL.sub(" ", redact(str(v))) for v in row]
         if terminal:
-            signed = (f"{STATES[t][0]} {t}" if t in STATES else t for t in texts)
+            signed = (f"{SIGNS[t][0]} {t}" if t in SIGNS else t for t in texts)
             texts = [ISO_TIME.sub(r"\1 \2", t) for t in signed]
         lines.append(texts)
     room = shutil.get_terminal_size().columns if terminal else sys.maxsize
@@ -10566,7 +10401,6 @@ def confirm(args: Args, question: str) -> None:
 START_WAIT = 30.0  # s that a start waits for a `check` to end, and a `check` for a service to be up
 CHECK_WAIT = 60.0  # s within which a service makes a check that it was asked for
 FOLLOW_SECONDS = 0.2  # s between looks at what goes on elsewhere
-STOP_SECONDS = 2.0  # that an ingest has after Ctrl-C to write its chunk
 
 
 def config_of(args: Args) -> Config:
@@ -10630,8 +10464,7 @@ def cmd_validate(args: Args, config: Config) -> int:
 
     async def look(operations: Operations) -> tuple[list[str], list[str], list[Finding]]:
         store = operations.store
-        problems = await every_problem(config, store, Vault(config.settings), unused=True)
-        problems += [Problem(found=said) for said in await client_problems()]
+        problems = await every_problem(config, store, Vault(config.settings), thorough=True)
         if problems:
             pattern = r"(?:no secret '|secret '(?=[^']+': the environ))(.+?)'"
             lost = re.search(pattern, "\n".join(map(str, problems)))
@@ -10640,7 +10473,7 @@ def cmd_validate(args: Args, config: Config) -> int:
         findings = list[Finding]()
         if args.online:
             async with make_steps(config, store) as steps:
-                findings = await Doctor(steps).examine(jobs)
+                findings = await examine(steps, jobs)
         return await store.names("secrets"), await describe_plan(jobs, store), findings
 
     stored, changes, findings = run_operation(config, look, mode="peek")
@@ -10714,7 +10547,7 @@ async def serve(config: Config, load: Callable[[], Config], lock: RunLock) -> No
             where = f"admin surface at {admin.url}"
             log.info("TeckoChecker %s, pid %s, %s", VERSION, os.getpid(), where)
             notify("READY=1", f"STATUS={where}")
-            await service.run()
+            await service.stop.wait()
             notify("STOPPING=1")
             log.info("stopping")
 
@@ -11009,53 +10842,32 @@ def report_run(args: argparse.Namespace, run: Run) -> int:
 
 
 async def check_here(args: argparse.Namespace, config: Config) -> list[JobRound]:
+    """Be a service for these jobs alone, until each has made a step. After Ctrl-C or SIGTERM no
+    step begins, and those under way have some seconds; a second one ends at once."""
+    loop, caught, ends = asyncio.get_running_loop(), list[int](), (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int) -> None:
+        caught.append(number)
+        for end in ends:
+            loop.remove_signal_handler(end)
+
     with RunLock(config.settings.database, "check"):
         alone = partial(make_service, timers=False, in_reserve=not_beside_another)
         async with alone(config, lambda: config) as service:
+            for end in ends:
+                loop.add_signal_handler(end, stop, end)
             turns = await rounds_of(service.store, args)
-            await run_rounds(service, turns)
+            await service.begin([turn.job.id for turn in turns])
+            while not caught and not all(service.has_stepped(turn.job.id) for turn in turns):
+                await show_progress(service.store, turns)
+                await asyncio.sleep(FOLLOW_SECONDS)
             for turn in turns:
                 await turn.refresh(service.store)
-            return turns
-
-
-async def run_rounds(service: Service, turns: Sequence[JobRound]) -> None:
-    """Run the steps of a check. After Ctrl-C or SIGTERM no step begins; those under way have some
-    seconds, until a second signal, before they are cancelled and recorded. Then SystemExit."""
-    loop, caught = asyncio.get_running_loop(), list[int]()
-    ids = [turn.job.id for turn in turns]
-    grace = DRAIN_SECONDS if any(isinstance(t.job.spec, JobSpec) for t in turns) else STOP_SECONDS
-
-    async def steps() -> None:
-        first = await service.steps.step_all(ids)
-        await asyncio.gather(*(follow_up_steps(service, job_id, first[job_id]) for job_id in ids))
-
-    def stop(number: int) -> None:
-        service.steps.stopping = True
-        loop.call_later(0 if caught else grace, work.cancel)
-        caught.append(number)
-
-    work = asyncio.ensure_future(steps())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
-    while not work.done():
-        await asyncio.wait([work], timeout=FOLLOW_SECONDS)
-        await show_progress(service.store, turns)
+            if service.store_error is not None:
+                raise StoreError(service.store_error)
     if caught:
         raise SystemExit(128 + caught[0])
-    work.result()
-
-
-async def follow_up_steps(service: Service, job_id: int, stepped: StepResult) -> None:
-    """The steps that follow a job's first one at once."""
-    while not service.steps.stopping:
-        job = await service.store.job(job_id)
-        if job is None or stepped.wait is None or stepped.wait >= service.steps.interval_of(job):
-            return
-        if stepped.error is None and stepped.wait > 0:  # a search, or a look at a running job
-            return
-        await asyncio.sleep(stepped.wait)
-        stepped = await service.steps.step(job_id)
+    return turns
 
 
 async def check_there(args: argparse.Namespace, config: Config, found: Holder) -> list[JobRound]:

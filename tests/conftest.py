@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -262,6 +263,15 @@ class World:
         """Create an ingest job in the store: `block` is its `ingest:`."""
         spec = tecko.parse(tecko.IngestSpec, {"name": name, "poll_interval": 60, "ingest": block})
         return await self.store.create_job(spec, "store", self.clock())
+
+    async def step_all(self, ids: Sequence[int]) -> dict[int, tecko.StepResult]:
+        """A step of each of these jobs, and the lists of batches for those that they answer."""
+        done, rows = dict[int, tecko.StepResult](), await self.steps.by_key(ids)
+        for found in await asyncio.gather(*(self.steps.check(*group) for group in rows.items())):
+            done |= found
+        rest = [job_id for job_id in ids if job_id not in done]
+        stepped = await asyncio.gather(*map(self.steps.step, rest))
+        return done | dict(zip(rest, stepped, strict=True))
 
     async def run(self, job_id: int) -> tecko.Run:
         """One run of an ingest job; how it ended."""

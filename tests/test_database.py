@@ -23,6 +23,32 @@ from test_store import checked, fired, get, job_in, made, spec
 
 import teckochecker as tecko
 
+# ── Opening ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_opening_can_be_cut_off_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No thread is left behind that reports to an event loop which has been closed."""
+    said = list[Any]()
+    monkeypatch.setattr(threading, "excepthook", lambda error: said.append(error.exc_value))
+
+    async def cut_off(turns: int) -> None:
+        opening = asyncio.ensure_future(tecko.Store(tmp_path / f"{turns}.db").__aenter__())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        opening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await (await opening).close()
+
+    before = {*threading.enumerate()}
+    for turns in range(120):
+        asyncio.run(cut_off(turns))
+    for thread in {*threading.enumerate()} - before:
+        thread.join(10)
+    assert said == []
+
+
 # ── Locks ─────────────────────────────────────────────────────────────────────────────────────
 
 

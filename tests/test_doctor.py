@@ -63,7 +63,7 @@ async def test_what_has_fired_before_is_said(world: World) -> None:
 
 
 async def diagnosed(world: World, *specs: tecko.Spec) -> dict[str, tecko.Finding]:
-    found = await tecko.Doctor(world.steps).examine(specs)
+    found = await tecko.examine(world.steps, specs)
     return {finding.subject.split()[0]: finding for finding in found}
 
 
@@ -73,7 +73,7 @@ async def test_all_is_well(world: World) -> None:
     (world.config.base / "a.csv").write_text("id\n1\n")
     one = spec(batch_ids=["batch_1"], keboola_stack_url=world.keboola.url)
     two = one.model_copy(update={"name": "other"})
-    found = await tecko.Doctor(world.steps).examine([one, two, ingest()])
+    found = await tecko.examine(world.steps, [one, two, ingest()])
     assert [f.good for f in found] == [True] * 4, found
     assert "in_progress" in found[0].said and "project: Stand-in, expires: None" in found[1].said
     assert "comp's stand-in" in found[2].said and found[3].said == "1 files"

@@ -514,11 +514,17 @@ def values_of(body: dict[str, Any]) -> dict[str, str]:
     return values
 
 
+def trigger_body(spec: tecko.JobSpec, batches: Sequence[tecko.Batch], trigger_id: str) -> str:
+    """What a trigger of such a job sends."""
+    told = tecko.outcome_of(batches) | {"teckochecker_trigger_id": trigger_id}
+    return str(tecko.target_of(spec, told)["body"])
+
+
 def test_the_whole_body_of_a_trigger() -> None:
     """What INTERFACE lists, exactly, for one completed, one expired and one empty batch."""
     partial = replace(EXPIRED, output_file_id="file-3", error_file_id="file-4", requests_failed=6)
     batches = [partial, DONE, EMPTY]
-    body = json.loads(tecko.trigger_body(spec(variables={"region": "eu"}), batches, "t-7"))
+    body = json.loads(trigger_body(spec(variables={"region": "eu"}), batches, "t-7"))
     assert {k: body[k] for k in body if k != "variableValuesData"} == {
         "mode": "run",
         "component": "kds-team.app-custom-python",
@@ -543,7 +549,7 @@ def test_the_whole_body_of_a_trigger() -> None:
 
 def test_the_names_that_a_job_may_not_set_are_those_that_keboola_receives() -> None:
     """No variable of a job can stand in the place of one of ours."""
-    body = json.loads(tecko.trigger_body(spec(), [DONE], "t"))
+    body = json.loads(trigger_body(spec(), [DONE], "t"))
     assert set(values_of(body)) == tecko.RESERVED_VARIABLES
 
 
@@ -551,7 +557,7 @@ def test_the_names_that_a_job_may_not_set_are_those_that_keboola_receives() -> N
 @given(BATCH_LISTS, st.text(min_size=1, max_size=5).filter(lambda s: s.strip() and s.isalpha()))
 def test_every_variable_is_a_text_and_none_is_empty(batches: list[tecko.Batch], name: str) -> None:
     """Whatever the batches: Keboola would refuse an empty value, and the lists parse and add up."""
-    values = values_of(json.loads(tecko.trigger_body(spec(name, {"own": " "}), batches, "t-1")))
+    values = values_of(json.loads(trigger_body(spec(name, {"own": " "}), batches, "t-1")))
     assert all(isinstance(v, str) and v for v in values.values())
     ids = {end: json.loads(values[f"batch_ids_{end}"]) for end in ("completed", "failed")}
     assert sorted(ids["completed"] + ids["failed"]) == [b.batch_id for b in batches]
@@ -619,22 +625,6 @@ def test_a_whole_settle_window(window: int, on_ambiguous: str) -> None:
     assert event == on_ambiguous
     assert searches >= 3
     assert waited == pytest.approx(window, abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("status", "event"),
-    [
-        ("success", "succeed"),
-        ("warning", "succeed"),
-        ("error", "fail"),
-        ("terminated", "fail"),
-        ("cancelled", "fail"),
-        ("something new", "fail"),
-    ],
-)
-def test_what_the_end_of_a_keboola_job_means(status: str, event: str) -> None:
-    """Of the ends two are good, and no unknown one is."""
-    assert tecko.after_end(tecko.KeboolaJob("9", status, True, None)) == event
 
 
 # ── Waiting ───────────────────────────────────────────────────────────────────────────────────

@@ -231,7 +231,7 @@ async def test_what_is_wrong_is_said_in_one_line(
     run = await hasty.run(ingest)
     assert run.status == "failed" and said in (run.error_message or "")
     assert len((run.error_message or "").splitlines()) == 1
-    [found] = await tecko.Doctor(hasty.steps).examine([(await hasty.get(ingest)).spec])
+    [found] = await tecko.examine(hasty.steps, [(await hasty.get(ingest)).spec])
     assert not found.good and said in found.said
 
 
@@ -258,7 +258,7 @@ async def test_a_secret_of_another_form(hasty: World, s3: S3) -> None:
 async def test_the_doctor_counts_objects(world: World, s3: S3) -> None:
     s3.put("daily/1.csv", table([1]))
     ingest = await world.get(await job(world, s3))
-    [found] = await tecko.Doctor(world.steps).examine([ingest.spec])
+    [found] = await tecko.examine(world.steps, [ingest.spec])
     assert found.good and found.said == "1 objects" and s3.requests() == ["LIST /exports"]
 
 

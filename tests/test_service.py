@@ -107,7 +107,7 @@ async def test_changes_of_another_process_take_effect(world: World) -> None:
 async def test_a_job_is_found_by_a_service_that_sleeps(world: World) -> None:
     """Nothing of its own to do, and yet what another process adds is soon looked at."""
     async with running(world) as service:
-        await until(lambda: not service._stale)
+        await until(lambda: not service.stale)
         await watch(world, "batch_new")
         await until(lambda: checks(world, "batch_new"))
 
@@ -285,7 +285,7 @@ async def test_a_step_goes_on_while_its_job_leaves_and_comes_back(world: World) 
         await gate.areached()
         for change in (world.store.pause_job, world.store.resume_job):
             await change(job_id, time.time())
-            await until(lambda: not service._stale and synced(world, service))
+            await until(lambda: not service.stale and synced(world, service))
         assert checks(world, "batch_hung") == 1
         gate.release()
         await until(lambda: checks(world, "batch_hung") >= 2)
@@ -408,22 +408,11 @@ async def hear(ear: socket.socket, word: str) -> str:
     return said
 
 
-@contextlib.asynccontextmanager
-async def serving(world: World) -> AsyncIterator[tecko.Service]:
-    """The service in its main loop, until the context ends; it must not have ended before."""
-    async with running(world) as service:
-        loop = asyncio.create_task(service.run())
-        yield service
-        assert not loop.done(), loop
-        service.stop.set()
-        await asyncio.wait_for(loop, 5)
-
-
 async def test_reload_takes_up_a_new_file(world: World, ear: socket.socket) -> None:
     """A job added to jobs.yaml is checked, one taken out is not any more, and the service manager
     hears when it begins and when it is done."""
     world.openai.batch("batch_file")
-    async with serving(world) as service:
+    async with running(world) as service:
         write_file(world)
         service.reload.set()
         assert "MONOTONIC_USEC=" in await hear(ear, "RELOADING=1")
@@ -441,7 +430,7 @@ async def test_reload_keeps_what_is_bound(
 ) -> None:
     """Another address, database or log of the new file counts at the next start, and the log says
     so; the token, bounds and waits count at once."""
-    async with serving(world) as service:
+    async with running(world) as service:
         before = service.settings
         write_file(world, port=9)
         new = "DATABASE_URL=other.db\nADMIN_TOKEN=new-token-1\nLOG_FORMAT=json\nRETRY_DELAY=7\n"
@@ -492,7 +481,7 @@ async def test_a_bad_reload_keeps_the_old_configuration(
     world.openai.batch("batch_file")
     write_file(world)
     world.config = tecko.load_config(world.config.path, dict(world.config.env))
-    async with serving(world) as service:
+    async with running(world) as service:
         old = service.steps.config
         spoil(world, world.config.path.parent)
         service.reload.set()
@@ -835,7 +824,8 @@ async def test_the_watchdog_is_fed_by_ticks(world: World, ear: socket.socket) ->
             while ear.recv(4096):
                 pass
         ticked = service._ticked
-        await service._tick()
+        with pytest.raises(tecko.StoreError):
+            await service._tick()
         with pytest.raises(BlockingIOError):
             ear.recv(4096)
         assert service._ticked == ticked

@@ -81,7 +81,7 @@ def test_pip_installs_a_command(installed: Path, tmp_path: Path) -> None:
     assert "hint: teckochecker init writes one\n" in said.stderr
     [facts] = installed.parent.glob("lib/*/site-packages/teckochecker-*/METADATA")
     needs = re.findall(r"^Requires-Dist: ([\w-]+)", facts.read_text(), re.MULTILINE)
-    assert {"openai", "shtab"} <= {*needs} and len(needs) == 14
+    assert {"openai", "shtab"} <= {*needs} and len(needs) == 13
     there = {file.name for file in facts.parents[1].glob("teckochecker_demo/*.py")}
     assert there == {"demo.py", "standins.py"}
 

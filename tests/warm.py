@@ -28,7 +28,7 @@ from typing import Any
 PROGRAM = Path(__file__).resolve().parents[1] / "teckochecker.py"
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 IMPORTED = (
-    "teckochecker aiolimiter aiosqlite apscheduler.schedulers.asyncio"
+    "teckochecker aiosqlite apscheduler.schedulers.asyncio"
     " apscheduler.triggers.interval cryptography.hazmat.primitives.ciphers.aead dotenv httpx2"
     " openai openai.resources.batches prometheus_client yaml"
 ).split()
