@@ -5632,10 +5632,11 @@ def read_json(body: bytes) -> Any:
 def to_json(value: Any) -> bytes:
     """JSON with its keys sorted, so that their order makes no other record. Raises BadRecord for
     what could not be served again: lone surrogates, what is no number, and nesting without end."""
-    with contextlib.suppress(TypeError):
-        return orjson.dumps(value, None, orjson.OPT_SORT_KEYS)
-    try:  # integers beyond 64 bits, of which orjson knows nothing
-        return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
+    try:
+        try:
+            return orjson.dumps(value, None, orjson.OPT_SORT_KEYS)
+        except TypeError:  # as for integers beyond 64 bits, of which orjson knows nothing
+            return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
     except (TypeError, UnicodeEncodeError, RecursionError) as e:
         kind = {TypeError: "a number that is not finite", RecursionError: "endless nesting"}
         found = kind.get(type(e), "half of a surrogate pair")
@@ -5780,7 +5781,7 @@ def utc_text(value: Any, order: str | None = None) -> str:
 
 def plain_text(value: Any) -> str:
     """A value that is one of text. Raises ValueError, whose text says what is allowed."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if type(value) not in (str, int, float):
         raise ValueError("text or a number")
     return str(value)
 
@@ -5810,7 +5811,7 @@ class Mapper:
         made, metadata = dict[str, str](), {key: record[key] for key in rest}
         for name, pick, matched in picks:
             value = pick(record)
-            if matched and isinstance(value, dict | list | bool):  # nobody mapped it
+            if matched and type(value) in (dict, list, bool):  # nobody mapped it
                 metadata[matched] = value
             elif value not in (None, ""):
                 try:

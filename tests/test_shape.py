@@ -10,7 +10,7 @@ from conftest import PROGRAM
 
 SOURCE = PROGRAM.read_text()
 TREE = ast.parse(SOURCE)
-LINES = 11_566  # in all
+LINES = 11_567  # in all
 SECTION = 500  # lines from a banner to the next
 FUNCTION = 40  # lines of a body without its docstring
 MEDIAN = 7  # of these
