@@ -5601,6 +5601,7 @@ class Web(Upstream):
 CHUNK_ROWS = 2000  # records that commit together: beyond that a transaction only gets longer
 NESTED = 200  # levels of a record: what serves it knows 255, some of which are its own
 DIGITS = 4000  # of an integer; Python converts no more than 4300
+MAX_NOTES = 50  # of a run
 LIMITS = {"secret", "header", "max_failed", "on_drift", "max_requests_per_minute", "timeout"}
 # of a source: they change nothing about what a record becomes
 
@@ -7212,7 +7213,6 @@ class Steps:
 
 INGESTS_AT_ONCE = 2  # chunks worked on: more would only take turns on the same processor and store
 STORE_PATIENCE = 30.0  # s between attempts to write a chunk to a locked store, to which they grow
-MAX_NOTES = 50  # of a run
 
 
 class Interrupted(Exception):
@@ -10223,11 +10223,11 @@ def when(at: float, now: float) -> str:
 
 
 GAP = 2  # blanks between two columns
-SIGNS = {  # on a terminal: a sign, and the number of a colour
+SIGNS = {  # of states on a terminal, with the numbers of ANSI colours
     "active": ("●", 36),
     "triggering": ("▶", 36),
     "triggered": ("▶", 36),
-    "paused": ("○", 39),
+    "paused": ("○", 35),
     "completed": ("✓", 32),
     "completed_with_failures": ("!", 33),
     "failed": ("✗", 31),

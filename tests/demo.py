@@ -25,16 +25,6 @@ from rich.text import Text
 
 import teckochecker as tecko
 
-SIGNS = {  # of states, and their colours
-    "active": ("●", "cyan"),
-    "triggering": ("▶", "cyan"),
-    "triggered": ("▶", "cyan"),
-    "paused": ("○", ""),
-    "completed": ("✓", "green"),
-    "completed_with_failures": ("!", "yellow"),
-    "failed": ("✗", "red"),
-}
-
 JOBS = """\
 database: demo.db
 admin: {{host: 127.0.0.1, port: 0}}
@@ -166,10 +156,11 @@ class Screen(Lines):
         for width in (11, 12, 14, None):
             table.add_column(width=width, no_wrap=True, overflow="ellipsis")
         for job in await self.store.jobs():
-            sign, colour = SIGNS[job.status]
+            sign, number = tecko.SIGNS[job.status]
+            colour = f"color({number - 30})"  # rich counts from black
             state = Text(f"{sign} {job.status.partition('_')[0]}", colour)
             done, total = await self.progress(job)
-            bar = ProgressBar(total, done, width=14, complete_style=colour or "white")
+            bar = ProgressBar(total, done, width=14, complete_style=colour)
             table.add_row(job.name, state, bar, self.said.get(job.name, ""))
         self.live.update(table, refresh=True)
 
